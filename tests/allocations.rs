@@ -1,8 +1,8 @@
-//! The data path allocates nothing: however much is moved, umem's threads ask for memory as often.
+//! The data path allocates nothing: the number of allocations of umem's threads does not depend on the bytes moved.
 //!
-//! Both sides run in this process, under an allocator that counts what is asked for by the threads that
-//! move pages. A guest of four times the size may cost a few allocations more, as queues find their size,
-//! and not one for each batch, answer or request.
+//! Both sides run in this process, under an allocator that counts the allocations of the threads that move pages. A
+//! guest of four times the size may cost a few allocations more, as queues reach their size, and none for each batch,
+//! answer or request.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
@@ -37,7 +37,7 @@ impl Counting {
     }
 }
 
-// SAFETY: all of it is the system's allocator's.
+// SAFETY: every call is forwarded to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         Counting::count();
@@ -60,16 +60,16 @@ unsafe impl GlobalAlloc for Counting {
 const PAGE: usize = 4096;
 const SMALL: usize = 8 << 20;
 const LARGE: usize = 64 << 20;
-/// What a larger guest may cost: vectors that grow by doubling, a few of them on each of four threads.
+/// Allowance for a larger guest: vectors that grow by doubling, a few of them on each of four threads.
 const SPARE: u64 = 40;
 
 #[test]
-fn a_larger_guest_costs_no_more_allocations() {
-    // The first of each pays for what a process does once.
+fn allocations_do_not_grow_with_the_guest() {
+    // The first of each includes the process's one-time allocations.
     for shared in [true, false] {
         costs_no_more(|bytes| moved(bytes, shared, Rounds::None), &format!("shared: {shared}"));
     }
-    // In rounds, with copies for sums and without.
+    // In rounds, with buffers for checksums and without.
     for rounds in [Rounds::Plain, Rounds::Checked] {
         costs_no_more(|bytes| moved(bytes, true, rounds), &format!("{rounds:?}"));
     }
@@ -85,7 +85,7 @@ fn costs_no_more(moved: impl Fn(usize) -> u64, what: &str) {
     );
 }
 
-/// Whether pages go before the stop, and again.
+/// Whether pages are sent in rounds before the stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Rounds {
     None,
@@ -93,7 +93,7 @@ enum Rounds {
     Checked,
 }
 
-/// Allocations while a guest of so many bytes moves and is read meanwhile, every other page by demand.
+/// Allocations while a guest of `bytes` bytes moves and is read meanwhile, every other page on demand.
 fn moved(bytes: usize, shared: bool, rounds: Rounds) -> u64 {
     let source_ram = ram(bytes);
     // Runs of one, two and three pages of data, with pages of zeroes and holes between them.
@@ -126,7 +126,7 @@ fn moved(bytes: usize, shared: bool, rounds: Rounds) -> u64 {
     let mut destination = DestinationSetup::new();
     let file = destination_ram.as_ref().map(|file| file.as_fd());
     let region = Memory { start: memory.cast(), bytes: bytes as u64, file };
-    // SAFETY: nobody else knows of the mapping, and it stays until the end.
+    // SAFETY: the mapping has no other user, and stays until the end.
     unsafe { destination.region("ram0", &region) }.expect("a region");
     destination.connections(there).expect("connections");
 
@@ -138,7 +138,8 @@ fn moved(bytes: usize, shared: bool, rounds: Rounds) -> u64 {
         while let Some(event) = source.wait(None).expect("events") {
             match event {
                 Event::Stop => {
-                    // What is written as late as this remains. The pages of runs that do not grow with the guest.
+                    // Pages written this late remain for the stop. These are the pages of runs that do not grow with
+                    // the guest.
                     for page in (0..SMALL / PAGE).step_by(9 * 16) {
                         let offset = (page * PAGE) as u64;
                         ram_of_source.write_all_at(&[contents(page); PAGE], offset).expect("room");
@@ -171,15 +172,15 @@ fn moved(bytes: usize, shared: bool, rounds: Rounds) -> u64 {
     guest.expect("it ran").join().expect("every page is right");
     let count = ALLOCATIONS.load(SeqCst) - before;
     drop(destination);
-    // SAFETY: our own mapping, which nobody uses any more.
+    // SAFETY: our own mapping, which has no user any more.
     unsafe { munmap(memory.cast(), bytes) }.expect("it is mapped");
     count
 }
 
-/// Reads a word of each page, in an order that no pre-paging foresees.
+/// Reads a word of each page, in an order that defeats pre-paging.
 fn check(start: usize, bytes: usize) {
     let pages = bytes / PAGE;
-    // A unit modulo a power of two that is coprime to it walks through all of them.
+    // A stride coprime to the power of two visits all pages.
     for step in 0..pages {
         let page = step * 12_345 % pages;
         let word = (start + page * PAGE + 64) as *const u8;
@@ -203,7 +204,7 @@ fn ram(bytes: usize) -> File {
 fn map(bytes: usize, file: Option<&File>) -> NonNull<u8> {
     let length = bytes.try_into().expect("not zero");
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    // SAFETY: a new mapping, where the kernel likes.
+    // SAFETY: a new mapping at an address of the kernel's choice.
     let start = unsafe {
         match file {
             Some(file) => mmap(None, length, protection, MapFlags::MAP_SHARED, file, 0),

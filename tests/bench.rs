@@ -30,10 +30,10 @@ impl Server {
         TcpStream::connect(self.uri.strip_prefix("tcp:").unwrap()).expect("it listens")
     }
 
-    /// The one line with which it answers these bytes before it closes the connection.
+    /// The line with which it answers these bytes before it closes the connection.
     fn answers(&self, bytes: &[u8]) -> String {
         let mut stream = self.connect();
-        // It may have had enough before all has been written.
+        // The server may close before all has been written.
         let _ = stream.write_all(bytes);
         let mut answer = String::new();
         BufReader::new(stream).read_line(&mut answer).expect("an answer");
@@ -57,7 +57,7 @@ fn report(uri: &str, arguments: &[&str]) -> Value {
     serde_json::from_str(&stdout).expect("one JSON object")
 }
 
-/// The one line that a client ends in that fails.
+/// The error line of a client that fails.
 fn failure(uri: &str, arguments: &[&str], status: i32) -> String {
     let output = client(uri, arguments);
     let (stdout, stderr) = texts(&output);
@@ -76,7 +76,7 @@ fn number(value: &Value) -> f64 {
     value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
 }
 
-/// What scripts written for iperf3 read, and what must hold for any test that moved all of its bytes.
+/// The keys that scripts for iperf3 read, and the relations that hold for any test that moved all of its bytes.
 fn check(report: &Value, bytes: u64) {
     let end = &report["end"];
     for sum in [&end["sum_sent"], &end["sum_received"]] {
@@ -102,7 +102,7 @@ fn check(report: &Value, bytes: u64) {
     assert!(report["start"]["version"].as_str().unwrap().starts_with("umem "));
 }
 
-/// The report has what `-J` prints, as a page and as it is, whatever goes to the terminal.
+/// The report has the output of `-J`, as an HTML page and verbatim, whatever is printed.
 #[test]
 fn a_report_shows_each_interval() {
     let server = Server::start(&[]);
@@ -126,9 +126,9 @@ fn a_report_shows_each_interval() {
     assert!(error.contains("/nonexistent/x.html"), "{error}");
 }
 
-/// Several lanes, several passes, and a last one that is no whole block.
+/// Several lanes, several passes, and a last pass that is not a whole block.
 #[test]
-fn every_page_lands_and_is_right_in_either_direction() {
+fn every_page_lands_with_right_contents_in_either_direction() {
     let server = Server::start(&[]);
     let bytes = 41 * MIB + 4096 * 3;
     let size = bytes.to_string();
@@ -146,7 +146,7 @@ fn every_page_lands_and_is_right_in_either_direction() {
 }
 
 #[test]
-fn huge_pages_land_too() {
+fn huge_pages_land() {
     let server = Server::start(&["-1"]);
     let common = ["-n", "48M", "--page-size", "2M", "--pass-size", "16M", "--verify"];
     let report = report(&server.uri, &common);
@@ -156,7 +156,7 @@ fn huge_pages_land_too() {
 }
 
 #[test]
-fn anonymous_memory_is_copied_into() {
+fn anonymous_memory_is_filled_by_copy() {
     let server = Server::start(&[]);
     let bytes = 41 * MIB + 4096 * 3;
     let size = bytes.to_string();
@@ -172,13 +172,13 @@ fn anonymous_memory_is_copied_into() {
     }
 }
 
-/// Without a pool of huge pages it says how to get one; with one the pages land.
+/// Without a pool of huge pages the error has the remedy; with a pool the pages land.
 #[test]
-fn anonymous_huge_pages_come_from_the_pool() {
+fn anonymous_huge_pages_are_taken_from_the_pool() {
     let server = Server::start(&[]);
     let options = ["-n", "7M", "--kind", "anonymous", "--page-size", "2M", "--pass-size", "4M"];
     let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
-    // As many as two passes at a time, and the others that there may be.
+    // Enough for two passes at a time, and the others that may exist.
     if free.is_ok_and(|free| free.trim().parse::<u64>().unwrap() >= 12) {
         let report = report(&server.uri, &[&options[..], &["--verify"]].concat());
         // Whole pages of 2 MiB.
@@ -189,9 +189,9 @@ fn anonymous_huge_pages_come_from_the_pool() {
     }
 }
 
-/// iperf3's names for what goes the other way.
+/// iperf3's names for the reverse direction.
 #[test]
-fn both_sides_send_at_once() {
+fn bidirectional_bench_sends_from_both_sides() {
     let server = Server::start(&[]);
     let bytes = 24 * MIB + 4096;
     let size = bytes.to_string();
@@ -219,10 +219,9 @@ fn both_sides_send_at_once() {
     }
 }
 
-/// Every fault is answered with its page and timed, wherever the pages land, and each interval says how
-/// many there were.
+/// Every fault is answered with its page and timed, for every kind of memory, and each interval reports their number.
 #[test]
-fn faults_are_served_and_timed_beside_the_stream() {
+fn faults_are_served_and_timed_during_the_stream() {
     let server = Server::start(&[]);
     let common = ["-t", "0.6", "-i", "0.2", "--pass-size", "32M", "--fault-rate", "2000"];
     for options in [
@@ -247,7 +246,7 @@ fn faults_are_served_and_timed_beside_the_stream() {
                 sum["fault_latency_us"]["count"].as_u64().expect("every interval has its faults")
             });
             let counted: u64 = counted.sum();
-            // What happened between the last interval's end and the test's is in the latter alone.
+            // Faults between the last interval's end and the test's end count only in the test.
             assert!(counted > 0 && counted <= count + 20, "{counted} of {count}");
             assert!(report["end"][format!("sum_received{suffix}")]["bytes"].as_u64().unwrap() > 0);
         }
@@ -255,7 +254,7 @@ fn faults_are_served_and_timed_beside_the_stream() {
 }
 
 #[test]
-fn the_table_tells_directions_and_faults_apart() {
+fn table_lists_directions_and_faults_separately() {
     let server = Server::start(&["-1"]);
     let output = client(&server.uri, &["-t", "0.3", "--bidir", "--fault-rate", "500"]);
     let (stdout, stderr) = texts(&output);
@@ -268,7 +267,7 @@ fn the_table_tells_directions_and_faults_apart() {
 }
 
 #[test]
-fn what_is_discarded_is_counted_to_the_byte() {
+fn discarded_bytes_are_counted_exactly() {
     let server = Server::start(&[]);
     for direction in [&[][..], &["-R"]] {
         let common = ["-n", "50000001", "-P", "3", "--discard"];
@@ -279,7 +278,7 @@ fn what_is_discarded_is_counted_to_the_byte() {
 }
 
 #[test]
-fn a_unix_socket_serves_as_well_and_the_table_is_for_people() {
+fn bench_runs_over_a_unix_socket_and_prints_a_table() {
     let directory = tempfile::tempdir().unwrap();
     let uri = format!("unix:{}", directory.path().join("bench").display());
     let mut server = Umem::start(["bench", "server", "--json", "-1", &uri]);
@@ -294,7 +293,7 @@ fn a_unix_socket_serves_as_well_and_the_table_is_for_people() {
 }
 
 #[test]
-fn a_one_off_server_ends_with_its_test_and_says_what_it_had() {
+fn one_off_server_exits_after_its_test_with_a_report() {
     let mut server = Server::start(&["-1"]);
     let report = report(&server.uri, &["-n", "8M", "-C", "reno", "-i", "0"]);
     assert_eq!(report["end"]["sender_tcp_congestion"], "reno");
@@ -304,9 +303,9 @@ fn a_one_off_server_ends_with_its_test_and_says_what_it_had() {
     server.umem.succeeds();
 }
 
-/// What is left out at the beginning is reported as such and not counted at the end.
+/// The omitted start is reported as such and not counted at the end.
 #[test]
-fn an_omitted_beginning_does_not_count() {
+fn omitted_start_is_left_out_of_the_totals() {
     let server = Server::start(&["-1"]);
     let options = ["-t", "0.3", "-O", "0.2", "-i", "0.1", "--discard"];
     let report = report(&server.uri, &options);
@@ -320,7 +319,7 @@ fn an_omitted_beginning_does_not_count() {
 }
 
 #[test]
-fn a_second_client_is_told_to_wait_and_ctrl_c_reports_what_there_was() {
+fn second_client_is_refused_as_busy_and_ctrl_c_reports_partial_results() {
     let mut server = Server::start(&[]);
     let mut first = Umem::start(["bench", "client", "--json", "-t", "80000", &server.uri]);
     server.umem.event("testing");
@@ -335,9 +334,9 @@ fn a_second_client_is_told_to_wait_and_ctrl_c_reports_what_there_was() {
     check(&report(&server.uri, &["-n", "8M"]), 8 * MIB);
 }
 
-/// A client that stands still, before its test or in the middle of it, does not keep the next one out.
+/// A client that stalls, before or during its test, does not block the next one.
 #[test]
-fn a_client_that_stands_still_loses_the_server_to_the_next() {
+fn stalled_client_is_replaced_by_the_next_client() {
     let mut server = Server::start(&["--idle-timeout", "1"]);
     let mut still = Umem::start(["bench", "client", "--json", "-t", "80000", &server.uri]);
     server.umem.event("testing");
@@ -348,7 +347,7 @@ fn a_client_that_stands_still_loses_the_server_to_the_next() {
     still.signal(Signal::SIGCONT);
     assert_eq!(still.wait().code(), Some(1));
 
-    // One whose lanes never come, and crowds that say nothing, half a line, or a line without an end.
+    // A client whose lanes never connect, and many connections with nothing, half a line, or a line without a newline.
     let test = json!({
         "lanes": 1, "bytes": 8 * MIB, "reverse": false, "bidir": false, "discard": false, "kind": "shared",
         "pages": "4K", "fault_rate": 0, "faults": 0, "zero_percent": 0, "verify": false,
@@ -375,7 +374,7 @@ fn a_client_that_stands_still_loses_the_server_to_the_next() {
 }
 
 #[test]
-fn a_server_without_descriptors_serves_once_it_has_some() {
+fn server_out_of_descriptors_serves_when_one_is_free() {
     let server = Server::start(&[]);
     let before = server.umem.limit_descriptors(3);
     let stranger = server.connect();
@@ -386,7 +385,7 @@ fn a_server_without_descriptors_serves_once_it_has_some() {
 }
 
 #[test]
-fn a_server_that_is_stopped_tells_its_client() {
+fn stopped_server_notifies_its_client() {
     let mut server = Server::start(&[]);
     let client = Umem::start(["bench", "client", "-t", "80000", &server.uri]);
     server.umem.event("testing");
@@ -396,9 +395,9 @@ fn a_server_that_is_stopped_tells_its_client() {
     assert!(server.umem.fails().contains("in the middle of a test"));
 }
 
-/// A client that goes without a word leaves the server free for the next one.
+/// A client that ends without a message leaves the server free for the next one.
 #[test]
-fn a_client_that_is_killed_is_not_waited_for() {
+fn server_does_not_wait_for_a_killed_client() {
     let mut server = Server::start(&[]);
     let mut lost = Umem::start(["bench", "client", "-t", "80000", "-P", "2", &server.uri]);
     server.umem.event("testing");
@@ -408,14 +407,14 @@ fn a_client_that_is_killed_is_not_waited_for() {
 }
 
 #[test]
-fn an_idle_server_ends_in_order_when_interrupted() {
+fn interrupted_idle_server_exits_cleanly() {
     let mut server = Server::start(&[]);
     server.umem.signal(Signal::SIGINT);
     server.umem.succeeds();
 }
 
 #[test]
-fn strangers_are_turned_away_and_the_server_goes_on() {
+fn foreign_clients_are_refused_and_the_server_continues() {
     let server = Server::start(&["-1"]);
     let silent = server.connect();
     for bytes in [b"GET / HTTP/1.1\r\n\r\n".to_vec(), vec![b'x'; 5000], vec![0; 4096]] {
@@ -435,7 +434,7 @@ fn strangers_are_turned_away_and_the_server_goes_on() {
     server.umem.succeeds();
 }
 
-/// What no client of ours would ask for is refused by the server too.
+/// The server also refuses requests that the client never makes.
 #[test]
 fn a_test_that_asks_for_too_much_is_refused() {
     let mut server = Server::start(&[]);
@@ -461,7 +460,7 @@ fn a_test_that_asks_for_too_much_is_refused() {
 }
 
 #[test]
-fn a_client_says_who_is_not_a_server() {
+fn client_reports_a_peer_that_is_no_bench_server() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("tcp:{}", listener.local_addr().unwrap());
     let other = std::thread::spawn(move || {
@@ -472,13 +471,13 @@ fn a_client_says_who_is_not_a_server() {
     let error = failure(&uri, &["-n", "8M"], 1);
     assert!(error.contains("lost the server"), "{error}");
     other.join().unwrap();
-    // A port that nobody is given by chance.
+    // A port that the kernel does not assign automatically.
     let error = failure("tcp:127.0.0.1:1", &["-n", "8M"], 1);
     assert!(error.contains("start `umem bench server` there first"), "{error}");
 }
 
 #[test]
-fn a_wrong_command_line_is_explained() {
+fn wrong_command_line_is_refused_with_the_reason() {
     for (arguments, hint) in [
         (&["-t", "5", "-n", "5"][..], "leave one of them out"),
         (&["-t", "0"], "-t is"),

@@ -1,5 +1,5 @@
-//! The C interface: its header is the one that the code makes, its library exports what is in it, and a
-//! C program that embeds both sides moves memory with it, under AddressSanitizer.
+//! The C interface: its header matches the code, its library exports the header's functions, and a C program that
+//! embeds both sides moves memory with it, under AddressSanitizer.
 
 mod support;
 
@@ -8,21 +8,21 @@ use std::process::Command;
 
 use support::Scratch;
 
-/// Where the sources of the interface are, in the order of the header.
+/// The sources of the interface, in the order of the header.
 const SOURCES: [&str; 3] = ["types.rs", "source.rs", "destination.rs"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Where cargo has put the libraries that belong to this test.
+/// The directory of the libraries that belong to this test.
 fn library(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_umem")).with_file_name("deps").join(name);
     assert!(path.exists(), "{} is not there", path.display());
     path
 }
 
-/// Runs a program to its end; what it has printed.
+/// Runs a program to its end; returns its output.
 fn run(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let (out, err) =
@@ -43,9 +43,9 @@ fn header() -> String {
     String::from_utf8(header).unwrap()
 }
 
-/// With UMEM_WRITE_HEADER=1 it is written anew.
+/// With UMEM_WRITE_HEADER=1 the header is rewritten.
 #[test]
-fn the_header_is_up_to_date() {
+fn c_header_matches_the_rust_types() {
     let path = root().join("src/capi/umem.h");
     let made = header();
     if std::env::var_os("UMEM_WRITE_HEADER").is_some() {
@@ -60,7 +60,7 @@ fn the_header_is_up_to_date() {
 }
 
 #[test]
-fn the_shared_library_exports_the_interface_and_nothing_else() {
+fn shared_library_exports_only_the_interface() {
     let header = std::fs::read_to_string(root().join("src/capi/umem.h")).unwrap();
     let code = header.lines().filter(|line| !line.starts_with("//") && !line.starts_with(" *"));
     let mut declared: Vec<&str> = code
@@ -75,7 +75,7 @@ fn the_shared_library_exports_the_interface_and_nothing_else() {
     assert_eq!(exported, declared);
 }
 
-/// Compiles the C program; `link` is what it is linked with.
+/// Compiles the C program; `link` has the linker's arguments.
 fn compile(scratch: &Scratch, sanitizers: &str, link: &[&str]) -> PathBuf {
     let program = scratch.path("embed");
     let mut gcc = Command::new("gcc");
@@ -90,7 +90,7 @@ fn compile(scratch: &Scratch, sanitizers: &str, link: &[&str]) -> PathBuf {
     program
 }
 
-/// Linked with the static library, every byte of which the sanitizer's allocator serves.
+/// Linked with the static library, so that the sanitizer's allocator serves all of it.
 fn sanitized(scratch: &Scratch) -> PathBuf {
     let archive = library("libumem.a").display().to_string();
     let link = [archive.as_str(), "-lpthread", "-ldl", "-lm"];
@@ -109,68 +109,68 @@ fn embed(scenario: &str) {
 }
 
 #[test]
-fn a_c_program_moves_shared_memory() {
+fn c_program_moves_shared_memory() {
     embed("shared");
 }
 
 #[test]
-fn a_c_program_moves_anonymous_memory() {
+fn c_program_moves_anonymous_memory() {
     embed("anonymous");
 }
 
 #[test]
-fn a_c_program_moves_memory_with_a_userfaultfd_of_its_own() {
+fn c_program_moves_memory_with_its_own_userfaultfd() {
     embed("userfaultfd");
 }
 
 #[test]
-fn a_c_program_moves_everything_before_the_switchover() {
+fn c_program_moves_all_pages_before_the_switchover() {
     embed("precopy");
 }
 
 #[test]
-fn a_source_that_asks_for_checksums_gets_them() {
+fn checksums_are_used_when_the_source_requests_them() {
     embed("checked");
 }
 
 #[test]
-fn a_cancelled_migration_leaves_the_guest_at_the_source() {
+fn cancelled_migration_leaves_the_guest_at_the_source() {
     embed("cancel");
 }
 
 #[test]
-fn a_program_that_refuses_ends_the_migration_on_both_sides() {
+fn refusal_by_a_program_ends_the_migration_on_both_sides() {
     embed("refuse");
 }
 
 #[test]
-fn pages_that_nobody_brings_any_more_are_waited_for() {
+fn destination_waits_for_pages_after_the_source_is_lost() {
     embed("lost");
 }
 
 #[test]
-fn a_program_gives_other_connections_in_place_of_lost_ones() {
+fn program_replaces_lost_connections() {
     embed("reconnect");
 }
 
 #[test]
-fn a_program_has_both_sides_go_on_at_another_address() {
+fn program_resumes_both_sides_at_another_address() {
     embed("elsewhere");
 }
 
 #[test]
-fn connections_that_are_reset_stay_the_programs() {
+fn program_keeps_its_descriptors_of_reset_connections() {
     embed("reset");
 }
 
 #[test]
-fn what_cannot_be_is_refused_with_a_text() {
+fn impossible_settings_are_refused_with_a_text() {
     embed("misuse");
 }
 
-/// The same with the shared library, as a program would have it that is not built with umem.
+/// The same with the shared library, as in a program built without umem's sources.
 #[test]
-fn a_c_program_uses_the_shared_library() {
+fn c_program_runs_with_the_shared_library() {
     let scratch = Scratch::new();
     let library = library("libumem.so");
     let rpath = format!("-Wl,-rpath,{}", library.parent().unwrap().display());

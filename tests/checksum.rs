@@ -1,9 +1,9 @@
-//! Bits that change on the way (`--checksum`): they are noticed before the guest sees them, and what they were
-//! in is sent again.
+//! Bits that change in transit (`--checksum`): the sides detect them before the guest sees them, and send the damaged
+//! frames again.
 //!
-//! A relay between the two umem processes changes bits at seeded places, in pages, headers, hellos and answers.
-//! The guest is umem's own, which checks every word that it reads while its memory arrives, and all of it at
-//! the end. Without `--checksum` there is nothing to test: a bit that changes in a page is in the guest then.
+//! A relay between the two umem processes changes bits at seeded places, in pages, headers, hellos and answers. The
+//! demo guest checks every word that it reads while its memory arrives, and all of it at the end. Without `--checksum`
+//! there is nothing to test: a changed bit of a page reaches the guest.
 
 #[path = "checksum/changed.rs"]
 mod changed;
@@ -18,14 +18,14 @@ use umem_wire::{HEADER_BYTES, HELLO_BYTES};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
-/// Moves a guest while `count` bits change on their way to the destination, each up to `most` bytes after the
-/// one before, and then some on the way back.
+/// Moves a guest while `count` bits change on the path to the destination, each up to `most` bytes after the previous
+/// one, and then some on the path back.
 fn flip_often(how: How, count: usize, most: u64) {
     let seed = seed(how.mib ^ most);
     let back = count / 3;
     let moving = Move::start_through(how, |cutter| {
         cutter.flip_after(seeded(seed, most).take(count));
-        // Requests, and 32 bytes for a MiB of what is here each time that lanes are opened.
+        // Requests, and 32 bytes of have frames for each MiB whenever lanes are reopened.
         cutter.flip_answers_after(seeded(!seed, 20 * how.mib).take(back));
         cutter.let_pages_go();
     });
@@ -40,7 +40,7 @@ fn flip_often(how: How, count: usize, most: u64) {
     is_equal(&source, &destination);
 }
 
-/// Both sides know what both have, and it is the same.
+/// Both sides have the digests of both, and they are equal.
 fn is_equal(source: &Value, destination: &Value) {
     let [there, here] = [source, destination].map(|report| report["digests"][0].clone());
     assert_eq!(there["region"], "ram0");
@@ -52,39 +52,39 @@ fn is_equal(source: &Value, destination: &Value) {
 }
 
 #[test]
-fn shared_memory_comes_as_it_was() {
+fn checksums_cover_shared_memory() {
     let migrate = &["--checksum", "--lanes", "2"];
     flip_often(How { mib: 96, threads: 2, migrate, ..How::default() }, 12, 6 << 20);
 }
 
 #[test]
-fn huge_pages_come_as_they_were() {
+fn checksums_cover_huge_pages() {
     let migrate = &["--checksum"];
     flip_often(How { mib: 64, threads: 1, migrate, huge: true, ..How::default() }, 9, 5 << 20);
 }
 
 #[test]
-fn private_memory_comes_as_it_was() {
+fn checksums_cover_private_memory() {
     let (migrate, kind) = (&["--checksum"], Some("private"));
     let incoming = &["--postcopy-flags", "1"];
     flip_often(How { mib: 48, threads: 1, kind, migrate, incoming, ..How::default() }, 6, 6 << 20);
 }
 
 #[test]
-fn anonymous_memory_comes_as_it_was() {
+fn checksums_cover_anonymous_memory() {
     let (migrate, kind) = (&["--checksum"], Some("anonymous"));
     let arriving = &["--discard"];
     flip_often(How { mib: 48, threads: 2, kind, migrate, arriving, ..How::default() }, 6, 6 << 20);
 }
 
-/// What the source has freed is part of its digest all the same.
+/// Pages that the source has freed are part of its digest.
 #[test]
-fn memory_that_the_source_frees_comes_as_it_was() {
+fn checksums_cover_memory_freed_by_the_source() {
     let migrate = &["--checksum", "--release-ram"];
     flip_often(How { mib: 64, threads: 1, migrate, ..How::default() }, 9, 5 << 20);
 }
 
-/// A file that moves to a guest which touches nothing, so that every byte of control is known.
+/// A file that moves to an idle guest, so that every control byte is known.
 struct Still {
     scratch: Scratch,
     incoming: Umem,
@@ -103,7 +103,7 @@ impl Still {
         Still::start_of(scratch, 8, checked)
     }
 
-    /// For a source's file of so many MiB that is there already, or will be.
+    /// For a source's file of this many MiB, existing or to be created.
     fn start_of(scratch: Scratch, mib: u64, checked: bool) -> Still {
         let mib = mib.to_string();
         let ram = format!("ram0={}", scratch.ram("destination").display());
@@ -126,12 +126,12 @@ impl Still {
     }
 }
 
-/// Where everything comes before the switchover, and nothing changes on its way.
+/// All pages come before the switchover, and no bit changes in transit.
 #[test]
-fn digests_are_equal_without_postcopy_too() {
+fn digests_match_without_postcopy() {
     let mut still = Still::start();
     let plain = still.migrate(&[], &still.uri).fails();
-    assert!(plain.contains("checksums are asked for here: give --checksum"), "{plain}");
+    assert!(plain.contains("this side requires checksums: use --checksum there"), "{plain}");
     let mut migrate = still.migrate(&["--checksum"], &still.uri);
     let (source, destination) = (migrate.event("completed"), still.incoming.event("completed"));
     is_equal(&source, &destination);
@@ -139,7 +139,7 @@ fn digests_are_equal_without_postcopy_too() {
     migrate.succeeds();
 }
 
-/// Before the switchover a wrong checksum is the end of the migration, and the guest goes on at the source.
+/// Before the switchover a wrong checksum ends the migration, and the guest continues at the source.
 #[test]
 fn before_the_switchover_the_guest_stays() {
     let migrate = &["--checksum"];
@@ -155,16 +155,16 @@ fn before_the_switchover_the_guest_stays() {
     assert_eq!(qmp.execute("umem-verify", json!({}))["bad_pages"], 0);
 }
 
-/// A path that changes everything is not tried for ever, and the guest is not lost.
+/// A path that damages everything is not retried forever, and the guest is not lost.
 #[test]
-fn a_hopeless_path_is_given_a_rest() {
+fn path_with_persistent_corruption_is_paused() {
     let elsewhere = Scratch::new();
     let control: &'static str = elsewhere.path("control").display().to_string().leak();
     let incoming: &'static [&'static str] = vec!["--control", control].leak();
     let migrate = &["--checksum"];
     let how = How { mib: 16, threads: 1, migrate, incoming, ..How::default() };
     let mut moving = Move::switched(how);
-    // Hellos are shorter than that, and no run is.
+    // Hellos are shorter than that, and every run is longer.
     moving.cutter.flip_every(Some(3000));
     moving.cutter.let_pages_go();
     moving.incoming.event("checksum_error");
@@ -181,21 +181,21 @@ fn a_hopeless_path_is_given_a_rest() {
     assert!(destination["checksum_errors"].as_u64() >= Some(8), "{destination}");
 }
 
-/// What the destination says on its demand lane up to *running*, if its guest asks for nothing: a welcome,
-/// ready with the unit of one region, loaded, running. And once it has everything: one digest, complete.
+/// The destination's frames on its demand lane up to *running*, if its guest demands nothing: a welcome, ready with the
+/// unit of one region, loaded, running. And when it is complete: one digest, complete.
 const UNTIL_RUNNING: u64 = (HELLO_BYTES + (HEADER_BYTES + 1) + 2 * HEADER_BYTES) as u64;
 const COMPLETION: u64 = (HEADER_BYTES + 8 + HEADER_BYTES + 40) as u64;
 
-/// Whatever it was that went wrong, it does not go unnoticed.
+/// Damage of any origin is detected.
 #[test]
-fn memory_that_differs_at_the_end_is_told_by_both_sides() {
+fn both_sides_report_differing_digests() {
     let mut still = Still::start();
     let cutter = Cutter::to(&still.uri);
     cutter.limit_answers(Some(UNTIL_RUNNING));
     cutter.let_pages_go();
     let mut migrate = still.migrate(&["-p", "--checksum"], cutter.uri());
     cutter.wait_for_answers(UNTIL_RUNNING + COMPLETION);
-    // Everything has come. As if this page had come otherwise:
+    // All pages have arrived. A write stands for a damaged page:
     let file = std::fs::File::options().write(true).open(still.scratch.ram("source")).unwrap();
     file.write_all_at(b"another", 5 * 4096).unwrap();
     cutter.limit_answers(None);
@@ -207,7 +207,7 @@ fn memory_that_differs_at_the_end_is_told_by_both_sides() {
     assert!(migrate.fails().contains(damaged));
     let told = still.incoming.event("damaged");
     assert!(told["error"].as_str().unwrap().contains(damaged), "{told}");
-    // The guest runs on all the same, and at its end its umem's exit status says so.
+    // The guest keeps running, and at its end umem's exit status reports the damage.
     Qmp::connect(&still.scratch.path("guest.qmp")).quit();
     assert!(still.incoming.fails().contains(damaged));
 }

@@ -1,5 +1,5 @@
-//! A program that embeds umem and gives it connections: the other side may come at any time, and has no more than ten
-//! seconds from its first byte on.
+//! A program that embeds umem and gives it connections: the peer may connect at any time, and has ten seconds from its
+//! first byte on.
 
 mod support;
 
@@ -21,7 +21,7 @@ fn pairs(count: usize) -> (Vec<OwnedFd>, Vec<UnixStream>) {
     pairs.map(|(ours, theirs)| (OwnedFd::from(ours), theirs)).unzip()
 }
 
-/// Gives a destination so many connections, has `speak` say something at their other ends, and waits for its failure.
+/// Gives a destination this many connections, has `speak` send bytes at their other ends, and waits for its failure.
 fn destination(count: usize, speak: impl FnOnce(&mut [UnixStream])) -> String {
     let length = NonZeroUsize::new(BYTES).expect("some bytes");
     let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
@@ -30,7 +30,7 @@ fn destination(count: usize, speak: impl FnOnce(&mut [UnixStream])) -> String {
     let start = start.expect("memory");
     let (ours, mut theirs) = pairs(count);
     let mut setup = DestinationSetup::new();
-    // SAFETY: nobody touches it, and it is unmapped below, when the destination has been dropped.
+    // SAFETY: the mapping has no other user, and it is unmapped below, when the destination has been dropped.
     unsafe { setup.region("ram0", &Memory { start, bytes: BYTES as u64, file: None }) }
         .expect("a region");
     setup.connections(ours).expect("connected sockets");
@@ -44,12 +44,12 @@ fn destination(count: usize, speak: impl FnOnce(&mut [UnixStream])) -> String {
         }
     };
     drop(destination);
-    // SAFETY: mapped above, and nobody has it any more.
+    // SAFETY: mapped above, and without a user any more.
     unsafe { munmap(start, BYTES) }.expect("it was mapped");
     failed
 }
 
-/// The same of a source.
+/// The same for a source.
 fn source(count: usize, speak: impl FnOnce(&mut [UnixStream])) -> String {
     let file = std::fs::File::from(memfd_create(c"ram0", MFdFlags::empty()).expect("a memfd"));
     file.set_len(BYTES as u64).expect("room");
@@ -68,7 +68,7 @@ fn source(count: usize, speak: impl FnOnce(&mut [UnixStream])) -> String {
     }
 }
 
-/// The hello of a demand lane, of a session with so many bulk lanes.
+/// The hello of a demand lane, of a session with this many bulk lanes.
 fn hello(bulk_lanes: u16) -> [u8; HELLO_BYTES] {
     let hello = Hello {
         versions: PROTOCOL,
@@ -84,7 +84,7 @@ fn hello(bulk_lanes: u16) -> [u8; HELLO_BYTES] {
 }
 
 #[test]
-fn who_begins_to_speak_over_a_given_connection_has_no_more_than_ten_seconds() {
+fn given_connection_must_finish_its_hello_in_ten_seconds() {
     let one_byte = |ends: &mut [UnixStream]| ends[0].write_all(b"U").expect("it listens");
     let first_lane = |ends: &mut [UnixStream]| {
         ends[0].write_all(&hello(1)).expect("it listens");
@@ -100,7 +100,7 @@ fn who_begins_to_speak_over_a_given_connection_has_no_more_than_ten_seconds() {
         ];
         for failure in failures {
             let text = failure.join().expect("it fails");
-            let is_late = text.contains("has not said who it is within 10 s")
+            let is_late = text.contains("has not sent its hello within 10 s")
                 || text.contains("no welcome: timed out");
             assert!(is_late, "{text}");
         }

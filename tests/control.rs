@@ -1,4 +1,4 @@
-//! The control socket, and what it changes: `status`, `set`, `cancel`.
+//! The control socket, and its commands: `status`, `set`, `cancel`.
 
 mod support;
 
@@ -12,7 +12,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 use support::{Guests, Qmp, Scratch, Umem, wait_for};
 
-/// A connection to a control socket, greeted.
+/// A connection to a control socket, after the greeting.
 struct Control {
     stream: BufReader<UnixStream>,
 }
@@ -55,7 +55,7 @@ impl Control {
     }
 }
 
-/// `umem control`, which succeeds; what it prints.
+/// A successful `umem control`; returns its output.
 fn umem_control(socket: &Path, words: &[&str]) -> String {
     let mut command = Command::new(env!("CARGO_BIN_EXE_umem"));
     let output = command.arg("control").arg(socket).args(words).output().expect("umem starts");
@@ -72,10 +72,9 @@ fn end(scratch: &Scratch, guests: Guests) {
     guests.incoming.succeeds();
 }
 
-/// A limit that lets next to nothing through shows, and is lifted while pages move; nobody can give up then
-/// any more.
+/// A very low limit takes effect, and is lifted while pages move; the migration can no longer be cancelled then.
 #[test]
-fn the_limit_changes_while_pages_move() {
+fn bandwidth_limit_changes_during_a_move() {
     let scratch = Scratch::new();
     let (source, destination) = (scratch.path("migrate"), scratch.path("incoming"));
     let socket = destination.display().to_string();
@@ -113,9 +112,9 @@ fn the_limit_changes_while_pages_move() {
     assert!(is_gone(&destination));
 }
 
-/// A guest that reads all of its memory has each page on demand, however little may be sent beside them.
+/// A guest that reads all of its memory demands each page, however low the background's limit.
 #[test]
-fn demand_pages_do_not_wait_for_the_limit() {
+fn demand_pages_bypass_the_bandwidth_limit() {
     for lanes in [&["--lanes", "2"][..], &[]] {
         let scratch = Scratch::new();
         let mut guests = Guests::quiet(&scratch, &["--json"]);
@@ -137,9 +136,9 @@ fn demand_pages_do_not_wait_for_the_limit() {
     }
 }
 
-/// All lanes together, and the one connection that answers share with the background.
+/// All lanes together, and the single connection that answers share with the background.
 #[test]
-fn the_background_is_no_faster_than_its_limit() {
+fn background_stays_within_the_bandwidth_limit() {
     for lanes in [&["--lanes", "3"][..], &["--lanes", "1"]] {
         let limit_bytes_per_s = f64::from(8 << 20);
         let scratch = Scratch::new();
@@ -149,7 +148,7 @@ fn the_background_is_no_faster_than_its_limit() {
         let report = migrate.event("completed");
         let sent = report["pages_background"].as_f64().unwrap() * 4096.0;
         assert!(sent > f64::from(15 << 20), "{report}");
-        // What each lane may begin with, and the catching up of 5 ms.
+        // The initial allowance of each lane, and the catching up of 5 ms.
         let most =
             limit_bytes_per_s * (report["drain_s"].as_f64().unwrap() + 0.005) + 3.0 * 262_144.0;
         assert!(sent <= most, "{sent} > {most}: {report}");
@@ -160,7 +159,7 @@ fn the_background_is_no_faster_than_its_limit() {
 }
 
 #[test]
-fn one_connection_keeps_to_the_limit_too() {
+fn single_connection_stays_within_the_bandwidth_limit() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let limit = ["-p", "--json", "--max-postcopy-bandwidth", "8M"];
@@ -177,12 +176,12 @@ fn one_connection_keeps_to_the_limit_too() {
 }
 
 #[test]
-fn before_the_switchover_either_side_can_be_cancelled() {
+fn either_side_can_be_cancelled_before_the_switchover() {
     let scratch = Scratch::new();
     let socket = scratch.path("incoming");
     let mut guests =
         Guests::quiet(&scratch, &["--json", "--control", &socket.display().to_string()]);
-    // Somebody listens who never says anything.
+    // A client that stays silent.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("tcp:{}", listener.local_addr().unwrap());
     let control = scratch.path("migrate");
@@ -205,7 +204,7 @@ fn before_the_switchover_either_side_can_be_cancelled() {
 }
 
 #[test]
-fn the_socket_is_private_and_a_stale_one_is_replaced() {
+fn control_socket_is_private_and_replaces_a_stale_one() {
     let scratch = Scratch::new();
     let socket = scratch.path("control");
     let word = socket.display().to_string();
@@ -221,12 +220,12 @@ fn the_socket_is_private_and_a_stale_one_is_replaced() {
     assert!(!is_gone(&socket), "it is the first one's");
 
     first.incoming.kill();
-    assert!(!is_gone(&socket), "nobody was left to remove it");
+    assert!(!is_gone(&socket), "a killed umem has removed it");
     let second = Umem::start(others);
     Control::connect(&socket);
     drop(second);
 
-    // What is no socket is nobody's to remove.
+    // A file other than a socket is not removed.
     let file = scratch.path("file");
     std::fs::write(&file, "precious").unwrap();
     let word = file.display().to_string();
@@ -237,7 +236,7 @@ fn the_socket_is_private_and_a_stale_one_is_replaced() {
 }
 
 #[test]
-fn whoever_talks_nonsense_or_not_at_all_disturbs_nobody() {
+fn malformed_and_silent_control_clients_disturb_no_other() {
     let scratch = Scratch::new();
     let socket = scratch.path("control");
     let word = socket.display().to_string();
@@ -248,20 +247,20 @@ fn whoever_talks_nonsense_or_not_at_all_disturbs_nobody() {
     control.stream.get_mut().write_all(b"tus\"}\n\n[]\n").unwrap();
     assert_eq!(control.read()["return"]["role"], "destination");
     assert!(control.read()["error"]["desc"].is_string());
-    // A line without end.
+    // A line without a newline.
     let endless = vec![b'x'; 80 << 10];
     let _ = silent[0].stream.get_mut().write_all(&endless);
     let error = silent[0].read();
     assert!(error["error"]["desc"].as_str().unwrap().contains("bytes"), "{error}");
     assert_eq!(control.status()["phase"], "waiting for a source");
-    // The ninth has its turn when another one goes.
+    // The ninth client is served when another one leaves.
     drop(silent);
     Control::connect(&socket);
     drop(guests);
 }
 
 #[test]
-fn umem_control_says_what_is_wrong() {
+fn umem_control_reports_the_reason_of_a_failure() {
     let scratch = Scratch::new();
     let nobody = scratch.path("nobody").display().to_string();
     let error = Umem::start(["control", &nobody, "status"]).fails();
@@ -271,7 +270,7 @@ fn umem_control_says_what_is_wrong() {
     {
         Umem::start([&["control", &nobody], words].concat()).fails_as_misused();
     }
-    // Somebody else's socket.
+    // Another program's socket.
     let path = scratch.path("other");
     let listener = UnixListener::bind(&path).unwrap();
     let other = std::thread::spawn(move || {
@@ -283,9 +282,9 @@ fn umem_control_says_what_is_wrong() {
     other.join().unwrap();
 }
 
-/// A socket that is there already is looked at without waiting: nobody may ever accept there.
+/// An existing socket is probed without waiting: its owner may never accept.
 #[test]
-fn a_socket_whose_queue_is_full_is_in_use() {
+fn control_socket_with_a_full_queue_counts_as_in_use() {
     use nix::sys::socket::{
         AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
     };
@@ -307,9 +306,9 @@ fn a_socket_whose_queue_is_full_is_in_use() {
     assert!(error.contains("another process has it"), "{error}");
 }
 
-/// A socket's other end may be anybody: what it says is text, whatever it holds, and has to come in time.
+/// The peer of a socket may be any program: its text is escaped, whatever it contains, and has a time limit.
 #[test]
-fn what_a_stranger_says_is_no_command_to_a_terminal() {
+fn control_characters_from_a_peer_are_escaped() {
     let scratch = Scratch::new();
     let path = scratch.path("control");
     let listener = UnixListener::bind(&path).unwrap();
@@ -317,7 +316,7 @@ fn what_a_stranger_says_is_no_command_to_a_terminal() {
         let (mut stream, _) = listener.accept().unwrap();
         let said = "{\"umem\":{}}\n{\"error\":{\"desc\":\"\\u001b[2J\\u009bm\\ntwo\"}}\n";
         stream.write_all(said.as_bytes()).unwrap();
-        // Until it has read all of that.
+        // Until the client has read all of that.
         let mut lines = BufReader::new(stream);
         lines.read_line(&mut String::new()).unwrap();
     });
@@ -326,9 +325,9 @@ fn what_a_stranger_says_is_no_command_to_a_terminal() {
     liar.join().unwrap();
 }
 
-/// There is nobody to drop: whoever comes waits, and the thread that cannot accept does not run on and on.
+/// There is no connection to drop: new clients wait, and the thread that cannot accept does not spin.
 #[test]
-fn who_comes_while_there_are_no_descriptors_is_answered_once_there_are() {
+fn control_client_is_answered_when_descriptors_become_free() {
     let scratch = Scratch::new();
     let socket = scratch.path("control");
     let guests = Guests::quiet(&scratch, &["--json", "--control", socket.to_str().unwrap()]);
@@ -341,9 +340,9 @@ fn who_comes_while_there_are_no_descriptors_is_answered_once_there_are() {
     assert!(greeting.starts_with("{\"umem\":"), "{greeting}");
 }
 
-/// Clients that say nothing, half a line, or read no answer: whoever comes next is served.
+/// Clients that send nothing or half a line, or do not read answers: the next client is served.
 #[test]
-fn the_silent_keep_nobody_from_the_control_socket() {
+fn silent_clients_do_not_block_the_control_socket() {
     let scratch = Scratch::new();
     let socket = scratch.path("control");
     let guests = Guests::quiet(&scratch, &["--json", "--control", socket.to_str().unwrap()]);
@@ -356,7 +355,7 @@ fn the_silent_keep_nobody_from_the_control_socket() {
         })
         .collect();
     assert_eq!(Control::connect(&socket).status()["role"], "destination");
-    // One that floods it and reads nothing: it is read no more.
+    // A client that floods the socket and does not read: umem stops reading it.
     let mut deaf = UnixStream::connect(&socket).unwrap();
     deaf.set_nonblocking(true).unwrap();
     let many = b"{\"execute\":\"help\"}\n".repeat(1000);
@@ -369,7 +368,7 @@ fn the_silent_keep_nobody_from_the_control_socket() {
         refused += 1;
         assert_eq!(Control::connect(&socket).status()["role"], "destination");
     }
-    // One whose command never ends is cut off.
+    // A client whose command has no end is dropped.
     let mut endless = UnixStream::connect(&socket).unwrap();
     while endless.write_all(&[b'x'; 4096]).is_ok() {}
     assert_eq!(Control::connect(&socket).status()["role"], "destination");

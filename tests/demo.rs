@@ -1,4 +1,4 @@
-//! `umem demo`: the whole of umem with a guest of its own, which checks every page.
+//! `umem demo`: all of umem with a demo guest, which checks every page.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
 
@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use serde_json::Value;
 use support::HugePages;
 
-/// Runs the demo; on failure shows what it printed, the seed included.
+/// Runs the demo; on failure prints its output, the seed included.
 fn demo(arguments: &[&str]) -> Value {
     let output = umem(&[&["demo", "--json"], arguments].concat());
     let stdout = String::from_utf8_lossy(&output.stdout);
@@ -28,7 +28,7 @@ fn number(report: &Value, field: &str) -> u64 {
     report[field].as_u64().unwrap_or_else(|| panic!("{field} in {report}"))
 }
 
-/// What must hold for any move of a guest of `mib` MiB.
+/// The properties of any move of a guest of `mib` MiB.
 fn check(report: &Value, mib: u64) {
     assert_eq!(report["event"], "completed");
     assert_eq!(number(report, "verified_pages"), mib * 256);
@@ -52,7 +52,7 @@ fn check(report: &Value, mib: u64) {
 }
 
 #[test]
-fn a_guest_moves_and_every_page_is_right() {
+fn demo_moves_a_guest_and_every_page_is_right() {
     let report = demo(&["--size", "256"]);
     check(&report, 256);
     let faults = number(&report["fault_latency_us"], "count");
@@ -61,7 +61,7 @@ fn a_guest_moves_and_every_page_is_right() {
     assert_eq!(stages.len(), 3);
     for (name, stage) in stages {
         let count = number(stage, "count");
-        // Not those whose pages were on their way already.
+        // Without faults of pages that were in flight already.
         assert!(count > 0 && count <= faults, "{name}: {count} of {faults}");
         assert!(stage["p50"].as_f64() > Some(0.0), "{name}: {stage}");
     }
@@ -70,10 +70,9 @@ fn a_guest_moves_and_every_page_is_right() {
     assert!(number(&report, "writes") > 0);
 }
 
-/// Each call spares copies or questions, and none is needed. Private memory is of small pages here, so that long
-/// runs would go through a pipe.
+/// Each call only saves copies or queries. Private memory has small pages here, so long runs would go through a pipe.
 #[test]
-fn a_guest_moves_where_a_sandbox_forbids_system_calls_that_are_only_faster() {
+fn guest_moves_in_a_sandbox_without_optional_system_calls() {
     let faster = [
         libc::SYS_splice,
         libc::SYS_vmsplice,
@@ -85,7 +84,7 @@ fn a_guest_moves_where_a_sandbox_forbids_system_calls_that_are_only_faster() {
     for (index, forbidden) in each.chain([&faster[..]]).enumerate() {
         let errno = [libc::EPERM, libc::ENOSYS][index % 2];
         for kind in ["private", "shared"] {
-            // In the place of an end that would never come.
+            // Instead of an end that would never come.
             let mut command = Command::new("timeout");
             command.args(["-k", "10", "100", env!("CARGO_BIN_EXE_umem")]);
             command.args(["demo", "--json", "--size", "64", "--kind", kind]);
@@ -102,9 +101,9 @@ fn a_guest_moves_where_a_sandbox_forbids_system_calls_that_are_only_faster() {
     }
 }
 
-/// Private memory becomes the guest's own by an advice, or else page by page.
+/// Private memory is populated by one madvise, or else touched page by page.
 #[test]
-fn private_memory_is_touched_where_a_sandbox_forbids_to_populate_it() {
+fn private_memory_is_touched_in_a_sandbox_without_madv_populate() {
     let advice = (2, libc::MADV_POPULATE_WRITE.unsigned_abs());
     for errno in [libc::EPERM, libc::ENOSYS] {
         let mut command = Command::new("timeout");
@@ -119,10 +118,10 @@ fn private_memory_is_touched_where_a_sandbox_forbids_to_populate_it() {
     }
 }
 
-/// Complete blocks leave the userfaultfd one by one, so that the kernel maps them as a whole. Needs
-/// root, who may make a tmpfs with huge pages; the demo says what it has.
+/// Complete blocks leave the userfaultfd one by one, so the kernel maps them with huge pages. Needs root for a tmpfs
+/// with huge pages; the demo prints which memory it has.
 #[test]
-fn the_guest_that_arrived_maps_huge_pages() {
+fn arrived_guest_maps_huge_pages() {
     let output = umem(&["demo", "--json", "--size", "256"]);
     let stdout = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{stdout}");
@@ -132,14 +131,14 @@ fn the_guest_that_arrived_maps_huge_pages() {
 }
 
 #[test]
-fn several_lanes_carry_one_guest() {
+fn guest_moves_over_several_lanes() {
     let report = demo(&["--size", "192", "--lanes", "4", "--threads", "4"]);
     check(&report, 192);
     assert_eq!(number(&report, "lanes"), 4);
 }
 
 #[test]
-fn without_postcopy_nothing_is_waited_for() {
+fn guest_waits_for_no_page_without_postcopy() {
     let report = demo(&["--size", "64", "--stop-first"]);
     check(&report, 64);
     assert_eq!(number(&report, "pages_demand"), 0);
@@ -147,7 +146,7 @@ fn without_postcopy_nothing_is_waited_for() {
 }
 
 #[test]
-fn pages_that_went_while_the_guest_ran_are_right() {
+fn pages_sent_while_the_guest_ran_are_right() {
     for kind in ["shared", "private"] {
         let report = demo(&["--size", "64", "--precopy", "--kind", kind]);
         check(&report, 64);
@@ -156,21 +155,21 @@ fn pages_that_went_while_the_guest_ran_are_right() {
 }
 
 #[test]
-fn an_odd_size_and_a_guest_that_only_writes() {
+fn guest_of_odd_size_that_only_writes_moves() {
     let report = demo(&["--size", "33", "--write-percent", "100", "--threads", "3"]);
     check(&report, 33);
 }
 
 #[test]
-fn a_guest_of_zeroes_and_holes_crosses_without_bytes() {
+fn zero_pages_and_holes_are_sent_without_data() {
     let report = demo(&["--size", "64", "--zero-percent", "60", "--hole-percent", "40"]);
     check(&report, 64);
-    // What the source's guest wrote while it ran.
+    // The pages that the source's guest wrote while it ran.
     assert!(number(&report, "data_bytes") < 32 << 20, "{}", report["data_bytes"]);
 }
 
 #[test]
-fn the_same_seed_makes_the_same_memory() {
+fn same_seed_gives_the_same_memory() {
     let report = demo(&["--size", "16", "--seed", "42", "--write-percent", "0"]);
     check(&report, 16);
     let again = demo(&["--size", "16", "--seed", "42", "--write-percent", "0"]);
@@ -178,7 +177,7 @@ fn the_same_seed_makes_the_same_memory() {
 }
 
 #[test]
-fn private_memory_ends_as_the_guests_own() {
+fn private_memory_becomes_anonymous_to_the_guest() {
     for flags in ["0", "1"] {
         for more in [&["--size", "256"][..], &["--size", "65", "--lanes", "3", "--threads", "4"]] {
             let report = demo(&[&["--kind", "private", "--postcopy-flags", flags], more].concat());
@@ -191,7 +190,7 @@ fn private_memory_ends_as_the_guests_own() {
 }
 
 #[test]
-fn anonymous_memory_is_filled_from_its_first_touch() {
+fn anonymous_memory_is_filled_on_first_touch() {
     for more in [&["--size", "256"][..], &["--size", "65", "--lanes", "3", "--threads", "4"]] {
         let report = demo(&[&["--kind", "anonymous"], more].concat());
         check(&report, more[1].parse().unwrap());
@@ -202,9 +201,9 @@ fn anonymous_memory_is_filled_from_its_first_touch() {
     }
 }
 
-/// Each shard has a userfaultfd, and they are served side by side.
+/// Each shard has a userfaultfd, and they are served in parallel.
 #[test]
-fn anonymous_memory_may_come_in_shards() {
+fn anonymous_memory_is_handed_over_in_shards() {
     for (shards, lanes) in [("2", "1"), ("8", "3"), ("33", "2")] {
         let report = demo(
             &[
@@ -218,7 +217,7 @@ fn anonymous_memory_may_come_in_shards() {
 }
 
 #[test]
-fn anonymous_huge_pages_come_whole() {
+fn anonymous_huge_pages_arrive_whole() {
     let _room = HugePages::reserve(64);
     for more in [&[][..], &["--discard"], &["--shards", "4", "--discard", "--lanes", "2"]] {
         let arguments = ["--kind", "anonymous", "--huge", "--size", "128"];
@@ -229,9 +228,9 @@ fn anonymous_huge_pages_come_whole() {
     }
 }
 
-/// What the guest has given back reads as zeroes from then on, wherever the page was.
+/// Discarded pages read as zeroes from then on, whatever their state was.
 #[test]
-fn pages_that_the_guest_discards_stay_empty() {
+fn discarded_pages_stay_empty() {
     for kind in [
         &["--kind", "shared"][..],
         &["--kind", "shared", "--lanes", "3", "--write-percent", "70"],
@@ -248,7 +247,7 @@ fn pages_that_the_guest_discards_stay_empty() {
 }
 
 #[test]
-fn without_postcopy_every_kind_arrives() {
+fn every_memory_kind_arrives_without_postcopy() {
     for kind in ["private", "anonymous"] {
         let report = demo(&["--size", "64", "--stop-first", "--kind", kind]);
         check(&report, 64);
@@ -257,7 +256,7 @@ fn without_postcopy_every_kind_arrives() {
 }
 
 #[test]
-fn a_person_gets_a_summary() {
+fn demo_prints_a_summary() {
     let output = umem(&["demo", "--size", "16"]);
     assert!(output.status.success());
     let stdout = String::from_utf8_lossy(&output.stdout);
@@ -265,13 +264,13 @@ fn a_person_gets_a_summary() {
     assert!(stdout.contains("all 4096 pages are right"), "{stdout}");
 }
 
-/// A guest that waits, and one in anonymous memory, but for their RAM.
+/// A waiting guest, and one in anonymous memory, without their RAM.
 const GUEST: [&str; 6] = ["guest", "--incoming", "--qmp", "/q", "--size", "1"];
 const ANONYMOUS: [&str; 10] =
     ["guest", "--incoming", "--qmp", "/q", "--size", "1", "--kind", "anonymous", "--handoff", "/h"];
 
 #[test]
-fn wrong_command_lines_end_in_one_line_that_says_what_to_do() {
+fn wrong_command_line_gives_one_line_with_the_remedy() {
     for (arguments, hint) in [
         (&[][..], "--help"),
         (&["demo", "--size", "0"], "at least 1"),
@@ -312,7 +311,7 @@ fn wrong_command_lines_end_in_one_line_that_says_what_to_do() {
 }
 
 #[test]
-fn the_version_is_told_either_way() {
+fn version_is_printed_by_option_and_by_command() {
     let outputs = [umem(&["version"]), umem(&["--version"])];
     assert!(outputs.iter().all(|output| output.status.code() == Some(0)), "{outputs:?}");
     assert!(String::from_utf8_lossy(&outputs[0].stdout).contains(env!("CARGO_PKG_VERSION")));
@@ -320,7 +319,7 @@ fn the_version_is_told_either_way() {
 }
 
 #[test]
-fn help_teaches() {
+fn help_shows_examples() {
     for arguments in
         [&["--help"][..], &["demo", "--help"], &["incoming", "--help"], &["migrate", "--help"]]
     {

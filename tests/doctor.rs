@@ -1,5 +1,5 @@
-//! `umem doctor` on this kernel, for root, for a user who may do nothing, and under limits that are too
-//! small; and what umem does under those limits itself.
+//! `umem doctor` on this kernel, for root, for an unprivileged user, and under low limits; and umem's own behaviour
+//! under those limits.
 
 mod support;
 
@@ -12,12 +12,12 @@ use support::{Scratch, Umem};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
-/// A user without any capability but to read this repository, wherever it lies.
+/// A user whose only capability is to read this repository.
 const NOBODY: &str = "setpriv --reuid=65534 --regid=65534 --clear-groups \
                       --inh-caps=-all,+dac_read_search --ambient-caps=-all,+dac_read_search \
                       --bounding-set=-all,+dac_read_search";
 
-/// One run of it, with `--json`.
+/// One run with `--json`.
 struct Diagnosis {
     works: bool,
     checks: Vec<Value>,
@@ -29,7 +29,7 @@ impl Diagnosis {
         Diagnosis::after(wrapper, "true")
     }
 
-    /// The same in a shell in which `command` was typed before.
+    /// The same in a shell in which `command` was run before.
     fn after(wrapper: &str, command: &str) -> Diagnosis {
         let mut words: Vec<&str> = wrapper.split_ascii_whitespace().collect();
         let line = format!("{command} && exec {UMEM} doctor --json");
@@ -76,7 +76,7 @@ fn run(words: &[&str]) -> Output {
 }
 
 #[test]
-fn root_has_what_these_tests_need() {
+fn root_passes_every_check() {
     let diagnosis = Diagnosis::new("env");
     assert!(diagnosis.works);
     for name in ["kernel", "io_uring", "userfaultfd", "userfaultfd features", "open files"] {
@@ -91,7 +91,7 @@ fn root_has_what_these_tests_need() {
     assert_eq!(kernel, format!("Linux {}", String::from_utf8_lossy(&release).trim()));
 }
 
-/// Stands in for the C library's function, so that the kernel seems to have pages of 64 KiB.
+/// Replaces the C library's function, so that the kernel seems to have pages of 64 KiB.
 const LARGE_PAGES: &str = "
     #include <dlfcn.h>
     #include <unistd.h>
@@ -101,9 +101,9 @@ const LARGE_PAGES: &str = "
     }
 ";
 
-/// What has 4 KiB pages in mind would be wrong there: nothing is begun, and why is said.
+/// Code for 4 KiB pages would be wrong there: umem refuses to start and prints the reason.
 #[test]
-fn a_kernel_with_larger_pages_is_refused() {
+fn kernel_with_larger_pages_is_refused() {
     let moving = Move::new();
     let [code, object] = ["pages.c", "pages.so"].map(|name| moving.scratch.path(name));
     std::fs::write(&code, LARGE_PAGES).unwrap();
@@ -125,7 +125,7 @@ fn a_kernel_with_larger_pages_is_refused() {
 }
 
 #[test]
-fn a_person_reads_a_line_for_each_thing() {
+fn doctor_prints_one_line_a_check() {
     let diagnosis = Diagnosis::new("env");
     let text = String::from_utf8(run(&[UMEM, "doctor"]).stdout).unwrap();
     for check in &diagnosis.checks {
@@ -136,13 +136,13 @@ fn a_person_reads_a_line_for_each_thing() {
 }
 
 #[test]
-fn a_user_is_told_what_to_type() {
+fn unprivileged_user_gets_the_commands_to_type() {
     let nobody = Diagnosis::new(NOBODY);
     assert!(!nobody.works);
     assert_eq!(nobody.status("userfaultfd"), "missing");
     let remedy = nobody.remedy("userfaultfd");
     assert!(remedy.contains("setfacl -m u:nobody:rw /dev/userfaultfd"), "{remedy}");
-    assert_eq!(nobody.status("userfaultfd features"), "ok", "any user is told what there are");
+    assert_eq!(nobody.status("userfaultfd features"), "ok", "every user sees the features");
     assert_eq!(nobody.status("io_uring"), "ok");
 
     let remedy = nobody.remedy("real-time priority");
@@ -153,7 +153,7 @@ fn a_user_is_told_what_to_type() {
     assert_eq!(nice.status("real-time priority"), "ok");
     assert_eq!(nice.status("nice value"), "ok");
 
-    // Where the device is not there at all there is another remedy.
+    // Without the device the remedy is another.
     let remedy = nobody.remedy("idle cores");
     assert!(
         remedy.contains("setfacl -m u:nobody:w /dev/cpu_dma_latency")
@@ -162,9 +162,9 @@ fn a_user_is_told_what_to_type() {
     );
 }
 
-/// Typing what it says helps.
+/// The printed remedies help.
 #[test]
-fn limits_that_are_too_small_are_raised_by_their_remedy() {
+fn printed_remedies_raise_low_limits() {
     let none = Diagnosis::new(&format!("prlimit --memlock=0 {NOBODY}"));
     assert_ne!(none.status("locked memory"), "ok");
     let remedy = none.remedy("locked memory");
@@ -203,7 +203,7 @@ impl Move {
         self.scratch.ram(name)
     }
 
-    /// Listens on the loopback address; the value names the port.
+    /// Listens on the loopback address; returns the port.
     fn incoming(&self, wrapper: &str, lanes: &str) -> (Umem, String) {
         let ram = format!("ram0={}", self.ram("destination").display());
         let qmp = self.scratch.path("guest.qmp").display().to_string();
@@ -225,12 +225,12 @@ impl Move {
     }
 }
 
-/// Pages of a zero-copy send count as locked: where they may not be, they are copied.
+/// Pages of a zero-copy send count as locked: without the limit they are copied.
 #[test]
-fn without_locked_memory_pages_are_copied() {
+fn pages_are_copied_without_locked_memory() {
     let moving = Move::new();
     let (mut incoming, port) = moving.incoming("env", "1");
-    // Not known to be the loopback address, over which nothing is sent without a copy anyway.
+    // A path not known to be loopback, over which sends are always copied.
     let uri = format!("tcp:0.0.0.0:{port}");
     // Room for the rings, and for no send.
     let wrapper = format!("prlimit --memlock=131072 {NOBODY}");
@@ -243,14 +243,14 @@ fn without_locked_memory_pages_are_copied() {
     assert!(bytes("source") == bytes("destination"), "every byte is equal");
 }
 
-/// As an ordinary user, for whom the device is all that is opened: in every kind of memory the faults of
-/// system calls are served too, and every word is right.
+/// An unprivileged user with access to the device alone: in every kind of memory the faults of system calls are served
+/// too, and every word is right.
 #[test]
-fn a_user_who_may_open_the_device_needs_nothing_else() {
-    // A copy of the device, which nobody else on this machine sees.
+fn user_with_access_to_the_device_passes() {
+    // A copy of the device, visible only in this namespace.
     let device = "mount -t tmpfs none /mnt && cp -a /dev/userfaultfd /mnt/ && chmod 666 \
                   /mnt/userfaultfd && mount --bind /mnt/userfaultfd /dev/userfaultfd";
-    // A user of its own: locked memory is counted by user, and other tests have limits on it.
+    // A user of its own: locked memory is counted by user, and other tests limit it.
     let user = NOBODY.replace("65534", "65533");
     for kind in ["shared", "private", "anonymous"] {
         let demo = |prepare: &str| {
@@ -275,16 +275,16 @@ fn a_user_who_may_open_the_device_needs_nothing_else() {
     }
 }
 
-/// Before the guest is stopped, on either side; the source is told what the destination lacks.
+/// Before the guest is stopped, on either side; the source gets the destination's reason.
 #[test]
-fn lanes_beyond_the_limits_are_refused_early() {
+fn lanes_beyond_the_limits_are_refused_before_the_move() {
     let moving = Move::new();
     let nowhere = "tcp:127.0.0.1:1";
     let text = moving.migrate("prlimit --nofile=90:4096", "8", nowhere).fails();
     assert!(text.contains("8 bulk lane(s)") && text.contains("`ulimit -n 136`"), "{text}");
     let text = moving.migrate("prlimit --nofile=90:91", "8", nowhere).fails();
     assert!(text.contains("--nofile=136:136"), "{text}");
-    // As far as the connection.
+    // Up to the connection.
     let text = moving.migrate("prlimit --nofile=136", "8", nowhere).fails();
     assert!(text.contains("cannot connect"), "{text}");
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-/// Folders of the repository by which a name in a document is known as a path.
+/// Folders of the repository: a name in a document that begins with one is a path.
 const FOLDERS: [&str; 8] = ["src", "wire", "ring", "perf", "tests", "docs", "fuzz", ".ci"];
 
 #[test]
@@ -75,9 +75,9 @@ fn every_event_and_every_metric_is_listed_for_observers() {
     assert!(missing.is_empty(), "docs/observing.md lacks {missing:?}");
 }
 
-/// A package has all that README.md leads to in docs.
+/// The package has every page that README.md links to in docs.
 #[test]
-fn every_folder_of_documents_is_part_of_the_package() {
+fn every_document_folder_is_packaged() {
     let manifest = read(Path::new("Cargo.toml"));
     let folders: BTreeSet<PathBuf> = documents()
         .iter()
@@ -93,7 +93,7 @@ fn every_folder_of_documents_is_part_of_the_package() {
 }
 
 #[test]
-fn a_wrong_link_a_wrong_anchor_and_a_wrong_name_are_noticed() {
+fn wrong_link_anchor_and_name_are_reported() {
     let here = Path::new("docs/README.md");
     assert!(check_link(here, "../README.md#install").is_ok());
     assert!(check_link(here, "https://example.org/").is_ok());
@@ -123,7 +123,7 @@ fn read(path: &Path) -> String {
         .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// Every page in Markdown, by its path from the root; of tests only their own.
+/// Every page in Markdown, by its path from the root, without downloads of tests.
 fn documents() -> Vec<PathBuf> {
     let mut found = Vec::new();
     find(Path::new(""), false, "md", &mut found);
@@ -158,30 +158,30 @@ fn find(folder: &Path, is_deep: bool, extension: &str, found: &mut Vec<PathBuf>)
     }
 }
 
-/// The text without the blocks of code.
+/// The text without code blocks.
 fn paragraphs(text: &str) -> impl Iterator<Item = &str> {
     text.split("\n\n").filter(|paragraph| !paragraph.trim_start_matches('\n').starts_with("    "))
 }
 
-/// Where links lead.
+/// The targets of links.
 fn links(text: &str) -> Vec<&str> {
     let parts = paragraphs(text).flat_map(|paragraph| paragraph.split("](").skip(1));
     parts.filter_map(|part| part.split_once(')')).map(|(target, _)| target).collect()
 }
 
-/// What stands between backticks.
+/// The text between backticks.
 fn spans(text: &str) -> impl Iterator<Item = &str> {
     paragraphs(text).flat_map(|paragraph| paragraph.split('`').skip(1).step_by(2))
 }
 
-/// `src/{a,b}.rs` as two names, everything else as one.
+/// `src/{a,b}.rs` as two names, anything else as one.
 fn alternatives(span: &str) -> Vec<String> {
     let Some((before, rest)) = span.split_once('{') else { return vec![span.to_owned()] };
     let Some((list, after)) = rest.split_once('}') else { return vec![span.to_owned()] };
     list.split(',').map(|name| format!("{before}{name}{after}")).collect()
 }
 
-/// Whether a span is a path of the repository. What tests/run fetches is no part of it.
+/// Whether a span is a path of the repository. Files that tests/run fetches are not.
 fn is_path(span: &str) -> bool {
     let is_plain = span.bytes().all(|byte| is_of_name(byte) || b"./@-".contains(&byte));
     let folder = span.split_once('/').map(|(folder, _)| folder);
@@ -223,13 +223,13 @@ fn check_link(document: &Path, target: &str) -> Result<(), String> {
     }
 }
 
-/// The anchor of a heading, as the forges that show Markdown make it.
+/// The anchor of a heading, as forges generate it from Markdown.
 fn anchor(heading: &str) -> String {
     let kept = heading.chars().filter(|&c| c.is_alphanumeric() || c == ' ' || c == '-' || c == '_');
     kept.map(|c| if c == ' ' { '-' } else { c.to_ascii_lowercase() }).collect()
 }
 
-/// Names that the events of a migration have.
+/// The names of migration events.
 fn events_of_control(source: &str) -> Vec<String> {
     let arms = source.split("=> \"").skip(1).filter_map(|arm| arm.split_once('"'));
     arms.map(|(name, _)| name.to_owned()).collect()

@@ -1,5 +1,5 @@
-//! A guest that hands anonymous memory over to umem: one that umem starts, and one that somebody else
-//! has started, which outlives umem.
+//! A guest that hands anonymous memory over to umem: one that umem starts, and one started by another program, which
+//! outlives umem.
 
 mod support;
 
@@ -16,7 +16,7 @@ use support::{Qmp, Scratch, Umem, wait_for};
 const MIB: &str = "32";
 const PAGES: u64 = 32 * 256;
 
-/// The guest at the source, which runs.
+/// The running guest at the source.
 fn source_guest(scratch: &Scratch) -> Umem {
     let ram = format!("ram0={}", scratch.ram("source").display());
     let qmp = scratch.path("source.qmp").display().to_string();
@@ -25,7 +25,7 @@ fn source_guest(scratch: &Scratch) -> Umem {
     guest
 }
 
-/// What the guest at the destination is started with.
+/// The arguments of the guest at the destination.
 fn waiting_guest(scratch: &Scratch) -> Vec<String> {
     let (handoff, qmp) = (scratch.path("handoff"), scratch.path("destination.qmp"));
     let options = ["guest", "--incoming", "--kind", "anonymous", "--ram", "ram0", "--size", MIB];
@@ -35,7 +35,7 @@ fn waiting_guest(scratch: &Scratch) -> Vec<String> {
     words
 }
 
-/// `umem incoming` up to the URI, whose guest has a monitor.
+/// `umem incoming` up to its URI; its guest has a monitor.
 fn incoming(scratch: &Scratch) -> Vec<String> {
     let (handoff, qmp) = (scratch.path("handoff"), scratch.path("destination.qmp"));
     let mut words = vec!["incoming".to_owned(), "--json".into()];
@@ -54,7 +54,7 @@ fn migrate(scratch: &Scratch, uri: &str, more: &[&str]) -> Umem {
     Umem::start([&words, more].concat())
 }
 
-/// The guest's own verdict.
+/// The guest's verdict.
 fn check(qmp: &mut Qmp) {
     let verdict = qmp.execute("umem-verify", json!({}));
     assert_eq!(verdict["verified_pages"], PAGES, "{verdict}");
@@ -62,7 +62,7 @@ fn check(qmp: &mut Qmp) {
 }
 
 #[test]
-fn a_guest_that_somebody_else_has_started_outlives_umem() {
+fn guest_not_started_by_umem_outlives_umem() {
     let scratch = Scratch::new();
     let mut source = source_guest(&scratch);
     let mut incoming = Umem::start(incoming(&scratch));
@@ -84,9 +84,9 @@ fn a_guest_that_somebody_else_has_started_outlives_umem() {
     assert!(source.wait().success());
 }
 
-/// umem has given up before a guest came: nobody is left that would bring its pages.
+/// umem has given up before a guest connected: no process will bring its pages.
 #[test]
-fn a_guest_that_waits_in_vain_ends() {
+fn waiting_guest_ends_when_its_umem_exits() {
     let scratch = Scratch::new();
     let mut umem = Umem::start(incoming(&scratch));
     uri(&mut umem);
@@ -96,7 +96,7 @@ fn a_guest_that_waits_in_vain_ends() {
     assert!(umem.fails().contains("interrupted"));
     assert!(!guest.wait().success());
 
-    // One that umem has started, and a umem that cannot end it any more.
+    // A guest that umem has started, and a killed umem.
     let mut words = incoming(&scratch);
     words.extend(["--".into(), env!("CARGO_BIN_EXE_umem").into()]);
     words.extend(waiting_guest(&scratch));
@@ -106,9 +106,9 @@ fn a_guest_that_waits_in_vain_ends() {
     scratch.wait_until_gone("guest --incoming");
 }
 
-/// The guest may have run here, so that it stays; what is missing is waited for, and not zeroes.
+/// The guest may have run here, so it stays; its missing pages block and do not read as zeroes.
 #[test]
-fn a_guest_whose_daemon_dies_after_the_switchover_waits() {
+fn guest_waits_when_its_umem_dies_after_the_switchover() {
     let scratch = Scratch::new();
     let _source = source_guest(&scratch);
     let mut incoming = Umem::start(incoming(&scratch));
@@ -126,13 +126,13 @@ fn a_guest_whose_daemon_dies_after_the_switchover_waits() {
     migrate.signal(Signal::SIGINT);
     assert_eq!(migrate.wait().code(), Some(1));
     assert!(migrate.stderr().contains("do not start it here again"));
-    // Both of its vCPUs come upon a page that is missing.
+    // Both of its vCPUs touch a missing page.
     wait_for("every vCPU to wait", || (waiting_threads(guest.pid()) == 2).then_some(()));
     assert!(guest.is_running());
     assert_eq!(guest.stderr(), "");
 }
 
-/// Threads that wait in a page fault that a userfaultfd has caught.
+/// Threads that wait in a page fault of a userfaultfd.
 fn waiting_threads(pid: u32) -> usize {
     let tasks = std::fs::read_dir(Path::new("/proc").join(pid.to_string()).join("task"));
     let waits = |task: &std::fs::DirEntry| {
@@ -143,7 +143,7 @@ fn waiting_threads(pid: u32) -> usize {
 }
 
 #[test]
-fn a_guest_that_dies_before_anybody_comes_leaves_the_source_running() {
+fn guest_death_before_the_handover_leaves_the_source_running() {
     let scratch = Scratch::new();
     let _source = source_guest(&scratch);
     let mut incoming = Umem::start(incoming(&scratch));
@@ -157,10 +157,10 @@ fn a_guest_that_dies_before_anybody_comes_leaves_the_source_running() {
     assert_eq!(Qmp::connect(&scratch.path("source.qmp")).status(), "running");
 }
 
-/// Who connects and says nothing, half of something, no end of it, or sends descriptors and no message, does not keep
-/// the guest's process from the hand-over socket, and does not end umem.
+/// A client that sends nothing, half a message, an endless message, or descriptors without a message does not block the
+/// hand-over socket for the guest's process, and does not end umem.
 #[test]
-fn strangers_at_the_hand_over_socket_keep_no_guest_from_it() {
+fn foreign_clients_do_not_block_the_handover_socket() {
     let scratch = Scratch::new();
     let mut source = source_guest(&scratch);
     let mut incoming = Umem::start(incoming(&scratch));
@@ -170,12 +170,12 @@ fn strangers_at_the_hand_over_socket_keep_no_guest_from_it() {
     let mut half = UnixStream::connect(&socket).unwrap();
     half.write_all(b"[{\"size\":4096,").unwrap();
     let mut endless = UnixStream::connect(&socket).unwrap();
-    // Until it is not listened to any more, as with the next two.
+    // Until umem stops reading it, as with the next two.
     while endless.write_all(&[b' '; 4096]).is_ok() {}
     let file = std::fs::File::open("/dev/null").unwrap();
     let blank = [IoSlice::new(b" ")];
     let flags = MsgFlags::MSG_NOSIGNAL;
-    // As many as a guest's process sends, and as many as there can be.
+    // As many descriptors as a guest's process sends, and as many as possible.
     for count in [16, 253] {
         let giver = UnixStream::connect(&socket).unwrap();
         let fds = vec![file.as_raw_fd(); count];

@@ -1,4 +1,4 @@
-//! What a package installs: manual pages, completions, units. And that SECURITY.md's promises are held.
+//! The files that a package installs: manual pages, completions, units. And SECURITY.md's promises name tests.
 
 mod support;
 
@@ -16,7 +16,7 @@ fn umem(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).expect("text")
 }
 
-/// The program with `input`; nothing where this machine has no such program.
+/// Runs the program with `input`; None if this machine lacks the program.
 fn feed(program: &str, arguments: &[&str], input: &str) -> Option<Output> {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -29,7 +29,7 @@ fn feed(program: &str, arguments: &[&str], input: &str) -> Option<Output> {
     };
     let mut stdin = child.stdin.take().expect("a pipe");
     let bytes = input.to_owned().into_bytes();
-    // A program that answers before it has read everything must not wait for us.
+    // A program that answers before it has read everything must not wait for this one.
     let writer = std::thread::spawn(move || {
         let _ = stdin.write_all(&bytes);
     });
@@ -67,7 +67,7 @@ fn options(command: &str) -> Vec<String> {
 }
 
 #[test]
-fn every_option_is_in_the_manual_and_in_the_completions() {
+fn every_option_is_in_manual_and_completions() {
     let [bash, zsh, fish] = ["bash", "zsh", "fish"].map(|shell| umem(&["completions", shell]));
     let overview = umem(&["man"]);
     let mut count = 0;
@@ -90,7 +90,7 @@ fn every_option_is_in_the_manual_and_in_the_completions() {
     assert!(count > 40, "{count} options");
 }
 
-/// What bash offers for the last of the words.
+/// bash's completions of the last word.
 fn bash_completes(script: &str, words: &[&str]) -> Vec<String> {
     let last = words.len() - 1;
     let quoted: Vec<String> = words.iter().map(|word| format!("'{word}'")).collect();
@@ -105,7 +105,7 @@ fn bash_completes(script: &str, words: &[&str]) -> Vec<String> {
 }
 
 #[test]
-fn bash_completes_what_has_been_begun() {
+fn bash_completes_a_started_word() {
     let script = umem(&["completions", "bash"]);
     let of = |words: &[&str]| bash_completes(&script, words);
     assert_eq!(of(&["umem", "mig"]), ["migrate"]);
@@ -117,7 +117,7 @@ fn bash_completes_what_has_been_begun() {
 }
 
 #[test]
-fn the_other_shells_can_read_theirs() {
+fn zsh_and_fish_parse_their_completions() {
     for shell in ["zsh", "fish"] {
         let script = umem(&["completions", shell]);
         if let Some(output) = feed(shell, &["-n", "/dev/stdin"], &script) {
@@ -130,7 +130,7 @@ fn the_other_shells_can_read_theirs() {
 }
 
 #[test]
-fn pages_are_set_without_a_warning() {
+fn manual_pages_format_without_warnings() {
     let wrong = Command::new(UMEM).args(["man", "nonsense"]).output().unwrap();
     assert_eq!(wrong.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong.stderr).contains("migrate"));
@@ -151,9 +151,9 @@ fn pages_are_set_without_a_warning() {
     }
 }
 
-/// As systemd reads them, with this umem in the place of the installed one.
+/// As systemd reads them, with this umem in place of the installed one.
 #[test]
-fn systemd_understands_the_units() {
+fn systemd_verifies_the_units() {
     let scratch = Scratch::new();
     let units = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/programs/install");
     let [service, socket] = ["service", "socket"].map(|kind| {
@@ -168,8 +168,8 @@ fn systemd_understands_the_units() {
     }
 }
 
-/// Every bullet and every row of a table in SECURITY.md is a promise, except in its last section, and ends
-/// with the tests that hold it: `[FILE: TEST, MODULE::TEST; FILE: TEST]`.
+/// Every bullet and every row of a table in SECURITY.md is a promise, except in its last section, and ends with the
+/// tests that hold it: `[FILE: TEST, MODULE::TEST; FILE: TEST]`.
 #[test]
 fn every_promise_names_tests_that_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -197,7 +197,7 @@ fn every_promise_names_tests_that_exist() {
 }
 
 #[test]
-fn a_promise_without_its_test_is_noticed() {
+fn promise_without_a_test_is_reported() {
     let text = "Words.\n\n| head |\n|---|\n| row [tests/a.rs: one] |\n\n- a [link](x) and\n  \
                 more [tests/a.rs: one,\n  two; wire/b.rs: three]\n- nothing\n\nMore words.\n";
     let promises = promises_in(text);
@@ -245,7 +245,7 @@ fn tests_named_in(promise: &str) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Where a test may be: in the file itself or, as `MODULE::TEST`, in the module's own.
+/// The places of a test: the file itself or, as `MODULE::TEST`, the module's own file.
 fn places_of(root: &Path, file: &str, name: &str) -> Vec<PathBuf> {
     let file = root.join(file);
     let Some((module, _)) = name.split_once("::") else { return vec![file] };
@@ -253,7 +253,7 @@ fn places_of(root: &Path, file: &str, name: &str) -> Vec<PathBuf> {
     vec![file.with_extension("").join(&module), file.with_file_name(&module), file]
 }
 
-/// Whether it has a test of this name, and one that runs.
+/// Whether it has a test of this name that is not ignored.
 fn has_test(source: &str, name: &str) -> bool {
     let lines: Vec<&str> = source.lines().map(str::trim).collect();
     let head = format!("fn {name}(");

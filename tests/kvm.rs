@@ -1,5 +1,5 @@
-//! Moves the memory of a KVM guest of our own (`tests/kvm-guest`), which checks and writes every word
-//! of it. All of its faults come from the kernel.
+//! Moves the memory of a KVM guest (`tests/kvm-guest`), which checks and writes every word of it. All of its faults
+//! come from the kernel.
 
 mod support;
 
@@ -9,7 +9,7 @@ use std::process::Command;
 use serde_json::Value;
 use support::{Fifo, Scratch, Umem};
 
-/// A guest and the memory that it is to find.
+/// A guest and its expected memory.
 #[derive(Clone, Copy)]
 struct Guest {
     mib: u64,
@@ -18,7 +18,7 @@ struct Guest {
     memory: Memory,
 }
 
-/// What the guest's memory is made of, at the destination.
+/// The kind of the guest's memory at the destination.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Memory {
     SharedFile,
@@ -26,7 +26,7 @@ enum Memory {
 }
 
 impl Memory {
-    /// What umem and the guest's program are told of it.
+    /// The arguments of umem and of the guest's program.
     fn options<'a>(
         self,
         ram: &'a str,
@@ -48,7 +48,7 @@ impl Guest {
     }
 }
 
-/// What everybody said at the end.
+/// The results of all processes.
 struct Moved {
     source: Value,
     destination: Value,
@@ -58,7 +58,7 @@ struct Moved {
 }
 
 impl Moved {
-    /// What must hold for any guest that finds the memory it expects.
+    /// The properties of any guest that finds its expected memory.
     fn check(&self, guest: Guest) {
         assert_eq!(self.guest["wrong_first"], 0, "as the source had it: {}", self.guest);
         assert_eq!(self.guest["wrong_second"], 0, "as the guest wrote it: {}", self.guest);
@@ -77,7 +77,7 @@ impl Moved {
     }
 }
 
-/// Moves a guest's memory from a file, where `filled` describes it, under the running `guest`.
+/// Moves a guest's memory from a file, which `filled` describes, under the running `guest`.
 fn migrate(filled: Guest, guest: Guest, options: &[&str]) -> Moved {
     assert!(
         Path::new("/dev/kvm").exists(),
@@ -92,7 +92,7 @@ fn migrate(filled: Guest, guest: Guest, options: &[&str]) -> Moved {
     let status = Command::new(&program).args(fill).arg(&source).status().expect("it starts");
     assert!(status.success(), "{status}");
 
-    // The guest waits before it ends, so that what is said comes in a known order.
+    // The guest waits before it ends, so that the messages come in a known order.
     let until = Fifo::new(scratch.path("until"));
     let destination = scratch.ram("destination").display().to_string();
     let handoff = scratch.path("handoff").display().to_string();
@@ -130,13 +130,13 @@ fn number(report: &Value, field: &str) -> u64 {
 }
 
 #[test]
-fn a_kvm_guest_finds_every_word_right() {
+fn kvm_guest_finds_every_word_right() {
     let guest = Guest { mib: 256, ..GUEST };
     migrate(guest, guest, &[]).check(guest);
 }
 
 #[test]
-fn two_lanes_and_four_vcpus() {
+fn kvm_guest_moves_over_two_lanes_with_four_vcpus() {
     let guest = Guest { mib: 128, seed: "2", options: &["--vcpus", "4"], ..GUEST };
     let moved = migrate(guest, guest, &["--lanes", "2"]);
     moved.check(guest);
@@ -144,7 +144,7 @@ fn two_lanes_and_four_vcpus() {
 }
 
 #[test]
-fn without_background_the_guest_brings_every_page_itself() {
+fn kvm_guest_demands_every_page_without_background() {
     let moved = migrate(GUEST, GUEST, &["-n"]);
     moved.check(GUEST);
     assert_eq!(number(&moved.destination, "pages_background"), 0);
@@ -152,7 +152,7 @@ fn without_background_the_guest_brings_every_page_itself() {
 }
 
 #[test]
-fn faults_may_be_left_to_the_kernels_workers() {
+fn kvm_guest_moves_with_asynchronous_page_faults() {
     let guest = Guest { seed: "3", options: &["--async-faults"], ..GUEST };
     migrate(guest, guest, &["-n"]).check(guest);
     migrate(guest, guest, &[]).check(guest);
@@ -160,7 +160,7 @@ fn faults_may_be_left_to_the_kernels_workers() {
 
 /// KVM's faults wait for UFFDIO_COPY as they do for UFFDIO_CONTINUE.
 #[test]
-fn anonymous_memory_is_filled_under_a_kvm_guest() {
+fn anonymous_memory_is_filled_under_a_running_kvm_guest() {
     let guest = Guest { mib: 128, seed: "6", memory: Memory::Anonymous, ..GUEST };
     let moved = migrate(guest, guest, &["--lanes", "2"]);
     moved.check(guest);
@@ -168,7 +168,7 @@ fn anonymous_memory_is_filled_under_a_kvm_guest() {
 }
 
 #[test]
-fn a_kvm_guest_brings_every_page_of_anonymous_memory_itself() {
+fn kvm_guest_demands_every_page_of_anonymous_memory() {
     for options in [&[][..], &["--async-faults", "--vcpus", "4"]] {
         let guest = Guest { options, memory: Memory::Anonymous, ..GUEST };
         let moved = migrate(guest, guest, &["-n"]);
@@ -178,16 +178,16 @@ fn a_kvm_guest_brings_every_page_of_anonymous_memory_itself() {
 }
 
 #[test]
-fn a_guest_that_finds_other_memory_says_so() {
+fn kvm_guest_reports_wrong_memory() {
     let moved = migrate(Guest { seed: "4", ..GUEST }, Guest { seed: "5", ..GUEST }, &[]);
     assert_eq!(number(&moved.guest, "wrong_first"), number(&moved.destination, "data_bytes") / 4);
     assert_eq!(moved.guest["wrong_second"], 0);
     assert_eq!(moved.status, Some(1), "the guest's exit status is that of umem incoming");
 }
 
-/// The guest ends as soon as it has its last page, at any moment of what is said about it.
+/// The guest ends as soon as it has its last page, at any point of the completion.
 #[test]
-fn a_guest_may_end_as_soon_as_it_has_its_last_page() {
+fn kvm_guest_may_exit_right_after_its_last_page() {
     for memory in [Memory::SharedFile, Memory::Anonymous].repeat(20) {
         let scratch = Scratch::new();
         let source = scratch.ram("source");

@@ -1,4 +1,4 @@
-//! `--metrics`: what Prometheus is told.
+//! `--metrics`: the metrics for Prometheus.
 
 mod support;
 
@@ -9,7 +9,7 @@ use std::net::TcpStream;
 use serde_json::{Value, json};
 use support::{Guests, Qmp, Scratch, Umem};
 
-/// The answer to one request: its head and its body.
+/// The response to one request: its head and its body.
 fn request(address: &str, request: &str) -> (String, String) {
     let mut stream = TcpStream::connect(address).expect("it listens");
     stream.write_all(request.as_bytes()).expect("it reads");
@@ -27,11 +27,11 @@ fn scrape(address: &str) -> Metrics {
     Metrics::parse(&body)
 }
 
-/// Values by name and labels as they are written.
+/// Values by name and labels as written.
 struct Metrics(HashMap<String, f64>);
 
 impl Metrics {
-    /// The text format, strictly: each metric's HELP and TYPE, then its samples, each once.
+    /// Parses the text format strictly: each metric's HELP and TYPE, then its samples, each once.
     fn parse(text: &str) -> Metrics {
         assert!(text.ends_with('\n'), "the last line ends");
         let (mut values, mut families) = (HashMap::new(), HashSet::new());
@@ -77,7 +77,7 @@ impl Metrics {
     }
 }
 
-/// Where it serves, from its event.
+/// Its address, from its event.
 fn address(umem: &mut Umem) -> String {
     let event = umem.event("metrics");
     let url = event["url"].as_str().expect("an address");
@@ -86,7 +86,7 @@ fn address(umem: &mut Umem) -> String {
 }
 
 #[test]
-fn both_sides_tell_prometheus_what_their_reports_say() {
+fn metrics_of_both_sides_match_their_reports() {
     let scratch = Scratch::new();
     let mut guests = Guests::with_metrics(&scratch);
     let destination = guests.metrics.clone().expect("it serves");
@@ -94,7 +94,7 @@ fn both_sides_tell_prometheus_what_their_reports_say() {
     let before = scrape(&destination);
     assert_eq!(before.get("umem_phase{phase=\"waiting for a source\"}"), 1.0);
     assert_eq!(before.get("umem_guest_bytes"), 0.0);
-    // Next to nothing comes before the guest asks for it.
+    // Very few pages come before the guest demands them.
     let limit = ["--max-postcopy-bandwidth", "1000"];
     let mut migrate =
         guests.migrate(&[&["-p", "--json", "--metrics", "127.0.0.1:0"][..], &limit].concat());
@@ -148,12 +148,12 @@ fn check(metrics: &Metrics, report: &Value) {
     buckets.sort_by(|one, other| one.0.total_cmp(&other.0));
     assert!(buckets.windows(2).all(|pair| pair[0].1 <= pair[1].1), "{buckets:?}");
     assert_eq!(buckets.last(), Some(&(f64::INFINITY, count)));
-    assert_eq!(metrics.get("umem_faults_waiting"), 0.0, "nobody waits any more");
+    assert_eq!(metrics.get("umem_faults_waiting"), 0.0, "no fault waits any more");
     assert!(metrics.get("umem_cpu_seconds_total{mode=\"user\"}") >= 0.0);
 }
 
 #[test]
-fn whoever_asks_wrongly_is_told_and_whoever_is_silent_is_cut_off() {
+fn bad_metrics_request_gets_an_error_and_silent_client_is_dropped() {
     let scratch = Scratch::new();
     let guests = Guests::with_metrics(&scratch);
     let address = guests.metrics.clone().expect("it serves");
@@ -164,7 +164,7 @@ fn whoever_asks_wrongly_is_told_and_whoever_is_silent_is_cut_off() {
     assert!(status("nonsense\r\n\r\n").contains(" 405 "));
     let mut silent = TcpStream::connect(&address).unwrap();
     let mut endless = TcpStream::connect(&address).unwrap();
-    // More than is ever read; at the end it may be reset.
+    // More than umem reads; at the end the connection may be reset.
     let _ = endless.write_all(&[b'x'; 64 << 10]);
     scrape(&address);
     let mut nothing = Vec::new();
@@ -173,7 +173,7 @@ fn whoever_asks_wrongly_is_told_and_whoever_is_silent_is_cut_off() {
 }
 
 #[test]
-fn an_address_that_is_taken_is_refused_at_once() {
+fn metrics_address_in_use_is_refused_at_start() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let error =
@@ -183,9 +183,9 @@ fn an_address_that_is_taken_is_refused_at_once() {
         .fails_as_misused();
 }
 
-/// There is nobody to drop: whoever asks waits, and the thread that cannot accept does not run on and on.
+/// There is no connection to drop: new clients wait, and the thread that cannot accept does not spin.
 #[test]
-fn who_asks_for_metrics_while_there_are_no_descriptors_is_answered_once_there_are() {
+fn metrics_client_is_answered_when_descriptors_become_free() {
     let scratch = Scratch::new();
     let guests = Guests::with_metrics(&scratch);
     let address = guests.metrics.clone().unwrap();
@@ -199,9 +199,10 @@ fn who_asks_for_metrics_while_there_are_no_descriptors_is_answered_once_there_ar
     assert!(answer.starts_with("HTTP/1.0 200 "), "{answer}");
 }
 
-/// Clients that ask nothing, ask half, or do not read: others are answered meanwhile, and there are never many.
+/// Clients that send nothing or half a request, or do not read: others are answered meanwhile, and their number is
+/// bounded.
 #[test]
-fn the_silent_keep_nobody_from_metrics() {
+fn silent_clients_do_not_block_metrics() {
     let scratch = Scratch::new();
     let guests = Guests::with_metrics(&scratch);
     let address = guests.metrics.clone().unwrap();
@@ -226,7 +227,7 @@ fn the_silent_keep_nobody_from_metrics() {
             "it was answered after others had their time"
         );
     }
-    // Of a crowd the oldest go; the last is answered all the same.
+    // Of many clients the oldest are dropped; the last one is answered.
     let mut crowd: Vec<_> = (0..100).map(|_| connect(b"")).collect();
     scrape(&address);
     assert_eq!(silent[0].read(&mut [0; 1]).unwrap_or(0), 0, "the oldest has gone");

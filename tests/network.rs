@@ -1,7 +1,7 @@
-//! A guest that moves between two hosts of their own network, which goes dark, loses connections, or is
-//! not the only one.
+//! A guest that moves between two hosts of a private network, which goes dark, loses connections, or carries other
+//! traffic.
 //!
-//! `UMEM_MOVES`, `UMEM_MIB` and `UMEM_KILLS` make more of the test that has the kernel destroy connections:
+//! `UMEM_MOVES`, `UMEM_MIB` and `UMEM_KILLS` extend the test in which the kernel destroys connections:
 //!
 //! ```sh
 //! UMEM_MOVES=50 UMEM_MIB=2048 tests/run --test network destroys --no-capture
@@ -24,7 +24,7 @@ use umem_wire::{Capabilities, Hello, LaneRole, PROTOCOL, SessionId};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
-/// A guest that checks its own memory, on its way from one host to the other.
+/// A guest that checks its own memory and moves from one host to the other.
 struct Move {
     scratch: Scratch,
     network: Network,
@@ -41,7 +41,7 @@ enum Secured {
 }
 
 impl Move {
-    /// Up to the guest running at the destination, with more arguments for `umem migrate`.
+    /// Up to the guest running at the destination, with further arguments for `umem migrate`.
     fn switched(mib: u64, secured: Secured, more: &[&str]) -> Move {
         let (scratch, network) = (Scratch::new(), Network::new());
         let security = match secured {
@@ -89,7 +89,7 @@ impl Move {
         Move { scratch, network, guest, incoming, migrate, mib }
     }
 
-    /// Waits until so many bytes more have left the source's host, or umem has ended there.
+    /// Waits until this many more bytes have left the source's host, or umem has ended there.
     fn wait_for_bytes(&mut self, more: u64) {
         let host = self.network.source();
         let bytes = host.bytes_sent() + more;
@@ -98,7 +98,7 @@ impl Move {
         });
     }
 
-    /// `umem control` at one of the two sides, and what it prints.
+    /// `umem control` at one of the two sides; returns its output.
     fn control(&self, side: &str, words: &[&str]) -> String {
         let socket: PathBuf = self.scratch.path(&format!("{side}.control"));
         let output = Command::new(UMEM).arg("control").arg(socket).args(words).output().unwrap();
@@ -134,24 +134,24 @@ impl Move {
     }
 }
 
-/// Slow enough for the test to be there before everything is.
+/// Slow enough that the test acts before the move is complete.
 const LIMIT: [&str; 2] = ["--max-postcopy-bandwidth", "32M"];
 
-/// Packets vanish and nobody is told: both sides find out by themselves, and go on when there is a way.
+/// Packets vanish without an error: both sides detect that, and continue when there is a path again.
 #[test]
-fn silence_is_noticed_by_both_sides() {
+fn both_sides_detect_a_silent_link() {
     goes_dark(Secured::Not, Network::darken, Network::lighten);
 }
 
-/// Where pumps stand between the connections and the lanes, too.
+/// The same with TLS pumps between the connections and the lanes.
 #[test]
-fn silence_is_noticed_behind_tls() {
+fn both_sides_detect_a_silent_link_behind_tls() {
     goes_dark(Secured::Tls, Network::darken, Network::lighten);
 }
 
-/// The source's own link is down: whatever it sends fails at once, which is no reason to give up.
+/// The source's own link is down: every send fails at once, and the source keeps trying.
 #[test]
-fn a_link_that_is_down_is_waited_for() {
+fn move_resumes_when_a_link_comes_back() {
     goes_dark(Secured::Not, Network::unplug, Network::plug_in);
 }
 
@@ -170,9 +170,9 @@ fn goes_dark(secured: Secured, darken: fn(&Network), lighten: fn(&Network)) {
     }
 }
 
-/// By hand, at either side, to the same address and to another one.
+/// Manually, at either side, to the same address and to another one.
 #[test]
-fn a_move_is_paused_and_goes_on_at_another_address() {
+fn paused_move_resumes_at_another_address() {
     let mut moving = Move::switched(64, Secured::Not, &LIMIT);
     moving.control("source", &["pause"]);
     assert_eq!(moving.migrate.event("paused")["reason"], "paused by hand");
@@ -190,7 +190,7 @@ fn a_move_is_paused_and_goes_on_at_another_address() {
     moving.control("destination", &["resume"]);
     moving.both("resumed");
 
-    // The first network is never there again.
+    // The first network stays down.
     moving.control("source", &["pause"]);
     moving.migrate.event("paused");
     moving.incoming.event("recovering");
@@ -212,13 +212,13 @@ fn a_move_is_paused_and_goes_on_at_another_address() {
     }
 }
 
-/// A resolver that does not answer keeps nobody who wants to leave.
+/// A resolver that does not answer does not delay an interrupt.
 #[test]
-fn a_name_that_is_looked_up_can_be_interrupted() {
+fn name_lookup_can_be_interrupted() {
     let (scratch, network) = (Scratch::new(), Network::new());
     let (ram, resolver) = (scratch.ram("source"), scratch.path("resolv.conf"));
     std::fs::write(&ram, [1; 4096]).unwrap();
-    // Nothing gets there, and nobody says so.
+    // Packets to it vanish without an error.
     std::fs::write(&resolver, "nameserver 10.213.2.1\n").unwrap();
     network.darken();
     let prepare =
@@ -233,14 +233,13 @@ fn a_name_that_is_looked_up_can_be_interrupted() {
     assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
 }
 
-/// As little as it keeps who has pages to serve from doing so: the name of a resume by hand is looked up
-/// beside that.
+/// Nor does it delay serving pages: the name of a manual resume is looked up in parallel.
 #[test]
-fn a_name_of_a_resume_by_hand_holds_nobody_up() {
+fn name_lookup_of_a_manual_resume_blocks_no_other_work() {
     const PAGES: u64 = 256;
     let scratch = Scratch::new();
     let path = |name: &str| scratch.path(name).display().to_string();
-    // It hears questions, and answers none.
+    // A resolver that receives questions and does not answer.
     let _resolver = UdpSocket::bind("127.0.0.153:53").unwrap();
     let configuration = path("resolv.conf");
     std::fs::write(&configuration, "nameserver 127.0.0.153\noptions timeout:30 attempts:5\n")
@@ -290,24 +289,23 @@ fn a_name_of_a_resume_by_hand_holds_nobody_up() {
     assert!(looks_up(&incoming), "it had nothing to wait for");
 }
 
-/// Whether a thread of it is looking up a name.
+/// Whether a thread of the process is looking up a name.
 fn looks_up(umem: &Umem) -> bool {
     let threads = std::fs::read_dir(format!("/proc/{}/task", umem.pid())).unwrap().flatten();
     let mut names = threads.flat_map(|task| std::fs::read_to_string(task.path().join("comm")));
     names.any(|name| name.trim() == "umem-lookup")
 }
 
-/// What `ss -K` does: the kernel takes a connection away from its owner and resets the peer's. Any
-/// lane's, of either side, again and again.
+/// `ss -K`: the kernel destroys a connection and resets the peer's. Lanes of either side, repeatedly.
 #[test]
-fn connections_that_the_kernel_destroys_are_made_again() {
+fn connections_destroyed_by_the_kernel_are_reopened() {
     let number = |name: &str, otherwise: u64| {
         std::env::var(name).map_or(otherwise, |text| text.parse().expect("a number"))
     };
     let (moves, mib) = (number("UMEM_MOVES", 1), number("UMEM_MIB", 256));
     let kills = number("UMEM_KILLS", 10);
     let mut random = Random::new(seed(mib ^ kills << 32));
-    // Two seconds, if nothing came in between.
+    // Two seconds without interruptions.
     let limit = format!("{}M", mib.div_ceil(2));
     for round in 1..=moves {
         let mut moving = Move::switched(mib, Secured::Not, &["--max-postcopy-bandwidth", &limit]);
@@ -332,10 +330,10 @@ fn connections_that_the_kernel_destroys_are_made_again() {
     }
 }
 
-/// Has the kernel of this host destroy one of its connections; false when there is none.
+/// Has the kernel of this host destroy one of its connections; false if there is none.
 fn destroy_one(host: &Namespace, random: &mut Random) -> bool {
     let listed = host.run(&["ss", "-Htn", "state", "established"]);
-    // Queues of bytes, then our address, then the other side's.
+    // Queued bytes, then the local address, then the peer's.
     let column = |line: &str, index| line.split_ascii_whitespace().nth(index).map(str::to_owned);
     let lanes: Vec<_> =
         listed.lines().filter_map(|line| Some((column(line, 2)?, column(line, 3)?))).collect();

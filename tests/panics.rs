@@ -1,7 +1,7 @@
-//! Panics of umem's threads: the guest runs on at one side, and whoever waits is told.
+//! Panics of umem's threads: the guest runs on at one side, and both sides report the panic.
 //!
-//! Builds with debug assertions have places at which a test can have a thread panic (`src/runtime/panics.rs`).
-//! `docs/design/panics.md` says for each thread what its panic means.
+//! Builds with debug assertions have points at which a test can make a thread panic (`src/runtime/panics.rs`).
+//! `docs/design/panics.md` lists the consequences of a panic for each thread.
 
 mod support;
 
@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use support::killed::{How, Move};
 use support::{Authority, Guests, Qmp, Scratch, Umem};
 
-/// A file that has a umem panic at this place, and the wrapper that says so.
+/// A file that makes a umem panic at this point, and the wrapper that sets it.
 fn panic_at(scratch: &Scratch, place: &str) -> (PathBuf, String) {
     let file = scratch.path("panic");
     std::fs::write(&file, "").expect("a file");
@@ -20,19 +20,20 @@ fn panic_at(scratch: &Scratch, place: &str) -> (PathBuf, String) {
     (file, variable)
 }
 
-/// It has panicked there, and says so as an error.
+/// umem has panicked there, and reports that as an error.
 fn has_panicked(mut umem: Umem, place: &str) {
     let status = umem.wait();
     let stderr = umem.stderr();
     assert_eq!(status.code(), Some(1), "{place}: {stderr}");
-    let text = format!("as a test wants it, at {place}");
+    let text = format!("requested by a test, at {place}");
     assert!(stderr.contains("panicked at") && stderr.contains(&text), "{place}: {stderr}");
     assert!(stderr.lines().any(|line| line.starts_with("umem: ")), "{place}: {stderr}");
 }
 
 #[test]
-fn a_panic_at_a_source_before_the_commit_leaves_the_guest_running_there() {
+fn source_panic_before_the_commit_leaves_the_guest_at_the_source() {
     const POSTCOPY: &[&str] = &["-p"];
+    const STOP_FIRST: &[&str] = &["--stop-first"];
     for (place, options) in [
         ("waiting", POSTCOPY),
         ("host", POSTCOPY),
@@ -40,8 +41,8 @@ fn a_panic_at_a_source_before_the_commit_leaves_the_guest_running_there() {
         ("beginning of umem-demand", POSTCOPY),
         ("control comparing regions", POSTCOPY),
         ("control ready", POSTCOPY),
-        ("control sending pages before the switchover", &[]),
-        ("bulk", &[]),
+        ("control sending pages before the switchover", STOP_FIRST),
+        ("bulk", STOP_FIRST),
         ("control sending device state", POSTCOPY),
         ("control the destination loads device state", POSTCOPY),
         ("control about to switch over", POSTCOPY),
@@ -62,7 +63,7 @@ fn a_panic_at_a_source_before_the_commit_leaves_the_guest_running_there() {
 }
 
 #[test]
-fn a_panic_at_a_destination_before_the_commit_leaves_the_guest_running_at_the_source() {
+fn destination_panic_before_the_commit_leaves_the_guest_at_the_source() {
     for place in [
         "host",
         "demand",
@@ -84,9 +85,9 @@ fn a_panic_at_a_destination_before_the_commit_leaves_the_guest_running_at_the_so
     }
 }
 
-/// Pages come slowly enough for that, and go on once the cutter lets them.
+/// Pages come slowly enough for that, and continue when the cutter releases them.
 #[test]
-fn a_side_that_panics_after_the_commit_is_taken_over_from() {
+fn side_that_panics_after_the_commit_can_be_taken_over() {
     for [source, destination] in [
         ["control serving pages", ""],
         ["demand", ""],
@@ -106,7 +107,7 @@ fn a_side_that_panics_after_the_commit_is_taken_over_from() {
         let status = side.wait();
         let stderr = side.stderr();
         assert_eq!(status.code(), Some(1), "{place}: {stderr}");
-        assert!(stderr.contains(&format!("as a test wants it, at {place}")), "{stderr}");
+        assert!(stderr.contains(&format!("requested by a test, at {place}")), "{stderr}");
         let resumed = moving.resume(command);
         match source.is_empty() {
             true => moving.incoming = resumed,
@@ -116,9 +117,9 @@ fn a_side_that_panics_after_the_commit_is_taken_over_from() {
     }
 }
 
-/// Threads that only compare, free, or stand before a connection: the migration goes on by itself.
+/// Threads that only compare, free, or accept connections: the migration continues by itself.
 #[test]
-fn a_panic_of_a_thread_that_others_can_do_without_ends_nothing() {
+fn panic_of_an_optional_thread_ends_nothing_else() {
     let scratch = Scratch::new();
     let credentials = Authority::new("ours").credentials(&scratch, "own", "127.0.0.1");
     let credentials: &'static str = credentials.display().to_string().leak();
@@ -145,9 +146,9 @@ fn a_panic_of_a_thread_that_others_can_do_without_ends_nothing() {
     }
 }
 
-/// It loses its connection, and nobody else's.
+/// The client loses its connection, and no other client does.
 #[test]
-fn a_panic_over_what_a_client_asks_ends_that_client_alone() {
+fn panic_in_a_client_request_ends_only_that_client() {
     let scratch = Scratch::new();
     let socket = scratch.path("control");
     let (file, variable) = panic_at(&scratch, "visitor");
@@ -161,7 +162,7 @@ fn a_panic_over_what_a_client_asks_ends_that_client_alone() {
         let mut stream = BufReader::new(UnixStream::connect(&socket).expect("it listens"));
         stream.get_mut().write_all(b"{\"execute\":\"status\"}\n").expect("it listens");
         let mut answers = String::new();
-        // Or it closes, or resets.
+        // Or the connection closes, or is reset.
         for _ in 0..2 {
             let _ = stream.read_line(&mut answers);
         }

@@ -1,7 +1,7 @@
-//! What a broken peer hears, and one that is no peer at all: each is refused with the reason, and nobody else is held
-//! up.
+//! The answers to a broken peer, and to a foreign one: each is refused with the reason, and no other connection is
+//! delayed.
 //!
-//! A peer that has been let in and floods its lanes is `hostile.rs`'s matter, who is let in `secure.rs`'s.
+//! `hostile.rs` covers authenticated peers that flood their lanes, `secure.rs` authentication.
 
 mod support;
 
@@ -23,7 +23,7 @@ use umem_wire::{
 const PAGE: u64 = 4096;
 
 #[test]
-fn a_page_that_comes_twice_is_refused_before_it_lands() {
+fn duplicate_page_is_refused_before_it_lands() {
     for (lane, again) in [
         (0, Frame::Data(range(3, 1))),
         (1, Frame::Data(range(0, 8))),
@@ -51,7 +51,7 @@ fn a_page_that_comes_twice_is_refused_before_it_lands() {
 }
 
 #[test]
-fn regions_that_differ_are_named_to_both_sides() {
+fn differing_regions_are_named_on_both_sides() {
     let region = |name: &str, mib: u64| Region {
         name: name.into(),
         bytes: mib << 20,
@@ -74,7 +74,7 @@ fn regions_that_differ_are_named_to_both_sides() {
 }
 
 #[test]
-fn strangers_at_the_door_do_not_disturb() {
+fn foreign_connections_do_not_disturb_a_migration() {
     let scratch = Scratch::new();
     let source = scratch.ram("source");
     write_snapshot(&source, 8);
@@ -83,7 +83,7 @@ fn strangers_at_the_door_do_not_disturb() {
     let address = uri.strip_prefix("tcp:").unwrap();
     for greeting in [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], &[0xff; 4096], b""] {
         let mut stranger = TcpStream::connect(address).unwrap();
-        // It may hang up on us while we still write.
+        // The peer may close while the test still writes.
         let _ = stranger.write_all(greeting);
         let _ = stranger.shutdown(std::net::Shutdown::Write);
         let mut answer = Vec::new();
@@ -104,16 +104,16 @@ fn strangers_at_the_door_do_not_disturb() {
     assert!(bytes_of(&source) == bytes_of(&scratch.ram("destination")));
 }
 
-/// Connections that say nothing, or not enough, for as long as they like.
+/// Connections that send nothing, or too little, for an unlimited time.
 #[test]
-fn the_silent_hold_up_nobody() {
+fn silent_connections_do_not_delay_a_migration() {
     let scratch = Scratch::new();
     let source = scratch.ram("source");
     write_snapshot(&source, 8);
     let mut incoming = incoming_to_idle_guest(&scratch, 8);
     let uri = uri_of(&mut incoming);
     let address = uri.strip_prefix("tcp:").unwrap();
-    // One after the other they would take longer than a test waits.
+    // One after the other they would exceed the test's deadline.
     let silent: Vec<TcpStream> = (0..40)
         .map(|index| {
             let mut silent = TcpStream::connect(address).unwrap();
@@ -130,13 +130,13 @@ fn the_silent_hold_up_nobody() {
 }
 
 #[test]
-fn half_a_hello_does_not_keep_ctrl_c_out() {
+fn partial_hello_does_not_block_ctrl_c() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_idle_guest(&scratch, 8);
     let uri = uri_of(&mut incoming);
     let mut half = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
     half.write_all(&hello(0, 0).encode()[..64]).unwrap();
-    // Somebody behind it is heard, so that the half hello has been as well.
+    // A later connection is answered, so the half hello has been read as well.
     let mut bulk = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
     bulk.write_all(&hello(1, 1).encode()).unwrap();
     bulk.read_exact(&mut [0; HELLO_BYTES]).unwrap();
@@ -145,9 +145,9 @@ fn half_a_hello_does_not_keep_ctrl_c_out() {
     assert!(error.contains("interrupted"), "{error}");
 }
 
-/// A source that is gone, or does not go on, before its last lane has come.
+/// A source that disappears, or makes no progress, before its last lane has arrived.
 #[test]
-fn half_a_session_does_not_keep_the_next_one_out() {
+fn partial_session_does_not_block_the_next() {
     for is_closed in [true, false] {
         let scratch = Scratch::new();
         let source = scratch.ram("source");
@@ -156,7 +156,7 @@ fn half_a_session_does_not_keep_the_next_one_out() {
         let uri = uri_of(&mut incoming);
         let address = uri.strip_prefix("tcp:").unwrap();
         let mut half = Vec::new();
-        // The second of three bulk lanes: they may come in any order.
+        // The second of three bulk lanes: they may arrive in any order.
         for index in [0, 2] {
             let mut lane = TcpStream::connect(address).unwrap();
             lane.write_all(&hello(index, 3).encode()).unwrap();
@@ -178,9 +178,9 @@ fn half_a_session_does_not_keep_the_next_one_out() {
     }
 }
 
-/// A reset is not another error than a close.
+/// A reset gives the same error as a close.
 #[test]
-fn a_source_that_goes_before_its_regions_has_closed_its_lane() {
+fn source_exit_before_its_regions_is_a_closed_lane() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_idle_guest(&scratch, 8);
     let peer = Peer::dial(&uri_of(&mut incoming), 1);
@@ -193,9 +193,9 @@ fn a_source_that_goes_before_its_regions_has_closed_its_lane() {
     assert!(error.contains("demand lane") && error.contains("the source closed it"), "{error}");
 }
 
-/// Nothing answers at the other end: its queue of connections is full.
+/// The other end does not answer: its queue of connections is full.
 #[test]
-fn connecting_to_nobody_can_be_interrupted() {
+fn connecting_to_an_unanswered_address_can_be_interrupted() {
     let scratch = Scratch::new();
     let source = scratch.ram("source");
     write_snapshot(&source, 8);
@@ -210,7 +210,7 @@ fn connecting_to_nobody_can_be_interrupted() {
 }
 
 #[test]
-fn what_a_destination_may_not_say_ends_the_migration_at_the_source() {
+fn forbidden_frame_of_a_destination_ends_the_migration_at_the_source() {
     let ready = |unit| Frame::Ready(vec![unit]);
     let frames: [(&str, Vec<Frame>); 4] = [
         ("request", vec![Frame::Request(vec![(RegionId(0), 0)])]),
@@ -245,7 +245,7 @@ fn what_a_destination_may_not_say_ends_the_migration_at_the_source() {
     }
 }
 
-/// A TCP listener that takes no more connections.
+/// A TCP listener that accepts no more connections.
 struct FullListener {
     port: u16,
     _listener: std::os::fd::OwnedFd,
@@ -265,10 +265,10 @@ impl FullListener {
         FullListener { port: address.port(), _listener: listener, _queued: queued }
     }
 
-    /// Until somebody tries to connect: a socket in state SYN_SENT (2) towards this port.
+    /// Waits for a connection attempt: a socket in state SYN_SENT (2) towards this port.
     fn wait_for_another(&self) {
         let remote = format!("0100007F:{:04X} 02", self.port);
-        wait_for("somebody who connects", || {
+        wait_for("a connection attempt", || {
             let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
             sockets.contains(&remote).then_some(())
         });

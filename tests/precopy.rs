@@ -1,4 +1,4 @@
-//! Pages that go while the guest runs, and again where it writes to them (`--precopy`).
+//! Pages that go while the guest runs, and again where it writes to them: live precopy, and hybrid (`--precopy -p`).
 //!
 //! The guest is umem's own: it writes all the while, in every pass, and checks every word that it reads, and all of its
 //! memory at the end. A page whose last copy was not the guest's last write would be a wrong word.
@@ -109,7 +109,7 @@ fn hybrid_into_private_memory() {
 
 #[test]
 fn everything_before_the_switchover() {
-    for migrate in [&RESTLESS[..], &["--precopy", "--checksum", "--lanes", "4"]] {
+    for migrate in [&RESTLESS[..], &["--checksum", "--lanes", "4"]] {
         let how = How { mib: 64, threads: 2, migrate, without_postcopy: true, ..How::default() };
         let (passes, source, destination) = moves(how);
         check_passes(&passes, how);
@@ -236,7 +236,7 @@ fn memory_that_cannot_take_a_page_twice_is_refused() {
     let moving = Move::start(How { mib: 16, threads: 1, kind, migrate, ..How::default() });
     let Move { scratch, guest: _guest, incoming, migrate, cutter: _cutter, .. } = moving;
     let error = migrate.fails();
-    assert!(error.contains("leave out --precopy"), "{error}");
+    assert!(error.contains("-p without --precopy (postcopy), or --stop-first"), "{error}");
     let error = incoming.fails();
     assert!(error.contains("RAM ram0 is anonymous memory here"), "{error}");
     runs_here(&scratch);
@@ -255,6 +255,7 @@ fn an_older_destination_is_refused_by_name() {
     let error = migrate.fails();
     let versions = "the destination speaks protocol 1 without rounds";
     assert!(error.contains(versions) && error.contains("1 with rounds"), "{error}");
+    assert!(error.contains("-p without --precopy (postcopy), or --stop-first"), "{error}");
 }
 
 #[test]
@@ -266,9 +267,20 @@ fn options_that_do_not_fit_are_refused() {
         let error = Umem::start([&["migrate"], words].concat()).fails_as_misused();
         assert!(error.contains(text), "{error}");
     };
-    refused(&[&qmp[..], &["--downtime-limit", "5", tcp]].concat(), "add it");
-    refused(&[&qmp[..], &["--precopy-passes", "5", tcp]].concat(), "add it");
+    refused(&[&qmp[..], &["-p", "--downtime-limit", "5", tcp]].concat(), "add --precopy");
+    refused(&[&qmp[..], &["-p", "--precopy-passes", "5", tcp]].concat(), "add --precopy");
+    let stopped = [&qmp[..], &["--stop-first", "--precopy-passes", "5", tcp]].concat();
+    refused(&stopped, "--stop-first has none: leave it out");
+    refused(&[&ram[..], &["--downtime-limit", "5", tcp]].concat(), "files alone have no guest");
+    for other in ["-p", "--precopy"] {
+        let both = [&qmp[..], &["--stop-first", other, tcp]].concat();
+        refused(&both, "leave out -p and --precopy, or --stop-first");
+    }
+    refused(&[&qmp[..], &["--precopy-passes", "0", tcp]].concat(), "--stop-first");
     refused(&[&qmp[..], &["--precopy", "--precopy-passes", "0", tcp]].concat(), "send nothing");
     refused(&[&ram[..], &["--precopy", tcp]].concat(), "files alone have none");
-    refused(&[&qmp[..], &["--precopy", "fd:0"]].concat(), "bulk lanes");
+    for (uri, more) in [("fd:0", &[][..]), ("fd:0", &["--precopy", "-p"]), ("exec:cat", &[])] {
+        let text = format!("{uri} is one connection without them: use -p without --precopy");
+        refused(&[&qmp[..], more, &[uri]].concat(), &text);
+    }
 }

@@ -1,5 +1,5 @@
-//! The preload object, without umem: a program of the tests' own (`tests/mapper`) is started with it,
-//! and the test does what `umem incoming` would do.
+//! The preload object, without umem: a test program (`tests/mapper`) is started with it, and the test plays `umem
+//! incoming`.
 
 #![allow(clippy::disallowed_methods, reason = "it may open all that it polls")]
 
@@ -28,7 +28,7 @@ const PAGE: u64 = 4096;
 /// Bytes of every RAM here.
 const LENGTH: u64 = 64 * PAGE;
 
-/// A program with the preload object, and the daemon's end of its socket.
+/// A program with the preload object, and umem's end of its socket.
 struct Program {
     child: Child,
     commands: ChildStdin,
@@ -40,7 +40,7 @@ struct Program {
 }
 
 impl Program {
-    /// `kind` is what the variable says, if it is set.
+    /// `kind` is the variable's value, if it is set.
     fn start(ram: &Path, kind: Option<&str>) -> Program {
         Program::start_prepared(ram, kind, |_| {})
     }
@@ -82,7 +82,7 @@ impl Program {
         program
     }
 
-    /// Starts one that has mapped its RAM and handed it over.
+    /// Starts a program that has mapped its RAM and handed it over.
     fn with_ram(scratch: &Scratch, kind: &str) -> (Program, Ram) {
         Program::with_ram_prepared(scratch, kind, |_| {})
     }
@@ -94,7 +94,7 @@ impl Program {
     ) -> (Program, Ram) {
         let path = scratch.ram("ram");
         let mut program = Program::start_prepared(&path, Some(kind), prepare);
-        let address = program.says(&format!("map {kind} {LENGTH} {}", path.display()));
+        let address = program.ask(&format!("map {kind} {LENGTH} {}", path.display()));
         let message = program.message();
         let message = &message[0];
         assert_eq!(message["base_host_virt_addr"].to_string(), address);
@@ -107,8 +107,8 @@ impl Program {
         (program, Ram { address: address.parse().unwrap(), uffd, file })
     }
 
-    /// Tells the program what to do, without waiting for it.
-    fn tell(&mut self, command: &str) {
+    /// Sends the program a command, without waiting for it.
+    fn send(&mut self, command: &str) {
         writeln!(self.commands, "{command}").unwrap();
     }
 
@@ -119,8 +119,8 @@ impl Program {
         line.trim_end().to_owned()
     }
 
-    fn says(&mut self, command: &str) -> String {
-        self.tell(command);
+    fn ask(&mut self, command: &str) -> String {
+        self.send(command);
         self.answer()
     }
 
@@ -145,7 +145,7 @@ impl Program {
             let count = received.bytes;
             for rights in received.cmsgs().unwrap() {
                 if let ControlMessageOwned::ScmRights(descriptors) = rights {
-                    // SAFETY: the kernel has just made them for us.
+                    // SAFETY: the kernel has just made them for this process.
                     let owned =
                         descriptors.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
                     self.descriptors.extend(owned);
@@ -156,7 +156,7 @@ impl Program {
         }
     }
 
-    /// The answer to a ping: everything said before it has been said by then.
+    /// Waits for the answer to a ping: all earlier messages have arrived by then.
     fn pong(&mut self) {
         self.command("ping\n");
         assert_eq!(self.message(), json!({ "pong": 1 }));
@@ -169,13 +169,13 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // Fails when it has ended already.
+        // Fails if it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// What was handed over.
+/// The hand-over's contents.
 struct Ram {
     address: u64,
     uffd: OwnedFd,
@@ -216,14 +216,14 @@ impl Ram {
         Operation { range: self.range(page, 1), mode: 0, done: 0 }
     }
 
-    /// The page's bytes arrive in the file; the guest does not see them yet.
+    /// Writes the page's bytes to the file; the guest does not see them yet.
     fn land(&self, page: u64, byte: u8) {
         self.file.write_all_at(&[byte; PAGE as usize], page * PAGE).unwrap();
     }
 
-    /// The guest may see the page that is in the file.
+    /// Makes the page of the file visible to the guest.
     fn mark_cached(&self, page: u64) {
-        // SAFETY: the structure is the one that the ioctl takes; here and below.
+        // SAFETY: the structure has the ioctl's layout; here and below.
         unsafe { uffd::mark_cached(self.uffd.as_raw_fd(), &mut self.operation(page)) }.unwrap();
     }
 
@@ -245,7 +245,7 @@ impl Ram {
         fallocate(&self.file, flags, start, length).unwrap();
     }
 
-    /// Waits for the next event: its kind, and the page it begins with.
+    /// Waits for the next event: its kind, and its first page.
     fn event(&self) -> (u8, u64) {
         use std::os::fd::AsFd;
         let mut waiting = [PollFd::new(self.uffd.as_fd(), PollFlags::POLLIN)];
@@ -260,18 +260,18 @@ impl Ram {
 }
 
 #[test]
-fn private_memory_becomes_the_guests_own_page_by_page() {
+fn private_memory_becomes_anonymous_page_by_page() {
     let scratch = Scratch::new();
     let (mut program, ram) = Program::with_ram(&scratch, "private");
 
-    // A page that somebody waits for.
-    program.tell("read 0");
+    // A page that a thread waits for.
+    program.send("read 0");
     assert_eq!(ram.event(), (EVENT_PAGEFAULT, 0));
     ram.land(0, 7);
     ram.mark_cached(0);
     assert_eq!(program.answer(), "7");
 
-    // Two more that have come; all three become the guest's own, and the file is emptied.
+    // Two further pages; all three become anonymous, and the file is emptied.
     ram.land(1, 8);
     ram.land(2, 9);
     ram.mark_cached(1);
@@ -281,18 +281,18 @@ fn private_memory_becomes_the_guests_own_page_by_page() {
     assert_eq!(program.message(), json!({ "touched": address, "size": 3 * PAGE }));
     (0..3).for_each(|page| ram.remove(page));
     for (page, byte) in [(0, "7"), (1, "8"), (2, "9")] {
-        assert_eq!(program.says(&format!("read {}", page * PAGE + 5)), byte);
+        assert_eq!(program.ask(&format!("read {}", page * PAGE + 5)), byte);
     }
-    assert_eq!(program.says("write 0 77"), "ok");
+    assert_eq!(program.ask("write 0 77"), "ok");
     let mut byte = [1];
     ram.file.read_exact_at(&mut byte, 0).unwrap();
     assert_eq!(byte, [0], "what the guest writes is not in the file");
 
-    // A page that is discarded waits again, and becomes zeroes without the file.
-    program.tell(&format!("advise 0 {PAGE} {}", libc::MADV_DONTNEED));
+    // A discarded page is missing again, and becomes zeroes without the file.
+    program.send(&format!("advise 0 {PAGE} {}", libc::MADV_DONTNEED));
     assert_eq!(ram.event(), (EVENT_REMOVE, 0));
     assert_eq!(program.answer(), "ok");
-    program.tell("read 0");
+    program.send("read 0");
     assert_eq!(ram.event(), (EVENT_PAGEFAULT, 0));
     ram.mark_zero(0);
     assert_eq!(program.answer(), "0");
@@ -300,12 +300,12 @@ fn private_memory_becomes_the_guests_own_page_by_page() {
     ram.unregister();
     program.command("keep\nrelease\n");
     assert_eq!(program.message(), json!({ "released": 1 }));
-    assert_eq!(program.says(&format!("read {}", 60 * PAGE)), "0", "nothing is waited for any more");
-    assert_eq!(program.says(&format!("read {}", 2 * PAGE)), "9");
+    assert_eq!(program.ask(&format!("read {}", 60 * PAGE)), "0", "nothing is waited for any more");
+    assert_eq!(program.ask(&format!("read {}", 2 * PAGE)), "9");
 }
 
 #[test]
-fn a_touch_of_a_missing_page_waits_for_it() {
+fn touch_waits_for_a_missing_page() {
     let scratch = Scratch::new();
     let (mut program, ram) = Program::with_ram(&scratch, "private");
     program.command(&format!("touch {} {PAGE}\nping\n", ram.address + 3 * PAGE));
@@ -315,9 +315,9 @@ fn a_touch_of_a_missing_page_waits_for_it() {
     assert_eq!(program.message(), json!({ "pong": 1 }));
 }
 
-/// Whether the kernel populates a range or a sandbox forbids that, and each page is written to.
+/// Whether the kernel populates a range, or a sandbox forbids that and each page is written to.
 #[test]
-fn a_touch_of_what_is_not_mapped_any_more_fails_and_the_program_goes_on() {
+fn touch_of_an_unmapped_page_fails_and_the_program_continues() {
     let populate = (2, libc::MADV_POPULATE_WRITE.unsigned_abs());
     for forbidden in [None, Some(libc::EPERM), Some(libc::ENOSYS)] {
         let scratch = Scratch::new();
@@ -333,22 +333,22 @@ fn a_touch_of_what_is_not_mapped_any_more_fails_and_the_program_goes_on() {
         }
         program.command(&format!("touch {} {}\n", address(3), 3 * PAGE));
         assert_eq!(program.message(), json!({ "touched": address(3), "size": 3 * PAGE }));
-        // Copies of the program's own by now: the file may give its pages back.
+        // The program has its own copies now: the file may free its pages.
         let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(&ram.file, punch, 3 * PAGE as i64, 3 * PAGE as i64).unwrap();
-        let there = (3..6).map(|page| program.says(&format!("read {}", page * PAGE)));
+        let there = (3..6).map(|page| program.ask(&format!("read {}", page * PAGE)));
         assert!(there.collect::<Vec<_>>().iter().all(|byte| byte != "0"), "{forbidden:?}");
-        assert_eq!(program.says(&format!("unmap {} {PAGE}", 4 * PAGE)), "ok");
+        assert_eq!(program.ask(&format!("unmap {} {PAGE}", 4 * PAGE)), "ok");
         program.command(&format!("touch {} {}\nping\n", address(3), 3 * PAGE));
         let answer = program.message();
         assert_eq!(answer["error"], "touch", "{answer}");
         assert_eq!(program.message(), json!({ "pong": 1 }));
-        assert_ne!(program.says(&format!("read {}", 5 * PAGE)), "0");
+        assert_ne!(program.ask(&format!("read {}", 5 * PAGE)), "0");
     }
 }
 
 #[test]
-fn commands_come_in_batches_and_are_answered_in_their_order() {
+fn batched_commands_are_answered_in_order() {
     let scratch = Scratch::new();
     let (mut program, ram) = Program::with_ram(&scratch, "private");
     let pages = LENGTH / PAGE;
@@ -356,7 +356,7 @@ fn commands_come_in_batches_and_are_answered_in_their_order() {
         ram.land(page, 1);
         ram.mark_cached(page);
     }
-    // More at once than the object reads at once, and more answers than it keeps.
+    // More than the object reads at once, and more answers than it keeps.
     let order: Vec<u64> = (0..1000).map(|number| number * 7 % pages).collect();
     let address = |page: &u64| ram.address + page * PAGE;
     let lines: String =
@@ -369,7 +369,7 @@ fn commands_come_in_batches_and_are_answered_in_their_order() {
 }
 
 #[test]
-fn lines_that_are_no_commands_are_dropped() {
+fn lines_other_than_commands_are_dropped() {
     let scratch = Scratch::new();
     let (mut program, ram) = Program::with_ram(&scratch, "private");
     ram.land(0, 1);
@@ -383,7 +383,7 @@ fn lines_that_are_no_commands_are_dropped() {
 }
 
 #[test]
-fn what_is_not_the_guests_memory_is_not_touched() {
+fn memory_outside_the_guest_is_not_touched() {
     let scratch = Scratch::new();
     let (mut program, ram) = Program::with_ram(&scratch, "private");
     let end = ram.address + LENGTH;
@@ -407,7 +407,7 @@ fn what_is_not_the_guests_memory_is_not_touched() {
 }
 
 #[test]
-fn a_file_that_is_mapped_otherwise_than_the_kind_needs_is_refused() {
+fn file_mapped_unlike_its_kind_is_refused() {
     for (kind, sharing, code) in [
         (Some("private"), "shared", "share-on"),
         (Some("shared"), "private", "share-off"),
@@ -418,45 +418,45 @@ fn a_file_that_is_mapped_otherwise_than_the_kind_needs_is_refused() {
         let path = scratch.ram("ram");
         let mut program = Program::start(&path, kind);
         let command = format!("map {sharing} {LENGTH} {}", path.display());
-        assert_eq!(program.says(&command), format!("errno {}", libc::EINVAL));
+        assert_eq!(program.ask(&command), format!("errno {}", libc::EINVAL));
         let message = program.message();
         assert_eq!((&message["error"], &message["name"]), (&json!(code), &json!("ram0")));
     }
 }
 
 #[test]
-fn handed_over_memory_stays_where_it_is_until_it_is_complete() {
+fn handed_over_memory_cannot_be_remapped_until_it_is_complete() {
     for kind in ["shared", "private"] {
         let scratch = Scratch::new();
         let (mut program, ram) = Program::with_ram(&scratch, kind);
         let grow = format!("remap {LENGTH} {} {}", 2 * LENGTH, libc::MREMAP_MAYMOVE);
         let duplicate = format!("remap 0 {LENGTH} {}", libc::MREMAP_MAYMOVE);
         let refused = format!("errno {}", libc::ENOMEM);
-        assert_eq!(program.says(&grow), refused);
+        assert_eq!(program.ask(&grow), refused);
         let message = program.message();
         assert_eq!((&message["error"], &message["name"]), (&json!("mremap"), &json!("ram0")));
         assert!(message["text"].as_str().unwrap().contains("moved or resized"), "{message}");
-        assert_eq!(program.says(&duplicate), refused);
+        assert_eq!(program.ask(&duplicate), refused);
         program.pong();
-        // What is unmapped needs nobody's care.
-        assert_eq!(program.says(&format!("remap {LENGTH} {} 0", LENGTH - PAGE)), "ok");
+        // Unmapped memory needs no protection.
+        assert_eq!(program.ask(&format!("remap {LENGTH} {} 0", LENGTH - PAGE)), "ok");
         ram.unregister();
         program.command("keep\nrelease\n");
         assert_eq!(program.message(), json!({ "released": 1 }));
         let grow = format!("remap {} {LENGTH} {}", LENGTH - PAGE, libc::MREMAP_MAYMOVE);
-        assert_eq!(program.says(&grow), "ok");
+        assert_eq!(program.ask(&grow), "ok");
     }
 }
 
-/// umem would give up on a guest that says it has failed, and this one runs.
+/// umem would give up on a guest that reports a failure, and this one runs.
 #[test]
-fn what_is_refused_to_a_running_guest_is_not_umems_affair() {
+fn refused_system_calls_of_a_complete_guest_pass_through() {
     let scratch = Scratch::new();
     let (mut program, _ram) = Program::with_ram(&scratch, "shared");
     program.command("keep\n");
     program.pong();
     let grow = format!("remap {LENGTH} {} {}", 2 * LENGTH, libc::MREMAP_MAYMOVE);
-    assert_eq!(program.says(&grow), format!("errno {}", libc::ENOMEM));
+    assert_eq!(program.ask(&grow), format!("errno {}", libc::ENOMEM));
     program.pong();
     assert!(program.stderr().starts_with("umem: ram0: the guest's memory is moved"));
     assert_eq!(program.stderr().lines().count(), 1);
@@ -464,44 +464,44 @@ fn what_is_refused_to_a_running_guest_is_not_umems_affair() {
 
 /// As QEMU discards: it punches a hole into the file, and then drops the page tables.
 #[test]
-fn holes_punched_in_shared_memory_are_reported_before_they_are_there() {
+fn punched_holes_in_shared_memory_are_reported_first() {
     let scratch = Scratch::new();
     let (mut program, ram) = Program::with_ram(&scratch, "shared");
     ram.land(5, 7);
     ram.mark_cached(5);
-    // Page 4 has not come yet, and would be filled if nobody knew.
-    program.tell(&format!("punch {} {}", 4 * PAGE, 2 * PAGE));
+    // Page 4 has not arrived, and would be filled without the report.
+    program.send(&format!("punch {} {}", 4 * PAGE, 2 * PAGE));
     assert_eq!(ram.event(), (EVENT_REMOVE, 4));
     assert_eq!(program.answer(), "ok");
     assert_eq!(ram.file.metadata().unwrap().blocks(), 0, "it is not punched");
-    assert_eq!(program.says(&format!("advise {} {} 4", 4 * PAGE, 2 * PAGE)), "ok");
-    program.tell(&format!("read {}", 5 * PAGE));
+    assert_eq!(program.ask(&format!("advise {} {} 4", 4 * PAGE, 2 * PAGE)), "ok");
+    program.send(&format!("read {}", 5 * PAGE));
     assert_eq!(ram.event(), (EVENT_PAGEFAULT, 5), "nothing else was reported");
     ram.mark_zero(5);
     assert_eq!(program.answer(), "0");
 
     let refused = format!("errno {}", libc::EOPNOTSUPP);
-    assert_eq!(program.says(&format!("punch 1 {PAGE}")), refused);
+    assert_eq!(program.ask(&format!("punch 1 {PAGE}")), refused);
     ram.land(9, 8);
     ram.unregister();
     program.command("keep\nrelease\n");
     assert_eq!(program.message(), json!({ "released": 1 }));
-    assert_eq!(program.says(&format!("punch {} 1", 9 * PAGE)), "ok", "as everywhere");
-    assert_eq!(program.says(&format!("read {}", 9 * PAGE)), "0");
-    assert_eq!(program.says(&format!("read {}", 9 * PAGE + 1)), "8");
+    assert_eq!(program.ask(&format!("punch {} 1", 9 * PAGE)), "ok", "as everywhere");
+    assert_eq!(program.ask(&format!("read {}", 9 * PAGE)), "0");
+    assert_eq!(program.ask(&format!("read {}", 9 * PAGE + 1)), "8");
 }
 
-/// As virtio-mem of QEMU 7.2 makes sure that its memory is empty. What comes later has not been discarded, and umem
-/// waits for the program's monitor then and looks at no reports.
+/// As virtio-mem of QEMU 7.2 discards its empty memory. Pages that arrive later are kept, and umem waits for the program's
+/// monitor then and reads no reports.
 #[test]
-fn a_program_that_discards_its_empty_memory_does_not_wait() {
+fn discarding_empty_memory_does_not_wait() {
     for kind in ["shared", "private"] {
         let scratch = Scratch::new();
         let (mut program, ram) = Program::with_ram(&scratch, kind);
-        assert_eq!(program.says(&format!("punch 0 {LENGTH}")), "ok");
+        assert_eq!(program.ask(&format!("punch 0 {LENGTH}")), "ok");
         let drop = format!("advise 0 {LENGTH} {}", libc::MADV_DONTNEED);
-        assert_eq!(program.says(&drop), "ok");
-        program.tell("read 0");
+        assert_eq!(program.ask(&drop), "ok");
+        program.send("read 0");
         assert_eq!(ram.event(), (EVENT_PAGEFAULT, 0), "nothing was reported");
         ram.land(0, 9);
         ram.mark_cached(0);
@@ -509,29 +509,29 @@ fn a_program_that_discards_its_empty_memory_does_not_wait() {
     }
 }
 
-/// The bytes of a shared mapping are the file's: a program that drops its page tables has not discarded them.
+/// The bytes of a shared mapping belong to the file: a program that drops its page tables has not discarded them.
 #[test]
-fn page_tables_of_shared_memory_that_are_dropped_are_no_discard() {
+fn dontneed_on_shared_memory_is_no_discard() {
     let scratch = Scratch::new();
     let (mut program, ram) = Program::with_ram(&scratch, "shared");
     ram.land(2, 7);
     ram.mark_cached(2);
     for advice in [libc::MADV_DONTNEED, 24] {
-        assert_eq!(program.says(&format!("advise 0 {} {advice}", 4 * PAGE)), "ok");
+        assert_eq!(program.ask(&format!("advise 0 {} {advice}", 4 * PAGE)), "ok");
     }
-    program.tell("read 0");
+    program.send("read 0");
     assert_eq!(ram.event(), (EVENT_PAGEFAULT, 0), "nothing was reported");
     ram.land(0, 9);
     ram.mark_cached(0);
     assert_eq!(program.answer(), "9");
-    assert_eq!(program.says(&format!("read {}", 2 * PAGE)), "7");
-    program.tell(&format!("advise 0 {PAGE} {}", libc::MADV_REMOVE));
+    assert_eq!(program.ask(&format!("read {}", 2 * PAGE)), "7");
+    program.send(&format!("advise 0 {PAGE} {}", libc::MADV_REMOVE));
     assert_eq!(ram.event(), (EVENT_REMOVE, 0), "this one discards");
     assert_eq!(program.answer(), "ok");
 }
 
 #[test]
-fn forked_children_have_no_memory_that_is_still_to_come() {
+fn forked_children_do_not_map_missing_memory() {
     let lost = format!("signal {}", libc::SIGSEGV);
     let advise = |advice| format!("advise 0 {LENGTH} {advice}");
     for kind in ["shared", "private"] {
@@ -545,23 +545,23 @@ fn forked_children_have_no_memory_that_is_still_to_come() {
             ram.land(0, 3);
             ram.mark_cached(0);
             if let Some(advice) = advice {
-                assert_eq!(program.says(&advise(advice)), "ok");
+                assert_eq!(program.ask(&advise(advice)), "ok");
             }
-            assert_eq!(program.says("fork 0"), lost, "{kind} {advice:?}");
+            assert_eq!(program.ask("fork 0"), lost, "{kind} {advice:?}");
             ram.unregister();
             program.command("keep\nrelease\n");
             assert_eq!(program.message(), json!({ "released": 1 }));
-            assert_eq!(program.says("fork 0"), at_the_end, "{kind} {advice:?}");
+            assert_eq!(program.ask("fork 0"), at_the_end, "{kind} {advice:?}");
         }
     }
 }
 
 #[test]
-fn a_program_whose_guest_will_not_come_is_ended() {
+fn program_ends_when_its_guest_will_not_arrive() {
     let scratch = Scratch::new();
     let (mut program, _ram) = Program::with_ram(&scratch, "private");
     let (other, _) = UnixStream::pair().unwrap();
-    program.tell("read 0");
+    program.send("read 0");
     program.socket = other;
     use std::os::unix::process::ExitStatusExt;
     assert_eq!(program.child.wait().unwrap().signal(), Some(libc::SIGKILL));

@@ -1,4 +1,4 @@
-//! What whoever waits is shown: bars on a terminal, lines elsewhere, events in JSON, a trace when asked.
+//! Progress output: bars on a terminal, lines elsewhere, events in JSON, a trace on request.
 
 mod support;
 
@@ -22,12 +22,11 @@ fn demo(arguments: &[&str], rust_log: Option<&str>) -> Output {
     output
 }
 
-/// A guest that does nothing moves at 2 MiB a second: that takes eight seconds, and a line comes every
-/// three.
+/// An idle guest moves at 2 MiB/s: that takes eight seconds, with a line every three.
 const SLOWLY: [&str; 3] = ["-p", "--max-postcopy-bandwidth", "2M"];
 
 #[test]
-fn without_a_terminal_there_is_a_line_now_and_then() {
+fn progress_lines_are_printed_without_a_terminal() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let mut migrate = guests.migrate(&SLOWLY);
@@ -36,7 +35,7 @@ fn without_a_terminal_there_is_a_line_now_and_then() {
     let line = stderr.lines().find(|line| line.starts_with("umem: sending: "));
     let line = line.unwrap_or_else(|| panic!("{stderr}"));
     assert!(line.contains(" of 16.00 MiB, ") && line.contains("/s, "), "{line}");
-    // The other side's figures are in JSON.
+    // The other side prints JSON.
     let progress = guests.incoming.event("progress");
     assert_eq!(progress["role"], "destination");
     assert_eq!(progress["total_bytes"], 16 << 20);
@@ -49,7 +48,7 @@ fn without_a_terminal_there_is_a_line_now_and_then() {
 }
 
 #[test]
-fn quiet_is_quiet() {
+fn quiet_prints_no_progress() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json", "--quiet"]);
     let mut migrate = guests.migrate(&[&SLOWLY[..], &["-q"]].concat());
@@ -60,9 +59,9 @@ fn quiet_is_quiet() {
     guests.incoming.succeeds();
 }
 
-/// On a terminal each phase has a bar, and leaves a line with what it came to.
+/// On a terminal each phase has a bar, and leaves a line with its result.
 #[test]
-fn a_terminal_has_bars() {
+fn terminal_shows_progress_bars() {
     let size = nix::pty::Winsize { ws_row: 24, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
     let terminal = nix::pty::openpty(Some(&size), None).expect("a terminal");
     let mut command = Command::new(env!("CARGO_BIN_EXE_umem"));
@@ -74,10 +73,10 @@ fn a_terminal_has_bars() {
         .stdout(Stdio::piped())
         .stderr(terminal.slave);
     let mut child = command.spawn().expect("umem starts");
-    // With it goes this process's copy of the terminal's other end.
+    // This process's copy of the terminal's other end closes with it.
     drop(command);
     let mut shown = Vec::new();
-    // A terminal whose last user has gone ends with an error.
+    // A terminal without users ends with an error.
     let _ = File::from(terminal.master).read_to_end(&mut shown);
     assert!(child.wait().expect("our child").success());
     let shown = String::from_utf8_lossy(&shown);
@@ -90,7 +89,7 @@ fn a_terminal_has_bars() {
 }
 
 #[test]
-fn a_trace_has_the_beginning_and_the_end_of_each_phase() {
+fn trace_has_start_and_end_of_each_phase() {
     for (arguments, rust_log) in
         [(&["--verbose"][..], None), (&[][..], Some("umem=info")), (&["-v", "--json"][..], None)]
     {
@@ -115,7 +114,7 @@ fn a_trace_has_the_beginning_and_the_end_of_each_phase() {
     assert!(!String::from_utf8_lossy(&stderr).contains("phase"), "RUST_LOG says what");
 }
 
-/// Where nothing can be written.
+/// A place where writes fail.
 #[derive(Clone, Copy, Debug)]
 enum Sink {
     Closed,
@@ -126,7 +125,7 @@ enum Sink {
 
 const SINKS: [Sink; 3] = [Sink::Closed, Sink::Full, Sink::Unread];
 
-/// `umem ARGUMENTS` with neither a standard output nor an error that takes anything.
+/// `umem ARGUMENTS` with a standard output and error that take no data.
 fn start_mute(sink: Sink, arguments: &[&str]) -> Child {
     let umem = env!("CARGO_BIN_EXE_umem");
     let mut command = match sink {
@@ -157,10 +156,10 @@ fn ends_with(mut child: Child, code: i32, what: &str) {
     assert_eq!(status.code(), Some(code), "{what}: {status}");
 }
 
-/// Nothing that is printed ends a move, or fails it; but whoever wants a report on stdout is told that it is not
-/// there. With a trace, so that every thread has something to say.
+/// Failing output neither ends nor fails a move; but a report requested on stdout fails umem. With a trace, so that
+/// every thread prints something.
 #[test]
-fn a_guest_moves_where_nothing_can_be_printed() {
+fn guest_moves_when_output_fails() {
     for sink in SINKS {
         for (json, code) in [(&["--json", "-v"][..], 1), (&["-v"], 0), (&[], 0)] {
             let scratch = Scratch::new();
@@ -193,7 +192,7 @@ fn a_guest_moves_where_nothing_can_be_printed() {
 }
 
 #[test]
-fn a_demo_and_a_bench_end_in_order_where_nothing_can_be_printed() {
+fn demo_and_bench_exit_cleanly_when_output_fails() {
     let mut server = Umem::start(["bench", "server", "--json", "tcp:127.0.0.1:0"]);
     let uri = server.event("listening")["uri"].as_str().expect("an address").to_owned();
     let bench = ["bench", "client", "-n", "1M", &uri];
@@ -202,7 +201,7 @@ fn a_demo_and_a_bench_end_in_order_where_nothing_can_be_printed() {
         for (words, code) in [
             (&["demo", "--size", "16", "--json"][..], 1),
             (&["demo", "--size", "16"], 0),
-            // What they are for is what they print.
+            // Their output is their purpose.
             (&bench_json, 1),
             (&bench, 1),
             (&["man", "migrate"], 1),
@@ -216,9 +215,9 @@ fn a_demo_and_a_bench_end_in_order_where_nothing_can_be_printed() {
     }
 }
 
-/// Who reads slowly, or not at all for a while, holds nothing up and loses nothing.
+/// A slow reader, or one that pauses, delays no side and loses no output.
 #[test]
-fn a_guest_moves_while_nobody_reads_what_is_printed() {
+fn guest_moves_while_output_is_not_read() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let (mut reader, mut writer) = std::io::pipe().expect("a pipe");
@@ -244,9 +243,9 @@ fn a_guest_moves_while_nobody_reads_what_is_printed() {
     guests.incoming.succeeds();
 }
 
-/// The terminal goes away while bars are drawn on it.
+/// The terminal closes while bars are drawn on it.
 #[test]
-fn a_terminal_may_go_away() {
+fn guest_moves_after_its_terminal_closed() {
     let terminal = nix::pty::openpty(None, None).expect("a terminal");
     let keep = FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC);
     fcntl(&terminal.master, keep).expect("it is open");

@@ -1,5 +1,5 @@
-//! What a source may send on a bulk lane of TLS, with other code than umem's: all of it arrives, and nothing that
-//! was changed, cut off or ended too early passes for the whole.
+//! Bulk lanes of TLS from a sender other than umem: all of the data arrives, and data that was changed, truncated or
+//! ended too early is not accepted.
 
 mod support;
 
@@ -64,13 +64,13 @@ impl Arrival {
         Arrival { scratch, incoming, bulk }
     }
 
-    /// The records of what is said, which have not left.
+    /// Encrypts `bytes`; the records have not been sent.
     fn records(&mut self, bytes: &[u8]) -> Vec<u8> {
         self.bulk.conn.writer().write_all(bytes).unwrap();
         self.pending()
     }
 
-    /// The records that say that nothing more comes.
+    /// The records of close_notify.
     fn closing(&mut self) -> Vec<u8> {
         self.bulk.conn.send_close_notify();
         self.pending()
@@ -84,14 +84,14 @@ impl Arrival {
         records
     }
 
-    /// In pieces of so many bytes, each of which leaves by itself.
+    /// In pieces of this many bytes, each sent separately.
     fn send(&mut self, records: &[u8], piece: usize) {
         for piece in records.chunks(piece) {
             self.bulk.sock.write_all(piece).unwrap();
         }
     }
 
-    /// What is in the guest's file.
+    /// The contents of the guest's file.
     fn memory(&self) -> Vec<u8> {
         fs::read(self.scratch.ram("destination")).unwrap()
     }
@@ -142,10 +142,10 @@ fn frame(frame: &Frame) -> Vec<u8> {
     bytes
 }
 
-/// Every way of cutting the stream into records and receives, and new keys in the middle of a run. The notices
-/// of both ends come last, one after the other.
+/// Every division of the stream into records and receives, and a key update in the middle of a run. The close_notify of
+/// both ends comes last, one after the other.
 #[test]
-fn whatever_pieces_a_lane_comes_in_it_is_the_same_lane() {
+fn lane_is_decoded_the_same_in_any_pieces() {
     for (record, piece) in
         [(1 << 20, 1 << 20), (16 << 10, 1000), (701, 4096), (4096, 4119), (37, 61)]
     {
@@ -161,7 +161,7 @@ fn whatever_pieces_a_lane_comes_in_it_is_the_same_lane() {
         let mut last = arrival.records(&frame(&Frame::LaneEnd));
         last.extend(arrival.closing());
         arrival.send(&last, piece);
-        // Its notice, behind which the connection ends: without one this would be an error.
+        // The close_notify, after which the connection ends: without it this would be an error.
         assert_eq!(arrival.bulk.read(&mut [0]).unwrap(), 0);
         let memory = arrival.memory();
         for page in (0..20).chain([PAGES - 1]) {
@@ -177,7 +177,7 @@ fn whatever_pieces_a_lane_comes_in_it_is_the_same_lane() {
 }
 
 #[test]
-fn one_changed_bit_on_a_bulk_lane_is_told_at_both_ends() {
+fn changed_bit_on_a_bulk_lane_is_reported_on_both_sides() {
     let mut arrival = Arrival::new();
     let good = arrival.records(&data(0, 4));
     let mut bad = arrival.records(&data(4, 1));
@@ -193,13 +193,13 @@ fn one_changed_bit_on_a_bulk_lane_is_told_at_both_ends() {
         let mut page = [0; 4096];
         file.read_exact(&mut page).map(|()| page)
     });
-    // What had come before it is right.
+    // The data before it is right.
     assert!(matches!(memory, Ok(Ok(page)) if page[..] == contents(0)));
 }
 
-/// Cut behind a record, inside of one, or behind a run; and ended in order, but too early.
+/// Truncated behind a record, inside a record, or behind a run; and closed cleanly, but too early.
 #[test]
-fn a_bulk_lane_that_ends_too_early_has_not_ended() {
+fn truncated_bulk_lane_is_not_taken_for_ended() {
     for (cut, is_cut) in [(100, true), (1 << 20, true), (1 << 20, false)] {
         let mut arrival = Arrival::new();
         let mut records = arrival.records(&data(0, 2));

@@ -1,5 +1,5 @@
-//! One guest with regions of different kinds and page sizes, handed over in another order than the
-//! source has them. The guest is this test's own process.
+//! One guest with regions of different kinds and page sizes, handed over in another order than the source's. The guest
+//! is this test's own process.
 
 mod support;
 
@@ -35,7 +35,7 @@ impl Memory {
         Memory { start: start.cast(), bytes }
     }
 
-    /// Reads it all, from its end to its beginning: every page is waited for that has not come.
+    /// Reads all of it, from its end to its beginning: the thread waits for every missing page.
     fn read(&self) -> Vec<u8> {
         let mut bytes: Vec<u8> = (0..self.bytes)
             .rev()
@@ -75,7 +75,7 @@ fn userfaultfd(features: u64) -> OwnedFd {
     let number = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
     let number = i32::try_from(number).expect("descriptors are small");
     assert!(number >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: the kernel has just made it for us.
+    // SAFETY: the kernel has just made it for this process.
     let uffd = unsafe { OwnedFd::from_raw_fd(number) };
     let mut api = [0xaa, features, 0];
     // SAFETY: the argument has the layout of `struct uffdio_api`.
@@ -110,9 +110,9 @@ fn write_region(path: &Path, bytes: usize, seed: u8) -> Vec<u8> {
     contents
 }
 
-/// The kernel takes no range that goes on in another mapping, or that is unmapped in part.
+/// The kernel accepts no range across mappings, or one that is unmapped in part.
 #[test]
-fn what_is_left_of_a_mapping_that_its_process_splits_is_whole() {
+fn split_mapping_keeps_its_remaining_pages() {
     let scratch = Scratch::new();
     let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     let memory = Memory::map(3 * MIB, private, None);
@@ -120,13 +120,13 @@ fn what_is_left_of_a_mapping_that_its_process_splits_is_whole() {
     register(&uffd, &memory, MODE_MISSING);
     let page = |number: usize| memory.start.wrapping_add(number * 4096).cast();
     for number in [21, 201, 333] {
-        // SAFETY: a page of our own mapping; how it would be dumped changes.
+        // SAFETY: a page of our own mapping; its dump flag changes.
         let advised = unsafe { libc::madvise(page(number), 4096, libc::MADV_DONTDUMP) };
         assert_eq!(advised, 0);
     }
     const GONE: [usize; 3] = [70, 71, 500];
     for number in GONE {
-        // SAFETY: a page of our own mapping, which nobody reads from here on.
+        // SAFETY: a page of our own mapping, which has no reader from here on.
         assert_eq!(unsafe { libc::munmap(page(number), 4096) }, 0);
     }
 
@@ -151,9 +151,9 @@ fn what_is_left_of_a_mapping_that_its_process_splits_is_whole() {
     incoming.succeeds();
 }
 
-/// The process has huge pages without having them promised (MAP_NORESERVE), and the pool has too few of them.
+/// The process maps huge pages without a reservation (MAP_NORESERVE), and the pool has too few of them.
 #[test]
-fn a_pool_without_huge_pages_pauses_both_sides_until_it_has_some() {
+fn empty_huge_page_pool_pauses_both_sides_until_it_is_filled() {
     const LACKING: u64 = 2;
     let scratch = Scratch::new();
     let mut room = HugePages::reserve(2);
@@ -187,7 +187,7 @@ fn a_pool_without_huge_pages_pauses_both_sides_until_it_has_some() {
 }
 
 #[test]
-fn kinds_and_page_sizes_may_differ_in_one_guest() {
+fn guest_with_mixed_kinds_and_page_sizes_moves() {
     let scratch = Scratch::new();
     let _room = HugePages::reserve(4);
     let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;

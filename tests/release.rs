@@ -1,4 +1,4 @@
-//! `--release-ram`: what the source frees, and when.
+//! `--release-ram`: the pages that the source frees, and the time.
 
 mod support;
 
@@ -75,7 +75,7 @@ impl Source {
         });
     }
 
-    /// Receives every page on the bulk lane; the ranges it came in.
+    /// Receives every page on the bulk lane; returns its ranges.
     fn receive_all(&mut self) -> Vec<PageRange> {
         let runs: Vec<PageRange> = std::iter::from_fn(|| self.bulk.pages()).collect();
         assert_eq!(runs.iter().map(|run| run.pages).sum::<u64>(), self.landing.pages(RegionId(0)));
@@ -92,7 +92,7 @@ impl Source {
 }
 
 #[test]
-fn what_is_acknowledged_is_freed_while_the_rest_is_kept() {
+fn acknowledged_pages_are_freed_and_the_rest_kept() {
     let mut source = Source::start(&["-p"]);
     source.demand.until_running();
     let runs = source.receive_all();
@@ -104,17 +104,17 @@ fn what_is_acknowledged_is_freed_while_the_rest_is_kept() {
     source.demand.send(&Frame::Ack(range(PAGES - 1, 1)));
     source.wait_until_held(PAGES / 2 - 1);
     assert!(runs.len() > 1);
-    // What never was acknowledged is freed at the end.
+    // Pages without an acknowledgement are freed at the end.
     source.complete();
 }
 
 #[test]
-fn before_the_switchover_nothing_is_freed() {
-    // Every page has been sent and acknowledged, and the guest goes on at the source after all.
+fn no_page_is_freed_before_the_switchover() {
+    // Every page has been sent and acknowledged, and the guest continues at the source after all.
     let mut source = Source::start(&[]);
     source.receive_all();
     source.demand.send(&Frame::Ack(range(0, PAGES)));
-    // Whoever answers this has read what came before it.
+    // A side that answers this has read everything before it.
     source.demand.send(&Frame::Ping(1));
     while !matches!(source.demand.control_event(), Some(Event::Pong(1))) {}
     source.migrate.signal(Signal::SIGINT);
@@ -122,7 +122,7 @@ fn before_the_switchover_nothing_is_freed() {
     assert!(error.contains("interrupted"), "{error}");
     assert_eq!(held(&scratch.ram("source")), MIB << 20);
 
-    // It does not: what was acknowledged before is freed afterwards.
+    // The guest leaves the source: pages acknowledged before the switchover are freed after it.
     let mut source = Source::start(&[]);
     source.receive_all();
     source.demand.send(&Frame::Ack(range(0, PAGES / 2)));
@@ -137,8 +137,8 @@ fn before_the_switchover_nothing_is_freed() {
 }
 
 #[test]
-fn what_was_not_sent_cannot_be_acknowledged() {
-    // Nobody asked for this page, and there is no background.
+fn acknowledgement_of_an_unsent_page_is_refused() {
+    // The page has no demand, and there is no background.
     let mut source = Source::start(&["-p", "-n"]);
     source.demand.until_running();
     source.demand.send(&Frame::Request(vec![(RegionId(0), 5)]));
@@ -162,7 +162,7 @@ fn what_was_not_sent_cannot_be_acknowledged() {
 }
 
 #[test]
-fn acknowledgements_nobody_wanted_end_the_migration() {
+fn unrequested_acknowledgements_end_the_migration() {
     let scratch = Scratch::new();
     write_ram(&scratch.ram("source"));
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -183,9 +183,9 @@ fn acknowledgements_nobody_wanted_end_the_migration() {
 }
 
 #[test]
-fn a_file_on_a_disk_and_an_old_destination_are_refused() {
+fn release_ram_refuses_a_file_on_disk_and_an_old_destination() {
     let scratch = Scratch::new();
-    // Where the tests' own program lies there is a disk.
+    // The directory of the tests' executable is on a disk.
     let directory = tempfile::tempdir_in(Path::new(UMEM).parent().unwrap()).unwrap();
     let file = directory.path().join("snapshot");
     write_ram(&file);
@@ -215,7 +215,7 @@ fn incoming(scratch: &Scratch) -> Umem {
 }
 
 #[test]
-fn a_guest_that_has_moved_leaves_no_memory_behind() {
+fn moved_guest_leaves_no_memory_at_the_source() {
     for mode in [&["-p"][..], &[], &["-p", "--lanes", "2"]] {
         let scratch = Scratch::new();
         let source = scratch.ram("source");
@@ -235,9 +235,9 @@ fn a_guest_that_has_moved_leaves_no_memory_behind() {
     }
 }
 
-/// The real destination: what it acknowledges on a bulk lane is what came there, each page once.
+/// The real destination: its acknowledgements on a bulk lane cover the pages received there, each once.
 #[test]
-fn a_destination_acknowledges_what_has_come() {
+fn destination_acknowledges_received_pages() {
     let scratch = Scratch::new();
     let mut incoming = incoming(&scratch);
     let uri = incoming.event("listening")["uri"].as_str().unwrap().to_owned();
@@ -276,7 +276,7 @@ fn a_destination_acknowledges_what_has_come() {
     send(&mut lanes[0], &Frame::Regions(table.clone()), &[]);
     assert_eq!(event(&mut lanes[0], &mut demand), Some(Event::Ready(table.clone())));
     send(&mut lanes[0], &Frame::Stopped { postcopy: true, background: true }, &[]);
-    // Every second page with data, then the rest as holes: many ranges, then one that is whole.
+    // Every second page with data, then the rest as holes: many ranges, then a large one.
     for page in (0..PAGES / 2).step_by(2) {
         send(&mut lanes[1], &Frame::Data(range(page, 1)), &[0xa5; 4096]);
     }
@@ -296,7 +296,7 @@ fn a_destination_acknowledges_what_has_come() {
     }
 }
 
-/// The next event; none when the lane is closed.
+/// The next event; None if the lane is closed.
 fn event(lane: &mut TcpStream, receiver: &mut Receiver) -> Option<Event> {
     loop {
         if let Some(event) = receiver.poll_event() {

@@ -1,4 +1,4 @@
-//! `--report`: a page that a browser shows as it should, in either colour scheme, and the figures.
+//! `--report`: a page that a browser renders correctly, in either colour scheme, and the figures.
 
 mod support;
 
@@ -20,7 +20,7 @@ fn demo(report: &Path, more: &[&str]) {
     assert!(output.status.success(), "{}: {stderr}", output.status);
 }
 
-/// A colour that a picture must have: the drawn value of its most important element.
+/// The expected colour of a chart: the drawn value of its most important element.
 const PICTURES: [(&str, &str, &str); 4] = [
     ("#throughput", ".rate", "stroke"),
     ("#latency", ".bar", "fill"),
@@ -29,7 +29,7 @@ const PICTURES: [(&str, &str, &str); 4] = [
 ];
 
 #[test]
-fn a_browser_shows_all_four_pictures_light_and_dark() {
+fn browser_renders_all_four_charts_light_and_dark() {
     let scratch = Scratch::new();
     let page = scratch.path("report.html");
     demo(&page, &[]);
@@ -46,7 +46,7 @@ fn a_browser_shows_all_four_pictures_light_and_dark() {
             );
             let expected = colour(&chromium.evaluate(&expression));
             let picture = chromium.screenshot(&format!("{figure} svg"));
-            // A thin line is mixed with what is below it.
+            // A thin line is blended with the background.
             let is_near = |pixel: &&[u8; 3]| {
                 pixel.iter().zip(expected).all(|(&part, wished)| part.abs_diff(wished) < 32)
             };
@@ -78,7 +78,7 @@ fn colour(value: &Value) -> [u8; 3] {
 }
 
 #[test]
-fn the_figures_of_both_sides_agree_with_the_report() {
+fn figures_of_both_sides_match_the_report() {
     let scratch = Scratch::new();
     let file = scratch.path("report.json");
     demo(&file, &["--lanes", "2"]);
@@ -108,20 +108,20 @@ fn the_figures_of_both_sides_agree_with_the_report() {
 }
 
 #[test]
-fn a_report_that_cannot_be_written_is_refused_before_anything_moves() {
+fn unwritable_report_is_refused_before_the_move() {
     let error = Umem::start(["demo", "--json", "--report", "/nonexistent/report.html"]).fails();
     assert!(error.contains("/nonexistent/report.html"), "{error}");
 }
 
-/// Also where nothing has begun: before there are lanes, and before anybody has dialled.
+/// Also before the move has begun: before there are lanes, and before any connection.
 #[test]
-fn a_failure_leaves_a_report_of_what_failed() {
+fn failed_move_leaves_a_report_of_the_failure() {
     let scratch = Scratch::new();
     let page = scratch.path("report.html");
     let ram = scratch.ram("source");
     std::fs::write(&ram, [1; 4096]).unwrap();
     let (word, ram) = (page.display().to_string(), format!("ram0={}", ram.display()));
-    // Nobody listens there.
+    // No process listens there.
     let arguments = ["migrate", "-p", "--report", &word, "--ram", &ram, "tcp:127.0.0.1:1"];
     let error = Umem::start(arguments).fails();
     assert!(error.contains("cannot connect"), "{error}");

@@ -1,31 +1,29 @@
-//! Processes that are killed (SIGKILL) after the switchover: another one takes over, and nothing of the
-//! guest is lost.
+//! Processes that are killed (SIGKILL) after the switchover: another process takes over, and the guest loses nothing.
 //!
-//! They are killed when a seeded number of bytes has passed between them, again and again, also while
-//! they take over. The guest is umem's own, which checks every word that it reads while its memory
-//! arrives, and all of it at the end.
+//! They are killed after seeded numbers of bytes between them, repeatedly, also during takeovers. The demo guest checks
+//! every word that it reads while its memory arrives, and all of it at the end.
 
 mod support;
 
 use std::os::unix::process::ExitStatusExt;
 
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use support::killed::{How, Move, REQUEST_BYTES, Side, text};
 use support::{Ends, MemoryLimit, Qmp};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
 #[test]
-fn a_source_that_is_killed_is_taken_over_from() {
+fn killed_source_is_taken_over() {
     let mut moving = Move::switched(How { mib: 128, threads: 2, ..How::default() });
     moving.kill_often(20, 3 << 20, &[Side::Source]);
     moving.complete();
 }
 
-/// On and on, to a new process each time, by umems that are killed; nothing is left of any of them.
+/// Repeated moves, to a new process each time, by umems that are killed; they leave nothing behind.
 #[test]
-fn a_guest_moves_again_and_again_while_its_umems_are_killed() {
+fn guest_survives_repeated_moves_with_killed_umems() {
     let moves = std::env::var("UMEM_SOAK_KILLED").map_or(5, |moves| moves.parse().expect("moves"));
     let name = |number: usize| -> &'static str { format!("guest{number}.").leak() };
     let how = How { mib: 32, threads: 1, ..How::default() };
@@ -46,9 +44,9 @@ fn a_guest_moves_again_and_again_while_its_umems_are_killed() {
     }
 }
 
-/// What has been freed is not asked for again.
+/// Freed pages are not requested again.
 #[test]
-fn a_source_that_frees_its_memory_is_taken_over_from() {
+fn killed_source_with_release_ram_is_taken_over() {
     let how =
         How { mib: 96, threads: 1, migrate: &["--release-ram", "--lanes", "2"], ..How::default() };
     let mut moving = Move::switched(how);
@@ -58,15 +56,15 @@ fn a_source_that_frees_its_memory_is_taken_over_from() {
 }
 
 #[test]
-fn a_destination_that_is_killed_is_taken_over_from() {
+fn killed_destination_is_taken_over() {
     let mut moving = Move::switched(How { mib: 128, threads: 2, ..How::default() });
     moving.kill_often(20, 3 << 20, &[Side::Destination]);
     moving.complete();
 }
 
-/// The kernel kills umem for the memory that it takes for its guest. The guest waits, and the source for who goes on.
+/// The kernel kills umem for the memory of its guest. The guest waits, and the source waits for the takeover.
 #[test]
-fn a_destination_that_a_memory_limit_kills_is_taken_over_from() {
+fn destination_killed_by_a_memory_limit_is_taken_over() {
     let limit = MemoryLimit::of(20);
     let mut moving = Move::switched(How { mib: 64, threads: 1, ..How::default() });
     limit.take(moving.incoming.pid());
@@ -78,9 +76,9 @@ fn a_destination_that_a_memory_limit_kills_is_taken_over_from() {
     moving.complete();
 }
 
-/// Sockets of a process that was killed may outlive it for a moment.
+/// Sockets of a killed process may outlive it for a moment.
 #[test]
-fn an_address_that_is_still_in_use_is_waited_for() {
+fn takeover_waits_for_an_address_in_use() {
     let mut moving = Move::switched(How { mib: 16, threads: 1, ..How::default() });
     moving.incoming.kill();
     let address = moving.cutter.destination().trim_start_matches("tcp:").to_owned();
@@ -96,15 +94,15 @@ fn an_address_that_is_still_in_use_is_waited_for() {
 }
 
 #[test]
-fn both_sides_are_killed_in_one_move() {
+fn both_sides_killed_in_one_move_are_taken_over() {
     let mut moving = Move::switched(How { mib: 128, threads: 2, ..How::default() });
     moving.kill_often(20, 3 << 20, &[Side::Source, Side::Destination, Side::Both]);
     moving.complete();
 }
 
-/// A source that takes over reads its files as the one before it would have.
+/// A takeover of the source reads its files as the previous process would have.
 #[test]
-fn checked_memory_is_compared_after_a_source_was_taken_over_from() {
+fn digests_are_compared_after_a_source_takeover() {
     let migrate = &["--checksum"];
     let how = How { mib: 64, threads: 1, migrate, ..How::default() };
     let mut moving = Move::switched(how);
@@ -116,10 +114,10 @@ fn checked_memory_is_compared_after_a_source_was_taken_over_from() {
     assert_eq!(destination["digests"][0]["digest"], digests["digest"]);
 }
 
-/// Sums of what came before died with the destination: what is left says nothing of the whole, and is not
+/// The sums of earlier pages died with the destination: the remaining sums prove nothing about the whole, and are not
 /// taken for damage.
 #[test]
-fn checked_memory_is_taken_over() {
+fn destination_with_checksums_is_taken_over() {
     let migrate = &["--checksum", "--release-ram"];
     let how = How { mib: 64, threads: 1, migrate, ..How::default() };
     let mut moving = Move::switched(how);
@@ -129,9 +127,9 @@ fn checked_memory_is_taken_over() {
     assert_eq!([&source["digests"], &destination["digests"]], [&json!([]), &json!([])]);
 }
 
-/// What the guest discards while nobody takes it in, or as somebody is killed over it, stays discarded.
+/// Pages that the guest discards without a umem, or while one is killed over the discard, stay discarded.
 #[test]
-fn memory_that_is_discarded_is_taken_over() {
+fn destination_with_discards_is_taken_over() {
     let arriving = &["--discard"];
     let how = How { mib: 64, threads: 2, arriving, ..How::default() };
     let mut moving = Move::switched(how);
@@ -139,21 +137,21 @@ fn memory_that_is_discarded_is_taken_over() {
     moving.complete();
 }
 
-/// Everything has come, and the source does not know: it is told by who takes over.
+/// All pages have arrived, and the source does not know: the takeover of the destination sends it the completion.
 #[test]
-fn a_completion_that_was_not_heard_of_is_told_again() {
+fn takeover_sends_a_missed_completion_again() {
     use umem_wire::{HEADER_BYTES, HELLO_BYTES};
     let mut moving = Move::switched(How { mib: 8, threads: 0, ..How::default() });
     moving.cutter.limit_answers(Some(0));
     moving.cutter.let_pages_go();
-    // Up to the guest running there may have been a request, or the background was faster. It is shorter than
-    // what says that everything has come, which travels as one: so much comes with that alone.
+    // Up to the guest running there a request may have been sent, or the background was faster. A request is shorter
+    // than the frames of the completion, which leave in one send: so this many bytes come with those alone.
     let running = HELLO_BYTES + (HEADER_BYTES + 1) + 2 * HEADER_BYTES;
     const COMPLETE_BYTES: usize = HEADER_BYTES + 40;
     const _: () = assert!(REQUEST_BYTES < COMPLETE_BYTES);
     moving.cutter.wait_for_answers((running + COMPLETE_BYTES) as u64);
     moving.incoming.kill();
-    // What the source has not heard of by now it never will.
+    // A completion that the source has not received by now is lost.
     moving.cutter.cut(Ends::Both, false);
     moving.cutter.limit_answers(None);
     moving.incoming = moving.resume("incoming");
@@ -162,7 +160,7 @@ fn a_completion_that_was_not_heard_of_is_told_again() {
 }
 
 #[test]
-fn private_memory_is_taken_over() {
+fn destination_of_private_memory_is_taken_over() {
     for flags in [&["--postcopy-flags", "0"], &["--postcopy-flags", "1"]] {
         let how =
             How { mib: 64, threads: 1, kind: Some("private"), incoming: flags, ..How::default() };
@@ -173,7 +171,7 @@ fn private_memory_is_taken_over() {
 }
 
 #[test]
-fn anonymous_memory_is_taken_over() {
+fn destination_of_anonymous_memory_is_taken_over() {
     let how = How { mib: 64, threads: 2, kind: Some("anonymous"), ..How::default() };
     for arriving in [&["--discard"][..], &["--shards", "4"]] {
         let mut moving = Move::switched(How { arriving, ..how });
@@ -182,10 +180,10 @@ fn anonymous_memory_is_taken_over() {
     }
 }
 
-/// As soon as the source has given its guest up, its destination is killed: the switchover may have come,
-/// or not, and the guest may run, or not. Then both are, at that moment.
+/// The destination is killed as soon as the source has given its guest up: the switchover may have arrived or not, and
+/// the guest may run or not. Then both are killed at that moment.
 #[test]
-fn a_switchover_is_survived() {
+fn takeover_during_the_switchover_keeps_the_guest() {
     for side in [Side::Destination, Side::Both, Side::Source].repeat(3) {
         let mut moving = Move::start(How { mib: 16, threads: 1, ..How::default() });
         moving.session = text(&moving.migrate.event("resumable"), "session");
@@ -194,10 +192,10 @@ fn a_switchover_is_survived() {
     }
 }
 
-/// The source might have given its guest up at that moment, so the one that has been loaded stays, and does
-/// not run, until somebody who knows better ends it.
+/// The source might have given its guest up at that moment, so the loaded guest stays without running, until an
+/// administrator ends it.
 #[test]
-fn a_destination_that_is_killed_before_the_switchover_keeps_its_guest_for_the_case() {
+fn destination_killed_before_the_switchover_keeps_its_loaded_guest() {
     let mut moving = Move::loaded();
     moving.incoming.kill();
     moving.cutter.cut(Ends::Both, false);
@@ -205,7 +203,7 @@ fn a_destination_that_is_killed_before_the_switchover_keeps_its_guest_for_the_ca
     moving.incoming = moving.resume("incoming");
     moving.incoming.event("recovering");
     let Move { scratch, mut guest, mut incoming, mut migrate, .. } = moving;
-    // It would say so if it could, and somebody does not want to wait for that.
+    // It would notify the destination if it could; the test interrupts the wait.
     migrate.event("telling");
     migrate.signal(Signal::SIGINT);
     assert!(migrate.fails().contains("the connection to the destination was lost"));
@@ -220,10 +218,10 @@ fn a_destination_that_is_killed_before_the_switchover_keeps_its_guest_for_the_ca
     assert!(guest.is_running());
 }
 
-/// A source that has lost its lanes before the commit has its guest go on, and says so to a destination that has
-/// loaded it: that one does not wait for somebody to interrupt it.
+/// A source that has lost its lanes before the commit lets its guest continue, and notifies a destination that has
+/// loaded it, which then does not wait for an interrupt.
 #[test]
-fn a_destination_that_has_loaded_a_guest_is_told_that_it_stays() {
+fn loaded_destination_is_notified_that_the_guest_stays() {
     for is_killed in [false, true] {
         let mut moving = Move::loaded();
         if is_killed {
@@ -232,7 +230,7 @@ fn a_destination_that_has_loaded_a_guest_is_told_that_it_stays() {
         moving.cutter.cut(Ends::Both, false);
         moving.cutter.limit_answers(None);
         moving.migrate.event("telling");
-        assert_eq!(moving.status(), "running", "nobody waits for the other side");
+        assert_eq!(moving.status(), "running", "neither side waits for the other");
         if is_killed {
             moving.incoming = moving.resume("incoming");
         }
@@ -241,7 +239,7 @@ fn a_destination_that_has_loaded_a_guest_is_told_that_it_stays() {
         assert!(error.contains("the source gave up: interrupted; the guest goes on"), "{error}");
         let error = migrate.fails();
         assert!(error.contains("the connection to the destination was lost"), "{error}");
-        assert!(!error.contains("was not told"), "{error}");
+        assert!(!error.contains("was not notified"), "{error}");
         scratch.wait_until_gone("destination.qmp");
         assert!(!scratch.ram("destination").exists());
         assert_eq!(std::fs::read_dir(scratch.path("sessions")).unwrap().count(), 0);
@@ -250,11 +248,11 @@ fn a_destination_that_has_loaded_a_guest_is_told_that_it_stays() {
 }
 
 #[test]
-fn a_source_that_is_killed_before_the_switchover_has_its_guest_back() {
+fn source_killed_before_the_switchover_gets_its_guest_back() {
     let mut moving = Move::loaded();
     moving.migrate.kill();
     assert_eq!(moving.status(), "paused");
-    // The relay's lanes begin anew.
+    // The relay's lane numbers restart.
     moving.cutter.cut(Ends::Both, false);
     moving.cutter.limit_answers(None);
     let error = moving.resume_with("migrate", &["--abandon"]).fails_as_misused();
@@ -276,9 +274,9 @@ fn a_source_that_is_killed_before_the_switchover_has_its_guest_back() {
     assert_eq!(std::fs::read_dir(scratch.path("sessions")).unwrap().count(), 0);
 }
 
-/// Who lives is not taken over from, and a file that is not the guest's is not sent.
+/// A living process is not taken over, and a file other than the guest's is not sent.
 #[test]
-fn only_what_can_go_on_is_taken_over() {
+fn takeover_refuses_sessions_that_cannot_continue() {
     let mut moving = Move::switched(How { mib: 16, threads: 0, ..How::default() });
     let session = moving.session.clone();
     for command in ["migrate", "incoming"] {
@@ -303,9 +301,41 @@ fn only_what_can_go_on_is_taken_over() {
     moving.complete();
 }
 
-/// The source hears that there is no guest any more, and both sides end.
+/// A full disk keeps *switched* and *running* out of the session file. The guest belongs to the destination all the
+/// same: it is neither ended nor reported to its source as one that never ran.
 #[test]
-fn a_guest_that_dies_while_nobody_serves_it_is_noticed() {
+fn destination_without_a_written_session_file_keeps_its_running_guest() {
+    let mut moving = Move::switched(How { mib: 16, threads: 1, ..How::default() });
+    moving.incoming.kill();
+    moving.migrate.kill();
+    let file = moving.sessions().join(format!("{}.destination", moving.session));
+    let mut record: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert_eq!(record["state"], "running");
+    record["state"] = json!("loaded");
+    record["switched_at"] = Value::Null;
+    record["running_at"] = Value::Null;
+    std::fs::write(&file, record.to_string()).unwrap();
+
+    moving.incoming = moving.resume("incoming");
+    moving.incoming.event("recovering");
+    moving.incoming.signal(Signal::SIGINT);
+    let incoming = &moving.incoming;
+    let is_warned = || incoming.stderr().contains("interrupt again to").then_some(());
+    support::wait_for("a warning", is_warned);
+    moving.incoming.signal(Signal::SIGINT);
+    assert_eq!(moving.incoming.wait().code(), Some(1));
+    let stderr = moving.incoming.stderr();
+    assert!(stderr.contains("the guest here waits for pages that only the source has"), "{stderr}");
+    assert_eq!(moving.scratch.processes("destination.qmp").len(), 1, "the guest goes on");
+
+    moving.incoming = moving.resume("incoming");
+    moving.migrate = moving.resume("migrate");
+    moving.complete();
+}
+
+/// The source learns that the guest has ended, and both sides end.
+#[test]
+fn guest_death_without_a_umem_is_detected_at_takeover() {
     let mut moving = Move::switched(How { mib: 16, threads: 1, ..How::default() });
     moving.incoming.kill();
     moving.migrate.event("recovering");

@@ -1,9 +1,9 @@
-//! The rooms of the source: where files stand, and that the modules of a folder use each other in one direction.
+//! The rooms of the source: the places of files, and one direction of use between the modules of a folder.
 //!
 //! The test reads the tokens of every file: `use` lines, and paths that begin with `crate`, `super` or `self`. A path
-//! is followed through `pub use` to the module that has the item. Each path from one module to another is an
-//! edge between the two children of the folder that both are in. In every folder these edges may not run in a
-//! circle. What a module uses of its own parent or child is not an edge, nor is what `#[cfg(test)]` has.
+//! is followed through `pub use` to the module of the item. Each path from one module to another is an edge between the
+//! two children of their common folder. In every folder these edges must not form a circle. Uses of a module's own
+//! parent or child are not edges, nor are uses under `#[cfg(test)]`.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write as _;
@@ -15,22 +15,22 @@ use proc_macro2::{Delimiter, TokenStream, TokenTree};
 /// The crates whose modules are read: the folder of each one's root file.
 const CRATES: [&str; 5] = ["src", "src/preload/src", "wire/src", "ring/src", "perf/src"];
 
-/// What may stand in `src` itself; all else has a folder.
+/// The files allowed in `src` itself; all others have a folder.
 const LOOSE: [&str; 2] = ["lib.rs", "main.rs"];
 
-/// Circles that stand for now: the folder, two of its modules, and why. An entry allows the first module to use the
-/// second; one that is not needed any more fails the test.
+/// Circles allowed for now: the folder, two of its modules, and the reason. An entry allows the first module to use the
+/// second; an unneeded entry fails the test.
 const EXCEPTIONS: [(&str, &str, &str, &str); 0] = [];
 
-/// The way to a module from its crate's root; the root's own is empty.
+/// The path to a module from its crate's root; the root's own is empty.
 type ModulePath = Vec<String>;
 
-/// One `mod`, with a file of its own or not.
+/// One `mod`, with or without a file of its own.
 #[derive(Default)]
 struct Module {
-    /// What its `use` lines bind: the name, and the path that it stands for, from the root.
+    /// The bindings of its `use` lines: the name, and its path from the root.
     bound: BTreeMap<String, ModulePath>,
-    /// Every path to another module, with the line that it stands in.
+    /// Every path to another module, with its line.
     paths: Vec<(ModulePath, usize)>,
     file: PathBuf,
 }
@@ -39,15 +39,15 @@ struct Module {
 #[derive(Default)]
 struct Crate {
     modules: BTreeMap<ModulePath, Module>,
-    /// What `#[cfg(test)]` has a file for.
+    /// The files of modules under `#[cfg(test)]`.
     tests: Vec<ModulePath>,
 }
 
-/// One folder's children, and who uses whom: the pair, and a place that shows it.
+/// One folder's children, and their uses: the pair, and a place that shows it.
 type Edges = BTreeMap<(String, String), String>;
 
 #[test]
-fn modules_of_a_folder_use_each_other_in_one_direction() {
+fn sibling_modules_import_without_cycles() {
     let mut report = String::new();
     let mut is_needed = [false; EXCEPTIONS.len()];
     for root in CRATES {
@@ -80,7 +80,7 @@ fn modules_of_a_folder_use_each_other_in_one_direction() {
 }
 
 #[test]
-fn the_map_lists_each_folder_below_those_that_it_uses() {
+fn architecture_map_lists_each_folder_below_its_imports() {
     let text = fs::read_to_string("ARCHITECTURE.md").expect("it is there");
     let (_, map) = text.split_once("## The map").expect("it has a map");
     let place = |folder: &str| {
@@ -96,7 +96,7 @@ fn the_map_lists_each_folder_below_those_that_it_uses() {
 }
 
 #[test]
-fn src_has_folders_and_two_files() {
+fn src_contains_folders_and_two_files() {
     let loose: Vec<_> = entries(Path::new("src"))
         .into_iter()
         .filter(|path| path.is_file())
@@ -136,7 +136,7 @@ fn circles(edges: &Edges) -> Vec<BTreeSet<String>> {
 }
 
 impl Crate {
-    /// Reads every file below `root`, but not those of another crate.
+    /// Reads every file below `root`, without those of another crate.
     fn read(root: &Path) -> Crate {
         let mut read = Crate::default();
         read.folder(root, root);
@@ -168,7 +168,7 @@ impl Crate {
         }
     }
 
-    /// Takes what one module has; a `mod x { … }` in it is one more.
+    /// Collects one module's bindings and paths; a `mod x { … }` in it is a further module.
     fn module(&mut self, module: &ModulePath, file: &Path, tokens: TokenStream) {
         self.modules.entry(module.clone()).or_default().file = file.to_path_buf();
         let tokens: Vec<TokenTree> = tokens.into_iter().collect();
@@ -202,7 +202,7 @@ impl Crate {
         }
     }
 
-    /// Takes the path that begins at `at`, behind `prefix`. Returns where it ends.
+    /// Collects the path that begins at `at`, behind `prefix`. Returns its end.
     fn path(
         &mut self,
         module: &ModulePath,
@@ -285,11 +285,11 @@ impl Crate {
         taken.paths.push((path.to_vec(), token.span().start().line));
     }
 
-    /// The module that has what `path` names.
+    /// The module of the item that `path` names.
     fn resolve(&self, path: &[String]) -> ModulePath {
         let mut at: ModulePath = Vec::new();
         let mut left: VecDeque<String> = path.iter().cloned().collect();
-        // A name that is bound to itself leads nowhere.
+        // A name bound to itself has no target.
         let mut bindings_left = 8;
         while let Some(name) = left.pop_front() {
             let mut child = at.clone();
@@ -313,7 +313,7 @@ impl Crate {
         at
     }
 
-    /// Of each folder, which of its children uses which.
+    /// For each folder, the uses between its children.
     fn folders(&self) -> BTreeMap<ModulePath, Edges> {
         let mut folders: BTreeMap<ModulePath, Edges> = BTreeMap::new();
         for (module, taken) in &self.modules {
@@ -360,7 +360,7 @@ fn is_brace(token: Option<&TokenTree>) -> bool {
     matches!(token, Some(TokenTree::Group(group)) if group.delimiter() == Delimiter::Brace)
 }
 
-/// An attribute that has its item in tests only.
+/// An attribute that restricts its item to tests.
 fn is_test(attribute: Option<&TokenTree>) -> bool {
     let words: String =
         attribute.map(ToString::to_string).unwrap_or_default().split_whitespace().collect();
@@ -369,7 +369,7 @@ fn is_test(attribute: Option<&TokenTree>) -> bool {
         || words.starts_with("[cfg(any(test")
 }
 
-/// Where the item that begins at `at` has ended: behind its braces, or its semicolon.
+/// The end of the item that begins at `at`: behind its braces, or its semicolon.
 fn after_item(tokens: &[TokenTree], mut at: usize) -> usize {
     while at < tokens.len() {
         at += 1;

@@ -1,4 +1,4 @@
-//! Who may connect: TLS with certificates on both sides, the shared secret, and addresses that are open.
+//! Access control: TLS with certificates on both sides, the shared secret, and unauthenticated addresses.
 
 mod support;
 
@@ -25,7 +25,7 @@ const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 const MIB: u64 = 8;
 const SECRET: &str = "a secret of ours, and long enough";
 
-/// A snapshot with data, zeroes and holes, and where it is to go.
+/// A snapshot with data, zeroes and holes, and its destination.
 struct Move {
     scratch: Scratch,
 }
@@ -71,7 +71,7 @@ impl Move {
         Umem::start(arguments.into_iter().chain(security.iter().copied()).chain([uri]))
     }
 
-    /// Both sides to their end, and every byte.
+    /// Runs both sides to their end, and compares every byte.
     fn succeeds(&self, mut incoming: Umem, mut migrate: Umem, security: &str) {
         assert_eq!(migrate.event("connected")["security"], security);
         migrate.event("completed");
@@ -107,7 +107,7 @@ fn demo(arguments: &[&str]) -> Value {
 }
 
 #[test]
-fn a_guest_moves_behind_tls_and_every_word_is_right() {
+fn guest_moves_behind_tls_with_every_word_right() {
     let scratch = Scratch::new();
     let creds = Authority::new("ours").credentials(&scratch, "tls", "127.0.0.1");
     for options in [
@@ -127,7 +127,7 @@ fn a_guest_moves_behind_tls_and_every_word_is_right() {
 }
 
 #[test]
-fn a_guest_moves_with_a_secret() {
+fn guest_moves_with_a_secret() {
     let moving = Move::new();
     let secret = moving.secret("secret", SECRET);
     let report = demo(&["--size", "64", "--lanes", "2", "--secret-file", &secret]);
@@ -135,7 +135,7 @@ fn a_guest_moves_with_a_secret() {
 }
 
 #[test]
-fn every_kind_of_address_takes_tls_and_a_secret() {
+fn every_address_scheme_takes_tls_and_a_secret() {
     let moving = Move::new();
     let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "there.example");
     let (secret, same) = (moving.secret("one", SECRET), moving.secret("other", SECRET));
@@ -165,9 +165,9 @@ fn every_kind_of_address_takes_tls_and_a_secret() {
     moving.succeeds(incoming, migrate, "tls+secret");
 }
 
-/// Whoever is refused learns why, the destination says who came, and the right one still gets in.
+/// A refused peer gets the reason, the destination prints the peer's identity, and the right peer is still accepted.
 #[test]
-fn who_shows_no_good_certificate_is_not_let_in() {
+fn source_with_a_bad_certificate_is_refused() {
     let moving = Move::new();
     let ours = Authority::new("ours");
     let creds = |name: &str| ours.credentials(&moving.scratch, name, "127.0.0.1");
@@ -217,7 +217,7 @@ fn who_shows_no_good_certificate_is_not_let_in() {
 }
 
 #[test]
-fn a_source_sends_nothing_to_who_shows_no_good_certificate() {
+fn source_sends_no_data_to_a_bad_certificate() {
     let moving = Move::new();
     let ours = Authority::new("ours");
     let creds = ours.credentials(&moving.scratch, "tls", "elsewhere.example");
@@ -234,7 +234,7 @@ fn a_source_sends_nothing_to_who_shows_no_good_certificate() {
     let named = ["--tls-creds", text(&creds), "--tls-hostname", "elsewhere.example"];
     moving.succeeds(incoming, moving.migrate(&uri, &named), "tls");
 
-    // One that knows nothing of TLS.
+    // A peer without TLS.
     let moving = Move::new();
     let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--secret-file", &secret]);
     let error = moving.migrate(&uri, &named).fails();
@@ -244,7 +244,7 @@ fn a_source_sends_nothing_to_who_shows_no_good_certificate() {
     moving.succeeds(incoming, migrate, "secret");
 }
 
-/// A source of the test's own, which shows the certificate of `creds`, if any.
+/// A source played by the test, which presents the certificate of `creds`, if any.
 fn tls(creds: &Path, with_certificate: bool) -> ClientConnection {
     let pem = |name: &str| fs::read(creds.join(name)).unwrap();
     let mut roots = RootCertStore::empty();
@@ -281,13 +281,13 @@ fn hello() -> Hello {
 }
 
 #[test]
-fn who_shows_no_certificate_at_all_is_not_let_in() {
+fn source_without_a_certificate_is_refused() {
     let moving = Move::new();
     let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
     let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&creds)]);
     let (mut session, mut stream) = (tls(&creds, false), socket(&uri));
     let mut tls = Stream::new(&mut session, &mut stream);
-    // A client's handshake is over before the server has looked; the answer is an alert.
+    // A client's handshake is over before the server has checked it; the answer is an alert.
     let error = tls
         .write_all(&hello().encode())
         .and_then(|()| tls.read_exact(&mut [0; HELLO_BYTES]))
@@ -298,9 +298,9 @@ fn who_shows_no_certificate_at_all_is_not_let_in() {
     moving.succeeds(incoming, migrate, "tls");
 }
 
-/// Strangers who say nothing, or begin and stop, are listened to beside everybody else.
+/// Foreign connections that send nothing, or start and stop, are served beside all others.
 #[test]
-fn who_says_nothing_holds_nobody_up() {
+fn silent_tls_client_does_not_delay_others() {
     let moving = Move::new();
     let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
     let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&creds)]);
@@ -309,7 +309,7 @@ fn who_says_nothing_holds_nobody_up() {
     let mut hello = Vec::new();
     tls(&creds, true).write_tls(&mut hello).unwrap();
     begun.write_all(&hello[..hello.len() / 2]).unwrap();
-    // One whose handshake is over, and whose hello never comes.
+    // A connection whose handshake is over, and whose hello never comes.
     let (mut session, mut stream) = (tls(&creds, true), socket(&uri));
     while session.is_handshaking() {
         session.complete_io(&mut stream).unwrap();
@@ -320,7 +320,7 @@ fn who_says_nothing_holds_nobody_up() {
 }
 
 #[test]
-fn a_handshake_can_be_interrupted() {
+fn tls_handshake_can_be_interrupted() {
     let moving = Move::new();
     let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
     let tls = ["--tls-creds", text(&creds)];
@@ -341,9 +341,9 @@ fn a_handshake_can_be_interrupted() {
     drop(stream);
 }
 
-/// Who can only cut the connection cannot make it look like an end in order.
+/// A peer that can only cut the connection cannot make it look like a clean end.
 #[test]
-fn a_connection_that_is_cut_is_not_one_that_has_ended() {
+fn truncated_tls_connection_is_not_taken_for_ended() {
     for is_cut in [true, false] {
         let moving = Move::new();
         let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
@@ -367,9 +367,9 @@ fn a_connection_that_is_cut_is_not_one_that_has_ended() {
     }
 }
 
-/// By a resume by hand as little as at first. What listened before still does then.
+/// Neither does a manual resume. The old listener still works then.
 #[test]
-fn a_resume_opens_no_address_to_everybody() {
+fn resume_does_not_open_an_unauthenticated_address() {
     let moving = Move::new();
     let control = moving.scratch.path("control");
     let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--control", text(&control)]);
@@ -385,10 +385,10 @@ fn a_resume_opens_no_address_to_everybody() {
     assert_ne!(incoming.event("listening")["uri"].as_str(), Some(&*uri));
 }
 
-/// Whoever has begun a migration goes on with it: another certificate that the same authority has signed does
-/// not do, whatever its owner has learned of the session.
+/// Only the identity that began a migration continues it: another certificate of the same authority is refused, even if
+/// its owner knows the session.
 #[test]
-fn who_shows_another_certificate_goes_on_with_nothing() {
+fn resume_with_another_certificate_is_refused() {
     let moving = Move::new();
     let ours = Authority::new("ours");
     let creds = ours.credentials(&moving.scratch, "tls", "127.0.0.1");
@@ -403,17 +403,17 @@ fn who_shows_another_certificate_goes_on_with_nothing() {
     lane.switch_over(MIB << 20);
     incoming.event("running");
 
-    let refused = open(&others, 1).err().expect("it is somebody else");
+    let refused = open(&others, 1).err().expect("it is another identity");
     assert!(refused.contains("began with another certificate"), "{refused}");
     let _back = open(&creds, 1).expect("who began it takes the first lane's place");
     incoming.event("recovering");
     incoming.event("resumed");
 }
 
-/// Everybody whose certificate the authority has signed gets through a handshake. Who belongs to no session here gets
-/// no thread, however long it stays.
+/// Every certificate of the authority passes the handshake. A connection that belongs to no session gets no thread,
+/// however long it stays.
 #[test]
-fn who_belongs_to_no_session_gets_no_thread() {
+fn connection_without_a_session_gets_no_thread() {
     let moving = Move::new();
     let ours = Authority::new("ours");
     let creds = ours.credentials(&moving.scratch, "tls", "127.0.0.1");
@@ -437,7 +437,7 @@ fn who_belongs_to_no_session_gets_no_thread() {
         let mut welcome = [0; HELLO_BYTES];
         stream.read_exact(&mut welcome).unwrap();
         assert!(Welcome::decode(&welcome).is_err(), "it is let in");
-        // It stays, and has more to say.
+        // The connection stays, and sends more.
         let _ = stream.write_all(b"x");
         strangers.push(stream);
     }
@@ -445,9 +445,9 @@ fn who_belongs_to_no_session_gets_no_thread() {
     drop(strangers);
 }
 
-/// Rubbish in place of a record is an error of that lane, which both ends hear of.
+/// Garbage in place of a record is an error of that lane, which both ends report.
 #[test]
-fn a_record_that_was_changed_on_its_way_ends_the_lane() {
+fn changed_tls_record_ends_the_lane() {
     let moving = Move::new();
     let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
     let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--tls-creds", text(&creds)]);
@@ -468,7 +468,7 @@ fn a_record_that_was_changed_on_its_way_ends_the_lane() {
 }
 
 #[test]
-fn files_of_certificates_and_secrets_are_checked_first() {
+fn certificate_and_secret_files_are_checked_at_start() {
     let moving = Move::new();
     let ours = Authority::new("ours");
     let creds = ours.credentials(&moving.scratch, "tls", "127.0.0.1");
@@ -517,9 +517,9 @@ fn files_of_certificates_and_secrets_are_checked_first() {
     assert!(error.contains("add --tls-creds"), "{error}");
 }
 
-/// Whoever can change an authority's certificate decides who gets in.
+/// A user who can change an authority's certificate decides who gets access.
 #[test]
-fn a_credential_file_that_another_user_can_change_is_refused() {
+fn credential_file_writable_by_another_user_is_refused() {
     let moving = Move::new();
     let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
     let secret = PathBuf::from(moving.secret("secret", SECRET));
@@ -545,7 +545,7 @@ fn a_credential_file_that_another_user_can_change_is_refused() {
 }
 
 #[test]
-fn certificates_are_refused_when_the_list_of_revoked_ones_has_expired() {
+fn certificates_are_refused_when_the_revocation_list_has_expired() {
     let moving = Move::new();
     let ours = Authority::new("ours");
     let current = ours.credentials(&moving.scratch, "current", "127.0.0.1");
@@ -567,10 +567,10 @@ fn certificates_are_refused_when_the_list_of_revoked_ones_has_expired() {
     moving.succeeds(incoming, migrate, "tls");
 }
 
-/// The kernel gives what belongs to a process in /proc to root and root's group where the process is not dumpable
-/// (proc(5)), and else to the process's own user and group.
+/// For a process that is not dumpable the kernel gives its /proc files to root and root's group (proc(5)), and
+/// otherwise to the process's own user and group.
 #[test]
-fn a_process_that_has_read_a_secret_is_not_dumpable() {
+fn process_with_a_secret_is_not_dumpable() {
     let moving = Move::new();
     let secret = moving.secret("secret", SECRET);
     let ram = format!("ram0={}", moving.scratch.ram("source").display());
@@ -589,10 +589,10 @@ fn a_process_that_has_read_a_secret_is_not_dumpable() {
 }
 
 #[test]
-fn who_does_not_know_the_secret_is_not_let_in() {
+fn source_with_a_wrong_secret_is_refused() {
     let moving = Move::new();
     let right = moving.secret("right", SECRET);
-    // A line's end makes no other secret.
+    // A trailing newline does not change the secret.
     let same = moving.secret("same", &format!("{SECRET}\n"));
     let wrong = moving.secret("wrong", "another secret, and long enough");
     let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--secret-file", &right]);
@@ -622,7 +622,7 @@ fn proof(secret: &str, label: &str, said: &[&[u8]]) -> [u8; 32] {
 }
 
 #[test]
-fn a_hello_that_was_overheard_opens_nothing() {
+fn replayed_hello_is_refused() {
     let moving = Move::new();
     let secret = moving.secret("secret", SECRET);
     let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--secret-file", &secret]);
@@ -632,7 +632,7 @@ fn a_hello_that_was_overheard_opens_nothing() {
         bytes
     };
     let ours = Nonce([3; 32]);
-    // One of two bulk lanes, so that the session never is whole.
+    // One of two bulk lanes, so that the session stays incomplete.
     let hello = Hello { bulk_lanes: 1, ..hello() };
     let mut stream = socket(&uri);
     stream.write_all(&ours.encode_ask()).unwrap();
@@ -656,9 +656,9 @@ fn a_hello_that_was_overheard_opens_nothing() {
     assert!(incoming.is_running());
 }
 
-/// What a destination that does not know the secret answers, or one that reflects our own proof.
+/// The answer of a destination without the secret, or one that reflects the source's own proof.
 #[test]
-fn a_source_sends_nothing_to_who_does_not_know_the_secret() {
+fn source_sends_no_data_to_a_wrong_secret() {
     let moving = Move::new();
     let secret = moving.secret("secret", SECRET);
     for reflects in [false, true] {
@@ -685,7 +685,7 @@ fn a_source_sends_nothing_to_who_does_not_know_the_secret() {
 }
 
 #[test]
-fn an_open_address_has_to_be_asked_for() {
+fn unauthenticated_address_needs_an_explicit_option() {
     let moving = Move::new();
     let secret = moving.secret("secret", SECRET);
     for uri in ["tcp:0.0.0.0:0", "tcp::0", "tcp:[::]:0"] {
@@ -706,7 +706,7 @@ fn an_open_address_has_to_be_asked_for() {
 
     let (incoming, uri) = moving.incoming("tcp:0.0.0.0:0", &["--insecure"]);
     assert!(
-        incoming.stderr().contains("is open: everybody who reaches it"),
+        incoming.stderr().contains("is open: any host that reaches it"),
         "{}",
         incoming.stderr()
     );
@@ -718,9 +718,10 @@ fn an_open_address_has_to_be_asked_for() {
     moving.succeeds(incoming, migrate, "secret");
 }
 
-/// Whatever the mask of the process: what holds a guest's memory, or lets somebody in, is its owner's.
+/// Whatever the process's umask: files that hold guest memory, and sockets that give access, are accessible to their
+/// owner only.
 #[test]
-fn sockets_and_memory_are_their_owners_alone() {
+fn sockets_and_memory_files_are_private_to_their_owner() {
     let moving = Move::new();
     let lanes = moving.scratch.path("lanes");
     let uri = format!("unix:{}", lanes.display());

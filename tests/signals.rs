@@ -1,4 +1,4 @@
-//! Signals: which mean that umem is to stop, what becomes of the guest then, and what of those that are not umem's.
+//! Signals: which stop umem, the consequences for the guest, and signals that are not for umem.
 
 mod support;
 
@@ -17,7 +17,8 @@ use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
 use support::{Cutter, Guests, Qmp, Scratch, Umem, wait_for};
 
-/// Every signal that ends a process by default and is not a fault of its own, by number; two real-time ones.
+/// Every signal that ends a process by default and does not indicate a fault of the process, by number; two real-time
+/// ones.
 fn enders() -> Vec<i32> {
     let named = [
         libc::SIGHUP,
@@ -37,44 +38,44 @@ fn enders() -> Vec<i32> {
     named.into_iter().chain([libc::SIGRTMIN(), libc::SIGRTMAX()]).collect()
 }
 
-/// Any number, also those that have no name.
+/// Any number, also those without a name.
 fn send(umem: &Umem, signal: i32) {
     let pid = i32::try_from(umem.pid()).expect("pids are small");
-    // SAFETY: numbers only; it is our child, and has not been waited for.
+    // SAFETY: numbers only; the process is our child, and has not been reaped.
     assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
 }
 
-/// What `umem incoming` says of the guest's process, the only child that it has.
+/// The guest's process, the only child of `umem incoming`.
 fn guest_of(incoming: &Umem) -> Pid {
     let path = format!("/proc/{0}/task/{0}/children", incoming.pid());
     let children = std::fs::read_to_string(path).expect("it runs");
     Pid::from_raw(children.trim().parse().expect("one child"))
 }
 
-/// Whether a process runs. One that has ended may wait for a parent that looks.
+/// Whether a process runs. An ended process may be waiting for its parent.
 fn is_there(pid: Pid) -> bool {
     !matches!(state(pid).chars().next(), None | Some('Z'))
 }
 
-/// As in `/proc/PID/stat`, with what follows there; empty where there is no such process.
+/// The state as in `/proc/PID/stat`, with the fields behind it; empty if there is no such process.
 fn state(pid: Pid) -> String {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").map_or_else(String::new, |(_, state)| state.to_owned())
 }
 
-/// Up to a guest that stands still at the source, as what is sent of it is held back.
+/// Up to a guest that stands still at the source, because its data is held back.
 fn stopped(scratch: &Scratch, wrapper: &[&str]) -> (Guests, Umem, Cutter) {
     let guests = Guests::quiet(scratch, &["--json"]);
     let cutter = Cutter::to(guests.uri());
     let qmp = scratch.path("source").display().to_string();
-    let words = ["migrate", "--json", "--qmp", &qmp, cutter.uri()];
+    let words = ["migrate", "--stop-first", "--json", "--qmp", &qmp, cutter.uri()];
     let mut migrate = Umem::start_under(wrapper, words);
     migrate.event("stopped");
     (guests, migrate, cutter)
 }
 
 #[test]
-fn every_signal_gives_up_while_the_guest_is_still_the_sources() {
+fn every_signal_cancels_while_the_source_owns_the_guest() {
     for signal in enders() {
         let scratch = Scratch::new();
         let (mut guests, migrate, _cutter) = stopped(&scratch, &[]);
@@ -88,7 +89,7 @@ fn every_signal_gives_up_while_the_guest_is_still_the_sources() {
 }
 
 #[test]
-fn no_signal_ends_a_destination_whose_guest_misses_memory() {
+fn no_signal_ends_a_destination_with_missing_pages() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let cutter = Cutter::to(guests.uri());
@@ -96,9 +97,10 @@ fn no_signal_ends_a_destination_whose_guest_misses_memory() {
     migrate.event("running");
     guests.incoming.event("running");
     for (index, signal) in enders().into_iter().enumerate() {
-        for (umem, words) in
-            [(&guests.incoming, "so this goes on until"), (&migrate, "going on until it has them")]
-        {
+        for (umem, words) in [
+            (&guests.incoming, "so umem continues until"),
+            (&migrate, "continuing until it has them"),
+        ] {
             send(umem, signal);
             wait_for(format!("an answer to signal {signal}"), || {
                 (umem.stderr().matches(words).count() > index).then_some(())
@@ -112,8 +114,8 @@ fn no_signal_ends_a_destination_whose_guest_misses_memory() {
     guests.incoming.succeeds();
 }
 
-/// What systemd does to a service of ours that is stopped (systemd.kill(5)): the unit says by which signal, and
-/// whether it is sent to all of its processes or to umem alone.
+/// systemd's actions on a service that is stopped (systemd.kill(5)): the unit names the signal, and whether it goes to
+/// all processes or to umem alone.
 fn stop_service(incoming: &Umem, guest: Pid) {
     let unit =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("src/programs/install/umem-incoming@.service");
@@ -129,7 +131,7 @@ fn stop_service(incoming: &Umem, guest: Pid) {
 }
 
 #[test]
-fn a_service_that_is_stopped_keeps_a_guest_that_misses_memory_and_ends_one_that_is_complete() {
+fn stopped_service_keeps_an_incomplete_guest_and_ends_a_complete_one() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let cutter = Cutter::to(guests.uri());
@@ -138,8 +140,8 @@ fn a_service_that_is_stopped_keeps_a_guest_that_misses_memory_and_ends_one_that_
     guests.incoming.event("running");
     let guest = guest_of(&guests.incoming);
     stop_service(&guests.incoming, guest);
-    wait_for("what it goes on for", || {
-        guests.incoming.stderr().contains("so this goes on until").then_some(())
+    wait_for("its remark that it continues", || {
+        guests.incoming.stderr().contains("so umem continues until").then_some(())
     });
     cutter.let_pages_go();
     guests.incoming.event("completed");
@@ -151,10 +153,10 @@ fn a_service_that_is_stopped_keeps_a_guest_that_misses_memory_and_ends_one_that_
     assert!(!is_there(guest));
 }
 
-/// A pipe without a reader and a file that has grown too large are errors of a write; a hang-up is nothing to
-/// a umem that was started with nohup(1).
+/// A pipe without a reader and a file that has grown too large are errors of a write; a hang-up has no effect on a umem
+/// started with nohup(1).
 #[test]
-fn what_is_ignored_stays_so() {
+fn ignored_signals_stay_ignored() {
     let scratch = Scratch::new();
     let (mut guests, migrate, cutter) = stopped(&scratch, &["nohup"]);
     for signal in [libc::SIGPIPE, libc::SIGXFSZ, libc::SIGHUP] {
@@ -167,7 +169,7 @@ fn what_is_ignored_stays_so() {
     guests.incoming.succeeds();
 }
 
-/// Up to a guest that is complete, and the umem that stays with it.
+/// Up to a complete guest, and the umem that stays with it.
 fn complete(scratch: &Scratch) -> (Guests, Pid) {
     let mut guests = Guests::quiet(scratch, &["--json"]);
     guests.migrate(&["-p"]).succeeds();
@@ -177,19 +179,19 @@ fn complete(scratch: &Scratch) -> (Guests, Pid) {
 }
 
 #[test]
-fn ctrl_c_stops_a_guest_that_is_complete() {
+fn ctrl_c_terminates_a_complete_guest() {
     let scratch = Scratch::new();
     let (mut guests, guest) = complete(&scratch);
     guests.incoming.signal(Signal::SIGINT);
     assert_eq!(guests.incoming.event("stopping")["guest_pid"], guest.as_raw());
-    // The guest's end by a signal is a failure; a QEMU would have ended in order.
+    // The guest's end by a signal is a failure; a QEMU would have exited cleanly.
     let status = guests.incoming.wait();
     assert_eq!((status.code(), status.signal()), (Some(1), None));
     assert!(!is_there(guest));
 }
 
 #[test]
-fn every_other_signal_leaves_it_and_says_where_it_is() {
+fn other_signals_leave_the_guest_and_report_its_pid() {
     for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1] {
         let scratch = Scratch::new();
         let (mut guests, guest) = complete(&scratch);
@@ -203,13 +205,13 @@ fn every_other_signal_leaves_it_and_says_where_it_is() {
     }
 }
 
-/// One that does not act on what it is told is waited for, and not for ever.
+/// umem waits for a process that ignores SIGTERM, and not forever.
 #[test]
-fn a_second_ctrl_c_leaves_a_guest_that_does_not_end() {
+fn second_ctrl_c_leaves_a_guest_that_ignores_sigterm() {
     let scratch = Scratch::new();
     let (mut guests, guest) = complete(&scratch);
     kill(guest, Signal::SIGSTOP).expect("it runs");
-    // Of two signals that wait the one that ends it would come first.
+    // Of two pending signals the one that ends it would come first.
     wait_for("the guest's stop", || state(guest).starts_with('T').then_some(()));
     guests.incoming.signal(Signal::SIGINT);
     guests.incoming.event("stopping");
@@ -219,9 +221,9 @@ fn a_second_ctrl_c_leaves_a_guest_that_does_not_end() {
     assert!(is_there(guest));
 }
 
-/// COMMAND may be a wrapper that stays: what it has started is stopped with it.
+/// COMMAND may be a wrapper that stays: its children are stopped with it.
 #[test]
-fn ctrl_c_stops_what_a_wrapper_has_started() {
+fn ctrl_c_terminates_the_child_of_a_wrapper() {
     let scratch = Scratch::new();
     let [ram, socket] = [scratch.ram("ram"), scratch.path("handoff")];
     let [qmp, pid] = [scratch.path("source"), scratch.path("pid")];
@@ -254,24 +256,24 @@ fn ctrl_c_stops_what_a_wrapper_has_started() {
     wait_for("the end of the wrapped guest", || (!is_there(arrived)).then_some(()));
 }
 
-/// Stands before a monitor, and keeps one command from it: to umem the monitor does not answer any more.
+/// Stands before a monitor, and swallows one command: the monitor no longer answers umem.
 struct Deaf {
     socket: PathBuf,
-    /// Says when the command has come.
+    /// Signals that the command has arrived.
     swallowed: Receiver<()>,
-    /// Of the events that it says instead of an answer.
+    /// Bytes of events sent instead of an answer.
     said_bytes: Arc<AtomicU64>,
 }
 
-/// What a monitor does instead of answering.
+/// The monitor's behaviour instead of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Manner {
     Silent,
-    /// It tells of events, without an end.
+    /// It sends events, without end.
     Talks,
 }
 
-/// What such a monitor says at least before anybody looks.
+/// The minimum bytes of events before the test continues.
 const TALK_BYTES: u64 = 32 << 20;
 
 impl Deaf {
@@ -299,7 +301,7 @@ impl Deaf {
         Deaf { socket, swallowed, said_bytes }
     }
 
-    /// Waits until it has told of many events, if it does, and looks whether umem has kept them.
+    /// Waits until it has sent many events, if it does, and checks that umem did not keep them.
     fn has_talked(&self, umem: &Umem, manner: Manner) {
         if manner == Manner::Silent {
             return;
@@ -324,7 +326,7 @@ fn talk(back: &mut UnixStream, said: &AtomicU64) {
     }
 }
 
-/// Commands, with the descriptors that come with them.
+/// Forwards commands, with their descriptors.
 fn relay(umem: &UnixStream, monitor: &UnixStream, command: &str, swallow: &dyn Fn()) {
     loop {
         let mut bytes = [0; 65536];
@@ -336,7 +338,7 @@ fn relay(umem: &UnixStream, monitor: &UnixStream, command: &str, swallow: &dyn F
         let mut descriptors = Vec::new();
         for message in received.cmsgs().expect("there is room") {
             if let ControlMessageOwned::ScmRights(numbers) = message {
-                // SAFETY: the kernel has just made them for this process, and nobody else knows them.
+                // SAFETY: the kernel has just made them for this process, and they have no other owner.
                 let owned = numbers.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
                 descriptors.extend(owned);
             }
@@ -361,7 +363,7 @@ fn relay(umem: &UnixStream, monitor: &UnixStream, command: &str, swallow: &dyn F
     }
 }
 
-/// A migration whose guest's monitor at the source becomes deaf.
+/// A migration whose guest's monitor at the source stops answering.
 fn to_the_deaf(
     scratch: &Scratch,
     command: &'static str,
@@ -374,14 +376,14 @@ fn to_the_deaf(
     let qmp = deaf.socket.display().to_string();
     // The process at the other end of the socket is this one, and has none of the guest's memory.
     let ram = format!("ram0={}", scratch.ram("source").display());
-    let words = ["migrate", "--json", "--session-dir", &sessions, "--qmp", &qmp, "--ram", &ram];
-    let words = words.iter().copied().chain([cutter.uri()]);
+    let words = ["migrate", "--stop-first", "--json", "--session-dir", &sessions, "--qmp", &qmp];
+    let words = words.iter().copied().chain(["--ram", &ram, cutter.uri()]);
     let migrate = Umem::start(words);
     (guests, migrate, deaf, cutter)
 }
 
 #[test]
-fn a_monitor_that_does_not_answer_is_waited_for_until_a_signal() {
+fn unresponsive_monitor_is_waited_for_until_a_signal() {
     for (command, manner) in [
         ("qmp_capabilities", Manner::Silent),
         ("qom-list", Manner::Silent),
@@ -398,7 +400,7 @@ fn a_monitor_that_does_not_answer_is_waited_for_until_a_signal() {
 }
 
 #[test]
-fn a_socket_that_never_greets_is_waited_for_until_a_signal() {
+fn monitor_without_a_greeting_is_waited_for_until_a_signal() {
     let scratch = Scratch::new();
     let silent = scratch.path("silent");
     let listener = UnixListener::bind(&silent).expect("a new socket");
@@ -409,9 +411,9 @@ fn a_socket_that_never_greets_is_waited_for_until_a_signal() {
     assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
 }
 
-/// The guest may stand still then: how it is asked, and how it goes on, is said, and works.
+/// The guest may stand still then: the printed commands query and continue it, and they work.
 #[test]
-fn a_monitor_that_hangs_while_its_guest_stands_still_is_left_at_the_second_signal() {
+fn hung_monitor_of_a_stopped_guest_is_left_at_the_second_signal() {
     for (command, manner) in [
         ("migrate", Manner::Silent),
         ("cont", Manner::Silent),
@@ -425,7 +427,7 @@ fn a_monitor_that_hangs_while_its_guest_stands_still_is_left_at_the_second_signa
         } else {
             deaf.wait();
         }
-        // Two that are not taken for one, however soon they come.
+        // Two signals that do not merge, however close they are.
         migrate.signal(Signal::SIGINT);
         if command == "cont" {
             deaf.wait();
@@ -439,7 +441,7 @@ fn a_monitor_that_hangs_while_its_guest_stands_still_is_left_at_the_second_signa
         }
         let (_, session) = stderr.split_once("umem migrate --resume ").expect("a command");
         let session = session.split_whitespace().next().expect("a number").to_owned();
-        // To the monitor itself, which listens to one client after the other.
+        // To the monitor itself, which serves one client after the other.
         let resume = |qmp: &Path| {
             let sessions = scratch.path("sessions");
             let file = sessions.join(format!("{session}.source"));
@@ -456,9 +458,9 @@ fn a_monitor_that_hangs_while_its_guest_stands_still_is_left_at_the_second_signa
     }
 }
 
-/// The guest is the destination's, and does not run yet.
+/// The guest belongs to the destination, and does not run yet.
 #[test]
-fn a_destinations_monitor_that_hangs_is_left_at_the_second_signal() {
+fn hung_destination_monitor_is_left_at_the_second_signal() {
     [Manner::Silent, Manner::Talks].into_iter().for_each(a_destinations_monitor_is_left);
 }
 
@@ -501,13 +503,13 @@ fn a_destinations_monitor_is_left(manner: Manner) {
         "{stderr}"
     );
     assert!(is_there(arrived), "the guest waits");
-    // The source has not been told that it is over.
+    // The source has not been notified of the end.
     migrate.event("recovering");
     assert!(migrate.is_running());
 }
 
 #[test]
-fn a_fifo_that_nobody_writes_to_is_waited_for_until_a_signal() {
+fn fifo_without_a_writer_is_waited_for_until_a_signal() {
     let scratch = Scratch::new();
     let fifo = scratch.path("secret");
     mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR).expect("a new name");
@@ -536,11 +538,11 @@ fn a_fifo_that_nobody_writes_to_is_waited_for_until_a_signal() {
     assert!(refused.contains("--report"), "{refused}");
 }
 
-/// The other programs that move pages do not fall to a signal either.
+/// Signals do not kill the other programs that move pages either.
 #[test]
-fn a_demo_and_a_bench_end_in_order_by_any_signal() {
+fn any_signal_ends_demo_and_bench_cleanly() {
     for signal in [libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1] {
-        // The guest touches 64 MiB a second, and progress is told once a second.
+        // The guest touches 64 MiB/s, and progress is printed once a second.
         let slowly = ["demo", "--json", "--size", "512", "--max-postcopy-bandwidth", "1M"];
         let mut demo = Umem::start(slowly);
         demo.event("progress");

@@ -1,15 +1,14 @@
-//! Both real sides in one process, over a wire that breaks, delays, cuts in half and, where there are
-//! checksums, changes, repeats, loses and mixes up bytes, with a guest that checks every word that it reads.
+//! Both real sides in one process, over a wire that breaks, delays and half-closes and, with checksums, changes,
+//! duplicates, loses and reorders bytes, with a guest that checks every word that it reads.
 //!
-//! `wire/tests/simulate` runs the protocol alone, with memory and time of its own, a million steps a
-//! second. Here everything is real but the network: threads, userfaultfd, io_uring, sockets, memory. A
-//! seed decides on the guest's regions and what they hold, what the guest does, how the two sides find each
-//! other, and what happens on the way: where pieces end, which lane is held back while others pass, when
-//! connections break and who sees it at once, when somebody pauses and how it goes on. What the threads
-//! make of that is the machine's affair, so that a seed makes the same choices each time, and not always
-//! the same migration.
+//! `wire/tests/simulate` runs the protocol alone, with simulated memory and time, a million steps a second. Here
+//! everything is real but the network: threads, userfaultfd, io_uring, sockets, memory. A seed decides the guest's
+//! regions and contents, the guest's accesses, how the two sides connect, and the events of the path: where pieces end,
+//! which lane is held back while others pass, when connections break and which side sees it at once, when the move is
+//! paused and how it resumes. The schedule of the threads depends on the machine, so a seed makes the same choices each
+//! time, and not always the same migration.
 //!
-//! `UMEM_SEED=N` runs one seed, `UMEM_SIM_SEEDS=N` as many, from `UMEM_SIM_FIRST` on.
+//! `UMEM_SEED=N` runs one seed, `UMEM_SIM_SEEDS=N` that many, from `UMEM_SIM_FIRST` on.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
 
@@ -29,19 +28,19 @@ use umem::Error;
 use umem::embed::{Failure, Guest as Owner};
 use umem_wire::HEADER_BYTES;
 
-/// Where nothing else is said: until then a new seed begins.
+/// The default length: until then a new seed begins.
 const TIME: Duration = Duration::from_secs(15);
 
 /// Seeds after which nothing of them may be left.
 const ROUND: u64 = 64;
 
-/// Seeds at a time: most of the time a seed waits.
+/// Concurrent seeds: a seed mostly waits.
 const AT_A_TIME: usize = 24;
 
-/// Pages of one region; sizes are odd, and beyond a block of 2 MiB now and then.
+/// Pages of one region; sizes are odd, and sometimes beyond a block of 2 MiB.
 const PAGES_MAX: u64 = 700;
 
-/// What a seed decides.
+/// The choices of a seed.
 struct Plan {
     regions: Vec<(Backing, u64)>,
     route: Route,
@@ -84,7 +83,7 @@ impl Plan {
         let side = |random: &mut Random| random.pick(&[Side::Source, Side::Destination]);
         let how = |random: &mut Random| random.pick(&[Pausing::Resume, Pausing::Elsewhere]);
         let pauses = [(); 2].map(|()| (side(&mut random), how(&mut random)));
-        // Without checksums what TCP brings is taken for what was sent: nothing is spoilt then.
+        // Without checksums damage is undetectable: no byte is damaged then.
         let mut path = Random::of(seed, 3);
         let checksum = path.percent(60);
         if checksum {
@@ -105,8 +104,7 @@ impl Plan {
     }
 }
 
-/// What happens from some moment on: mostly nothing before the switchover, as a migration that ends there
-/// is a short one.
+/// Events from some moment on: mostly none before the switchover, because a migration that ends there is a short one.
 fn deeds(random: &mut Random) -> Deeds {
     let count = random.pick(&[0, 0, 0, 1, 1, 2, 3]);
     let ends = |random: &mut Random| random.pick(&[Ends::Both, Ends::Source, Ends::Destination]);
@@ -120,16 +118,16 @@ fn deeds(random: &mut Random) -> Deeds {
     (0..count).map(|_| (random.magnitude(bits), deed(random))).collect()
 }
 
-/// Has bytes spoilt between these deeds, on any way: in the hellos that follow a break, too.
+/// Damages bytes between these actions, in either direction: also in the hellos after a break.
 fn spoil(random: &mut Random, deeds: &mut Deeds) {
     let (count, bits) = random.pick(&[(0, 0), (1, 8), (1, 14), (2, 20), (4, 14), (24, 10)]);
-    // Where no connection is good for a page both sides give up, until somebody has them go on.
+    // If no connection carries a valid page, both sides pause until a resume.
     if random.percent(2) {
         deeds.push((random.magnitude(12), Deed::Ruin(64)));
         deeds.push((0, Deed::Cut(Ends::Both)));
     }
     for _ in 0..count {
-        // Whole headers, or anything.
+        // Whole headers, or any bytes.
         let length = match random.percent(50) {
             true => HEADER_BYTES << random.below(4),
             false => usize::try_from(random.magnitude(13)).expect("64-bit"),
@@ -140,7 +138,7 @@ fn spoil(random: &mut Random, deeds: &mut Deeds) {
             3 => Spoil::Swap(length),
             _ => Spoil::Flip(random.below(8) as u8),
         };
-        // A lane by itself has few bytes more to come, or most of them.
+        // A single lane has few bytes left, or most of them.
         let whose = random.percent(40).then(|| random.below(16) as usize);
         let after = random.magnitude(if whose.is_some() { 7 } else { 12 }) - 1;
         let since = random.magnitude(bits) - 1;
@@ -149,12 +147,12 @@ fn spoil(random: &mut Random, deeds: &mut Deeds) {
     }
 }
 
-/// What all seeds have come to.
+/// The totals of all seeds.
 #[derive(Debug, Default)]
 struct Tally {
     outcomes: BTreeMap<&'static str, u64>,
-    /// With checksums: times that bytes were spoilt, wrong sums that were noticed, connections that nobody but
-    /// the wire could end, and rests that a side took.
+    /// With checksums: how often bytes were damaged, wrong checksums detected, connections ended by the wire alone, and
+    /// sides paused.
     spoilt: u64,
     noticed: u64,
     stuck: u64,
@@ -173,10 +171,10 @@ impl Tally {
     }
 }
 
-/// Runs a seed: what became of it, in a word, or what was wrong.
+/// Runs a seed: returns its result in a word, or the error.
 fn run(seed: u64) -> Result<Tally, String> {
     let mut plan = Plan::of(seed);
-    // Before the switchover a break is the end, of a migration that was hardly one.
+    // Before the switchover a break ends the migration early.
     for (index, one_in) in [(0, 10), (1, 4)] {
         if !seed.is_multiple_of(one_in) {
             plan.deeds[index].clear();
@@ -211,7 +209,7 @@ fn run(seed: u64) -> Result<Tally, String> {
         directory: directory.path(),
     }
     .run(&leaving, &arriving, |guest| {
-        // It has run on until now.
+        // The guest has run until now.
         for _ in 0..random.below(20) {
             let (region, page) = guest.any(&mut random);
             guest.write(region, page);
@@ -226,7 +224,7 @@ fn run(seed: u64) -> Result<Tally, String> {
     if outcome == "completed" {
         arriving.check_all();
     }
-    // What devices have read of a guest that never was to run is nothing.
+    // Reads of devices count for nothing if the guest never was to run.
     let whose = if moved.has_run { &arriving } else { &leaving };
     if !moved.has_run {
         leaving.check_all();
@@ -238,7 +236,7 @@ fn run(seed: u64) -> Result<Tally, String> {
     }
 }
 
-/// What of bytes that were spoilt was told at the end.
+/// Checks the reports about damaged bytes.
 fn tally(moved: &Moved, checksum: bool) -> Result<Tally, String> {
     let mut noticed = 0;
     for end in [&moved.source, &moved.destination] {
@@ -250,11 +248,11 @@ fn tally(moved: &Moved, checksum: bool) -> Result<Tally, String> {
             End::Failed(_) | End::Dropped => continue,
         };
         noticed += report.checksum_errors;
-        // The last word of the other side may have been lost, but what it said is the same.
+        // The peer's last frame may have been lost, but its figures are the same.
         let mut digests = report.digests.iter();
         let are_equal = digests.all(|one| one.peer.as_ref().is_none_or(|peer| *peer == one.digest));
         if report.checksum != checksum || report.digests.is_empty() == checksum || !are_equal {
-            return Err(format!("of checksums is told: {report:?}"));
+            return Err(format!("wrong report of checksums: {report:?}"));
         }
     }
     let spoilt = moved.spoilt;
@@ -280,7 +278,7 @@ fn judge(
             let moved = report.data_bytes + report.zero_bytes + report.hole_bytes;
             match moved == bytes {
                 true => Ok("completed"),
-                false => Err(format!("{moved} bytes have come of {bytes}")),
+                false => Err(format!("{moved} of {bytes} bytes have arrived")),
             }
         }
         (End::Failed(failure), other) if failure.guest == Owner::AtSource => {
@@ -294,7 +292,7 @@ fn judge(
                 false => Err(format!("the guest may run twice: {failure:?}; {other:?}")),
             }
         }
-        // Nobody opens lanes again there.
+        // Lanes are not reopened there.
         (End::Failed(_), End::Failed(_) | End::Completed(_)) if !recovers => Ok("lost"),
         (End::Completed(_), End::Failed(_)) if !recovers => Ok("lost"),
         _ => Err(format!("source {source:?}, destination {destination:?}")),
@@ -306,7 +304,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 #[test]
-fn whatever_happens_on_the_way_every_word_is_right_and_nothing_is_left() {
+fn disturbed_moves_end_with_right_memory_and_no_leftovers() {
     let seeds = match (number("UMEM_SEED"), number("UMEM_SIM_SEEDS")) {
         (Some(seed), _) => seed..seed + 1,
         (None, Some(count)) => {
@@ -317,7 +315,7 @@ fn whatever_happens_on_the_way_every_word_is_right_and_nothing_is_left() {
     };
     let is_timed = seeds.end == u64::MAX;
     let began = Instant::now();
-    // What the first seed makes once for the whole process is not left over.
+    // One-time allocations of the process by the first seed are not leftovers.
     run(1).unwrap_or_else(|error| panic!("UMEM_SEED=1: {error}"));
     let before = Left::now();
     let mut tally = Tally::default();
@@ -331,7 +329,7 @@ fn whatever_happens_on_the_way_every_word_is_right_and_nothing_is_left() {
         next = end;
     }
     println!("{} seeds in {:.1?}: {tally:?}", next - seeds.start, began.elapsed());
-    // Otherwise nothing has been tried here.
+    // Otherwise the test has tested nothing.
     let rounds = (next - seeds.start) / ROUND;
     assert!(rounds < 1 || (tally.spoilt > 0 && tally.noticed > 0), "{tally:?}");
     assert!(rounds < 8 || tally.rests > 0, "{tally:?}");
@@ -364,7 +362,7 @@ fn round(first: u64, end: u64) -> Tally {
     tally.into_inner().unwrap()
 }
 
-/// Threads of a seed that went wrong may wait for pages for ever, so that nothing can be joined.
+/// Threads of a failed seed may wait for pages forever, so joins would hang.
 fn fail(seed: u64, error: &str) -> ! {
     eprintln!("UMEM_SEED={seed}: {error}");
     std::process::exit(1);

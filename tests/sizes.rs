@@ -1,5 +1,5 @@
-//! A source whose pages are larger than the destination's: what lands as one is many pages there, of
-//! which the guest may discard some before they come.
+//! A source whose pages are larger than the destination's: a landing unit is many pages there, of which the guest may
+//! discard some before they arrive.
 
 mod support;
 
@@ -9,8 +9,8 @@ use support::{Authority, HugeFile, Qmp, Scratch, Umem};
 const MIB: &str = "24";
 const PAGES: u64 = 24 * 256;
 
-/// Moves a guest whose RAM is of 2 MiB pages into one of 4 KiB pages of this kind, which discards
-/// pages while it is filled, and has it check all of them.
+/// Moves a guest whose RAM has 2 MiB pages into one with 4 KiB pages of this kind, which discards pages while it is
+/// filled, and has it check all of them.
 fn arrives(kind: &str, incoming: &[&str]) {
     arrives_with(kind, incoming, false);
 }
@@ -65,22 +65,22 @@ fn arrives_with(kind: &str, incoming: &[&str], tls: bool) {
 }
 
 #[test]
-fn into_shared_memory() {
+fn random_sizes_move_into_shared_memory() {
     arrives("shared", &[]);
 }
 
 #[test]
-fn into_anonymous_memory() {
+fn random_sizes_move_into_anonymous_memory() {
     arrives("anonymous", &[]);
 }
 
 #[test]
-fn into_private_memory() {
+fn random_sizes_move_into_private_memory() {
     arrives("private", &[]);
     arrives("private", &["--postcopy-flags", "1"]);
 }
 
-/// A page of 2 MiB comes in many records, and lands in pieces or whole.
+/// A page of 2 MiB arrives in many records, and lands in pieces or whole.
 #[test]
 fn behind_tls() {
     for kind in ["shared", "anonymous", "private"] {

@@ -1,6 +1,5 @@
-//! A snapshot comes into the anonymous memory of a process that umem has not started and that knows
-//! nothing of umem: `tests/snapshot-client` hands its memory over as a Firecracker does, and checks
-//! every byte of it.
+//! A snapshot moves into the anonymous memory of a process that umem has not started and that does not know umem:
+//! `tests/snapshot-client` hands its memory over as Firecracker does, and checks every byte of it.
 
 mod support;
 
@@ -17,7 +16,7 @@ use support::{Fifo, HugePages, Scratch, Umem};
 
 const PAGE: u64 = 4096;
 
-/// Both umem processes and the client, which is seeing its first pages.
+/// Both umem processes and the client, which reads its first pages.
 struct Restore {
     scratch: Scratch,
     incoming: Umem,
@@ -28,8 +27,7 @@ struct Restore {
 }
 
 impl Restore {
-    /// Everything started. `options` are the client's; with `-p -n` among `mode` there is no
-    /// background.
+    /// Starts everything. `options` are the client's; with `-p -n` in `mode` there is no background.
     fn start(mib: u64, mode: &[&str], options: &[&str]) -> Restore {
         let scratch = Scratch::new();
         let snapshot = scratch.ram("snapshot");
@@ -45,9 +43,9 @@ impl Restore {
         Restore { scratch, incoming, migrate, client, pause, until }
     }
 
-    /// The client's verdict, when both umem processes have said that everything has come.
+    /// The client's verdict, after both umem processes have reported completion.
     fn end(mut self) -> Restored {
-        // Before it gets there, so that it goes on while pages arrive.
+        // Before it gets there, so that it continues while pages arrive.
         self.pause.release();
         self.client.event("seen");
         self.completed()
@@ -65,7 +63,7 @@ impl Restore {
         Restored { source, destination, client }
     }
 
-    /// Lets the client see half of its memory, with no background; the rest is missing then.
+    /// Lets the client read half of its memory, without background; the rest is missing then.
     fn halfway(mib: u64, options: &[&str]) -> Restore {
         let mut restore = Restore::start(mib, &["-n"], options);
         restore.client.event("middle");
@@ -73,7 +71,7 @@ impl Restore {
     }
 }
 
-/// What everybody said at the end.
+/// The results of all processes.
 struct Restored {
     source: Value,
     destination: Value,
@@ -94,7 +92,7 @@ impl Restored {
     }
 }
 
-/// `umem incoming` that waits for a process, and where it listens.
+/// `umem incoming` that waits for a process, and its address.
 fn incoming(scratch: &Scratch) -> (Umem, String) {
     let handoff = handoff(scratch).display().to_string();
     let mut incoming =
@@ -123,8 +121,8 @@ fn migrate(snapshot: &Path, uri: &str, mode: &[&str]) -> Umem {
     Umem::start(arguments)
 }
 
-/// Of 16 pages four are holes, one is of zeroes that were written, and the others differ from all
-/// pages of the file; and 2 MiB of every 16 are a hole.
+/// Of 16 pages four are holes, one is written zeroes, and the others differ from all pages of the file; and 2 MiB of
+/// every 16 are a hole.
 fn write_snapshot(path: &Path, mib: u64) {
     let file = File::create(path).expect("a file in shared memory");
     file.set_len(mib << 20).expect("there is room");
@@ -149,17 +147,17 @@ fn number(report: &Value, field: &str) -> u64 {
 }
 
 #[test]
-fn a_large_snapshot_arrives_whole() {
+fn large_snapshot_arrives_whole() {
     let restore = Restore::start(512, &["--lanes", "2"], &["--regions", "2"]);
     restore.end().check(512, PAGE);
 }
 
 #[test]
-fn pages_that_the_client_gives_back_are_zeroes_from_then_on() {
+fn pages_discarded_by_the_client_read_as_zeroes() {
     for (mode, options) in [
         (&[][..], &["--balloon"][..]),
         (&["--lanes", "3"], &["--balloon", "--regions", "2"]),
-        // Early: most of it is still to come.
+        // Early: most of it is still missing.
         (&[], &["--balloon", "--regions", "2", "--first", "256"]),
         (&["--lanes", "2"], &["--balloon", "--first", "1024"]),
     ] {
@@ -171,9 +169,9 @@ fn pages_that_the_client_gives_back_are_zeroes_from_then_on() {
     }
 }
 
-/// Nothing that is given back is on its way then: what the client asks for is all that comes.
+/// No discarded page is in flight then: only the client's demands arrive.
 #[test]
-fn without_background_too() {
+fn snapshot_arrives_without_background() {
     let mut restore = Restore::halfway(32, &["--balloon", "--regions", "2"]);
     restore.pause.release();
     restore.client.event("seen");
@@ -185,7 +183,7 @@ fn without_background_too() {
 }
 
 #[test]
-fn huge_pages_arrive_whole() {
+fn snapshot_of_huge_pages_arrives_whole() {
     let _pool = HugePages::reserve(64);
     for (mode, options) in [
         (&[][..], &["--huge"][..]),
@@ -197,7 +195,7 @@ fn huge_pages_arrive_whole() {
 }
 
 #[test]
-fn a_client_that_is_killed_ends_both_sides() {
+fn killed_client_ends_both_sides() {
     let mut restore = Restore::halfway(32, &[]);
     restore.client.kill();
     let error = restore.incoming.fails();
@@ -207,10 +205,10 @@ fn a_client_that_is_killed_ends_both_sides() {
     assert!(!restore.scratch.path("handoff").exists());
 }
 
-/// What it has not seen yet will never come once its daemon is told to give up. It must not go on then,
-/// and read zeroes instead.
+/// Its missing pages will never arrive after its umem is ordered to give up. The client must not continue then, and
+/// read zeroes.
 #[test]
-fn a_client_whose_source_is_killed_waits_and_is_killed_with_its_daemon() {
+fn client_waits_after_its_source_is_killed_and_ends_with_its_umem() {
     let mut restore = Restore::halfway(32, &[]);
     restore.migrate.kill();
     restore.incoming.event("recovering");
@@ -228,9 +226,9 @@ fn a_client_whose_source_is_killed_waits_and_is_killed_with_its_daemon() {
     assert!(!restore.scratch.path("handoff").exists());
 }
 
-/// It waits, because its own userfaultfd is open; whoever started it ends it.
+/// The client waits, because its own userfaultfd is open; its parent ends it.
 #[test]
-fn a_client_whose_daemon_is_killed_sees_nothing_wrong() {
+fn client_of_a_killed_umem_reads_no_wrong_page() {
     let mut restore = Restore::halfway(32, &[]);
     restore.incoming.kill();
     restore.migrate.event("recovering");
@@ -249,7 +247,7 @@ fn a_client_whose_daemon_is_killed_sees_nothing_wrong() {
 }
 
 #[test]
-fn a_client_of_another_size_is_refused_and_ended() {
+fn client_of_another_size_is_refused_and_ended() {
     let scratch = Scratch::new();
     let snapshot = scratch.ram("snapshot");
     write_snapshot(&snapshot, 16);
@@ -263,7 +261,7 @@ fn a_client_of_another_size_is_refused_and_ended() {
 }
 
 #[test]
-fn a_migration_that_is_interrupted_leaves_no_socket() {
+fn interrupted_migration_leaves_no_socket() {
     let scratch = Scratch::new();
     let (mut incoming, _) = incoming(&scratch);
     assert!(scratch.path("handoff").exists());
@@ -272,12 +270,12 @@ fn a_migration_that_is_interrupted_leaves_no_socket() {
     assert!(!scratch.path("handoff").exists());
 }
 
-/// Who only looks in, or says something else, is neither waited for nor harmed.
+/// A client that connects and leaves, or sends something else, is neither waited for nor killed.
 #[test]
-fn strangers_on_the_hand_over_socket_live_on() {
+fn foreign_clients_of_the_handover_socket_are_not_killed() {
     let scratch = Scratch::new();
     let (incoming, _) = incoming(&scratch);
-    // This process is the stranger.
+    // This process is the foreign client.
     drop(UnixStream::connect(handoff(&scratch)).expect("it listens"));
     let mut talkative = UnixStream::connect(handoff(&scratch)).expect("it listens on");
     talkative.write_all(b"[{\"size\":1}]").expect("it reads");
@@ -285,9 +283,9 @@ fn strangers_on_the_hand_over_socket_live_on() {
     assert!(incoming.fails().contains("is not understood"));
 }
 
-/// The process that umem starts may be a wrapper of the one whose memory it is.
+/// The process that umem starts may be a wrapper of the memory's owner.
 #[test]
-fn a_client_behind_a_wrapper_is_ended_with_it() {
+fn client_behind_a_wrapper_is_ended() {
     let scratch = Scratch::new();
     let snapshot = scratch.ram("snapshot");
     write_snapshot(&snapshot, 8);
@@ -307,14 +305,14 @@ fn a_client_behind_a_wrapper_is_ended_with_it() {
     let pid = std::fs::read_to_string(pid).expect("the wrapper wrote it");
     support::wait_for("the client to be gone", || {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
-        // A zombie waits for whoever inherited it.
+        // A zombie waits for its inheriting parent.
         stat.map_or(Some(()), |stat| stat.contains(") Z ").then_some(()))
     });
 }
 
-/// At any moment of what is said about it.
+/// At any point of the completion.
 #[test]
-fn a_client_may_end_as_soon_as_it_has_its_last_page() {
+fn client_may_exit_right_after_its_last_page() {
     for _ in 0..20 {
         let scratch = Scratch::new();
         let snapshot = scratch.ram("snapshot");

@@ -1,9 +1,9 @@
-//! A guest that moves again and again, over connections that break, and at the end this process has what it
-//! had at the beginning.
+//! A guest that moves repeatedly, over connections that break; at the end this process has the resources that it had at
+//! the beginning.
 //!
-//! The guest runs on and on in this process: its memory is a source's and a destination's in turn. Its
-//! threads check every word that they read while pages come; before it leaves again every page is looked
-//! at. `UMEM_SOAK_MOVES=N` for more moves, `UMEM_SEED=N` for others.
+//! The guest runs all the time in this process: its memory is a source's and a destination's in turn. Its threads check
+//! every word that they read while pages arrive; before it leaves again every page is checked. `UMEM_SOAK_MOVES=N` for
+//! more moves, `UMEM_SEED=N` for others.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
 
@@ -23,8 +23,7 @@ const MOVES: u64 = 100;
 /// 16 MiB, in two regions of odd sizes.
 const PAGES: [u64; 2] = [3001, 1095];
 
-/// Mappings of the allocator, an arena for each core, and stacks that are kept for later threads (40 MiB
-/// in glibc).
+/// Mappings of the allocator, an arena for each core, and stacks cached for later threads (40 MiB in glibc).
 const SPARE_MAPPINGS: usize = 128;
 
 fn number(name: &str, otherwise: u64) -> u64 {
@@ -53,13 +52,13 @@ fn deeds(random: &mut Random) -> [Deeds; 4] {
     };
     let later = some(1, 21);
     let early = some(8, 8);
-    // Of up to eight, none in most cases.
+    // Up to eight, mostly none.
     let early = if early.len() == 8 { early } else { Deeds::new() };
     [early, Deeds::new(), Deeds::new(), later]
 }
 
 #[test]
-fn a_guest_moves_again_and_again_and_nothing_is_left() {
+fn repeated_moves_leave_nothing_behind() {
     let seed = number("UMEM_SEED", 1);
     let moves = number("UMEM_SOAK_MOVES", MOVES);
     let mut random = Random::of(seed, 0);
@@ -72,7 +71,7 @@ fn a_guest_moves_again_and_again_and_nothing_is_left() {
     let mut before = None;
     let (mut stayed, mut resumed) = (0, 0);
     for count in 0..moves {
-        // What the first moves make once for the whole process is not left over.
+        // One-time allocations of the process by the first moves are not leftovers.
         if count == 2 {
             before = Some((Left::now(), mappings()));
         }

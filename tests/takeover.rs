@@ -1,5 +1,5 @@
-//! What is left over when umems are killed: sources that nobody has told, guests that do not answer, files
-//! that nobody needs. And the same lanes, secured.
+//! The leftovers of killed umems: sources without the completion, guests that do not answer, unneeded files. And the
+//! same with secured lanes.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
 
@@ -25,7 +25,7 @@ const SMALL: How = How {
     panics: ["", ""],
 };
 
-/// Nobody listens there, and nobody ever will: port 1 is the kernel's to give to nobody.
+/// No process ever listens there: the kernel does not assign port 1.
 const NOBODY: &str = "tcp:127.0.0.1:1";
 
 impl Move {
@@ -37,20 +37,20 @@ impl Move {
         Pid::from_raw(i32::try_from(*pid).unwrap())
     }
 
-    /// Up to a destination that has everything, and a source that has died before it heard of it.
-    fn unheard() -> Move {
+    /// Up to a complete destination, and a source that died before it received the completion.
+    fn completed_unknown_to_the_source() -> Move {
         let mut moving = Move::switched(How { mib: 8, threads: 0, ..SMALL });
         moving.cutter.limit_answers(Some(0));
         moving.cutter.let_pages_go();
-        // As long as what the guest's start and one word that everything has come are together, and longer
-        // than one request and that.
+        // As long as the frames of the guest's start and one completion together, and longer than one request and the
+        // completion.
         let running = HELLO_BYTES + (HEADER_BYTES + 1) + 2 * HEADER_BYTES;
         moving.cutter.wait_for_answers((running + HEADER_BYTES + 40) as u64);
         moving.migrate.kill();
         moving.cutter.cut(Ends::Both, false);
         moving.cutter.limit_answers(None);
         moving.incoming.event("recovering");
-        // Nobody wants to wait until it has waited long enough.
+        // The test does not wait for the full time.
         moving.incoming.signal(Signal::SIGINT);
         let report = moving.incoming.event("completed");
         moving.check(&report);
@@ -86,10 +86,10 @@ fn has_userfaultfd(pid: Pid) -> bool {
     links.any(|link| link.to_string_lossy().contains("[userfaultfd]"))
 }
 
-/// Every page is here, but the guest's process does not run: the source does not wait for it, and who waits
-/// is told what for.
+/// Every page is here, but the guest's process is stopped: the source does not wait for it, and umem prints what it
+/// waits for.
 #[test]
-fn a_guest_that_is_stopped_is_waited_for_in_words() {
+fn stopped_guest_is_reported_while_umem_waits_for_it() {
     for kind in [None, Some("anonymous")] {
         let mut moving = Move::switched(How { kind, ..SMALL });
         let guest = moving.arriving();
@@ -108,9 +108,9 @@ fn a_guest_that_is_stopped_is_waited_for_in_words() {
     }
 }
 
-/// Whoever does not want to wait for it may leave.
+/// The wait can be interrupted.
 #[test]
-fn a_guest_that_is_stopped_can_be_left_to_itself() {
+fn wait_for_a_stopped_guest_can_be_interrupted() {
     let mut moving = Move::switched(SMALL);
     let guest = moving.arriving();
     kill(guest, Signal::SIGSTOP).unwrap();
@@ -123,24 +123,24 @@ fn a_guest_that_is_stopped_can_be_left_to_itself() {
     assert!(has_userfaultfd(guest));
     kill(guest, Signal::SIGCONT).unwrap();
     moving.check(&report);
-    wait_for("the guest to let go", || (!has_userfaultfd(guest)).then_some(()));
+    wait_for("the guest to close its userfaultfd", || (!has_userfaultfd(guest)).then_some(()));
     moving.ends();
 }
 
-/// Its destination stays for its guest's sake anyway.
+/// Its destination stays with its guest anyway.
 #[test]
-fn a_source_that_comes_late_is_told_that_all_is_done() {
-    let mut moving = Move::unheard();
+fn late_source_learns_the_completion() {
+    let mut moving = Move::completed_unknown_to_the_source();
     moving.migrate = moving.resume("migrate");
     moving.migrate.event("completed");
-    says(&moving.incoming, "the source has come, and knows now");
+    says(&moving.incoming, "the source connected and has the completion");
     moving.ends();
 }
 
-/// Its destination has gone, too, and has left what is needed to tell it.
+/// Its destination has gone, too, and has left its session file.
 #[test]
-fn a_source_that_comes_later_still_is_told_by_who_resumes() {
-    let mut moving = Move::unheard();
+fn later_source_learns_the_completion_from_a_resumed_destination() {
+    let mut moving = Move::completed_unknown_to_the_source();
     moving.incoming.signal(Signal::SIGTERM);
     assert!(moving.incoming.wait().success(), "{}", moving.incoming.stderr());
     moving.incoming = moving.resume("incoming");
@@ -151,9 +151,9 @@ fn a_source_that_comes_later_still_is_told_by_who_resumes() {
     moving.ends();
 }
 
-/// Nobody listens where the destination was: what is known here is said, and what can be done.
+/// No process listens at the destination's address: umem prints what it knows, and what can be done.
 #[test]
-fn a_source_whose_destination_is_gone_can_be_ended() {
+fn source_of_a_lost_destination_can_be_abandoned() {
     let mut moving = Move::switched(SMALL);
     moving.kill_only(Side::Both);
     moving.migrate = moving.resume_with("migrate", &[NOBODY]);
@@ -161,12 +161,12 @@ fn a_source_whose_destination_is_gone_can_be_ended() {
     assert_eq!(unanswered["session"], *moving.session, "{unanswered}");
     assert_eq!(unanswered["running"], true, "{unanswered}");
     moving.migrate.kill();
-    // Its URI is the last that was named.
+    // The URI is the last one named.
     let mut abandoning = moving.resume_with("migrate", &["--abandon"]);
     let ram = moving.scratch.ram("source");
     assert_eq!(abandoning.event("abandoned")["ram"], json!([ram]));
     abandoning.succeeds();
-    assert!(ram.exists(), "memory is nobody's to remove");
+    assert!(ram.exists(), "memory is never removed");
     assert_eq!(moving.status(), "paused", "and the guest never runs here again");
     let of_source = |name: &&String| name.contains(".source");
     assert_eq!(moving.session_files().iter().filter(of_source).count(), 0);
@@ -174,25 +174,25 @@ fn a_source_whose_destination_is_gone_can_be_ended() {
     assert!(error.contains("no session"), "{error}");
 }
 
-/// Who needs the source's pages is not left without them by mistake.
+/// A guest that needs the source's pages does not lose them by mistake.
 #[test]
-fn a_session_that_is_served_is_not_abandoned() {
+fn session_in_use_is_not_abandoned() {
     let mut moving = Move::switched(SMALL);
     moving.kill_only(Side::Source);
     let error = moving.resume_with("migrate", &["--abandon"]).fails();
     assert!(error.contains("nothing is abandoned: the destination at"), "{error}");
-    // As little while somebody else listens there.
+    // Nor while another process listens there.
     let port = moving.cutter.uri().to_owned();
     assert!(error.contains(&port), "{error}");
     moving.migrate = moving.resume("migrate");
     moving.complete();
 }
 
-/// Killed before anything was to be resumed: what lies there then goes with the next umem that begins.
+/// Killed before the session was resumable: the next umem removes its leftovers.
 #[test]
-fn what_a_killed_destination_leaves_early_is_tidied_up() {
+fn early_leftovers_of_a_killed_destination_are_removed() {
     let mut moving = Move::start(SMALL);
-    // Its answer to the source's regions does not come, so that nothing goes on.
+    // The destination's answer to the source's regions is held back, so that the move stands still.
     moving.cutter.limit_answers(Some(HELLO_BYTES as u64));
     let own = |moving: &Move| -> Vec<String> {
         let files = moving.session_files().into_iter();
@@ -205,7 +205,7 @@ fn what_a_killed_destination_leaves_early_is_tidied_up() {
     moving.incoming.kill();
     moving.scratch.wait_until_gone("destination.qmp");
     moving.migrate.kill();
-    assert_eq!(own(&moving), files, "nobody has removed them");
+    assert_eq!(own(&moving), files, "they have not been removed");
     moving.session = "0123".into();
     let error = moving.resume("migrate").fails_as_misused();
     assert!(error.contains("no session 0123"), "{error}");
@@ -214,7 +214,7 @@ fn what_a_killed_destination_leaves_early_is_tidied_up() {
 }
 
 impl Move {
-    /// Kills, and starts nobody.
+    /// Kills, and starts no process.
     fn kill_only(&mut self, side: Side) {
         if side != Side::Source {
             self.incoming.kill();
@@ -224,7 +224,7 @@ impl Move {
         }
     }
 
-    /// The same certificates or the same secret are asked for as at first, of either side.
+    /// The same certificates or the same secret are required as at first, of either side.
     fn goes_to_its_own_alone(mut self, wrong: &[&str; 2], reasons: [&str; 2]) {
         self.kill_often(1, 1 << 20, &[Side::Source]);
         self.kill_often(1, 1 << 20, &[Side::Destination]);
@@ -232,7 +232,7 @@ impl Move {
             self.kill_only(side);
             let command = if side == Side::Source { "migrate" } else { "incoming" };
             let mut stranger = self.resume_with(command, wrong);
-            // It is the source that hears in either case.
+            // The source gets the error in either case.
             let source = if side == Side::Source { &mut stranger } else { &mut self.migrate };
             let refused = loop {
                 let reason = text(&source.event("retrying"), "reason");
@@ -251,9 +251,9 @@ impl Move {
     }
 }
 
-/// Its thread that waits for another umem gets no descriptor for the connection, and tries again.
+/// Its thread that waits for another umem gets no descriptor for the connection, and retries.
 #[test]
-fn a_guest_without_descriptors_is_taken_over_once_it_has_some() {
+fn guest_out_of_descriptors_is_taken_over_when_one_is_free() {
     let mut moving = Move::switched(SMALL);
     let guest = u32::try_from(moving.arriving().as_raw()).unwrap();
     let before = limit_descriptors(guest, 3);
@@ -263,7 +263,7 @@ fn a_guest_without_descriptors_is_taken_over_once_it_has_some() {
     moving.incoming.event("listening");
     moving.incoming.kill();
     moving.incoming = moving.resume("incoming");
-    // It has connected: what the guest's side does next is to accept it.
+    // It has connected: the guest's process accepts it next.
     wait_for("a connection", || {
         let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
         let waits = |line: &&str| line.contains(&moving.session) && line.contains(" 0001 02 ");
@@ -275,7 +275,7 @@ fn a_guest_without_descriptors_is_taken_over_once_it_has_some() {
 }
 
 #[test]
-fn lanes_with_certificates_are_taken_over_by_who_began_them() {
+fn takeover_of_tls_lanes_needs_the_same_certificates() {
     let scratch = Scratch::new();
     let credentials = |authority: &Authority, name: &str| -> &'static str {
         let directory = authority.credentials(&scratch, name, "127.0.0.1");
@@ -286,7 +286,7 @@ fn lanes_with_certificates_are_taken_over_by_who_began_them() {
     let moving = Move::switched(How { mib: 32, security: Some(["--tls-creds", own]), ..SMALL });
     let wrong = ["--tls-creds", credentials(&others, "others")];
     moving.goes_to_its_own_alone(&wrong, ["certificate", "certificate"]);
-    // The same authority has signed this one, and it is not who began.
+    // The same authority has signed this one, and its owner did not begin the migration.
     let mut moving = Move::switched(How { security: Some(["--tls-creds", own]), ..SMALL });
     moving.kill_only(Side::Source);
     let mut stranger = moving.resume_with("migrate", &["--tls-creds", credentials(&ours, "same")]);
@@ -298,7 +298,7 @@ fn lanes_with_certificates_are_taken_over_by_who_began_them() {
 }
 
 #[test]
-fn lanes_with_a_secret_are_taken_over_by_who_knows_it() {
+fn takeover_of_secret_lanes_needs_the_same_secret() {
     let scratch = Scratch::new();
     let secret = |name: &str, secret: &str| -> &'static str {
         write_private(&scratch.path(name), secret);
@@ -311,13 +311,13 @@ fn lanes_with_a_secret_are_taken_over_by_who_knows_it() {
     moving.goes_to_its_own_alone(&["--secret-file", other], reasons);
 }
 
-/// Bytes of the destination's answers up to its guest running, and of a word that everything has come.
+/// Bytes of the destination's answers up to its guest running, and of a completion.
 const RUNNING_BYTES: u64 = (HELLO_BYTES + (HEADER_BYTES + 1) + 2 * HEADER_BYTES) as u64;
 const COMPLETE_BYTES: u64 = (HEADER_BYTES + 40) as u64;
 
 impl Move {
-    /// Up to a moment around the goodbye, which differs from one number to the next: before the source has heard
-    /// that everything has come, when it has, or when it has said goodbye, and a little later each time.
+    /// Up to a moment around the goodbye, which depends on the number: before the source has received the completion,
+    /// after that, or after its goodbye, and a little later each time.
     fn around_goodbye(number: u32) -> Move {
         let mut moving = Move::start(How { mib: 8, threads: 0, ..SMALL });
         moving.session = text(&moving.migrate.event("resumable"), "session");
@@ -346,13 +346,13 @@ impl Move {
         moving
     }
 
-    /// Both sides end by themselves, whoever resumes; nothing is left, and the guest has everything.
+    /// Both sides end by themselves, whichever is resumed; nothing is left, and the guest is complete.
     fn has_parted(mut self, killed: Side) {
         self.cutter.cut(Ends::Both, false);
         self.cutter.limit_answers(None);
         let command = if killed == Side::Source { "migrate" } else { "incoming" };
         let mut resumed = self.resume(command);
-        // Where it was killed too late there is no session any more.
+        // If it was killed too late there is no session any more.
         let status = resumed.wait().code();
         let stderr = resumed.stderr();
         let is_over = status == Some(2) && stderr.contains("no session");
@@ -377,7 +377,7 @@ impl Move {
 }
 
 #[test]
-fn a_source_that_is_killed_around_its_goodbye_is_resumed_to_its_end() {
+fn source_killed_around_its_goodbye_is_resumed_to_its_end() {
     for number in 0..30 {
         let mut moving = Move::around_goodbye(number);
         moving.migrate.kill();
@@ -386,7 +386,7 @@ fn a_source_that_is_killed_around_its_goodbye_is_resumed_to_its_end() {
 }
 
 #[test]
-fn a_destination_that_is_killed_around_the_goodbye_is_resumed_to_its_end() {
+fn destination_killed_around_the_goodbye_is_resumed_to_its_end() {
     for number in 0..30 {
         let mut moving = Move::around_goodbye(number);
         moving.incoming.kill();
@@ -394,9 +394,9 @@ fn a_destination_that_is_killed_around_the_goodbye_is_resumed_to_its_end() {
     }
 }
 
-/// Whenever the guest's process dies, both sides say the same: all of its memory had come, or it is lost.
+/// Whenever the guest's process dies, both sides report the same: complete or lost.
 #[test]
-fn a_guest_that_is_killed_while_its_pages_come_has_not_arrived_on_either_side() {
+fn guest_killed_before_its_last_page_fails_both_sides() {
     let mut lost = 0;
     for number in 0..16 {
         let kind = if number % 2 == 0 { Some("anonymous") } else { None };

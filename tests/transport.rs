@@ -1,6 +1,6 @@
-//! Both umem processes with guests and sources made for the occasion: what lands where, and what is not allocated.
+//! Both umem processes with guests and sources made for each test: where pages land, and which pages are not allocated.
 //!
-//! What a broken or hostile peer hears is in `peers.rs`.
+//! The answers to a broken or hostile peer are in `peers.rs`.
 
 mod support;
 
@@ -21,7 +21,7 @@ use umem_wire::{Event, Frame, HEADER_BYTES, RegionId, transmit};
 
 const PAGE: u64 = 4096;
 
-/// Such a guest of 8 MiB, and its source with so many bulk lanes: the guest is loaded, and waits for page 0.
+/// An idle guest of 8 MiB, and its source with this many bulk lanes: the guest is loaded, and waits for page 0.
 fn loading(scratch: &Scratch, bulk_lanes: u16) -> (Umem, Peer) {
     let mut incoming = incoming_to_loading_guest(scratch, 8);
     let mut peer = Peer::dial(&uri_of(&mut incoming), bulk_lanes);
@@ -32,7 +32,7 @@ fn loading(scratch: &Scratch, bulk_lanes: u16) -> (Umem, Peer) {
 }
 
 #[test]
-fn a_snapshot_arrives_whole_and_takes_memory_for_its_data_only() {
+fn sparse_snapshot_arrives_whole_and_stays_sparse() {
     for mode in [&["-p"][..], &[], &["-p", "--lanes", "3"]] {
         let scratch = Scratch::new();
         let source = scratch.ram("source");
@@ -62,9 +62,9 @@ fn a_snapshot_arrives_whole_and_takes_memory_for_its_data_only() {
     }
 }
 
-/// Names of files are bytes, whatever they mean to others; session files have them as well.
+/// File names are bytes, of any encoding; session files contain them as well.
 #[test]
-fn paths_of_ram_need_not_be_utf_8() {
+fn ram_path_may_be_other_than_utf_8() {
     use std::ffi::{OsStr, OsString};
     use std::os::unix::ffi::OsStrExt;
     let scratch = Scratch::new();
@@ -97,14 +97,14 @@ fn paths_of_ram_need_not_be_utf_8() {
     migrate.succeeds();
     assert!(bytes_of(source.as_ref()) == bytes_of(destination.as_ref()));
 
-    // Elsewhere what is not UTF-8 is refused, and no other file taken for it.
+    // Elsewhere a name other than UTF-8 is refused, and no other file is taken for it.
     let report = [words(&["migrate", "--report"]), vec![source], words(&[&uri])];
     let text = Umem::start(report.concat()).fails_as_misused();
     assert!(text.contains("is not UTF-8"), "{text}");
 }
 
-/// Of hugetlbfs the kernel says that everything is data. What nobody has written there is a hole all the same, and
-/// reading it takes no huge page.
+/// For hugetlbfs the kernel reports everything as data. A page without writes is a hole all the same, and reading it
+/// takes no huge page.
 #[test]
 fn holes_of_huge_pages_stay_holes() {
     use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -115,7 +115,7 @@ fn holes_of_huge_pages_stay_holes() {
         let file = File::options().read(true).write(true).open(huge.path()).unwrap();
         file.set_len(8 << 20).unwrap();
         let (length, flags) = (std::num::NonZeroUsize::new(8 << 20).unwrap(), MapFlags::MAP_SHARED);
-        // SAFETY: a mapping of our own, of which one byte is written while nobody else has it.
+        // SAFETY: a mapping of our own, of which one byte is written while it has no other user.
         unsafe {
             let start = mmap(None, length, ProtFlags::PROT_WRITE, flags, &file, 0).unwrap();
             start.cast::<u8>().add((4 << 20) + 5000).write(7);
@@ -140,9 +140,9 @@ fn holes_of_huge_pages_stay_holes() {
     }
 }
 
-/// The source's file has pages of 4 KiB, most of them with holes beside them: what moves is 2 MiB.
+/// The source's file has pages of 4 KiB, most of them beside holes: the landing unit is 2 MiB.
 #[test]
-fn small_pages_land_in_huge_ones() {
+fn small_pages_land_in_huge_pages() {
     let tls = ["--tls-creds"];
     // The last two go through a pipe.
     let forbidden = &[libc::SYS_process_vm_writev][..];
@@ -162,7 +162,7 @@ fn small_pages_land_in_huge_ones() {
             security.iter().flat_map(|option: &&str| [*option, creds.as_str()]).collect();
         let source = scratch.ram("source");
         write_snapshot(&source, 8);
-        // The last 2 MiB but a page of written zeroes become a hole.
+        // The last 2 MiB, except a page of written zeroes, become a hole.
         let file = File::options().write(true).open(&source).unwrap();
         file.set_len(6 << 20).unwrap();
         file.set_len(8 << 20).unwrap();
@@ -202,7 +202,7 @@ fn small_pages_land_in_huge_ones() {
 }
 
 #[test]
-fn without_background_only_what_is_asked_for_is_sent_until_told_otherwise() {
+fn only_demanded_pages_are_sent_without_background_until_an_interrupt() {
     let scratch = Scratch::new();
     let source = scratch.ram("source");
     write_snapshot(&source, 8);
@@ -212,7 +212,7 @@ fn without_background_only_what_is_asked_for_is_sent_until_told_otherwise() {
     let mut migrate = Umem::start(["migrate", "-p", "-n", "--json", "--ram", &ram, &uri]);
     migrate.event("running");
     incoming.event("running");
-    // Nobody touches anything, so that nothing is allocated; this cannot become true later only.
+    // No page is touched, so none is allocated; a later check could pass by chance.
     assert_eq!(std::fs::metadata(scratch.ram("destination")).unwrap().blocks(), 0);
     migrate.signal(Signal::SIGINT);
     assert_eq!(migrate.event("completed")["pages_demand"], 0);
@@ -221,7 +221,7 @@ fn without_background_only_what_is_asked_for_is_sent_until_told_otherwise() {
 }
 
 #[test]
-fn interrupting_before_the_switchover_leaves_nothing_behind() {
+fn interrupt_before_the_switchover_leaves_nothing_behind() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_idle_guest(&scratch, 8);
     uri_of(&mut incoming);
@@ -234,7 +234,7 @@ fn interrupting_before_the_switchover_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_guest_that_dies_is_noticed() {
+fn guest_death_is_detected() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_idle_guest(&scratch, 8);
     let pid = incoming.event("listening")["guest_pid"].as_i64().unwrap();
@@ -245,9 +245,9 @@ fn a_guest_that_dies_is_noticed() {
     assert!(!scratch.ram("destination").exists());
 }
 
-/// The demand lane is read ahead: whatever a receive brings begins and ends anywhere.
+/// The demand lane is read ahead: a receive begins and ends anywhere.
 #[test]
-fn answers_that_come_in_pieces_land_whole() {
+fn answers_received_in_pieces_land_whole() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_loading_guest(&scratch, 8);
     let mut peer = Peer::dial(&uri_of(&mut incoming), 1);
@@ -260,8 +260,8 @@ fn answers_that_come_in_pieces_land_whole() {
         bytes.extend([page(first), page(first + 1)].concat());
         bytes.extend(transmit::zero_header(range(first + 2, 1)));
     }
-    // Cut in a header, in a page, at its end, near the end of the run, and in the header behind it: whole
-    // pages land as they come.
+    // Cut in a header, in a page, at its end, near the end of the run, and in the header behind it: whole pages land as
+    // they arrive.
     let run = HEADER_BYTES + 2 * 4096;
     let cuts = [(5, 0), (HEADER_BYTES + 100, 0), (HEADER_BYTES + 4096, 1), (run - 40, 1)];
     let mut sent = 0;
@@ -293,10 +293,10 @@ fn answers_that_come_in_pieces_land_whole() {
     }
 }
 
-/// Of a run on the demand lane the last page comes by itself, and somebody waits for it. The page before it is
-/// there as well then, for whoever touches it next.
+/// Of a run on the demand lane the last page arrives separately, and a thread waits for it. Then the page before it is
+/// visible too.
 #[test]
-fn a_run_whose_last_page_is_waited_for_is_there_whole() {
+fn run_is_complete_when_its_awaited_last_page_lands() {
     let scratch = Scratch::new();
     let (mut incoming, mut peer) = loading(&scratch, 1);
     peer.send(1, &Frame::Hole(range(0, 8)), &[]);
@@ -304,7 +304,7 @@ fn a_run_whose_last_page_is_waited_for_is_there_whole() {
     peer.switch_over();
     let ram = scratch.ram("destination");
     let (guest, address) = guest_of(incoming.pid(), &ram);
-    // It waits for a page, where /proc/PID/mem takes a userfault for an error.
+    // The thread waits for a page; /proc/PID/mem would return an error for a userfault.
     let read = |page: u64| {
         let (sender, bytes) = std::sync::mpsc::channel();
         let remote = RemoteIoVec { base: address + (page << 12) as usize, len: 4096 };
@@ -336,7 +336,7 @@ fn a_run_whose_last_page_is_waited_for_is_there_whole() {
     incoming.event("completed");
 }
 
-/// The process that umem has started, and where it maps its RAM.
+/// The process that umem has started, and the address of its RAM.
 fn guest_of(umem: u32, ram: &Path) -> (Pid, usize) {
     let threads = std::fs::read_dir(format!("/proc/{umem}/task")).unwrap();
     let children = threads.map(|thread| thread.unwrap().path().join("children"));
@@ -348,10 +348,9 @@ fn guest_of(umem: u32, ram: &Path) -> (Pid, usize) {
     (Pid::from_raw(guest.parse().unwrap()), usize::from_str_radix(start, 16).unwrap())
 }
 
-/// The last page of a lane is waited for, so that a vCPU is still to be woken when the source has
-/// closed the lane already.
+/// A vCPU waits for the last page of a lane, so it is still to be woken when the source has closed the lane already.
 #[test]
-fn a_lane_may_close_as_soon_as_it_has_ended() {
+fn lane_may_close_right_after_its_end() {
     let scratch = Scratch::new();
     let (mut incoming, mut peer) = loading(&scratch, 2);
     let mut last = transmit::data_header(range(0, 1)).to_vec();
@@ -366,17 +365,17 @@ fn a_lane_may_close_as_soon_as_it_has_ended() {
     incoming.event("completed");
 }
 
-/// Once it has said that the guest is loaded, the source may give it up at any moment: if both did,
-/// nobody would have it.
+/// Once the destination has reported the guest loaded, the source may give it up at any moment: if both did, the guest
+/// would be lost.
 #[test]
-fn a_guest_that_is_loaded_is_not_given_up_by_an_interrupt() {
+fn interrupt_does_not_abandon_a_loaded_guest() {
     let scratch = Scratch::new();
     let (mut incoming, mut peer) = loading(&scratch, 1);
     peer.send(1, &Frame::Hole(range(0, 1)), &[]);
     assert_eq!(peer.event(), Some(Event::Loaded));
     incoming.signal(Signal::SIGINT);
-    wait_for("it to say that it goes on", || {
-        incoming.stderr().contains("going on, as nobody would have it").then_some(())
+    wait_for("its remark that it continues", || {
+        incoming.stderr().contains("continuing, because otherwise the guest").then_some(())
     });
     peer.switch_over();
     peer.send(1, &Frame::Hole(range(1, 2047)), &[]);
@@ -384,17 +383,17 @@ fn a_guest_that_is_loaded_is_not_given_up_by_an_interrupt() {
     incoming.event("completed");
 }
 
-/// The source has sent every page then; that does not mean that they have come.
+/// The source has sent every page then; that does not mean that they have arrived.
 #[test]
-fn without_postcopy_the_guest_is_loaded_when_its_last_page_has_come() {
+fn guest_is_loaded_after_its_last_page_without_postcopy() {
     let scratch = Scratch::new();
     let mut incoming = incoming_to_idle_guest(&scratch, 8);
     let mut peer = Peer::dial(&uri_of(&mut incoming), 1);
     peer.until_stopped(8, false);
     peer.send(1, &Frame::Hole(range(0, 2047)), &[]);
-    // Nothing to load, as this guest has no monitor.
+    // No device state, because this guest has no monitor.
     peer.send(0, &Frame::Load { state_bytes: 0 }, &[]);
-    // Each goes through the thread that would say "loaded".
+    // Each goes through the thread that would report "loaded".
     for number in 0..100 {
         peer.send(0, &Frame::Ping(number), &[]);
         assert_eq!(peer.event(), Some(Event::Pong(number)));

@@ -1,5 +1,4 @@
-//! Every kind of address, for both roles: connections of their own for each lane, and one connection
-//! that everything shares.
+//! Every kind of address, for both roles: a connection for each lane, and one connection that all lanes share.
 
 mod support;
 
@@ -21,7 +20,7 @@ const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 const MIB: u64 = 8;
 const PAGES: u64 = MIB << 8;
 
-/// Data but for every fourth page, which is a hole.
+/// Data, except every fourth page, which is a hole.
 fn write_snapshot(path: &Path) {
     let file = File::create(path).unwrap();
     file.set_len(MIB << 20).unwrap();
@@ -30,7 +29,7 @@ fn write_snapshot(path: &Path) {
     }
 }
 
-/// A snapshot, and how to move it away from there and in here.
+/// A snapshot, and the commands that move it.
 struct Move {
     scratch: Scratch,
     mode: &'static [&'static str],
@@ -70,9 +69,9 @@ fn shell(arguments: &[String]) -> String {
     format!("exec '{UMEM}' {}", quoted.join(" "))
 }
 
-/// As systemd hands a socket to a service: somebody else has bound it, and keeps it.
+/// As systemd hands a socket to a service: another process has bound it, and keeps it.
 #[test]
-fn a_socket_that_listens_is_inherited() {
+fn inherited_listening_socket_accepts_a_source() {
     for kind in ["tcp", "unix"] {
         let moving = Move::new(&["-p", "--lanes", "2"]);
         let path = moving.scratch.path("umem.sock");
@@ -96,7 +95,7 @@ fn a_socket_that_listens_is_inherited() {
         incoming.event("completed");
         migrate.succeeds();
         moving.assert_arrived();
-        assert!(kind == "tcp" || path.exists(), "a socket of somebody else's is removed");
+        assert!(kind == "tcp" || path.exists(), "a foreign socket is removed");
         drop(incoming);
     }
 }
@@ -108,9 +107,9 @@ fn does_not_block(socket: &dyn AsRawFd) -> bool {
     flags & libc::O_NONBLOCK != 0
 }
 
-/// Whoever has handed a socket over may have it still, and have its own way of waiting for it.
+/// The process that handed a socket over may still have it, and wait for it in its own way.
 #[test]
-fn an_inherited_socket_keeps_its_flags() {
+fn inherited_socket_keeps_its_flags() {
     for (mode, nonblocking) in [(&["-p"][..], true), (&[], true), (&["-p"], false)] {
         let moving = Move::new(mode);
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -132,7 +131,7 @@ fn an_inherited_socket_keeps_its_flags() {
 }
 
 #[test]
-fn a_source_has_no_use_for_a_socket_that_listens() {
+fn source_refuses_a_listening_socket() {
     let moving = Move::new(&["-p"]);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let arguments = moving.migrate("fd:7").into_iter();
@@ -141,7 +140,7 @@ fn a_source_has_no_use_for_a_socket_that_listens() {
 }
 
 #[test]
-fn lanes_of_their_own() {
+fn several_lanes_over_given_sockets() {
     for (mode, uri) in [
         (&["-p"][..], "tcp:[::1]:0"),
         (&["-p", "--lanes", "2"], "unix:"),
@@ -164,11 +163,11 @@ fn lanes_of_their_own() {
 }
 
 #[test]
-fn an_inherited_socket() {
+fn one_lane_over_an_inherited_socket() {
     for mode in [&["-p"][..], &[]] {
         let moving = Move::new(mode);
         let (ours, theirs) = UnixStream::pair().unwrap();
-        // Where the source is there first, its hello waits in the socket.
+        // If the source is there first, its hello waits in the socket.
         let mut migrate = Umem::start_inheriting(&ours, 17, moving.migrate("fd:17"));
         let mut incoming = Umem::start_inheriting(&theirs, 9, moving.incoming("fd:9"));
         drop((ours, theirs));
@@ -184,7 +183,7 @@ fn an_inherited_socket() {
 }
 
 #[test]
-fn without_background_pages_one_connection_waits_too() {
+fn single_connection_waits_without_background() {
     let moving = Move::new(&["-p", "-n"]);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut migrate = Umem::start_inheriting(&ours, 5, moving.migrate("fd:5"));
@@ -199,7 +198,7 @@ fn without_background_pages_one_connection_waits_too() {
 }
 
 #[test]
-fn a_command_at_the_source() {
+fn one_lane_over_a_command_at_the_source() {
     for mode in [&["-p"][..], &[]] {
         let moving = Move::new(mode);
         let said = moving.scratch.path("incoming.json");
@@ -210,14 +209,14 @@ fn a_command_at_the_source() {
         moving.assert_arrived();
         let said = std::fs::read_to_string(said).unwrap();
         assert!(said.contains(r#""event":"completed""#), "{said}");
-        // The command was asked to end; the guest that it received runs on.
+        // The command was asked to end; the received guest runs on.
         assert!(moving.scratch.processes("umem incoming").is_empty());
         assert_eq!(moving.scratch.processes("umem guest --incoming").len(), 1);
     }
 }
 
 #[test]
-fn a_command_at_the_destination() {
+fn one_lane_over_a_command_at_the_destination() {
     let moving = Move::new(&["-p"]);
     let command = format!("{} >/dev/null", shell(&moving.migrate("fd:0")));
     let mut incoming = Umem::start(moving.incoming(&format!("exec:{command}")));
@@ -228,7 +227,7 @@ fn a_command_at_the_destination() {
 }
 
 #[test]
-fn a_command_that_dies_is_named_with_its_status() {
+fn failed_command_is_named_with_its_status() {
     let moving = Move::new(&["-p"]);
     for (command, status) in [
         ("exit 7", "exit status: 7"),
@@ -243,9 +242,9 @@ fn a_command_that_dies_is_named_with_its_status() {
     assert!(!moving.scratch.ram("destination").exists());
 }
 
-/// The terminal's signals are umem's: one that ended the command would cost the connection.
+/// The terminal's signals are umem's: one that ended the command would break the connection.
 #[test]
-fn a_command_does_not_end_by_what_is_meant_for_umem() {
+fn signals_of_umem_do_not_reach_its_command() {
     let moving = Move::new(&["-p"]);
     let status = moving.scratch.path("status");
     let command = format!(
@@ -264,7 +263,7 @@ fn a_command_does_not_end_by_what_is_meant_for_umem() {
 }
 
 #[test]
-fn a_command_ends_with_umem() {
+fn command_ends_with_umem() {
     let moving = Move::new(&["-p"]);
     let pid = moving.scratch.path("pid");
     let command = format!("exec:trap '' INT; echo $$ >'{}'; exec sleep 1000", pid.display());
@@ -280,7 +279,7 @@ fn a_command_ends_with_umem() {
 }
 
 #[test]
-fn what_is_no_connected_stream_socket_is_refused() {
+fn descriptor_other_than_a_connected_stream_socket_is_refused() {
     let moving = Move::new(&["-p"]);
     let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
     let (family, kind) = (AddressFamily::Inet, SockType::Stream);
@@ -304,7 +303,7 @@ fn what_is_no_connected_stream_socket_is_refused() {
 }
 
 #[test]
-fn one_connection_has_no_lanes_to_choose() {
+fn lanes_option_is_refused_over_one_connection() {
     let moving = Move::new(&["-p", "--lanes", "2"]);
     for uri in ["fd:7", "exec:true"] {
         let error = Umem::start(moving.migrate(uri)).fails_as_misused();
@@ -316,9 +315,9 @@ fn one_connection_has_no_lanes_to_choose() {
     }
 }
 
-/// Several lanes would wait for each other for ever.
+/// Several lanes would wait for each other forever.
 #[test]
-fn a_source_with_more_lanes_is_refused_on_the_only_connection() {
+fn source_with_several_lanes_is_refused_on_a_single_connection() {
     let moving = Move::new(&["-p"]);
     let listener = UnixListener::bind(moving.scratch.path("umem.sock")).unwrap();
     let uri = format!("unix:{}", moving.scratch.path("umem.sock").display());
@@ -332,9 +331,9 @@ fn a_source_with_more_lanes_is_refused_on_the_only_connection() {
     assert!(error.contains("only connection"), "{error}");
 }
 
-/// What the connection holds already goes first, and one batch; nothing else of the background does.
+/// The connection's queued bytes go first, and one batch; nothing else of the background does.
 #[test]
-fn an_answer_overtakes_the_background_of_its_connection() {
+fn answer_overtakes_the_background_on_a_single_connection() {
     let moving = Move::new(&["-p"]);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut migrate = Umem::start_inheriting(&theirs, 5, moving.migrate("fd:5"));
@@ -355,7 +354,7 @@ fn an_answer_overtakes_the_background_of_its_connection() {
     // The kernel's queue is twice 64 KiB, and a batch of 64 KiB stands before it.
     let waited_for = lane.page_bytes - before;
     assert!(waited_for <= 3 * (64 << 10), "{waited_for} bytes came before the answer");
-    // The rest comes too, each page once.
+    // The rest arrives too, each page once.
     let mut pages = 0;
     while lane.page_bytes < (PAGES * 3 / 4) * 4096 {
         if let Event::Data(range) = lane.event().expect("pages come") {
@@ -369,7 +368,7 @@ fn an_answer_overtakes_the_background_of_its_connection() {
     migrate.succeeds();
 }
 
-/// Bytes that were sent and that the other end has not read (unix(7), SIOCOUTQ).
+/// Bytes sent that the peer has not read (unix(7), SIOCOUTQ).
 fn unread(socket: &UnixStream) -> i32 {
     let mut bytes = 0;
     // SAFETY: the kernel writes one integer during the call.
@@ -379,9 +378,9 @@ fn unread(socket: &UnixStream) -> i32 {
     bytes
 }
 
-/// Both sides are told to stop while nobody answers.
+/// Both sides are interrupted before they get an answer.
 #[test]
-fn nobody_at_the_other_end_can_be_interrupted() {
+fn given_connection_without_a_peer_can_be_interrupted() {
     let moving = Move::new(&["-p"]);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut migrate = Umem::start_inheriting(&theirs, 5, moving.migrate("fd:5"));

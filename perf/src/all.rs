@@ -1,4 +1,4 @@
-//! `all`: every measurement with quick settings, and a page of what they gave.
+//! `all`: every measurement with quick settings, and a page of the results.
 
 use std::path::{Path, PathBuf};
 
@@ -10,35 +10,36 @@ use crate::memory::{List, Pool};
 use crate::report::{progress, write};
 use crate::{Arguments, interrupt, page};
 
-/// Measures everything, one subject after the other, and writes a page of the results.
+/// Measures all subjects, one after the other, and writes a page of the results.
 #[derive(FromArgs)]
 #[argh(
     subcommand,
     name = "all",
-    note = "A subject that cannot be measured on this machine is left out; the page says why. Some of \
-            them take root; `qemu` takes the kernel and QEMU of the tests, `link10` iperf3."
+    note = "A subject that cannot be measured on this machine is left out; the page states why. Some of \
+            them need root; `qemu` needs the kernel and QEMU of the tests, `link10` iperf3."
 )]
 pub(crate) struct Options {
-    /// how often each subject has its turn (default 2); those that take seconds have it six times as often,
-    /// `qemu` and `size` once more
+    /// turns of each subject (default 2); subjects that take seconds have six times as many, `qemu`
+    /// and `size` one more
     #[argh(option, default = "2")]
     rounds: usize,
     /// the guests' RAM, MiB; `qemu` has twice as much, `size` up to eight times (default 1024)
     #[argh(option, default = "1024")]
     size: usize,
-    /// measure only these, with commas between them: floor, land, zeroes, fault, qemu, qemu-idle, link10,
-    /// patterns, size, bench
+    /// measure only these, separated by commas: floor, land, zeroes, fault, qemu, qemu-idle,
+    /// link10, patterns, size, bench
     #[argh(option)]
     only: Option<List<String>>,
-    /// on a virtual machine: take all free memory but this much, MiB, into the kernel's pool of huge pages
-    /// meanwhile, so that what is measured uses the same memory again and finds it warm (takes root; not for
-    /// `size`; default: none; 9 times --size is enough)
+    /// on a virtual machine: move all free memory except this much, MiB, into the kernel's pool of
+    /// huge pages, so that the measurements use the same memory again and find it warm (needs root;
+    /// not for `size`; default: none; 9 times --size is enough)
     #[argh(option)]
     leave: Option<usize>,
-    /// the page; a drawing of the same name that ends in .svg lies beside it (default RESULTS.md)
+    /// the page; a drawing of the same name with the extension .svg is written beside it (default
+    /// RESULTS.md)
     #[argh(option, default = "PathBuf::from(\"RESULTS.md\")")]
     out: PathBuf,
-    /// a directory for each result as JSON, which `umem-perf page` makes a page of (default:
+    /// a directory for each result as JSON, from which `umem-perf page` makes a page (default:
     /// perf-results beside this program)
     #[argh(option)]
     results: Option<PathBuf>,
@@ -47,10 +48,10 @@ pub(crate) struct Options {
     umem: Option<PathBuf>,
 }
 
-/// `qemu` needs some for the guest's kernel.
+/// `qemu` needs a part for the guest's kernel.
 const SIZE_MIB_MIN: usize = 256;
 
-/// One measurement, and what it is called here.
+/// One measurement and its name.
 struct Job {
     name: &'static str,
     arguments: String,
@@ -72,7 +73,7 @@ pub(crate) fn run(options: &Options, command: &str) -> Result<()> {
         let leave = options.leave.filter(|_| job.name != "size");
         let _held = leave.map(Pool::hold_all_but).transpose()?;
         let result = measured(job, options.umem.as_deref());
-        // What Ctrl-C has cut off is no result.
+        // A measurement that Ctrl-C has cut off gives no result.
         interrupt::check()?;
         let object = result.unwrap_or_else(|error| {
             failed += 1;
@@ -88,7 +89,7 @@ pub(crate) fn run(options: &Options, command: &str) -> Result<()> {
     match failed {
         0 => Ok(()),
         count => failure(format!(
-            "{count} of {} subjects could not be measured; {} says why",
+            "{count} of {} subjects could not be measured; {} states why",
             jobs.len(),
             options.out.display()
         )),
@@ -119,7 +120,7 @@ fn measured(job: &Job, umem: Option<&Path>) -> Result<Value> {
     Ok(measures.measured()?.named(job.name).object(&job.command()))
 }
 
-/// The jobs that were asked for.
+/// The jobs of the options.
 fn chosen(options: &Options) -> Result<Vec<Job>> {
     if options.rounds == 0 {
         return usage("--rounds is at least 1");
@@ -131,17 +132,17 @@ fn chosen(options: &Options) -> Result<Vec<Job>> {
     let Some(List(names)) = &options.only else { return Ok(jobs) };
     if let Some(name) = names.iter().find(|&name| jobs.iter().all(|job| job.name != name)) {
         let known: Vec<&str> = jobs.iter().map(|job| job.name).collect();
-        return usage(format!("--only {name}: none of {}", known.join(", ")));
+        return usage(format!("--only {name}: give one of {}", known.join(", ")));
     }
     jobs.retain(|job| names.iter().any(|name| name == job.name));
     Ok(jobs)
 }
 
-/// Everything, in the order of the page.
+/// All jobs, in the order of the page.
 fn jobs(options: &Options) -> Vec<Job> {
     let Options { size, rounds, .. } = options;
     let (double, half) = (2 * size, size / 2);
-    // Of two rounds the median is no round's figure.
+    // With two rounds the median would be the figure of neither.
     let (more, many) = (rounds + 1, 6 * rounds);
     let sizes: Vec<String> = [1, 2, 4, 8].iter().map(|times| (times * size).to_string()).collect();
     let sizes = sizes.join(",");
@@ -175,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn every_job_is_a_command_line_that_measures() {
+    fn every_job_parses_as_a_measuring_command_line() {
         for job in jobs(&options(&[])) {
             let words: Vec<&str> = job.arguments.split(' ').collect();
             let arguments = Arguments::from_args(&["umem-perf"], &words)

@@ -1,5 +1,5 @@
-//! `bench`: what `umem bench` gives over the loopback address, beside `land` with the same settings: the
-//! link tester has to tell what a migration gets.
+//! `bench`: the throughput of `umem bench` over the loopback address, beside `land` with the same
+//! settings: the link tester has to predict a migration's throughput.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ use crate::scratch::Scratch;
 use crate::statistics::{Spread, finite};
 use crate::svg::{Bar, Plot};
 
-/// What `umem bench` gives over the loopback address, beside a migration with the same settings.
+/// `umem bench` over the loopback address, beside a migration with the same settings.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "bench")]
 pub(crate) struct Options {
@@ -28,10 +28,10 @@ pub(crate) struct Options {
     /// seconds of each `umem bench` (default 5)
     #[argh(option, default = "5")]
     seconds: u32,
-    /// how often each subject has its turn (default 3)
+    /// turns of each subject (default 3)
     #[argh(option, default = "3")]
     rounds: usize,
-    /// kinds of memory with commas between them (default memfd,huge-tmpfs): memfd, huge-tmpfs,
+    /// kinds of memory, separated by commas (default memfd,huge-tmpfs): memfd, huge-tmpfs,
     /// anonymous, anonymous-huge
     #[argh(option, default = "List(vec![Pages::Memfd, Pages::HugeTmpfs])")]
     into: List<Pages>,
@@ -52,13 +52,14 @@ pub(crate) struct Options {
     json: bool,
 }
 
-/// A pass of a bench is not larger (`REGION_BYTES_MAX` in src/programs/bench/pages.rs), MiB.
+/// The most MiB of a pass of a bench (`REGION_BYTES_MAX` in src/programs/bench/pages.rs).
 const PASS_MIB_MAX: usize = 512;
 
-/// The memory of as many passes as a bench has at most (`REGIONS_ALIVE_MAX` in src/programs/bench/pages.rs).
+/// The memory of the most passes that a bench has at a time (`REGIONS_ALIVE_MAX` in
+/// src/programs/bench/pages.rs).
 const POOL_BYTES: usize = 6 * (PASS_MIB_MAX << 20);
 
-/// What one `umem bench` gave.
+/// The result of one `umem bench`.
 #[derive(Clone, Copy)]
 struct Bench {
     gbps: f64,
@@ -81,7 +82,10 @@ impl Measure for Options {
         }
         for pages in &self.into.0 {
             if matches!(pages, Pages::Hugetlb | Pages::Private) {
-                return usage(format!("--into {}: `umem bench` has no such memory", pages.word()));
+                return usage(format!(
+                    "--into {}: `umem bench` does not support this memory",
+                    pages.word()
+                ));
             }
         }
         let umem = find_umem(self.umem.as_deref())?;
@@ -200,7 +204,7 @@ fn report(options: &Options, machine: Machine, all: &[Turns]) -> Report {
         row.extend(busy.iter().map(|busy| format!("{:.0} %", busy.median * 100.0)));
         table.row(row);
         highlights.push(format!(
-            "{}: umem bench tells {:.1} Gbit/s, {} of what a migration gets",
+            "{}: umem bench reports {:.1} Gbit/s, {} of a migration's",
             pages.name(),
             bench_gbps.median,
             cell(ratio, 2)
@@ -224,10 +228,10 @@ fn report(options: &Options, machine: Machine, all: &[Turns]) -> Report {
     let method = format!(
         "In turns, {} rounds: `umem migrate -p` → loopback TCP → `umem incoming` with an idle guest of \
          {} MiB, as `land` moves it, and `umem bench client -t {}` to `umem bench server`, with the same \
-         kind of memory and {} bulk lane(s). Either fills fresh memory, and has written and given back \
-         as much before. Gbit/s is each one's own figure: of page contents from the first page to the \
-         last, and of what the receiver has landed in all of the time. A bench gives memory back while \
-         it goes on, which a migration does not; what that takes is in its CPU. Busy is the busiest \
+         kind of memory and {} bulk lane(s). Each fills fresh memory, and has written and freed \
+         as much before. Gbit/s is each program's own figure: of page contents from the first page to the \
+         last, and of all that the receiver has landed in the whole time. A bench frees memory while \
+         it runs, which a migration does not; its CPU includes the cost of that. Busy is the busiest \
          lane's thread. The ratio is the bench's over the migration's. Medians.",
         options.rounds, options.size, options.seconds, options.lanes
     );

@@ -1,13 +1,13 @@
-//! Errors: one line for the person who measures, which is all that becomes of them.
+//! Errors: one line for the user.
 
-/// What failed, in one line.
+/// An error in one line.
 pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 pub(crate) type Result<T> = std::result::Result<T, Failure>;
 
-/// Names the thing that an operation was for.
+/// Names the object of an operation.
 pub(crate) trait Context<T> {
-    /// Puts `what` before the error's own text; it is only built on failure.
+    /// Puts `what` before the error's own text; built only on failure.
     fn context<S: std::fmt::Display>(self, what: impl FnOnce() -> S) -> Result<T>;
 }
 
@@ -22,7 +22,7 @@ pub(crate) fn failure<T>(text: impl Into<String>) -> Result<T> {
     Err(text.into().into())
 }
 
-/// A command line that cannot be carried out as written (exit status 2).
+/// A command line that is not valid (exit status 2).
 #[derive(Debug)]
 pub(crate) struct Usage(String);
 

@@ -1,5 +1,5 @@
-//! Ctrl-C. The handler only notes it; whatever takes long asks, and unwinds as from an error, so that
-//! the guards of processes and files do their work.
+//! Ctrl-C. The handler only records it; long operations check for it, and unwind as from an error,
+//! so that the guards of processes and files clean up.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -15,7 +15,7 @@ extern "C" fn note(_signal: libc::c_int) {
 
 /// Catches SIGINT and SIGTERM from now on.
 pub(crate) fn catch() -> Result<()> {
-    // Without SA_RESTART, so that a system call that blocks returns.
+    // Without SA_RESTART, so that a blocking system call returns.
     let action = SigAction::new(SigHandler::Handler(note), SaFlags::empty(), SigSet::empty());
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
         // SAFETY: the handler stores to an atomic and does nothing else.
@@ -24,7 +24,7 @@ pub(crate) fn catch() -> Result<()> {
     Ok(())
 }
 
-/// An error once somebody has pressed Ctrl-C.
+/// An error once SIGINT or SIGTERM has come.
 pub(crate) fn check() -> Result<()> {
     if INTERRUPTED.load(Relaxed) { failure("interrupted") } else { Ok(()) }
 }

@@ -26,26 +26,27 @@ pub(crate) struct Options {
     /// the guest's RAM, MiB (default 1024)
     #[argh(option, default = "1024")]
     size: usize,
-    /// how often each subject has its turn (default 3)
+    /// turns of each subject (default 3)
     #[argh(option, default = "3")]
     rounds: usize,
-    /// kinds of memory with commas between them (default: all): memfd, huge-tmpfs, hugetlb,
-    /// anonymous, anonymous-huge, private
+    /// kinds of memory, separated by commas (default: all): memfd, huge-tmpfs, hugetlb, anonymous,
+    /// anonymous-huge, private
     #[argh(option)]
     into: Option<List<Pages>>,
-    /// numbers of bulk lanes with commas between them (default 1)
+    /// numbers of bulk lanes, separated by commas (default 1)
     #[argh(option, default = "List(vec![1])")]
     lanes: List<u16>,
-    /// shares of zero pages in percent with commas between them (default 0)
+    /// shares of zero pages in percent, separated by commas (default 0)
     #[argh(option, default = "List(vec![0])")]
     zero: List<u32>,
-    /// numbers of threads that read the guest's memory meanwhile (default 0,1)
+    /// numbers of threads that read the guest's memory during the move, separated by commas
+    /// (default 0,1)
     #[argh(option, default = "List(vec![0, 1])")]
     readers: List<u32>,
-    /// every subject also with --checksum, to see what that costs
+    /// measure every subject also with --checksum, to show its cost
     #[argh(switch)]
     checksum: bool,
-    /// TLS between both sides: a directory with QEMU's files of certificates and keys, the
+    /// use TLS between both sides: a directory with QEMU's files of certificates and keys, the
     /// destination's for 127.0.0.1
     #[argh(option)]
     tls_creds: Option<PathBuf>,
@@ -63,7 +64,7 @@ pub(crate) struct Options {
     json: bool,
 }
 
-/// Rounds of all of the floor's ways, by which the one is chosen that umem is compared with.
+/// Rounds of all of the floor's ways, which choose the one to compare umem with.
 const CHOOSING_ROUNDS: usize = 3;
 
 impl Measure for Options {
@@ -91,7 +92,8 @@ impl Measure for Options {
                 let say = |what: String| {
                     progress(&format!("round {round} of {}: {what}", options.rounds));
                 };
-                // Beside umem's turns, as a virtual machine's speed drifts within a round too.
+                // Right before umem's turns, as a virtual machine's speed also drifts within a
+                // round.
                 say(format!("floor, {}, {zero} % zeroes", pages.name()));
                 floor.turns(pages, zero)?;
                 for (subject, landings) in in_turn(&mut subjects, round, pages, zero) {
@@ -114,8 +116,8 @@ impl Measure for Options {
     }
 }
 
-/// The subjects with memory of this kind and these zero pages, the other way round in every second round, so that
-/// none always comes right after the same.
+/// The subjects with memory of this kind and these zero pages, in reverse order in every second
+/// round, so that none always follows the same one.
 fn in_turn(
     subjects: &mut [(Subject, Vec<Landing>)],
     round: usize,
@@ -131,7 +133,7 @@ fn in_turn(
     turns
 }
 
-/// Every combination that was asked for.
+/// Every combination of the options.
 fn subjects(options: &Options, kinds: &[Pages]) -> Vec<(Subject, Vec<Landing>)> {
     let mut subjects = Vec::new();
     for &pages in kinds {
@@ -164,14 +166,14 @@ fn name(subject: &Subject) -> String {
     format!("{}{}", subject.pages.name(), if subject.checksum { ", checked" } else { "" })
 }
 
-/// For a subject with checksums: the time of the same without.
+/// For a subject with checksums: the time of the same subject without.
 fn unchecked(subjects: &[(Subject, Vec<Landing>)], subject: &Subject) -> Option<Spread> {
     let plain = Subject { checksum: false, ..*subject };
     let (_, landings) = subjects.iter().find(|(other, _)| subject.checksum && *other == plain)?;
     Some(moving_s(landings))
 }
 
-/// For a subject with several lanes: the time of the same with one.
+/// For a subject with several lanes: the time of the same subject with one.
 fn one_lane(subjects: &[(Subject, Vec<Landing>)], subject: &Subject) -> Option<Spread> {
     let one = Subject { lanes: 1, ..*subject };
     let (_, landings) = subjects.iter().find(|(other, _)| subject.lanes > 1 && *other == one)?;
@@ -183,7 +185,7 @@ fn moving_s(landings: &[Landing]) -> Spread {
     Spread::of(landings.iter().map(|landing| landing.moving_s.unwrap_or(f64::NAN)).collect())
 }
 
-/// The guest's memory, zero pages and all, over the time: comparable between shares of zero pages.
+/// The rate of the guest's memory, zero pages included: comparable between shares of zero pages.
 fn bars(floor: &Floor, subjects: &[(Subject, Vec<Landing>)]) -> Vec<Bar> {
     let bar = |(subject, landings): &(Subject, Vec<Landing>)| {
         let gbit = (subject.size_mib << 20) as f64 * 8e-9;
@@ -293,7 +295,7 @@ fn report(
         "`umem migrate -p` → loopback TCP{} → `umem incoming` with a `umem guest` of {} MiB without \
          holes, which is idle or reads random pages. Private memory is moved with --postcopy-flags 1. \
          Every subject takes its turn in each of {} rounds, after as much memory of the guest's kind \
-         has been written and given back. Gbit/s is umem's own figure, page contents (zero pages have \
+         has been written and freed. Gbit/s is umem's own figure, page contents (zero pages have \
          none) from the first page to the last; afterwards the guest has checked every word. The \
          floor is one of `floor`'s ways into memory of this kind with the same zero pages, the best in \
          {CHOOSING_ROUNDS} rounds of them all before, measured anew just before umem's turns in each \
@@ -307,7 +309,7 @@ fn report(
     );
     if let Some(cipher) = &cipher {
         method += &format!(
-            " AES-GCM is {} over records of 16 KiB that stay in one core's cache, by the same library and              in the same rounds: {:.1} Gbit/s encrypted, {:.1} decrypted. What one lane can have at best is              the lower of them, with a core for each end's records.",
+            " AES-GCM is {} over records of 16 KiB that stay in one core's cache, by the same library and              in the same rounds: {:.1} Gbit/s encrypted, {:.1} decrypted. The best rate of one lane is              the lower of them, with a core for each end's records.",
             cipher.cipher, cipher.seal_gbps.median, cipher.open_gbps.median
         );
     }

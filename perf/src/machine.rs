@@ -1,4 +1,4 @@
-//! The machine a result comes from.
+//! The machine of a result.
 
 use std::fs::read_to_string;
 
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Context, Result};
 
-/// What has to be known of a machine to read a figure.
+/// The properties of a machine that matter for a figure.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Machine {
     cpu: String,
@@ -14,14 +14,15 @@ pub(crate) struct Machine {
     cores: usize,
     memory_mib: u64,
     kernel: String,
-    /// The system's congestion control, which sockets get unless they choose their own.
+    /// The system's default congestion control.
     congestion: String,
     /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled`.
     shmem_huge: String,
-    /// Load average of the last minute when the measurement began.
+    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled`.
     pub(crate) load: f64,
-    /// Of the processor time that was wanted from then until the measurement ended, what the host of a virtual
-    /// machine gave to others, percent. None before the end, and where the kernel does not tell.
+    /// The share of the processor time wanted from then until the end of the measurement that the
+    /// host of a virtual machine gave to other guests, percent. None before the end, and if the
+    /// kernel does not report it.
     #[serde(default)]
     stolen_percent: Option<f64>,
     #[serde(skip)]
@@ -33,7 +34,7 @@ pub(crate) struct Machine {
 struct Ticks {
     /// Neither idle nor waiting for a disk.
     wanted: u64,
-    /// Given to others by the host.
+    /// Given to other guests by the host.
     stolen: u64,
 }
 
@@ -46,7 +47,8 @@ impl Ticks {
         let line = stat.lines().next()?.strip_prefix("cpu ")?;
         let fields: Vec<u64> =
             line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-        // user nice system idle iowait irq softirq steal; what follows is part of user and nice.
+        // user nice system idle iowait irq softirq steal; the fields after that are part of user
+        // and nice.
         let [user, nice, system, _idle, _iowait, irq, softirq, stolen, ..] = *fields.as_slice()
         else {
             return None;
@@ -81,23 +83,21 @@ impl Machine {
         }
     }
 
-    /// The measurement has ended.
+    /// Ends the measurement.
     pub(crate) fn ended(&mut self) {
         let now = self.began.zip(Ticks::now());
         self.stolen_percent = now.and_then(|(began, now)| now.stolen_percent_since(began));
     }
 
-    /// What else went on: the load when it began, and what the host took.
+    /// Other activity: the load at the start, and the time that the host took.
     pub(crate) fn else_line(&self) -> String {
         let stolen = self.stolen_percent.map_or_else(String::new, |percent| {
-            format!(
-                "; {percent:.1} % of the processor time that was wanted went to others on its host"
-            )
+            format!("; the host gave {percent:.1} % of the processor time wanted to other guests")
         });
         format!("The load average was {:.2} when it began{stolen}.", self.load)
     }
 
-    /// The machine, but for what else it does.
+    /// The machine without its other activity.
     pub(crate) fn line(&self) -> String {
         format!(
             "{}, {} cores, {:.1} GiB, Linux {}, congestion control {}, shmem huge pages {}",
@@ -111,7 +111,8 @@ impl Machine {
     }
 }
 
-/// The first two cores that this process may use: one for each end. With one core both are it.
+/// The first two cores that this process may use: one for each end. With one core both ends share
+/// it.
 pub(crate) fn two_cores() -> Result<[usize; 2]> {
     let set = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0))
         .context(|| "asking for this process's cores")?;
@@ -140,12 +141,12 @@ fn memory_total_mib() -> u64 {
     memory_mib("MemTotal") as u64
 }
 
-/// What processes can have without anything being swapped out.
+/// Memory that processes can have without swapping.
 pub(crate) fn memory_available_mib() -> usize {
     memory_mib("MemAvailable")
 }
 
-/// What nobody uses, not even as a cache.
+/// Unused memory, page cache excluded.
 pub(crate) fn memory_free_mib() -> usize {
     memory_mib("MemFree")
 }
@@ -179,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_host_took_is_a_share_of_what_was_wanted() {
+    fn stolen_percent_is_the_share_of_wanted_time() {
         let began = Ticks::of("cpu  100 0 50 900 10 0 0 5 3 0\ncpu0 1").unwrap();
         let ended = Ticks::of("cpu  130 10 80 5000 90 5 5 25 9 0\n").unwrap();
         // 30 user, 10 nice, 30 system, 5 and 5 of interrupts, and 20 stolen.

@@ -1,8 +1,8 @@
-//! `umem-perf WHAT`: measures umem against what the kernel can do and against its peers.
+//! `umem-perf WHAT`: measures umem against the kernel's limits and against its peers.
 //!
 //! Each subcommand is one module with its options and `run`. A result states the machine, the
-//! method and the spread over its rounds; subjects take turns (A B A B), with memory warmed in the
-//! same way for all, so that their ratios hold where absolute figures move from run to run.
+//! method and the spread over its rounds. Subjects take turns (A B A B), with memory warmed in the
+//! same way for all, so that their ratios hold where absolute figures vary from run to run.
 
 #![allow(
     clippy::print_stdout,
@@ -42,13 +42,13 @@ use crate::report::Measure;
 #[argh(
     note = "Ratios hold only on a machine that does nothing else; the load average is part of \
             every result.",
-    example = "What this machine's kernel gives at best:\n  {command_name} floor",
-    example = "What a guest's first access to a page takes, with a plot:\n  {command_name} fault --svg \
+    example = "The best rate of this machine's kernel:\n  {command_name} floor",
+    example = "The time of a guest's first access to a page, with a plot:\n  {command_name} fault --svg \
                fault.svg",
     example = "Everything, for about a quarter of an hour, as a page of results:\n  {command_name} all \
                --out RESULTS.md",
     example = "A Linux guest moved by QEMU and by umem in turns:\n  {command_name} qemu --rounds 3",
-    error_code(1, "It could not be measured; stderr says why."),
+    error_code(1, "The measurement failed; stderr states why."),
     error_code(2, "The command line is wrong.")
 )]
 struct Arguments {
@@ -73,7 +73,7 @@ enum What {
 }
 
 impl What {
-    /// What it measures, if it does.
+    /// The subcommand's measurement, if it has one.
     fn measures(&self) -> Option<&dyn Measure> {
         match self {
             What::Floor(options) => Some(options),
@@ -114,12 +114,12 @@ fn run() -> i32 {
         What::All(options) => all::run(options, &command),
         What::Page(options) => page::run(options),
         What::Toucher(options) => fault::touch(options),
-        what => what.measures().expect("it is none of those").run(&command),
+        what => what.measures().expect("a measuring subcommand").run(&command),
     });
     process::end_orphans();
     match result {
         Ok(()) => 0,
-        // Ctrl-C cuts off whatever was going on; that it did is no news.
+        // Ctrl-C interrupts the subcommand, whose error is then expected.
         Err(_) if interrupt::check().is_err() => {
             eprintln!("umem-perf: interrupted");
             1
@@ -135,9 +135,9 @@ fn run() -> i32 {
 mod tests {
     use super::*;
 
-    /// What perf/README.md tells people to type is what the command line takes.
+    /// The command line accepts every command of perf/README.md.
     #[test]
-    fn every_command_in_the_readme_is_taken() {
+    fn every_command_in_the_readme_parses() {
         let readme = include_str!("../README.md");
         let blocks = readme
             .lines()

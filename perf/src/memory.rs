@@ -21,7 +21,7 @@ pub(crate) const PAGE_BYTES: usize = 4096;
 /// Bytes of a huge page.
 pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// What the memory that is filled consists of, and how it is mapped.
+/// The kind of the memory that is filled, and its mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Pages {
@@ -35,7 +35,7 @@ pub(crate) enum Pages {
     Anonymous,
     /// Anonymous memory of 2 MiB pages from the kernel's pool.
     AnonymousHuge,
-    /// A memfd mapped private, which is empty when every page has become the guest's own.
+    /// A memfd mapped private, which is empty when the guest has its own copy of every page.
     Private,
 }
 
@@ -60,7 +60,7 @@ impl Pages {
         }
     }
 
-    /// Its word on the command line.
+    /// Its name on the command line.
     pub(crate) fn word(self) -> &'static str {
         match self {
             Pages::Memfd => "memfd",
@@ -72,7 +72,7 @@ impl Pages {
         }
     }
 
-    /// What the file consists of from which such memory is filled: pages of about the same size.
+    /// The kind of the file from which such memory is filled: pages of about the same size.
     pub(crate) fn source(self) -> Pages {
         match self {
             Pages::Memfd | Pages::Anonymous | Pages::Private => Pages::Memfd,
@@ -80,17 +80,17 @@ impl Pages {
         }
     }
 
-    /// Its pages come from the kernel's pool of huge pages.
+    /// Whether its pages come from the kernel's pool of huge pages.
     pub(crate) fn is_from_pool(self) -> bool {
         matches!(self, Pages::Hugetlb | Pages::AnonymousHuge)
     }
 
-    /// No file is behind it.
+    /// Whether it has no file.
     pub(crate) fn is_anonymous(self) -> bool {
         matches!(self, Pages::Anonymous | Pages::AnonymousHuge)
     }
 
-    /// A new, empty file of `bytes`, without a name: it goes when its last user does.
+    /// A new, empty file of `bytes` without a name, which its last user removes.
     pub(crate) fn file(self, bytes: usize) -> Result<File> {
         let memfd = |flags| memfd_create(c"umem-perf", flags | MFdFlags::MFD_CLOEXEC);
         let file = match self {
@@ -102,7 +102,7 @@ impl Pages {
                 File::from(memfd(flags).context(|| "making a memfd of huge pages")?)
             }
             Pages::HugeTmpfs => huge_tmpfs_file(bytes)
-                .context(|| "making a tmpfs with huge pages (it takes CAP_SYS_ADMIN)")?,
+                .context(|| "making a tmpfs with huge pages (needs CAP_SYS_ADMIN)")?,
             Pages::Anonymous | Pages::AnonymousHuge => {
                 return failure("anonymous memory has no file");
             }
@@ -130,12 +130,12 @@ impl Pages {
         Mapping::with(file, bytes, sharing)
     }
 
-    /// Bytes of one of its pages, as far as a fault is concerned.
+    /// Bytes that one fault populates.
     pub(crate) fn page_bytes(self) -> usize {
         if self.is_from_pool() { HUGE_PAGE_BYTES } else { PAGE_BYTES }
     }
 
-    /// Has as much memory of this kind at hand: see [`warm`].
+    /// Warms as much memory of this kind: see [`warm`].
     pub(crate) fn warm(self, bytes: usize) -> Result<()> {
         warm(|| {
             let (_file, mapping) = self.map(bytes).context(|| "warming memory")?;
@@ -144,9 +144,9 @@ impl Pages {
     }
 }
 
-/// Writes memory and gives it back, by what does both, until that gets no faster: a virtual machine's memory that
-/// has not been used for seconds costs several times more at first touch, as its host backs it again, and what is
-/// given back is not always what is taken next.
+/// Writes memory and frees it with `once`, until that gets no faster: the first touch of memory
+/// that a virtual machine has not used for seconds costs several times more, as its host backs it
+/// again, and the kernel does not always reuse the memory that was freed last.
 pub(crate) fn warm(mut once: impl FnMut() -> Result<()>) -> Result<()> {
     until_no_faster(|| {
         interrupt::check()?;
@@ -156,10 +156,10 @@ pub(crate) fn warm(mut once: impl FnMut() -> Result<()>) -> Result<()> {
     })
 }
 
-/// Does what tells how long it took, at least twice, until that is no less than before.
+/// Calls `once`, which returns its time, at least twice, until the time is no less than before.
 fn until_no_faster(mut once: impl FnMut() -> Result<Duration>) -> Result<()> {
     const TIMES_MAX: u32 = 6;
-    /// More than this of the best time before is no less.
+    /// A time above this share of the best one is not less.
     const LESS: f64 = 0.8;
     let mut best_s = f64::INFINITY;
     for _ in 0..TIMES_MAX {
@@ -178,11 +178,11 @@ impl std::str::FromStr for Pages {
     fn from_str(word: &str) -> std::result::Result<Pages, String> {
         let words = Pages::ALL.map(Pages::word).join(", ");
         let found = Pages::ALL.into_iter().find(|pages| pages.word() == word);
-        found.ok_or_else(|| format!("none of {words}"))
+        found.ok_or_else(|| format!("give one of {words}"))
     }
 }
 
-/// Values with commas between them, as an option takes them.
+/// Values separated by commas, for an option.
 #[derive(Clone, Debug)]
 pub(crate) struct List<T>(pub(crate) Vec<T>);
 
@@ -198,7 +198,8 @@ impl<T: std::str::FromStr<Err: std::fmt::Display>> std::str::FromStr for List<T>
     }
 }
 
-/// A file in a tmpfs of its own that is mounted nowhere (fsopen(2)); the open file keeps it alive.
+/// A file in a tmpfs of its own that is mounted nowhere (fsopen(2)); the open file keeps the tmpfs
+/// alive.
 fn huge_tmpfs_file(bytes: usize) -> std::io::Result<File> {
     const FSOPEN_CLOEXEC: u32 = 1;
     const FSCONFIG_SET_STRING: u32 = 1;
@@ -223,7 +224,7 @@ fn huge_tmpfs_file(bytes: usize) -> std::io::Result<File> {
     let mount =
         owned(unsafe { libc::syscall(libc::SYS_fsmount, fs.as_raw_fd(), FSMOUNT_CLOEXEC, 0) })?;
     let flags = libc::O_RDWR | libc::O_CREAT | libc::O_EXCL | libc::O_CLOEXEC;
-    // SAFETY: a constant name, relative to a mount that nobody else can reach.
+    // SAFETY: a constant name, relative to a mount that no other process can reach.
     let file = unsafe { libc::openat(mount.as_raw_fd(), c"ram".as_ptr(), flags, 0o600) };
     owned(libc::c_long::from(file)).map(File::from)
 }
@@ -235,21 +236,21 @@ fn pointer(text: Option<&CStr>) -> *const libc::c_char {
 /// The descriptor that a system call has just returned.
 fn owned(result: libc::c_long) -> std::io::Result<OwnedFd> {
     match i32::try_from(result) {
-        // SAFETY: the kernel has just made it for us.
+        // SAFETY: the descriptor is new and has no other owner.
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(std::io::Error::last_os_error()),
     }
 }
 
-/// Memory: a mapping of a whole memory file, or anonymous. Only pointers leave it: other threads, and the kernel
-/// on behalf of other sockets, write there.
+/// Memory: a mapping of a whole memory file, or anonymous. It gives out only pointers: other
+/// threads, and the kernel on behalf of other sockets, write there.
 pub(crate) struct Mapping {
     start: NonNull<u8>,
     bytes: usize,
 }
 
-// SAFETY: plain memory without an owner; what is read and written through the pointers is up to
-// their users, who only hand them to the kernel or access them after the writer has ended.
+// SAFETY: plain memory without an owner; the users of the pointers only hand them to the kernel, or
+// access the memory after its writer has ended.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
@@ -278,7 +279,7 @@ impl Mapping {
         Ok(Mapping { start: start.cast(), bytes })
     }
 
-    /// Has every page made, writable.
+    /// Populates every page, writable.
     fn touch_for_writing(&self) -> Result<()> {
         for offset in (0..self.bytes).step_by(WARM_BYTES) {
             crate::interrupt::check()?;
@@ -288,12 +289,12 @@ impl Mapping {
         Ok(())
     }
 
-    /// madvise(2) of a part of it.
+    /// madvise(2) for a part of it.
     pub(crate) fn advise(&self, offset: usize, bytes: usize, advice: MmapAdvise) -> Result<()> {
         let (start, left) = self.at(offset);
         assert!(bytes <= left);
         let start = NonNull::new(start).ok_or("a mapping is nowhere")?;
-        // SAFETY: inside the mapping, which nobody holds a reference into.
+        // SAFETY: inside the mapping, into which there are no references.
         unsafe { madvise(start.cast(), bytes, advice) }.context(|| format!("{advice:?}"))
     }
 
@@ -301,29 +302,29 @@ impl Mapping {
         self.bytes
     }
 
-    /// The address of byte `offset`, and how many bytes lie from there to the end.
+    /// The address of byte `offset`, and the number of bytes from there to the end.
     pub(crate) fn at(&self, offset: usize) -> (*mut u8, usize) {
         assert!(offset <= self.bytes);
         // SAFETY: inside the mapping or at its end, as just asserted.
         (unsafe { self.start.as_ptr().add(offset) }, self.bytes - offset)
     }
 
-    /// Writes its own number into each page's first word, and something else into all others.
+    /// Writes its own number into each page's first word, and another pattern into all others.
     pub(crate) fn fill(&self) {
         for page in 0..self.bytes / PAGE_BYTES {
             self.fill_page(page * PAGE_BYTES, page);
         }
     }
 
-    /// Fills only the pages that are data in a guest of umem's own with this share of zero pages, with
-    /// their numbers among themselves, so that they read as [`Mapping::fill`]'s when they are put
-    /// together. Returns the runs of such pages, as offset and length in bytes; together they are whole
-    /// huge pages.
+    /// Fills only the pages that are data in a guest of umem with this share of zero pages, with
+    /// their numbers among themselves, so that they read as those of [`Mapping::fill`] when put
+    /// together. Returns the runs of such pages, as offset and length in bytes; together they are
+    /// whole huge pages.
     pub(crate) fn fill_data(&self, zero_percent: u32) -> Result<Vec<(usize, usize)>> {
         let is_data = |page: &usize| !is_zero(*page, zero_percent);
         let mut data: Vec<usize> = (0..self.bytes / PAGE_BYTES).filter(is_data).collect();
         if zero_percent > 0 {
-            // They may be a guest's data from before.
+            // They may hold a guest's data from before.
             let whole = data.len() - data.len() % (HUGE_PAGE_BYTES / PAGE_BYTES);
             data.drain(whole..).for_each(|page| self.set_page(page * PAGE_BYTES, 0));
         }
@@ -345,7 +346,7 @@ impl Mapping {
     fn fill_page(&self, offset: usize, number: usize) {
         self.set_page(offset, 0xa5);
         let (start, _) = self.at(offset);
-        // SAFETY: the page is ours alone while it is filled, and aligned.
+        // SAFETY: only this thread accesses the page while it is filled, and the page is aligned.
         unsafe { start.cast::<u64>().write(number as u64) }
     }
 
@@ -368,7 +369,7 @@ impl Mapping {
         })
     }
 
-    /// The first page that does not hold what [`Mapping::fill`] wrote, judged by its ends.
+    /// The first page without the content of [`Mapping::fill`], judged by its first and last word.
     pub(crate) fn first_wrong_page(&self) -> Option<usize> {
         (0..self.bytes / PAGE_BYTES).find(|&page| {
             let (start, _) = self.at(page * PAGE_BYTES);
@@ -381,11 +382,11 @@ impl Mapping {
     }
 }
 
-/// Words that are looked at before it is decided whether to look on.
+/// Words that are checked at once.
 const WORDS_AT_ONCE: usize = 32;
 
-/// The zero pages of `umem guest` with its own seed (`src/host/guest/pattern.rs`): they come in groups
-/// of 16, data in between.
+/// The zero pages of `umem guest` with its default seed (`src/host/guest/pattern.rs`): groups of 16
+/// pages, with data in between.
 fn is_zero(page: usize, percent: u32) -> bool {
     const SEED: u64 = 1;
     mix(SEED ^ mix(page as u64 / 16)) % 100 < u64::from(percent)
@@ -401,7 +402,7 @@ pub(crate) fn mix(value: u64) -> u64 {
 
 const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
 
-/// What is populated between two looks at whether somebody has pressed Ctrl-C.
+/// Bytes that are populated between two checks for Ctrl-C.
 const WARM_BYTES: usize = 64 << 20;
 
 fn length(bytes: usize) -> Result<NonZeroUsize> {
@@ -410,12 +411,12 @@ fn length(bytes: usize) -> Result<NonZeroUsize> {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: our own mapping; pointers into it do not outlive it.
+        // SAFETY: the mapping made here; pointers into it do not outlive it.
         let _ = unsafe { munmap(self.start.cast(), self.bytes) };
     }
 }
 
-/// Huge pages reserved in the kernel's pool; it has its former size again when this is dropped.
+/// Huge pages reserved in the kernel's pool; dropping this restores the pool's size.
 pub(crate) struct Pool {
     before: usize,
 }
@@ -423,10 +424,10 @@ pub(crate) struct Pool {
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
 impl Pool {
-    /// Makes sure that `bytes` in pages of 2 MiB are there for whoever takes them.
+    /// Makes sure that the pool has `bytes` free in pages of 2 MiB.
     pub(crate) fn reserve(bytes: usize) -> Result<Pool> {
         if !bytes.is_multiple_of(HUGE_PAGE_BYTES) {
-            return failure("its pages have 2 MiB: choose an even --size");
+            return failure("pages of 2 MiB need an even --size");
         }
         let needed = bytes / HUGE_PAGE_BYTES;
         let count = |name: &str| -> Result<usize> {
@@ -443,7 +444,7 @@ impl Pool {
         let missing = needed.saturating_sub(free()?);
         if missing > 0 {
             std::fs::write(POOL, (before + missing).to_string())
-                .context(|| format!("enlarging {POOL} (it takes root)"))?;
+                .context(|| format!("enlarging {POOL} (needs root)"))?;
         }
         match free()? {
             free if free >= needed => Ok(pool),
@@ -456,14 +457,14 @@ impl Pool {
 }
 
 impl Pool {
-    /// Takes what memory is free into the pool, but for `leave_mib`: nobody writes to it there, so that what is
-    /// left is used again and again, and stays warm.
+    /// Takes free memory into the pool except `leave_mib`: the pool's memory is not written, so the
+    /// rest is used repeatedly, and stays warm.
     pub(crate) fn hold_all_but(leave_mib: usize) -> Result<Pool> {
         let before: usize = std::fs::read_to_string(POOL)?.trim().parse()?;
         let more = memory_free_mib().saturating_sub(leave_mib) / (HUGE_PAGE_BYTES >> 20);
         // The kernel takes as many as it can get.
         std::fs::write(POOL, (before + more).to_string())
-            .context(|| format!("enlarging {POOL} (it takes root)"))?;
+            .context(|| format!("enlarging {POOL} (needs root)"))?;
         Ok(Pool { before })
     }
 }
@@ -478,9 +479,9 @@ impl Drop for Pool {
 mod tests {
     use super::*;
 
-    /// Cold memory is written again, and what does not get warm is not written for ever.
+    /// Cold memory is written again, and memory that does not get warm is not written forever.
     #[test]
-    fn memory_is_written_until_it_is_warm() {
+    fn warming_repeats_until_no_faster_and_gives_up() {
         let left = |seconds: &[u64]| {
             let mut passes = seconds.iter();
             let once = || Ok(Duration::from_secs(*passes.next().ok_or("once too often")?));
@@ -493,7 +494,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_and_words() {
+    fn lists_and_names_of_memory_kinds_parse() {
         let list: List<Pages> = "memfd, private".parse().unwrap();
         assert_eq!(list.0, [Pages::Memfd, Pages::Private]);
         assert!("memfd,tape".parse::<List<Pages>>().unwrap_err().contains("tape"));
@@ -504,7 +505,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_filled_reads_right_until_a_page_is_lost() {
+    fn first_wrong_page_finds_a_lost_page() {
         let mapping = Mapping::anonymous(8 * PAGE_BYTES, false).unwrap();
         assert_eq!(mapping.first_wrong_page(), Some(0));
         mapping.fill();
@@ -514,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn data_beside_zero_pages_is_numbered_without_them() {
+    fn fill_data_numbers_only_data_pages() {
         let mapping = Mapping::anonymous(16 << 20, false).unwrap();
         let runs = mapping.fill_data(50).unwrap();
         let bytes: usize = runs.iter().map(|(_, bytes)| bytes).sum();
@@ -525,7 +526,7 @@ mod tests {
         // SAFETY: inside the mapping, aligned.
         let number = unsafe { mapping.at(first).0.cast::<u64>().read() };
         assert_eq!(number, (runs[0].1 / PAGE_BYTES) as u64);
-        // The same again where a guest of that many zero pages had more data.
+        // The same again after a guest with more data.
         let last = runs.last().map(|(start, bytes)| start + bytes).unwrap();
         let data = (last..16 << 20).step_by(PAGE_BYTES);
         let rest: Vec<usize> = data.filter(|offset| !is_zero(offset / PAGE_BYTES, 50)).collect();

@@ -17,23 +17,23 @@ use crate::process::{Cpu, OwnMemory, Process};
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
 
-/// A child that says nothing for this long is stuck.
+/// A child without output for this long is stuck.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A child that fills, moves or checks memory may take this much longer for each GiB of it.
 const PATIENCE_A_GIB: Duration = Duration::from_secs(10);
 
-/// Left to the machine, beside both sides' memory.
+/// MiB that are left free beside both sides' memory.
 pub(crate) const SPARE_MIB: usize = 1024;
 
 /// The region's name on both sides.
 const RAM: &str = "ram0";
 
-/// Where the two umems run, and which umem.
+/// The places of the two umems, and the umem to run.
 #[derive(Clone, Copy)]
 pub(crate) struct Route<'a> {
     pub(crate) umem: &'a Path,
-    /// None: both here, over the loopback address.
+    /// None: both on this host, over the loopback address.
     pub(crate) namespaces: Option<Namespaces<'a>>,
     /// TLS between them, with these certificates.
     pub(crate) tls_creds: Option<&'a Path>,
@@ -58,14 +58,14 @@ impl Route<'_> {
         let Some(namespace) = namespace else {
             return Process::start(name, self.umem, arguments, log);
         };
-        // It becomes the program, under the same process number.
+        // `ip` executes the program, which keeps the pid.
         let mut inside = words(&["netns", "exec", namespace]);
         inside.push(self.umem.into());
         inside.extend_from_slice(arguments);
         Process::start(name, Path::new("ip"), &inside, log)
     }
 
-    /// `umem incoming` with `options`, which starts `command` and listens at what this returns.
+    /// `umem incoming` with `options`, which starts `command`; returns it and its address.
     pub(crate) fn incoming(
         &self,
         scratch: &Scratch,
@@ -77,7 +77,7 @@ impl Route<'_> {
         arguments.extend(options);
         arguments.extend(self.tls());
         if self.namespaces.is_some() && self.tls_creds.is_none() {
-            // Nobody else is on that link.
+            // No other host is on that link.
             arguments.push("--insecure".into());
         }
         arguments.extend([format!("tcp:{address}:0").into(), "--".into()]);
@@ -111,7 +111,7 @@ impl Route<'_> {
     }
 }
 
-/// A guest of umem's own and how it is moved.
+/// A guest of umem and the way it is moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Subject {
     /// The guest's memory at the destination.
@@ -119,41 +119,42 @@ pub(crate) struct Subject {
     pub(crate) size_mib: usize,
     /// Pages of zeroes, percent.
     pub(crate) zero_percent: u32,
-    /// Threads of the guest that read pages at random meanwhile, as fast as they can.
+    /// Threads of the guest that read random pages during the move, as fast as they can.
     pub(crate) readers: u32,
     /// Bulk lanes.
     pub(crate) lanes: u16,
-    /// The source frees what has arrived, so that both sides' memory is hardly more than the guest's.
+    /// The source frees pages that have arrived, so that both sides' memory is hardly more than the
+    /// guest's.
     pub(crate) release_ram: bool,
     /// With --checksum.
     pub(crate) checksum: bool,
 }
 
-/// What one move gave.
+/// The result of one move.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Landing {
     /// umem's own figure: page contents over the time from the first page to the last.
     pub(crate) gbps: f64,
     /// That time; None if nothing was sent.
     pub(crate) moving_s: Option<f64>,
-    /// Source's guest stopped → last page cached.
+    /// From the stop of the source's guest to the last cached page.
     pub(crate) total_s: f64,
     pub(crate) downtime_ms: f64,
     pub(crate) pages_demand: u64,
     /// Processor time of both umem processes.
     pub(crate) cpu_s: f64,
-    /// The most memory of its own that either umem had.
+    /// The largest anonymous memory of either umem.
     pub(crate) source_own_mib: f64,
     pub(crate) destination_own_mib: f64,
 }
 
 impl Subject {
-    /// Moves the guest once, and has it check every word. Whatever was started ends here.
+    /// Moves the guest once, and makes it check every word. Ends all processes that it started.
     pub(crate) fn land(self, route: &Route<'_>) -> Result<Landing> {
         self.land_from(&self.pages.source().file(self.size_mib << 20)?, route)
     }
 
-    /// The same of a guest whose memory is this file, which it fills.
+    /// The same for a guest whose memory is this file, which the guest fills.
     pub(crate) fn land_from(self, from: &File, route: &Route<'_>) -> Result<Landing> {
         let bytes = self.size_mib << 20;
         let scratch = Scratch::new()?;
@@ -204,24 +205,25 @@ impl Subject {
         let expected = (bytes / PAGE_BYTES) as u64;
         let count = |name: &str| verdict[name].as_u64();
         if count("verified_pages") != Some(expected) || count("bad_pages") != Some(0) {
-            return failure(format!("the guest did not arrive whole: {verdict}"));
+            return failure(format!("the guest's memory did not arrive complete: {verdict}"));
         }
         landing(&source, &destination, cpu, own).context(|| "umem's report")
     }
 
-    /// A machine whose memory has to be backed anew takes seconds for each GiB, for filling as for moving.
+    /// A machine whose host backs memory anew takes seconds for each GiB, for filling as for
+    /// moving.
     fn patience(self) -> Duration {
         PATIENCE + PATIENCE_A_GIB * (self.size_mib / 1024) as u32
     }
 
-    /// What is written and given back beforehand: all that the destination will take, or as much of it as
-    /// there is room for beside the source's.
+    /// Memory that is written and freed beforehand: all that the destination will take, or as much
+    /// of it as fits beside the source's.
     fn warm_bytes(self) -> usize {
         let room = memory_available_mib().saturating_sub(SPARE_MIB);
         if self.release_ram { self.size_mib.min(room) << 20 } else { self.size_mib << 20 }
     }
 
-    /// What both guests are told; where their memory is comes after.
+    /// The common options of both guests, without those of their memory.
     fn guest(&self, qmp: &Path) -> Vec<OsString> {
         let mut arguments = words(&["guest", "--write-percent", "0", "--hole-percent", "0"]);
         arguments.extend(words(&["--zero-percent", &self.zero_percent.to_string()]));
@@ -238,9 +240,8 @@ fn landing(
     cpu: Cpu,
     own_mib: [f64; 2],
 ) -> std::result::Result<Landing, String> {
-    let number = |report: &Value, name: &str| {
-        report[name].as_f64().ok_or_else(|| format!("it has no {name}"))
-    };
+    let number =
+        |report: &Value, name: &str| report[name].as_f64().ok_or_else(|| format!("no {name}"));
     let (gbps, bytes) = (number(destination, "gbps")?, number(destination, "data_bytes")?);
     Ok(Landing {
         gbps,
@@ -254,7 +255,7 @@ fn landing(
     })
 }
 
-/// NAME=PATH of a file of ours that has no name of its own.
+/// NAME=PATH of a file without a name of its own.
 pub(crate) fn ram(file: &File) -> String {
     format!("{RAM}=/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())
 }

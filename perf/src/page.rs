@@ -1,4 +1,4 @@
-//! `page`: a page, in Markdown, of results that were saved as JSON, with a drawing of their plots.
+//! `page`: a page, in Markdown, of results saved as JSON, with a drawing of their plots.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -16,11 +16,12 @@ use crate::svg::{self, Plot};
 #[argh(
     subcommand,
     name = "page",
-    example = "What `umem-perf all` has saved, once more:\n  {command_name} \
+    example = "A page of the results that `umem-perf all` has saved:\n  {command_name} \
                target/release/perf-results/*.json --out RESULTS.md"
 )]
 pub(crate) struct Options {
-    /// the page; a drawing of the same name that ends in .svg lies beside it (default RESULTS.md)
+    /// the page; a drawing of the same name with the extension .svg is written beside it (default
+    /// RESULTS.md)
     #[argh(option, default = "PathBuf::from(\"RESULTS.md\")")]
     out: PathBuf,
     /// files with a JSON object each, in the order of the page
@@ -28,7 +29,7 @@ pub(crate) struct Options {
     files: Vec<PathBuf>,
 }
 
-/// A result, as far as a page shows it.
+/// The parts of a result that a page shows.
 #[derive(Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 enum Saved {
@@ -49,12 +50,13 @@ struct Measured {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     if options.files.is_empty() {
-        return usage("name the files of the results: what `umem-perf WHAT --json` has printed");
+        return usage("give the files of the results, as printed by `umem-perf WHAT --json`");
     }
     make(&options.files, &options.out, None)
 }
 
-/// Fails before a quarter of an hour has been spent on what cannot be written. Leaves things as they are.
+/// Fails now if the page cannot be written, instead of after the measurement. Leaves no file
+/// behind.
 pub(crate) fn check_writable(out: &Path) -> Result<()> {
     for path in [out, &drawing_of(out)] {
         let is_new = !path.exists();
@@ -67,7 +69,7 @@ pub(crate) fn check_writable(out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Makes the page of these files, and its drawing. `command` is what has measured all of them.
+/// Makes the page of these files, and its drawing. `command` measured all of them.
 pub(crate) fn make(files: &[PathBuf], out: &Path, command: Option<&str>) -> Result<()> {
     let saved = files.iter().map(|file| read(file)).collect::<Result<Vec<Saved>>>()?;
     let drawing = drawing_of(out);
@@ -84,8 +86,9 @@ fn drawing_of(page: &Path) -> PathBuf {
 
 fn read(file: &Path) -> Result<Saved> {
     let text = std::fs::read_to_string(file).context(|| file.display())?;
-    serde_json::from_str(&text)
-        .or_else(|error| failure(format!("{} is no result of umem-perf: {error}", file.display())))
+    serde_json::from_str(&text).or_else(|error| {
+        failure(format!("{} is not a result of umem-perf: {error}", file.display()))
+    })
 }
 
 fn measured(saved: &[Saved]) -> impl Iterator<Item = &Measured> {
@@ -100,8 +103,8 @@ fn page(saved: &[Saved], drawing: Option<&str>, command: Option<&str>) -> String
     let by = command.map_or_else(|| "`umem-perf page`".into(), |command| format!("`{command}`"));
     let _ = writeln!(
         page,
-        "Written by {by} of umem {}. How each subject is measured, and how to read it, is told in \
-         umem's perf/README.md. Ratios of one run are what to trust.\n",
+        "Written by {by} of umem {}. The method of each subject, and how to read it, stand in \
+         umem's perf/README.md. Trust the ratios of one run.\n",
         env!("CARGO_PKG_VERSION")
     );
     let mut machines: Vec<String> = measured(saved).map(|one| one.machine.line()).collect();
@@ -152,7 +155,7 @@ mod tests {
     use crate::svg::Bar;
 
     #[test]
-    fn a_page_shows_what_was_measured_and_what_was_not() {
+    fn page_shows_results_and_failed_subjects() {
         let scratch = Scratch::new().unwrap();
         let mut table = Table::new(&["a|b", "Gbit/s"]);
         table.row(vec!["first".into(), "1.0".into()]);
@@ -190,6 +193,6 @@ mod tests {
         assert!(std::fs::read_to_string(scratch.file("page.svg")).unwrap().contains("Title"));
         std::fs::write(&files[1], "{}").unwrap();
         let error = make(&files, &out, None).unwrap_err().to_string();
-        assert!(error.contains("qemu.json is no result"), "{error}");
+        assert!(error.contains("qemu.json is not a result"), "{error}");
     }
 }

@@ -1,5 +1,5 @@
-//! `patterns`: how many of a guest's accesses have to wait, by how it moves through its memory, with
-//! the background in adaptive and in plain order.
+//! `patterns`: the share of a guest's accesses that wait, by its pattern of access, with the
+//! background in adaptive and in plain order.
 
 use std::path::PathBuf;
 
@@ -15,7 +15,7 @@ use crate::process::find_umem;
 use crate::report::{Measure, Output, Report, Table, cell, progress};
 use crate::statistics::Spread;
 
-/// Which share of a guest's accesses has to wait for a page, by its pattern of access, against plain
+/// The share of a guest's accesses that wait for a page, by its pattern of access, against plain
 /// order.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "patterns")]
@@ -23,13 +23,13 @@ pub(crate) struct Options {
     /// the guest's RAM, MiB (default 1024)
     #[argh(option, default = "1024")]
     size: usize,
-    /// how often each subject has its turn (default 3)
+    /// turns of each subject (default 3)
     #[argh(option, default = "3")]
     rounds: usize,
     /// accesses of each turn (default: an eighth of the guest's pages)
     #[argh(option)]
     count: Option<usize>,
-    /// what the guest computes between two accesses, µs (default 10)
+    /// computing time of the guest between two accesses, µs (default 10)
     #[argh(option, default = "10")]
     think_us: u64,
     /// bulk lanes (default 1)

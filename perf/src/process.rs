@@ -1,5 +1,5 @@
-//! Processes that are measured: started in a group of their own, ended with what they started, and
-//! their processor time.
+//! Measured processes: started in a group of their own, ended with their children, and their
+//! processor time.
 
 use std::ffi::OsString;
 use std::fs::{File, read_dir, read_to_string};
@@ -19,10 +19,10 @@ use serde_json::Value;
 use crate::error::{Context, Result, failure};
 use crate::interrupt;
 
-/// How often something that waits looks whether it was interrupted.
+/// How often a wait checks for an interrupt.
 const GLANCE: Duration = Duration::from_millis(50);
 
-/// A child. It ends, with its own children, when it is dropped.
+/// A child. Dropping it ends it with its own children.
 pub(crate) struct Process {
     name: &'static str,
     child: Child,
@@ -31,7 +31,8 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts a program. Its stdout is read as JSON objects; its stderr goes to the file `errors`.
+    /// Starts a program. Its stdout is read as JSON objects; its stderr is appended to the file
+    /// `errors`.
     pub(crate) fn start(
         name: &'static str,
         program: &Path,
@@ -44,12 +45,12 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(File::create(&errors).context(|| errors.display())?)
-            // Ctrl-C is ours alone; the guards end the children.
+            // Only umem-perf gets Ctrl-C; the guards end the children.
             .process_group(0);
         let mut child =
             command.spawn().context(|| format!("cannot start {}", program.display()))?;
         let events = child.stdout.take().map(Lines::of);
-        let events = events.ok_or("a piped stdout is there")?;
+        let events = events.ok_or("no piped stdout")?;
         Ok(Process { name, child, events, errors })
     }
 
@@ -57,7 +58,7 @@ impl Process {
         self.child.id()
     }
 
-    /// Waits for the JSON object with this `event`, and says when it came.
+    /// Waits for the JSON object with this `event`, and returns the time when it came.
     pub(crate) fn event(&mut self, event: &str, patience: Duration) -> Result<(SystemTime, Value)> {
         self.any_event(&[event], patience)
     }
@@ -73,11 +74,15 @@ impl Process {
             let line = match self.events.next(deadline)? {
                 Next::Line(line) => line,
                 Next::Late => {
-                    return failure(format!("{} does not say {}", self.name, events.join(" or ")));
+                    return failure(format!(
+                        "{} does not report {}",
+                        self.name,
+                        events.join(" or ")
+                    ));
                 }
                 Next::Closed => return failure(self.last_words()),
             };
-            // Its child may print something else.
+            // Its child may print other lines.
             let Ok(object) = serde_json::from_str::<Value>(&line.text) else {
                 continue;
             };
@@ -92,12 +97,12 @@ impl Process {
         }
     }
 
-    /// Waits for the JSON object that its stdout begins with.
+    /// Waits for the JSON object at the start of its stdout.
     pub(crate) fn object(&mut self, patience: Duration) -> Result<Value> {
         match self.events.next(Instant::now() + patience)? {
             Next::Line(line) => serde_json::from_str(&line.text)
-                .context(|| format!("{} says {:?}", self.name, line.text)),
-            Next::Late => failure(format!("{} says nothing", self.name)),
+                .context(|| format!("{} printed {:?}", self.name, line.text)),
+            Next::Late => failure(format!("{} printed nothing", self.name)),
             Next::Closed => failure(self.last_words()),
         }
     }
@@ -109,28 +114,28 @@ impl Process {
             match self.events.next(deadline)? {
                 Next::Line(line) if line.text.contains(text) => return Ok(()),
                 Next::Line(_) => {}
-                Next::Late => return failure(format!("{} does not say {text:?}", self.name)),
+                Next::Late => return failure(format!("{} does not print {text:?}", self.name)),
                 Next::Closed => return failure(self.last_words()),
             }
         }
     }
 
-    /// Ctrl-C for it alone.
+    /// Sends SIGINT to it alone.
     pub(crate) fn interrupt(&self) -> Result<()> {
         let pid = Pid::from_raw(i32::try_from(self.pid())?);
         kill(pid, Signal::SIGINT).context(|| format!("interrupting {}", self.name))
     }
 
-    /// Why it ended, as far as it said.
+    /// Why it ended, from its last line on stderr.
     fn last_words(&mut self) -> String {
         let errors = read_to_string(&self.errors).unwrap_or_default();
         let words = errors.lines().rev().find(|line| !line.trim().is_empty());
         let status = self.child.try_wait().ok().flatten();
         let status = status.map_or_else(String::new, |status| format!(" ({status})"));
-        format!("{} ended{status}: {}", self.name, words.unwrap_or("it said nothing"))
+        format!("{} ended{status}: {}", self.name, words.unwrap_or("no message"))
     }
 
-    /// Waits until `is_so`, which it is about to do; an error when it ends instead.
+    /// Waits until `is_so`; an error if the process ends before.
     pub(crate) fn wait_until(
         &mut self,
         patience: Duration,
@@ -144,7 +149,7 @@ impl Process {
                 return failure(self.last_words());
             }
             if Instant::now() > deadline {
-                return failure(format!("{} does not {what}", self.name));
+                return failure(format!("{} did not {what} in time", self.name));
             }
             std::thread::sleep(GLANCE);
         }
@@ -154,7 +159,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Its children first: they would be left without a parent to be found by.
+        // Its children first: without a parent they could not be found.
         let pid = self.child.id();
         for descendant in descendants(pid) {
             end(descendant);
@@ -164,15 +169,15 @@ impl Drop for Process {
     }
 }
 
-/// Makes processes ours whose parent, a child of ours, ends without them: a `umem incoming` that
-/// fails after the switch leaves its QEMU running.
+/// Adopts processes whose parent, a child of this process, ends before them: a `umem incoming` that
+/// fails after the switchover leaves its QEMU running.
 pub(crate) fn adopt_orphans() -> Result<()> {
     // SAFETY: flags only; no memory involved.
     let result = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
     if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
 }
 
-/// Ends whatever is left, when every [`Process`] has been dropped.
+/// Ends remaining processes, after every [`Process`] has been dropped.
 pub(crate) fn end_orphans() {
     descendants(std::process::id()).into_iter().for_each(end);
 }
@@ -183,7 +188,7 @@ fn end(pid: u32) {
     }
 }
 
-/// The processes that `pid` started and those that they started, as far as they still run.
+/// The running processes that `pid` started, and those that they started.
 pub(crate) fn descendants(pid: u32) -> Vec<u32> {
     let mut found = Vec::new();
     for thread in threads(pid) {
@@ -201,7 +206,7 @@ fn threads(pid: u32) -> Vec<PathBuf> {
     tasks.filter_map(|task| Some(task.ok()?.path())).collect()
 }
 
-/// Lines of a stream, with the time each came. A thread reads them, so that their times are true and
+/// Lines of a stream, with the time of each. A thread reads them, so that their times are exact and
 /// waiting for one can be interrupted.
 pub(crate) struct Lines(Receiver<Line>);
 
@@ -251,12 +256,13 @@ impl Lines {
 pub(crate) struct Cpu {
     /// User and system time of the process.
     pub(crate) all_s: f64,
-    /// That of its vCPU threads (QEMU's `CPU n/…`): the guest's own work among it.
+    /// User and system time of its vCPU threads (QEMU's `CPU n/…`), which includes the guest's own
+    /// work.
     pub(crate) vcpus_s: f64,
 }
 
 impl Cpu {
-    /// Of a process that runs or has ended and was not waited for.
+    /// Of a process that runs, or has ended and was not waited for.
     pub(crate) fn of(pid: u32) -> Cpu {
         let vcpus = threads(pid).into_iter().filter(|thread| {
             read_to_string(thread.join("comm")).is_ok_and(|name| name.starts_with("CPU "))
@@ -279,20 +285,20 @@ impl Cpu {
         Cpu { all_s: self.all_s - before.all_s, vcpus_s: self.vcpus_s - before.vcpus_s }
     }
 
-    /// What went into moving the guest, as far as that can be told.
+    /// The time spent on moving the guest, as far as it can be separated.
     pub(crate) fn without_vcpus_s(self) -> f64 {
         self.all_s - self.vcpus_s
     }
 }
 
-/// The most memory of its own that each of some processes has had: anonymous pages, by looking every
-/// [`LOOK`]. What they map of a guest's file is not theirs.
+/// The largest anonymous memory of each of some processes, sampled every [`LOOK`]. Mappings of a
+/// guest's file do not count.
 pub(crate) struct OwnMemory<const N: usize> {
     stop: Sender<()>,
     watcher: JoinHandle<[u64; N]>,
 }
 
-/// Between two looks at a process's memory.
+/// Time between two samples.
 const LOOK: Duration = Duration::from_millis(5);
 
 impl<const N: usize> OwnMemory<N> {
@@ -319,7 +325,7 @@ impl<const N: usize> OwnMemory<N> {
     }
 }
 
-/// `RssAnon` of proc_pid_status(5); 0 of a process that has ended.
+/// `RssAnon` of proc_pid_status(5); 0 for a process that has ended.
 fn own_kib(pid: u32) -> u64 {
     let status = read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
@@ -332,7 +338,7 @@ fn seconds(directory: &Path) -> f64 {
     ticks(&stat).unwrap_or(0) as f64 / ticks_a_second()
 }
 
-/// proc_pid_stat(5): the name, field 2, is in parentheses and may hold anything.
+/// proc_pid_stat(5): the name, field 2, is in parentheses and may hold any character.
 fn ticks(stat: &str) -> Option<u64> {
     let (_, rest) = stat.rsplit_once(')')?;
     let mut fields = rest.split_whitespace().skip(14 - 3);
@@ -348,7 +354,7 @@ fn ticks_a_second() -> f64 {
     }
 }
 
-/// The umem that was named, or the one that lies beside this program.
+/// The given umem, or the one beside this program.
 pub(crate) fn find_umem(named: Option<&Path>) -> Result<PathBuf> {
     let path = match named {
         Some(path) => path.to_owned(),
@@ -358,7 +364,7 @@ pub(crate) fn find_umem(named: Option<&Path>) -> Result<PathBuf> {
         return Ok(path);
     }
     failure(format!(
-        "no umem at {}: build it with `cargo build --release -p umem`, or name one with --umem",
+        "no umem at {}: build it with `cargo build --release -p umem`, or give one with --umem",
         path.display()
     ))
 }
@@ -374,15 +380,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ticks_of_a_process_with_an_odd_name() {
+    fn ticks_are_parsed_after_any_process_name() {
         let stat = "17 (a) b (c) S 1 17 17 0 -1 4194560 1 0 0 0 25 17 9 9 20 0 1 0 5 1 1";
         assert_eq!(ticks(stat), Some(42));
         assert_eq!(ticks("17 (cut) S 1"), None);
     }
 
     #[test]
-    fn this_process_has_used_some_time() {
-        // However little of a busy machine it gets.
+    fn processor_time_of_this_process_grows() {
+        // On a busy machine it may take long.
         let began = Instant::now();
         while Cpu::of(std::process::id()).all_s <= 0.0 {
             assert!(began.elapsed() < Duration::from_secs(30));
@@ -390,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_was_used_is_seen() {
+    fn own_memory_records_the_largest_sample() {
         let watch = OwnMemory::watch([std::process::id(), u32::MAX]);
         let before = own_kib(std::process::id());
         let used = std::hint::black_box(vec![1_u8; 64 << 20]);
@@ -401,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_child_started_ends_with_it() {
+    fn dropped_process_ends_its_descendants() {
         let errors = std::env::temp_dir().join(format!("umem-perf-test-{}", std::process::id()));
         let script = "sleep 60 & echo '{\"event\":\"started\"}'; wait";
         let arguments = ["-c", script].map(OsString::from);
@@ -412,7 +418,7 @@ mod tests {
         assert_eq!(started.len(), 1);
         drop(process);
         let _ = std::fs::remove_file(errors);
-        // A zombie that nobody has reaped yet has no memory map.
+        // A zombie that has not been reaped yet has no memory map.
         let deadline = Instant::now() + Duration::from_secs(10);
         let lives = || std::fs::read(format!("/proc/{}/maps", started[0]));
         while lives().is_ok_and(|maps| !maps.is_empty()) {

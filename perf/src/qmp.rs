@@ -1,4 +1,4 @@
-//! A QMP client that keeps events: their timestamps are what a migration is measured by.
+//! A QMP client that keeps events, whose timestamps measure a migration.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -128,7 +128,7 @@ impl Qmp {
         let line = match self.lines.next(deadline)? {
             Next::Line(line) => line.text,
             Next::Late => return failure("the monitor does not answer"),
-            Next::Closed => return failure("the monitor has gone"),
+            Next::Closed => return failure("the monitor has closed its connection"),
         };
         let object: Value = serde_json::from_str(&line).context(|| "a monitor's answer")?;
         if let Some(name) = object["event"].as_str() {

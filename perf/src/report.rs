@@ -1,4 +1,4 @@
-//! How a result is printed: as a page for a person, or as one JSON object.
+//! Output of a result: as a page for people, or as one JSON object.
 
 use std::path::Path;
 
@@ -15,19 +15,19 @@ pub(crate) struct Report {
     /// The subcommand.
     pub(crate) what: &'static str,
     pub(crate) machine: Machine,
-    /// How it was measured, in sentences.
+    /// The method, in sentences.
     pub(crate) method: String,
-    /// What matters most of it, a line each.
+    /// The main results, a line each.
     pub(crate) highlights: Vec<String>,
     pub(crate) tables: Vec<Table>,
     pub(crate) plots: Vec<Plot>,
-    /// What `--json` gives beside all this.
+    /// Further data for `--json`.
     pub(crate) value: Value,
 }
 
-/// Where a result goes, as a subcommand's options say.
+/// The output files of a subcommand's options.
 pub(crate) struct Output<'a> {
-    /// stdout gets one JSON object.
+    /// Print one JSON object to stdout.
     pub(crate) json: bool,
     /// A file for a page.
     pub(crate) report: Option<&'a Path>,
@@ -40,14 +40,14 @@ pub(crate) trait Measure {
     fn measure(&self) -> Result<Report>;
     fn output(&self) -> Output<'_>;
 
-    /// Measures, and asks the machine what went on meanwhile.
+    /// Measures, and adds the machine's other activity.
     fn measured(&self) -> Result<Report> {
         let mut report = self.measure()?;
         report.machine.ended();
         Ok(report)
     }
 
-    /// Measures, and puts the result where it is to go. `command` is what was asked for.
+    /// Measures, and writes the result. `command` is the command line.
     fn run(&self, command: &str) -> Result<()> {
         let report = self.measured()?;
         let output = self.output();
@@ -86,7 +86,7 @@ impl Report {
         page.to_html()
     }
 
-    /// The result as one JSON object: its figures, and what a page of results needs of it.
+    /// The result as one JSON object: its figures, and the parts that a page of results needs.
     pub(crate) fn object(&self, command: &str) -> Value {
         let mut object = json!({
             "event": "measured",
@@ -118,12 +118,12 @@ impl Report {
     }
 }
 
-/// What is going on, for whoever waits.
+/// Reports progress on stderr.
 pub(crate) fn progress(text: &str) {
     eprintln!("umem-perf: {text}");
 }
 
-/// A number for a cell; a dash for one that there is none of.
+/// A number for a cell; a dash for NaN.
 pub(crate) fn cell(value: f64, digits: usize) -> String {
     if value.is_finite() { format!("{value:.digits$}") } else { "–".into() }
 }
@@ -185,14 +185,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_line_up() {
+    fn table_columns_are_aligned() {
         let mut table = Table::new(&["µs", "a"]);
         table.row(vec!["long name".into(), "1.00".into()]);
         assert_eq!(table.text(), "µs            a\nlong name  1.00");
     }
 
     #[test]
-    fn long_text_is_wrapped() {
+    fn long_text_is_wrapped_and_indented() {
         let text = wrapped(&"word ".repeat(40), 4);
         assert!(text.lines().count() > 1 && text.lines().all(|line| line.chars().count() < 100));
     }

@@ -1,4 +1,4 @@
-//! Files that a measurement needs and that are gone afterwards, whatever happens.
+//! Temporary files of a measurement, which are removed in every case.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -8,7 +8,7 @@ use crate::error::{Context, Result};
 use crate::interrupt;
 use crate::memory::warm;
 
-/// Where guests' RAM files lie.
+/// The directory of guests' RAM files.
 const SHARED_MEMORY: &str = "/dev/shm";
 
 /// A directory for sockets and logs.
@@ -31,7 +31,8 @@ impl Drop for Scratch {
     }
 }
 
-/// A name in /dev/shm for a guest's RAM; the file, which somebody else may make, goes with it.
+/// A name in /dev/shm for a guest's RAM; dropping it removes the file, which another process may
+/// make.
 pub(crate) struct SharedFile(PathBuf);
 
 impl SharedFile {
@@ -51,7 +52,7 @@ impl Drop for SharedFile {
     }
 }
 
-/// Has as much memory for files in /dev/shm at hand: see [`warm`].
+/// Warms memory for files in /dev/shm: see [`warm`].
 pub(crate) fn warm_shared_memory(bytes: u64) -> Result<()> {
     warm(|| {
         let name = SharedFile::named("warm");

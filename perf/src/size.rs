@@ -1,4 +1,5 @@
-//! `size`: what moving a guest takes as the guest grows: time, processor time, and memory of umem's own.
+//! `size`: the cost of moving a guest as the guest grows: time, processor time, and memory of
+//! umem's own.
 
 use std::path::PathBuf;
 
@@ -15,22 +16,22 @@ use crate::process::find_umem;
 use crate::report::{Measure, Output, Report, Table, cell, progress};
 use crate::statistics::{Spread, finite};
 
-/// What moving a guest takes as the guest grows: time, processor time, memory of umem's own.
+/// The cost of moving a guest as it grows: time, processor time, memory of umem's own.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "size")]
 pub(crate) struct Options {
-    /// sizes of the guest's RAM in MiB with commas between them (default 1024,2048,4096,8192); one
-    /// that twice does not fit into this machine's memory is left out, without --release-ram
+    /// sizes of the guest's RAM in MiB, separated by commas (default 1024,2048,4096,8192); a size
+    /// that does not fit twice into this machine's memory is left out, without --release-ram
     #[argh(option, default = "List(vec![1024, 2048, 4096, 8192])")]
     sizes: List<usize>,
-    /// how often each size has its turn (default 3)
+    /// turns of each size (default 3)
     #[argh(option, default = "3")]
     rounds: usize,
     /// kind of memory (default memfd): memfd, huge-tmpfs, anonymous, private
     #[argh(option, default = "Pages::Memfd")]
     into: Pages,
-    /// free the source's memory as it arrives (`umem migrate --release-ram`), so that a guest of nearly all
-    /// of this machine's memory fits
+    /// free the source's memory as it arrives (`umem migrate --release-ram`), so that a guest of
+    /// nearly all of this machine's memory fits
     #[argh(switch)]
     release_ram: bool,
     /// bulk lanes (default 1)
@@ -47,15 +48,15 @@ pub(crate) struct Options {
     json: bool,
 }
 
-/// A guest's pages by which time and processor time are compared.
+/// MiB of guest memory by which time and processor time are compared.
 const GIB_MIB: f64 = 1024.0;
 
 /// A guest of one size.
 struct Grown {
     subject: Subject,
     landings: Vec<Landing>,
-    /// The floor's seconds and processor seconds for each GiB, of as many rounds; none where the memory does not
-    /// suffice for both of its ends.
+    /// The floor's seconds and processor seconds for each GiB, of as many rounds; none if memory
+    /// does not suffice for both of its ends.
     floor: Vec<(f64, f64)>,
 }
 
@@ -63,15 +64,15 @@ struct Grown {
 #[derive(Serialize)]
 struct ForGib {
     umem: Spread,
-    /// Over the smallest guest's.
+    /// Ratio to the smallest guest's.
     over_smallest: f64,
     floor: Option<Spread>,
     floor_over_smallest: Option<f64>,
-    /// umem's over the floor's, round by round.
+    /// Ratio to the floor's, round by round.
     over_floor: Option<Spread>,
 }
 
-/// The same figure of all sizes.
+/// The same figure for all sizes.
 fn for_gib(
     grown: &[Grown],
     umem: fn(&Landing) -> f64,
@@ -223,13 +224,13 @@ fn report(
     let mut method = format!(
         "`umem migrate -p` → loopback TCP, {} bulk lane(s) → `umem incoming` with an idle `umem guest` \
          ({}) without zero pages or holes. Every size takes its turn in each of {} rounds, after as \
-         much memory has been written and given back, and the guest checks every word afterwards. \
+         much memory has been written and freed, and the guest checks every word afterwards. \
          Time is from the source's stop to the last page; CPU is that of both umem processes. Just before \
          it the floor has its turn, with as much memory: {} (the best of `floor`'s ways with the \
          smallest guest). × floor is umem's over the floor's, the median of the rounds'. Own \
-         memory is the most anonymous memory that a process was seen to have (RssAnon, looked at \
+         memory is the largest anonymous memory of a process (RssAnon, sampled \
          every 5 ms; the guest's pages that it maps are not its own), the largest of the rounds; \
-         page state is what 3 bits a page are. All other figures are medians.",
+         page state is 3 bits a page. All other figures are medians.",
         options.lanes,
         options.into.name(),
         options.rounds,
@@ -237,7 +238,7 @@ fn report(
     );
     if options.release_ram {
         method += " The source frees its memory as it arrives (--release-ram); where the guest's memory \
-                   does not fit twice, as much as does fit is written and given back.";
+                   does not fit twice, as much as fits is written and freed.";
     }
     if !left_out.is_empty() {
         method += &format!(" Left out, because they do not fit here: {left_out:?} MiB.");
@@ -273,7 +274,8 @@ impl ForGib {
         ]
     }
 
-    /// A GiB of this guest in `what` of one of the smallest, and of the floor's.
+    /// The cost of a GiB of this guest in terms of `what`, against the smallest guest's and the
+    /// floor's.
     fn sentence(&self, what: &str) -> String {
         let floor = self.floor_over_smallest.map_or_else(String::new, |floor| {
             let over = self.over_floor.as_ref().map_or(f64::NAN, |over| over.median);
@@ -283,7 +285,7 @@ impl ForGib {
     }
 }
 
-/// What the destination keeps of each page: 3 bits (ARCHITECTURE.md, invariant 6).
+/// The destination's state of each page: 3 bits (ARCHITECTURE.md, invariant 6).
 fn page_state_mib(size_mib: usize) -> f64 {
     const BITS_A_PAGE: f64 = 3.0;
     let pages = (size_mib << 20) / PAGE_BYTES;
@@ -295,7 +297,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn page_state_of_a_gib() {
+    fn page_state_of_a_gib_is_96_kib() {
         assert!((page_state_mib(1024) - 0.09375).abs() < 1e-9);
     }
 }

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-/// The median; of an even number of values the mean of the two in the middle. NaN of none.
+/// The median; for an even number of values the mean of the two middle ones. NaN without values.
 pub(crate) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -13,7 +13,7 @@ pub(crate) fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// None of a figure that there is none of.
+/// None for NaN.
 pub(crate) fn finite(value: f64) -> Option<f64> {
     value.is_finite().then_some(value)
 }
@@ -37,7 +37,7 @@ impl Spread {
         }
     }
 
-    /// This figure over another of the same rounds, round by round: what slows down a whole round is not in it.
+    /// This figure over another of the same rounds, round by round, which cancels a slow round.
     pub(crate) fn over(&self, other: &Spread) -> Spread {
         Spread::of(
             self.rounds.iter().zip(&other.rounds).map(|(this, other)| this / other).collect(),
@@ -65,11 +65,11 @@ pub(crate) struct Bucket {
     pub(crate) count: usize,
 }
 
-/// How fine a histogram is: four buckets to a doubling are 19 % each.
+/// Buckets to a doubling: with four each is 19 % wide.
 const BUCKETS_A_DOUBLING: f64 = 4.0;
 
 impl Distribution {
-    /// Of nanoseconds. Percentiles are values that were measured; NaN of none.
+    /// Of nanoseconds. Percentiles are measured values; NaN without values.
     pub(crate) fn of(mut nanoseconds: Vec<u64>) -> Distribution {
         nanoseconds.sort_unstable();
         let count = nanoseconds.len();
@@ -78,7 +78,7 @@ impl Distribution {
         let mut histogram: Vec<Bucket> = Vec::new();
         for &ns in &nanoseconds {
             let step = (ns.max(1) as f64 / 1e3).log2() * BUCKETS_A_DOUBLING;
-            // In hundredths, which is enough and shorter to print.
+            // In hundredths, which is precise enough and shorter.
             let up_to_us = ((step.ceil() / BUCKETS_A_DOUBLING).exp2() * 100.0).ceil() / 100.0;
             match histogram.last_mut() {
                 Some(bucket) if bucket.up_to_us >= up_to_us => bucket.count += 1,
@@ -112,27 +112,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn medians() {
+    fn median_of_odd_and_even_counts() {
         assert_eq!(median(&[3.0, 1.0, 2.0]).total_cmp(&2.0), std::cmp::Ordering::Equal);
         assert_eq!(median(&[4.0, 1.0]).total_cmp(&2.5), std::cmp::Ordering::Equal);
         assert!(median(&[]).is_nan());
     }
 
     #[test]
-    fn a_spread_keeps_its_ends() {
+    fn spread_has_median_minimum_and_maximum() {
         let spread = Spread::of(vec![2.0, 9.0, 4.0]);
         assert!((spread.min, spread.median, spread.max) == (2.0, 4.0, 9.0));
     }
 
     #[test]
-    fn ratios_are_those_of_the_rounds() {
+    fn ratio_is_the_median_of_the_rounds_ratios() {
         // The second round was slow for both; the ratio of the medians would be 1.
         let (this, other) = (Spread::of(vec![1.0, 8.0, 2.0]), Spread::of(vec![2.0, 16.0, 1.0]));
         assert!((this.over(&other).median - 0.5).abs() < 1e-9);
     }
 
     #[test]
-    fn percentiles_are_values_that_occurred() {
+    fn percentiles_are_measured_values() {
         let thousand = Distribution::of((1..=1000).rev().map(|us| us * 1000).collect());
         let Distribution { p50_us, p90_us, p99_us, p999_us, max_us, .. } = thousand;
         assert_eq!([p50_us, p90_us, p99_us, p999_us, max_us], [500.0, 900.0, 990.0, 999.0, 1000.0]);
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_histogram_holds_every_value_once() {
+    fn histogram_counts_every_value_once() {
         let values = Distribution::of(vec![1000, 1000, 1001, 64_000, 65_000]);
         let counts: Vec<usize> = values.histogram.iter().map(|bucket| bucket.count).collect();
         assert_eq!(counts, [2, 1, 1, 1]);

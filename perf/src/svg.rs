@@ -1,11 +1,10 @@
-//! Plots: curves of distributions, and bars. A plot is data, which goes with a result's JSON, until
-//! somebody has it drawn.
+//! Plots: curves of distributions, and bars. A plot is data in a result's JSON, drawn on demand.
 
 use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 
-/// What a plot shows.
+/// The data of a plot.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Plot {
     pub(crate) title: String,
@@ -29,11 +28,11 @@ pub(crate) struct Curve {
     pub(crate) points: Vec<(f64, f64)>,
 }
 
-/// One bar, and the mark that it is held against: the floor, or a peer.
+/// One bar, and the mark to compare it with: the floor, or a peer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Bar {
     pub(crate) name: String,
-    /// None where it could not be measured.
+    /// None if it could not be measured.
     pub(crate) value: Option<f64>,
     pub(crate) mark: Option<f64>,
 }
@@ -120,8 +119,8 @@ impl Drawing {
     }
 }
 
-/// Curves over a logarithmic axis; upwards by nines, so that the slowest thousandth is seen as well as
-/// the middle.
+/// Curves over a logarithmic axis; the vertical axis is in nines, so that the slowest thousandth is
+/// as visible as the median.
 fn curves(title: &str, unit: &str, curves: &[Curve]) -> Drawing {
     let bottom = TITLE_HEIGHT + PLOT_HEIGHT;
     let legend = bottom + 2.0 * LINE_HEIGHT;
@@ -195,7 +194,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_plot_shows_every_subject_and_stays_inside() {
+    fn plot_shows_every_subject_within_its_bounds() {
         let points = vec![(10.0, 0.1), (20.0, 0.5), (5000.0, 1.0)];
         let both = ["a < b", "c"].map(|name| Curve { name: name.into(), points: points.clone() });
         let text = svg(&[Plot::curves("Title", "µs", both.to_vec())]);
@@ -211,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_bar_or_mark_fills_the_width() {
+    fn longest_bar_or_mark_fills_the_width() {
         let bar = |value, mark| Bar { name: "x".into(), value: Some(value), mark };
         let text = bars("Title", "Gbit/s", &[bar(10.0, Some(20.0)), bar(5.0, None)]).elements;
         let width = (WIDTH - MARGIN - 60.0 - BAR_NAMES_WIDTH) / 2.0;
@@ -220,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn plots_stand_below_each_other_and_survive_json() {
+    fn plots_are_stacked_and_survive_json() {
         let bar = Bar { name: "x".into(), value: Some(1.0), mark: None };
         let points = vec![(10.0, 0.1), (20.0, 1.0)];
         let curve = Curve { name: "y".into(), points };

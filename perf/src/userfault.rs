@@ -64,8 +64,8 @@ nix::ioctl_readwrite!(copy, 0xaa, 0x03, Copy);
 nix::ioctl_readwrite!(proceed, 0xaa, 0x07, Continue);
 
 impl Userfault {
-    /// Registers `mapping`, which consists of `pages`: missing pages of anonymous memory, of files
-    /// missing ones and those that only the mapping lacks.
+    /// Registers `mapping`, which consists of `pages`: for missing faults in anonymous memory, and
+    /// for missing and minor faults in files.
     pub(crate) fn of(mapping: &Mapping, pages: Pages) -> Result<Userfault> {
         let (features, mode) = match pages {
             Pages::Anonymous => (0, MODE_MISSING),
@@ -76,19 +76,19 @@ impl Userfault {
             Pages::Hugetlb => (MISSING_HUGETLBFS | MINOR_HUGETLBFS, MODE_MISSING | MODE_MINOR),
         };
         let uffd = create().context(
-            || "making a userfaultfd (it takes root, or /dev/userfaultfd that this user may open)",
+            || "making a userfaultfd (needs root, or permission to open /dev/userfaultfd)",
         )?;
         let mut api = Api { api: API, features, ioctls: 0 };
         // SAFETY: the structure is the one that the ioctl takes, alive for the call; here and below.
         unsafe { handshake(uffd.as_raw_fd(), &mut api) }.context(|| "UFFDIO_API")?;
         let start = mapping.at(0).0.expose_provenance() as u64;
         let mut range = Register { start, length: mapping.bytes() as u64, mode, ioctls: 0 };
-        // SAFETY: as above; the mapping is ours.
+        // SAFETY: as above; the mapping belongs to this process.
         unsafe { register(uffd.as_raw_fd(), &mut range) }.context(|| "UFFDIO_REGISTER")?;
         Ok(Userfault(uffd.into()))
     }
 
-    /// Its number, to be given to another process.
+    /// Its number, for another process.
     pub(crate) fn descriptor(&self) -> RawFd {
         self.0.as_raw_fd()
     }
@@ -120,7 +120,7 @@ impl Userfault {
         Ok(())
     }
 
-    /// Waits for a fault: the offset into `mapping`. None when `until` can be read or has closed.
+    /// Waits for a fault: the offset into `mapping`. None when `until` is readable or closed.
     pub(crate) fn fault(&self, mapping: &Mapping, until: BorrowedFd<'_>) -> Result<Option<usize>> {
         loop {
             let mut message = [0; MESSAGE_BYTES];
@@ -145,7 +145,7 @@ impl Userfault {
                     let start = mapping.at(0).0.addr() as u64;
                     return Ok(Some(usize::try_from(u64::from_le_bytes(address) - start)?));
                 }
-                Ok(_) => return failure("a userfaultfd says something unexpected"),
+                Ok(_) => return failure("an unexpected event on a userfaultfd"),
                 Err(Errno::EAGAIN | Errno::EINTR) => {}
                 Err(errno) => return Err(errno).context(|| "reading a fault"),
             }
@@ -153,7 +153,7 @@ impl Userfault {
     }
 }
 
-/// By the device where there is one, else by the system call.
+/// Through the device if it exists, otherwise by the system call.
 fn create() -> std::io::Result<OwnedFd> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     let device = OpenOptions::new().read(true).write(true).open("/dev/userfaultfd");
@@ -166,7 +166,7 @@ fn create() -> std::io::Result<OwnedFd> {
         number => number,
     };
     match i32::try_from(number) {
-        // SAFETY: the kernel has just made it for us.
+        // SAFETY: the descriptor is new and has no other owner.
         Ok(number @ 0..) => Ok(unsafe { OwnedFd::from_raw_fd(number) }),
         _ => Err(std::io::Error::last_os_error()),
     }

@@ -1,17 +1,18 @@
 //! Linked operations: each starts when the one before it has succeeded.
 //!
 //! A chain goes to the kernel as a whole or not at all. When a member fails, or is
-//! [short](crate::Outcome::Short), that member says so, and every later one is
-//! [`NotStarted`](crate::Outcome::NotStarted) and names it. The kernel itself only says ECANCELED, and
-//! to *earlier* members too when it refuses a later one outright; `Links` finds out whose fault it was.
+//! [short](crate::Outcome::Short), its completion carries the cause, and every later member is
+//! [`NotStarted`](crate::Outcome::NotStarted) and names the failed one. The kernel itself only
+//! reports ECANCELED, also for *earlier* members when it refuses a later one outright; `Links`
+//! finds the member at fault.
 
 use std::ops::Deref;
 
 use crate::key::Key;
 use crate::op::Op;
 
-/// Members of a chain at most. The longest one in sight is a request with the receives of its answer's
-/// header and page; the rest is room.
+/// Most members of a chain. The longest chain in use is a request with the receives of its answer's
+/// header and page; the rest is reserve.
 pub const CHAIN_MAX: usize = 16;
 
 /// Operations to run one after the other.
@@ -33,12 +34,12 @@ impl Chain {
         self
     }
 
-    /// Its members.
+    /// The number of members.
     pub fn len(&self) -> usize {
         self.members.len()
     }
 
-    /// Whether it has none. An empty chain is submitted as nothing at all.
+    /// Whether the chain is empty. Submitting an empty chain submits nothing.
     pub fn is_empty(&self) -> bool {
         self.members.is_empty()
     }
@@ -82,13 +83,13 @@ impl Deref for Keys {
     }
 }
 
-/// How far a submitted chain has come.
+/// The progress of a submitted chain.
 #[derive(Debug)]
 pub(crate) struct Links {
     pub(crate) keys: Keys,
     /// Members without a result yet.
     pub(crate) outstanding: u8,
-    /// Members that succeeded; they are the first ones. The next one may have started.
+    /// Members that succeeded: the first ones. The next one may have started.
     pub(crate) succeeded: u8,
     /// The first member that failed or was short: it broke the chain.
     pub(crate) failed: Option<Key>,
@@ -100,11 +101,11 @@ impl Links {
     }
 }
 
-/// Where an operation stands in its chain.
+/// An operation's place in its chain.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Link {
     /// Index of its [`Links`].
     pub(crate) chain: u32,
-    /// Its place, from 0.
+    /// The place, from 0.
     pub(crate) position: u8,
 }

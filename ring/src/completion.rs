@@ -1,4 +1,4 @@
-//! What comes back from the kernel, in the user's words.
+//! The reports of a ring, translated from the kernel's completions.
 
 use crate::error::Errno;
 use crate::key::Key;
@@ -10,41 +10,42 @@ pub const TOKEN_WAKE: u64 = u64::MAX;
 /// The token of messages from other rings.
 pub const TOKEN_MESSAGE: u64 = u64::MAX - 1;
 
-/// One report about one operation, or one message or wake-up (then `key` is [`Key::NONE`]).
+/// One report about one operation, message or wake-up (for the last two `key` is [`Key::NONE`]).
 #[derive(Debug)]
 pub struct Completion {
-    /// The operation it is about.
+    /// The operation.
     pub key: Key,
-    /// What the operation was submitted with, [`TOKEN_MESSAGE`] or [`TOKEN_WAKE`].
+    /// The token of the submission, [`TOKEN_MESSAGE`] or [`TOKEN_WAKE`].
     pub token: u64,
-    /// What happened.
+    /// The result.
     pub outcome: Outcome,
-    /// The operation's memory, given back with its last completion; `None` where it has none.
+    /// The operation's memory, returned with its last completion; `None` for operations without
+    /// memory.
     pub memory: Option<Memory>,
-    /// Nothing more will come for `key`. Messages and wake-ups are never the last.
+    /// Whether this is the last completion of `key`. Messages and wake-ups are never the last.
     pub last: bool,
 }
 
-/// What happened to an operation.
+/// The result of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It succeeded: bytes moved, poll events, or 0 where there is nothing to count. A receive or read
+    /// Success: bytes moved, poll events, or 0 where there is nothing to count. A receive or read
     /// of 0 bytes is the end of the stream; an expired [`Op::Timeout`](crate::Op::Timeout) is 0.
-    /// For a wake-up it is how many were merged into this one.
+    /// For a wake-up: how many were merged into this one.
     Done(u32),
-    /// It moved less than it had to: a send or receive that waits for all of its bytes, or a read,
-    /// write or splice with a successor in its chain. That successor did not start.
+    /// Fewer bytes moved than required: a send or receive that waits for all of its bytes, or a
+    /// read, write or splice with a successor in its chain. The successor did not start.
     Short {
         /// Bytes moved.
         done: u32,
         /// Bytes asked for.
         wanted: u32,
     },
-    /// The kernel refused or gave up. `ECANCELED` is the answer to [`Ring::cancel`](crate::Ring::cancel).
+    /// The operation failed. `ECANCELED` follows a [`Ring::cancel`](crate::Ring::cancel).
     Failed(Errno),
-    /// It never ran, because `failed`, a member of the same chain, failed or was short.
+    /// The operation never ran, because `failed`, a member of the same chain, failed or was short.
     NotStarted {
-        /// The member whose own completion says why.
+        /// The member whose completion has the cause.
         failed: Key,
     },
     /// A zero-copy send's memory is no longer in use; its result came earlier.

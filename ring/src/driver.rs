@@ -1,4 +1,4 @@
-//! The ring itself: submission, waiting, and the end.
+//! The ring itself: submission, waiting, and closing.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -24,24 +24,25 @@ use crate::op::{Fd, Op, Rejected};
 use crate::setup::{Config, setup};
 use crate::table::{Cqe, Next, Table};
 
-/// How long dropping a [`Ring`] waits for the kernel to let go of what is in flight.
+/// How long dropping a [`Ring`] waits for the kernel to finish the operations in flight.
 pub const DROP_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Files registered with one ring at most.
+/// Most files registered with one ring.
 pub const FILES_MAX: u32 = 64;
 
 /// Whether [`Ring::enter`] waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
-    /// Not at all.
+    /// Return at once.
     No,
-    /// Until there is a completion. For ever, if nothing is in flight and nobody writes.
+    /// Until there is a completion. Blocks forever if nothing is in flight and no message or
+    /// wake-up comes.
     One,
-    /// Until there is a completion, or this long.
+    /// Until there is a completion, or for this long.
     OneFor(Duration),
 }
 
-/// An io_uring and the operations in flight on it. See the [crate] for who owns what until when.
+/// An io_uring and the operations in flight on it. See the [crate] for the ownership of memory.
 #[derive(Debug)]
 pub struct Ring {
     // Fields are dropped in this order: the ring closes before its buffers.
@@ -49,7 +50,7 @@ pub struct Ring {
     /// A duplicate of the ring's descriptor, lent to mailboxes.
     address: Arc<OwnedFd>,
     held: Held,
-    /// What to hand out next.
+    /// Reports for the next calls of `next`.
     reports: VecDeque<Completion>,
     /// Completions that were read to make room in the queue.
     backlog: VecDeque<Cqe>,
@@ -66,8 +67,8 @@ impl Ring {
     ///
     /// # Errors
     ///
-    /// [`Error::Unavailable`], [`Error::Setup`] or [`Error::Missing`] say what this kernel or process
-    /// lacks; [`Error::Core`] and [`Error::Invalid`] what is wrong with the configuration.
+    /// [`Error::Unavailable`], [`Error::Setup`] or [`Error::Missing`] if this kernel or process
+    /// lacks something; [`Error::Core`] or [`Error::Invalid`] if the configuration is wrong.
     pub fn new(config: &Config) -> Result<Ring, Error> {
         let io = Io { ring: setup(config)? };
         let address = Arc::new(duplicate(&io)?);
@@ -86,14 +87,15 @@ impl Ring {
         })
     }
 
-    /// Queues an operation; the kernel sees it with the next [`enter`](Self::enter), or earlier if the
-    /// queue is full. `token` comes back with each of its completions.
+    /// Queues an operation. The kernel sees it with the next [`enter`](Self::enter), or earlier if
+    /// the queue is full. Each of its completions has `token`.
     ///
     /// # Errors
     ///
-    /// The operation comes back with [`Error::Full`] when [`Config::ops_max`] are in flight (read
-    /// completions first), [`Error::Closed`] when it is a message to a closed ring, [`Error::Invalid`]
-    /// when no kernel could run it, or [`Error::Submit`] when the kernel takes nothing more.
+    /// The operation is returned with [`Error::Full`] when [`Config::ops_max`] are in flight (read
+    /// completions first), [`Error::Closed`] when it is a message to a closed ring,
+    /// [`Error::Invalid`] when no kernel could run it, or [`Error::Submit`] when the kernel accepts
+    /// no more operations.
     pub fn submit(&mut self, op: Op, token: u64) -> Result<Key, Rejected> {
         let aside = match self.admit(&op, 1, false) {
             Ok(aside) => aside,
@@ -138,12 +140,14 @@ impl Ring {
         Chain::from_storage(mem::take(&mut self.spare_chain))
     }
 
-    /// Hands the queue to the kernel, lets it post completions, and waits for one if told so and there
-    /// is none yet. May return early, as after a signal: [`next`](Self::next) tells what there is.
+    /// Hands the queue to the kernel, lets it post completions, and waits as `wait` asks unless
+    /// there is a completion already. May return early, for example after a signal, without a
+    /// completion.
     ///
     /// # Errors
     ///
-    /// [`Error::Submit`] with the kernel's reason; operations not taken stay in the queue.
+    /// [`Error::Submit`] with the kernel's reason; operations that the kernel did not accept stay
+    /// in the queue.
     pub fn enter(&mut self, wait: Wait) -> Result<(), Error> {
         let wait = if self.reports.is_empty() && self.backlog.is_empty() { wait } else { Wait::No };
         if self.io.has_nothing_to_do(wait) {
@@ -152,9 +156,9 @@ impl Ring {
         self.io.enter(wait).map_err(Error::Submit)
     }
 
-    /// The next completion that the last [`enter`](Self::enter) has brought; `None` when there are no
-    /// more. Never waits.
-    // Not an iterator: in between, operations are submitted.
+    /// The next completion of the last [`enter`](Self::enter); `None` when there are no more. Never
+    /// waits.
+    // Not an iterator: callers submit operations between two calls.
     #[allow(clippy::should_implement_trait)]
     pub fn next(&mut self) -> Option<Completion> {
         loop {
@@ -167,13 +171,13 @@ impl Ring {
     }
 
     /// Asks the kernel to cancel an operation. Its own completion still comes: `ECANCELED`, or
-    /// [`Outcome::Short`] if it waits for all of its bytes and has some, or its result if that was
-    /// faster. A member of a chain that has not started is cancelled when its turn comes. Does nothing
-    /// for an operation that is over.
+    /// [`Outcome::Short`] if it waits for all of its bytes and has some, or its result if that came
+    /// first. A member of a chain that has not started is cancelled when its turn comes. Does
+    /// nothing for an operation that has ended.
     ///
     /// # Errors
     ///
-    /// [`Error::Submit`] when the kernel takes nothing more.
+    /// [`Error::Submit`] when the kernel accepts no more operations.
     pub fn cancel(&mut self, key: Key) -> Result<(), Error> {
         if self.held.table.mark_cancelled(key) {
             self.push_cancel(key)?;
@@ -181,38 +185,41 @@ impl Ring {
         Ok(())
     }
 
-    /// The operation's owner is gone: nothing more is reported about it, and its memory is dropped when
-    /// the kernel is done with it. It is cancelled, too; what a cancelled chain member leads to is
-    /// reported for the other members.
+    /// Cancels an operation whose owner is gone. Nothing more is reported for it, and its memory is
+    /// dropped after its last completion. The effects on other members of its chain are reported
+    /// for them.
     pub fn orphan(&mut self, key: Key) {
         self.held.table.mark_orphan(key);
         self.reports.retain(|report| report.key != key);
-        // If the kernel takes nothing more, the operation runs to its own end, and is dropped then.
+        // If the kernel accepts no more operations, the operation runs to its own end, and is
+        // dropped then.
         let _ = self.cancel(key);
     }
 
-    /// Operations whose last completion was not read from the kernel yet, orphans included.
+    /// Operations whose last completion has not been read from the kernel yet, orphans included.
     pub fn in_flight(&self) -> usize {
         self.held.table.len()
     }
 
-    /// Cancels everything, waits until nothing is in flight, and closes the ring. Completions that
-    /// were not read are dropped, and their memory with them.
+    /// Cancels everything, waits until nothing is in flight, and closes the ring. Unread
+    /// completions are dropped with their memory.
     ///
     /// # Errors
     ///
     /// [`Error::LeftOver`] when the kernel still holds operations after `patience`: their memory is
-    /// leaked. [`Error::Submit`] when it cannot even be asked; the same holds then.
+    /// leaked. [`Error::Submit`] when the kernel accepts no cancellation; the memory is leaked then
+    /// too.
     pub fn close(mut self, patience: Duration) -> Result<(), Error> {
         self.shut(patience)
     }
 
-    /// Registers files: operations on the slots that come back save the kernel a look-up. Slots are
-    /// given out for the ring's life; the ring keeps the descriptors open as long.
+    /// Registers files. Operations on the returned slots save the kernel a look-up. Slots are never
+    /// freed; the ring keeps the descriptors open until it closes.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] beyond [`FILES_MAX`] in all, [`Error::Register`] with the kernel's reason.
+    /// [`Error::Invalid`] beyond [`FILES_MAX`] in all, [`Error::Register`] with the kernel's
+    /// reason.
     pub fn register_files(&mut self, files: &[Arc<OwnedFd>]) -> Result<Vec<Fd>, Error> {
         let refused = |source| Error::Register { what: "files", source };
         let first = self.held.files.len() as u32;
@@ -225,7 +232,8 @@ impl Ring {
             self.held.has_file_table = true;
         }
         let numbers: Vec<_> = files.iter().map(|file| file.as_raw_fd()).collect();
-        // The kernel stops at the first one it refuses. That slot and those behind it stay free.
+        // The kernel stops at the first file that it refuses. That slot and those behind it stay
+        // free.
         let done = submitter.register_files_update(first, &numbers).map_err(refused)?;
         self.held.files.extend_from_slice(&files[..done]);
         if done < files.len() {
@@ -234,13 +242,14 @@ impl Ring {
         Ok((first..first + done as u32).map(Fd::Fixed).collect())
     }
 
-    /// Registers buffers, once: [`Op::ReadFixed`] and [`Op::SendZc`] name them by their place in
-    /// `buffers`, and save the kernel pinning them each time. They stay pinned until the ring closes.
+    /// Registers buffers, once. [`Op::ReadFixed`] and [`Op::SendZc`] name them by their index in
+    /// `buffers`, and save the kernel pinning them each time. They stay pinned until the ring
+    /// closes.
     ///
     /// # Errors
     ///
-    /// [`Error::MemlockTooSmall`] when the limit of locked memory is in the way, [`Error::Register`]
-    /// with the kernel's reason otherwise.
+    /// [`Error::MemlockTooSmall`] when they exceed the limit of locked memory, otherwise
+    /// [`Error::Register`] with the kernel's reason.
     pub fn register_buffers(&mut self, buffers: Vec<Span>) -> Result<(), Error> {
         let vectors: Vec<libc::iovec> = buffers
             .iter()
@@ -262,12 +271,12 @@ impl Ring {
         Mailbox::new(&self.address)
     }
 
-    /// Lets threads without a ring wake this one. All wakers of a ring are the same.
+    /// A waker, with which threads without a ring wake this one. All wakers of a ring are the same.
     ///
     /// # Errors
     ///
-    /// [`Error::Descriptor`] when the eventfd cannot be made, [`Error::Submit`] when the kernel takes
-    /// nothing more.
+    /// [`Error::Descriptor`] when the eventfd cannot be made, [`Error::Submit`] when the kernel
+    /// accepts no more operations.
     pub fn waker(&mut self) -> Result<Waker, Error> {
         if self.held.wake.is_none() {
             self.held.wake = Some(Wake::new()?);
@@ -279,13 +288,14 @@ impl Ring {
         }
     }
 
-    /// Completions that named no operation in flight. Only a zero-copy send that never started has a
-    /// reason to cause one.
+    /// Completions that named no operation in flight. Only a zero-copy send that never started may
+    /// cause one.
     pub fn stale_completions(&self) -> u64 {
         self.held.table.stale
     }
 
-    /// Whether `op` may go in, with `count` slots to spare; and what to keep beside it.
+    /// Checks that `op` may be submitted and that `count` slots are free; returns the data kept
+    /// beside it.
     fn admit(&self, op: &Op, count: usize, linked: bool) -> Result<Aside, Error> {
         if self.held.table.room() < count {
             return Err(Error::Full { ops_max: self.ops_max });
@@ -311,8 +321,8 @@ impl Ring {
         self.reserve(count)
     }
 
-    /// Makes room for `count` entries that go in together: a chain that is cut in two by a submission
-    /// is two chains.
+    /// Makes room for `count` entries that are submitted together: two submissions would split a
+    /// chain into two.
     fn reserve(&mut self, count: usize) -> Result<(), Error> {
         if self.io.room() >= count {
             return Ok(());
@@ -321,7 +331,7 @@ impl Ring {
         if self.io.room() >= count {
             return Ok(());
         }
-        // The kernel takes nothing while completions overflow their queue.
+        // The kernel accepts nothing while completions overflow their queue.
         while let Some(cqe) = self.io.reap() {
             self.backlog.push_back(cqe);
         }
@@ -332,11 +342,11 @@ impl Ring {
         Err(Error::Submit(io::Error::from_raw_os_error(libc::EBUSY)))
     }
 
-    /// Puts an entry into the room that was reserved.
+    /// Puts an entry into the reserved room.
     fn push(&mut self, entry: &squeue::Entry) {
-        // SAFETY: what the entry points to is owned by `held`: an operation's memory by its slot in
-        // the table until the terminal completion, the wake-up counter until its read has ended. In the
-        // end all of it is either dropped after the ring has nothing in flight, or leaked.
+        // SAFETY: `held` owns all memory that the entry points to: an operation's memory in its
+        // slot of the table until the terminal completion, the wake-up counter until its read has
+        // ended. All of it is either dropped after the ring has nothing in flight, or leaked.
         let pushed = unsafe { self.io.ring.submission().push(entry) };
         assert!(pushed.is_ok(), "room was reserved");
     }
@@ -371,7 +381,7 @@ impl Ring {
             UserData::Cancel(_) | UserData::Ignored => Next::Nothing,
         };
         if let Next::Cancel(key) = next {
-            // If the kernel takes nothing more, the operation runs to its own end.
+            // If the kernel accepts no more operations, the operation runs to its own end.
             let _ = self.push_cancel(key);
         }
     }
@@ -409,7 +419,7 @@ impl Ring {
         self.reports.push_back(report);
     }
 
-    /// Queues the standing read of the eventfd, unless it is there already.
+    /// Queues the standing read of the eventfd, unless it is queued already.
     fn arm_wake(&mut self) -> Result<(), Error> {
         self.reserve(1)?;
         let Some(wake) = &mut self.held.wake else {
@@ -440,7 +450,7 @@ impl Ring {
         result.and(Err(left))
     }
 
-    /// Cancels and reaps until nothing is in flight, or patience ends.
+    /// Cancels and reaps until nothing is in flight, or `patience` ends.
     fn wind_down(&mut self, patience: Duration) -> Result<(), Error> {
         let start = Instant::now();
         while !self.held.is_idle() {
@@ -462,7 +472,8 @@ impl Ring {
         Ok(())
     }
 
-    /// What was in no state to be cancelled the first time, is the next time.
+    /// Requests the cancellation of everything. An operation that could not be cancelled before is
+    /// cancelled by a later request.
     fn push_cancel_all(&mut self) -> Result<(), Error> {
         self.reserve(1)?;
         let entry = opcode::AsyncCancel2::new(CancelBuilder::any())
@@ -472,8 +483,8 @@ impl Ring {
         Ok(())
     }
 
-    /// Lets go of files and buffers now. Closing the ring does it some time later: sockets stay open
-    /// until then, and pinned memory counts against the limit.
+    /// Unregisters files and buffers now. Closing the ring does so later: until then sockets stay
+    /// open and pinned memory counts against the limit.
     fn unregister(&mut self) -> Result<(), Error> {
         let submitter = self.io.ring.submitter();
         if mem::take(&mut self.held.has_file_table) {
@@ -493,13 +504,14 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         if !self.closed {
-            // There is nobody to tell; what is left over is leaked.
+            // No caller can receive the error; leftover memory is leaked.
             let _ = self.shut(DROP_PATIENCE);
         }
     }
 }
 
-/// Everything that the kernel may use while the ring is open; leaked as one if it will not let go.
+/// Everything that the kernel may use while the ring is open; leaked as a whole if operations
+/// remain.
 #[derive(Debug, Default)]
 struct Held {
     table: Table,
@@ -514,7 +526,7 @@ impl Held {
         self.in_flight() == 0
     }
 
-    /// Everything the kernel has, the standing read included.
+    /// Operations that the kernel holds, the standing read included.
     fn in_flight(&self) -> usize {
         self.table.len() + usize::from(self.wake_is_armed())
     }
@@ -538,7 +550,7 @@ impl Held {
 #[derive(Debug)]
 struct Wake {
     eventfd: Arc<File>,
-    /// Where the kernel puts the counter; owned here, and touched by nobody while `armed`.
+    /// The buffer of the eventfd's counter, not accessed while `armed`.
     counter: Box<[u8; 8]>,
     armed: bool,
 }
@@ -551,7 +563,7 @@ impl Wake {
             let source = io::Error::last_os_error();
             return Err(Error::Descriptor { what: "an eventfd to be woken by", source });
         }
-        // SAFETY: the descriptor was made just now, and nobody else knows of it.
+        // SAFETY: the descriptor is new and has no other owner.
         let eventfd = Arc::new(unsafe { File::from_raw_fd(number) });
         Ok(Wake { eventfd, counter: Box::new([0; 8]), armed: false })
     }
@@ -567,7 +579,7 @@ impl Wake {
     }
 }
 
-/// The queues, and the one system call that moves them.
+/// The queues, and the system call that drives them.
 struct Io {
     ring: IoUring,
 }
@@ -584,7 +596,7 @@ impl Io {
         queue.capacity() - queue.len()
     }
 
-    /// Nothing is queued, and what the caller would wait for is there: a call would return at once.
+    /// Whether a call would return at once: nothing is queued, and the awaited completion is there.
     fn has_nothing_to_do(&mut self, wait: Wait) -> bool {
         !matches!(wait, Wait::No)
             && self.ring.submission().is_empty()
@@ -601,7 +613,8 @@ impl Io {
         self.call(EnterFlags::empty(), 0, None)
     }
 
-    /// The same, and lets the kernel post completions: deferred ones, and those that overflowed.
+    /// Hands the queue to the kernel and lets it post completions: deferred ones, and those that
+    /// overflowed.
     fn enter(&mut self, wait: Wait) -> io::Result<()> {
         match wait {
             Wait::No => self.call(EnterFlags::GETEVENTS, 0, None),
@@ -615,7 +628,8 @@ impl Io {
         let submitter = self.ring.submitter();
         let result = match limit {
             None => {
-                // SAFETY: there is no argument; the entries' memory is owned as `Ring::push` says.
+                // SAFETY: there is no argument; the entries' memory is owned as `Ring::push`
+                // states.
                 unsafe { submitter.enter::<libc::sigset_t>(queued, want, flags.bits(), None) }
             }
             Some(limit) => {
@@ -629,7 +643,7 @@ impl Io {
         };
         match result.map_err(|error| (error.raw_os_error(), error)) {
             Ok(_) => Ok(()),
-            // A signal, the end of the time, or completions to be read first: nothing is lost.
+            // A signal, the timeout, or a full completion queue: nothing is lost.
             Err((Some(libc::EINTR | libc::ETIME | libc::EBUSY), _)) => Ok(()),
             Err((_, error)) => Err(error),
         }
@@ -650,5 +664,5 @@ fn memlock_limit_bytes() -> u64 {
     if result == 0 { limit.rlim_cur } else { libc::RLIM_INFINITY }
 }
 
-/// How long [`Ring::close`] waits before it asks the kernel to cancel everything once more.
+/// Time until [`Ring::close`] asks the kernel to cancel everything once more.
 const CANCEL_AGAIN_AFTER: Duration = Duration::from_millis(20);

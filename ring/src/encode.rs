@@ -1,7 +1,7 @@
-//! How operations look on the submission queue.
+//! The encoding of operations as submission queue entries.
 //!
-//! An entry points into the operation's memory and into its [`Aside`]. The table owns both from before
-//! the entry is written until the operation's last completion, and moves neither.
+//! An entry points into the operation's memory and into its [`Aside`]. The table owns both from
+//! before the entry is written until the operation's last completion, and moves neither.
 
 use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -97,14 +97,14 @@ impl Op {
     }
 }
 
-/// What the kernel reads beside an operation's own memory. The table keeps it as long as that.
+/// Memory that the kernel reads beside an operation's own. The table keeps it as long as that.
 #[derive(Debug, Default)]
 pub(crate) enum Aside {
     #[default]
     Nothing,
     Vectored(Box<Vectored>),
     Timespec(Box<Timespec>),
-    /// The ring that a message is for, kept open until it has arrived.
+    /// The ring that receives a message, kept open until the message has arrived.
     Recipient(Arc<OwnedFd>),
 }
 
@@ -127,7 +127,8 @@ impl Aside {
         }
     }
 
-    /// -1, which the kernel answers with EBADF, where there is none: never so, the ring looked it up.
+    /// -1 without a ring, to which the kernel answers EBADF. Never happens: the driver looked the
+    /// ring up.
     fn recipient(&self) -> RawTarget {
         match self {
             Aside::Recipient(fd) => RawTarget(fd.as_raw_fd()),
@@ -136,7 +137,7 @@ impl Aside {
     }
 }
 
-/// The header and vector of a vectored send. The storage is used again and again.
+/// The header and vector of a vectored send. The storage is reused.
 #[derive(Debug)]
 pub(crate) struct Vectored {
     header: libc::msghdr,
@@ -159,37 +160,37 @@ impl Vectored {
 
 impl Default for Vectored {
     fn default() -> Vectored {
-        // SAFETY: a msghdr is integers and pointers, and all zeroes is an empty one. It has a private
-        // padding on some libcs, so it cannot be written out.
+        // SAFETY: a msghdr is integers and pointers, and all zeroes is an empty one. It has private
+        // padding in some libcs, so it cannot be written out as a literal.
         let header = unsafe { mem::zeroed() };
         Vectored { header, pieces: Vec::new() }
     }
 }
 
-/// A message as [`UserData::decode`] and the driver read it at the other end: the value's low bits in
-/// user_data, its high bits in the flags, `extra` as the result.
+/// A message as [`UserData::decode`] and the driver read it at the other end: the value's low bits
+/// in user_data, its high bits in the flags, `extra` as the result.
 ///
-/// The kernel leaves the upper half of the flags to the sender. The lower half has meanings of its own
-/// (IORING_CQE_F_32 makes an entry two entries long), so it stays empty.
+/// The kernel leaves the upper half of the flags to the sender. It interprets the lower half
+/// (IORING_CQE_F_32 makes an entry two entries long), so that half stays zero.
 pub(crate) fn message(to: RawTarget, value: u64, extra: u32) -> squeue::Entry {
     let user_data = UserData::Message(value & PAYLOAD_MASK).encode();
     let flags = ((value >> PAYLOAD_BITS) as u32) << MESSAGE_FLAGS_SHIFT;
     opcode::MsgRingData::new(to, extra as i32, user_data, Some(flags)).build()
 }
 
-/// The value of a message, put together again.
+/// The value of a message, from its two parts.
 pub(crate) fn message_value(payload: u64, flags: u32) -> u64 {
     payload | (u64::from(flags >> MESSAGE_FLAGS_SHIFT) << PAYLOAD_BITS)
 }
 
-/// `IORING_SEND_ZC_REPORT_USAGE` (linux/io_uring.h, since 6.2): the notification tells whether the
-/// kernel copied.
+/// `IORING_SEND_ZC_REPORT_USAGE` (linux/io_uring.h, since 6.2): the notification reports whether
+/// the kernel copied.
 pub(crate) const SEND_ZC_REPORT_USAGE: u16 = 1 << 3;
 
 /// `IORING_RECVSEND_POLL_FIRST` (linux/io_uring.h, since 5.19): waits until the socket is ready, then tries.
 const RECV_POLL_FIRST: u16 = 1 << 0;
 
-/// The opcodes used here, and the kernel version each came with (man io_uring_enter).
+/// The opcodes in use, and the kernel version that introduced each (man io_uring_enter).
 pub(crate) const OPCODES: [(u8, &str, &str); 17] = [
     (opcode::Nop::CODE, "IORING_OP_NOP", "5.1"),
     (opcode::ReadFixed::CODE, "IORING_OP_READ_FIXED", "5.1"),
@@ -210,7 +211,8 @@ pub(crate) const OPCODES: [(u8, &str, &str); 17] = [
     (opcode::SendMsgZc::CODE, "IORING_OP_SENDMSG_ZC", "6.1"),
 ];
 
-/// Builds an entry for either kind of descriptor; the builders take each as a type of its own.
+/// Builds an entry for either kind of descriptor, each of which is a type of its own for the
+/// builders.
 macro_rules! on_fd {
     ($fd:expr, |$target:ident| $build:expr) => {
         match $fd {
@@ -227,7 +229,8 @@ macro_rules! on_fd {
 }
 use on_fd;
 
-/// Where a buffer is, and how long; [`Op::check`] has seen to it that it is one and short enough.
+/// The address and length of a buffer; [`Op::check`] has checked that it is a buffer and short
+/// enough.
 fn place(memory: &mut Memory) -> (*mut u8, u32) {
     (memory.address(), memory.len() as u32)
 }
@@ -238,13 +241,14 @@ fn send_flags(more: bool, wait_all: bool) -> i32 {
     libc::MSG_NOSIGNAL | more | wait_all
 }
 
-/// Ends a zero-copy send's last packet with it. Sends that share a packet are released together, all of them
-/// (io_uring/notif.c, since Linux 6.10): in a stream that never pauses that would be none of them, ever.
+/// Ends a zero-copy send's last packet with the send. The kernel releases sends that share a packet
+/// together (io_uring/notif.c, since Linux 6.10): in a stream without pauses it would never release
+/// any.
 fn record_end(more: bool) -> i32 {
     if more { 0 } else { libc::MSG_EOR }
 }
 
-/// -1 is the file's own position, or none, to the kernel.
+/// -1 stands for the file's own position, or no position.
 fn position(offset: Option<u64>) -> u64 {
     offset.unwrap_or(u64::MAX)
 }

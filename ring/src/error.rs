@@ -1,19 +1,19 @@
-//! What can go wrong, in words that say what to do, with the errno kept as the source.
+//! The ring's errors, with the remedy in their text and the errno kept as the source.
 //!
-//! The functions that turn an errno into one of these are pure, and tested on literal numbers: a
-//! kernel that lacks something is hard to come by in a test.
+//! The functions that turn an errno into one of these are pure and tested on literal numbers, as a
+//! test can hardly provide a kernel that lacks something.
 
 use std::fmt;
 use std::io;
 
-/// An error of the ring. What an operation in flight met is an [`Outcome`](crate::Outcome) instead.
+/// An error of the ring. The failure of an operation in flight is an [`Outcome`](crate::Outcome).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Nobody, or not this process, may use io_uring here.
+    /// This process may not use io_uring, or no process may.
     #[error("io_uring is not available: {remedy}")]
     Unavailable {
-        /// What to do about it.
+        /// The remedy.
         remedy: &'static str,
         /// `ENOSYS` or `EPERM`.
         source: io::Error,
@@ -21,10 +21,10 @@ pub enum Error {
     /// The ring could not be set up.
     #[error("cannot set up the ring {what}")]
     Setup {
-        /// [`Config::name`](crate::Config::name), what was refused, and where it matters the kernel
-        /// version it came with.
+        /// [`Config::name`](crate::Config::name), the refused feature, and where it matters the
+        /// kernel version that introduced it.
         what: Box<str>,
-        /// The kernel's answer.
+        /// The kernel's errno.
         source: io::Error,
     },
     /// The kernel lacks something that operations here need.
@@ -32,21 +32,21 @@ pub enum Error {
     Missing {
         /// An opcode or a flag.
         what: &'static str,
-        /// The kernel version it came with.
+        /// The kernel version that introduced it.
         since: &'static str,
     },
-    /// A request that no kernel could meet; a bug of the caller.
+    /// A request that no kernel could carry out; a bug of the caller.
     #[error("invalid: {what}")]
     Invalid {
-        /// What is wrong with it.
+        /// The fault in the request.
         what: &'static str,
     },
     /// The thread could not be bound to its core.
     #[error("cannot run on core {core}: it does not exist or this process may not use it")]
     Core {
-        /// The core asked for.
+        /// The requested core.
         core: usize,
-        /// The kernel's answer.
+        /// The kernel's errno.
         source: io::Error,
     },
     /// The limit of operations in flight is reached: read completions, then try again.
@@ -55,7 +55,7 @@ pub enum Error {
         /// [`Config::ops_max`](crate::Config::ops_max).
         ops_max: u32,
     },
-    /// Registered memory is locked memory, and there may not be that much.
+    /// Registered memory counts as locked memory, and would exceed its limit.
     #[error(
         "registering {needed_bytes} bytes takes more locked memory than the limit of {limit_bytes}: \
          raise RLIMIT_MEMLOCK (ulimit -l, LimitMEMLOCK= in systemd) or grant CAP_IPC_LOCK"
@@ -63,7 +63,7 @@ pub enum Error {
     MemlockTooSmall {
         /// Bytes to be registered.
         needed_bytes: u64,
-        /// `RLIMIT_MEMLOCK` in bytes; what the user's other rings hold counts against it too.
+        /// `RLIMIT_MEMLOCK` in bytes; the user's other rings count against it too.
         limit_bytes: u64,
         /// `ENOMEM`.
         source: io::Error,
@@ -71,47 +71,47 @@ pub enum Error {
     /// Files or buffers could not be registered.
     #[error("cannot register {what}")]
     Register {
-        /// What was to be registered.
+        /// The files or buffers.
         what: &'static str,
-        /// The kernel's answer.
+        /// The kernel's errno.
         source: io::Error,
     },
-    /// Files or buffers could not be let go of. Closing the ring does it, some time later.
+    /// Files or buffers could not be unregistered. Closing the ring unregisters them later.
     #[error("cannot unregister {what}")]
     Unregister {
-        /// What was registered.
+        /// The files or buffers.
         what: &'static str,
-        /// The kernel's answer.
+        /// The kernel's errno.
         source: io::Error,
     },
     /// A descriptor the ring needs for itself could not be made.
     #[error("cannot make {what}")]
     Descriptor {
-        /// What it is for.
+        /// The descriptor.
         what: &'static str,
-        /// The kernel's answer.
+        /// The kernel's errno.
         source: io::Error,
     },
     /// The ring that the message was for is closed.
     #[error("the ring is closed")]
     Closed,
-    /// The kernel would not take operations or wait for them.
+    /// The kernel refused to accept operations or to wait for them.
     #[error("cannot enter the ring")]
     Submit(#[source] io::Error),
-    /// The kernel did not let go of some operations in time. Their memory is leaked on purpose.
+    /// Some operations did not end in time. Their memory is leaked on purpose.
     #[error("the ring {ring:?} was closed with {count} operations in flight ({operations})")]
     LeftOver {
         /// [`Config::name`](crate::Config::name).
         ring: Box<str>,
-        /// How many there are.
+        /// Operations in flight.
         count: u32,
-        /// Which, as in `recv 2, madvise 1`.
+        /// The operations, as in `recv 2, madvise 1`.
         operations: Box<str>,
     },
 }
 
 impl Error {
-    /// The kernel's errno, where there is one.
+    /// The kernel's errno, if there is one.
     pub fn raw_os_error(&self) -> Option<i32> {
         match self {
             Error::Unavailable { source, .. }
@@ -170,8 +170,8 @@ impl From<Errno> for io::Error {
     }
 }
 
-/// What `io_uring_setup(2)` means by its errno. `disabled` is the sysctl kernel.io_uring_disabled
-/// (since 6.6), where it can be read.
+/// The meaning of an errno of `io_uring_setup(2)`. `disabled` is the sysctl
+/// kernel.io_uring_disabled (since 6.6), if it is readable.
 pub(crate) fn setup_error(ring: &str, source: io::Error, disabled: Option<u8>) -> Error {
     let remedy = match (source.raw_os_error(), disabled) {
         (Some(libc::ENOSYS), _) => {
@@ -194,10 +194,12 @@ pub(crate) fn setup_error(ring: &str, source: io::Error, disabled: Option<u8>) -
     Error::Unavailable { remedy, source }
 }
 
-/// What registering `needed_bytes` of buffers means by its errno, under this `RLIMIT_MEMLOCK`.
+/// The meaning of an errno when `needed_bytes` of buffers are registered under this
+/// `RLIMIT_MEMLOCK`.
 pub(crate) fn buffers_error(source: io::Error, needed_bytes: u64, limit_bytes: u64) -> Error {
     match source.raw_os_error() {
-        // Locked pages are summed over all of a user's rings, so it may be exhausted below the limit.
+        // Locked pages are summed over all rings of a user, so the limit may be reached below its
+        // value.
         Some(libc::ENOMEM) if limit_bytes != libc::RLIM_INFINITY => {
             Error::MemlockTooSmall { needed_bytes, limit_bytes, source }
         }
@@ -236,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disabled_io_uring_names_the_switch() {
+    fn error_of_a_disabled_io_uring_names_the_sysctl() {
         for (raw, disabled, expected) in [
             (libc::ENOSYS, None, "CONFIG_IO_URING"),
             (libc::EPERM, Some(1), "kernel.io_uring_group"),
@@ -251,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn an_old_kernel_is_told_what_it_lacks() {
+    fn error_on_an_old_kernel_names_the_missing_feature() {
         let error = setup_error("lane", os(libc::EINVAL), Some(0));
         assert_eq!(
             error.to_string(),
@@ -261,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_memlock_limit_is_named_with_its_remedy() {
+    fn error_at_the_memlock_limit_names_the_remedy() {
         let error = buffers_error(os(libc::ENOMEM), 16 << 20, 8 << 20);
         let text = error.to_string();
         for expected in ["16777216", "8388608", "RLIMIT_MEMLOCK", "CAP_IPC_LOCK"] {
@@ -272,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cause_is_not_printed_twice() {
+    fn cause_is_printed_only_once() {
         let error = Error::Submit(os(libc::EBADF));
         assert!(!error.to_string().contains("descriptor"), "{error}");
         assert!(std::error::Error::source(&error).is_some());

@@ -7,14 +7,14 @@
 //!    1, what it is          payload         the ring's own: it never reaches the user as an operation
 //! ```
 //!
-//! The generation counts submissions, not uses of a slot, so a key comes again only after 2^31
-//! submissions, and only if it falls on the same slot. Until then a completion or a cancellation that
-//! carries an old key finds nothing: it can never touch the slot's next operation.
+//! The generation counts submissions, not uses of a slot, so a key repeats only after 2^31
+//! submissions, and only if it falls on the same slot. Until then a completion or a cancellation
+//! with an old key finds no operation: it never affects the slot's next operation.
 
 use std::fmt;
 
-/// Names one submitted operation of one ring. It stays valid as a name for ever, and refers to nothing
-/// once the operation's last completion was read.
+/// Names one submitted operation of one ring. The name stays valid; once the operation's last
+/// completion was read, it refers to no operation.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key(u64);
 
@@ -34,7 +34,7 @@ impl Key {
         self.0
     }
 
-    /// As much of the key as fits an internal payload: the slot and 24 bits of the generation.
+    /// The part of the key that fits an internal payload: the slot and 24 bits of the generation.
     pub(crate) fn payload(self) -> u64 {
         self.0 & PAYLOAD_MASK
     }
@@ -59,7 +59,7 @@ impl Generation {
     }
 }
 
-/// What a completion's `user_data` turns out to be.
+/// The meaning of a completion's `user_data`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum UserData {
     /// An operation of the table, present or past.
@@ -70,7 +70,7 @@ pub(crate) enum UserData {
     Wake,
     /// Posted by another ring; carries the low [`PAYLOAD_BITS`] bits of the value.
     Message(u64),
-    /// Belongs to nobody: what setup tried out, and requests to cancel everything.
+    /// Without an owner: probes of the setup, and requests to cancel everything.
     Ignored,
 }
 
@@ -99,7 +99,7 @@ impl UserData {
     }
 }
 
-/// Bits of an internal `user_data` that are free for what it carries.
+/// Payload bits of an internal `user_data`.
 pub(crate) const PAYLOAD_BITS: u32 = 56;
 pub(crate) const PAYLOAD_MASK: u64 = (1 << PAYLOAD_BITS) - 1;
 
@@ -126,13 +126,13 @@ mod tests {
     }
 
     #[test]
-    fn none_is_no_operation() {
+    fn key_none_decodes_as_no_operation() {
         assert_eq!(UserData::decode(Key::NONE.user_data()), UserData::Ignored);
     }
 
     proptest! {
         #[test]
-        fn every_kind_survives(slot: u32, generation in 0..=GENERATION_MASK, payload in 0..=PAYLOAD_MASK) {
+        fn user_data_of_every_kind_decodes_to_itself(slot: u32, generation in 0..=GENERATION_MASK, payload in 0..=PAYLOAD_MASK) {
             let key = Key::new(slot, Generation(generation));
             prop_assert_eq!(key.slot(), slot as usize);
             for data in [

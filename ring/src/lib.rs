@@ -1,10 +1,10 @@
-//! io_uring for one thread at a time, and no protocol.
+//! io_uring for one thread at a time, without a protocol.
 //!
 //! # Thread
 //!
-//! A [`Ring`] lives on the thread that made it: it is set up with `SINGLE_ISSUER` and `DEFER_TASKRUN`,
-//! and is neither `Send` nor `Sync`. Nothing completes behind the thread's back: completions appear
-//! only during [`Ring::enter`], and are read with [`Ring::next`] afterwards.
+//! A [`Ring`] belongs to the thread that made it: it is set up with `SINGLE_ISSUER` and
+//! `DEFER_TASKRUN`, and is neither `Send` nor `Sync`. Completions appear only during
+//! [`Ring::enter`], and are read with [`Ring::next`] afterwards.
 //!
 //! ```no_run
 //! # use umem_ring::{Config, Op, Ring, Wait};
@@ -18,8 +18,8 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Other threads reach a ring in two ways, neither of them a lock: from a ring of their own through its
-//! [`Mailbox`] ([`Op::MsgRing`]), and without one through its [`Waker`].
+//! Other threads reach a ring in two ways, both without a lock: from a ring of their own through
+//! its [`Mailbox`] ([`Op::MsgRing`]), and without a ring through its [`Waker`].
 //!
 //! ```compile_fail
 //! fn must_be_send<T: Send>() {}
@@ -28,27 +28,27 @@
 //!
 //! # Ownership
 //!
-//! Whatever an operation reads or writes ([`Memory`]) and the descriptor it uses ([`Fd`]) move into the
-//! ring's table with [`Ring::submit`] and stay there until the *terminal* completion, the one with
-//! [`Completion::last`]. The memory comes back in it. What is terminal is the kernel's to say: for a
-//! zero-copy send it is the notification, or a result that announces none, be it an error.
+//! The memory that an operation reads or writes ([`Memory`]) and the descriptor it uses ([`Fd`])
+//! move into the ring's table with [`Ring::submit`] and stay there until the *terminal* completion,
+//! the one with [`Completion::last`], which returns the memory. The kernel decides which completion
+//! is terminal: for a zero-copy send it is the notification, or a result (also an error) that
+//! announces none.
 //!
-//! A [`Key`] names one operation and never a later one in the same slot. Who loses interest in an
-//! operation calls [`Ring::orphan`]: nothing more is reported, the table keeps the memory until the
-//! kernel is done with it, and drops it then.
+//! A [`Key`] names one operation and never a later one in the same slot. [`Ring::orphan`] gives up
+//! interest in an operation: nothing more is reported, and the table keeps the memory until the
+//! terminal completion, and drops it then.
 //!
 //! # Limits
 //!
-//! [`Config::ops_max`] operations are in flight at most; one more is [`Rejected`], and comes back.
-//! A full submission queue is not an error: it is handed to the kernel, and submission goes on.
+//! At most [`Config::ops_max`] operations are in flight; one more is [`Rejected`], and returned. A
+//! full submission queue is not an error: it is handed to the kernel, and submission goes on.
 //!
 //! # Shutdown
 //!
-//! [`Ring::close`] cancels everything, waits for every terminal completion, and only then closes the
-//! ring, and only after that frees its memory. What the kernel does not let go of in time is leaked,
-//! and reported, rather than freed under its hands. Dropping a ring does the same, for
-//! [`DROP_PATIENCE`], and says nothing. Operations that were submitted and not yet entered are entered
-//! first.
+//! [`Ring::close`] cancels everything, waits for every terminal completion, then closes the ring,
+//! and then frees its memory. Memory of operations that do not end in time is leaked and reported,
+//! because the kernel may still use it. Dropping a ring does the same within [`DROP_PATIENCE`],
+//! without a report. Operations that were submitted and not yet entered are entered first.
 
 mod chain;
 mod completion;

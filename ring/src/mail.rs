@@ -7,9 +7,9 @@ use std::sync::{Arc, Weak};
 
 /// A ring's address, for [`Op::MsgRing`](crate::Op::MsgRing) from other rings.
 ///
-/// It does not keep the ring open. The ring shares out a duplicate of its own descriptor, so a message
-/// to a ring that has closed is [`Error::Closed`](crate::Error::Closed), and never goes to whatever has
-/// the number now. A message that is on its way when the ring closes is lost.
+/// A mailbox does not keep the ring open. The ring lends out a duplicate of its own descriptor, so
+/// a message to a closed ring is [`Error::Closed`](crate::Error::Closed), and never reaches a new
+/// owner of the descriptor's number. A message in flight is lost when the ring closes.
 #[derive(Clone, Debug)]
 pub struct Mailbox {
     ring: Weak<OwnedFd>,
@@ -20,15 +20,15 @@ impl Mailbox {
         Mailbox { ring: Arc::downgrade(ring) }
     }
 
-    /// The ring, kept open for as long as the answer is held; `None` once it has closed.
+    /// The ring, kept open for as long as the result is held; `None` once it has closed.
     pub(crate) fn ring(&self) -> Option<Arc<OwnedFd>> {
         self.ring.upgrade()
     }
 }
 
-/// Wakes a ring from a thread that has none: it sees a completion with
-/// [`TOKEN_WAKE`](crate::TOKEN_WAKE). Wake-ups that come before it looks are merged into one; none is
-/// lost. Waking a closed ring does nothing.
+/// Wakes a ring from a thread without a ring: the woken ring sees a completion with
+/// [`TOKEN_WAKE`](crate::TOKEN_WAKE). Wake-ups before that are merged into one; none is lost.
+/// Waking a closed ring does nothing.
 #[derive(Clone, Debug)]
 pub struct Waker {
     eventfd: Arc<File>,
@@ -39,9 +39,9 @@ impl Waker {
         Waker { eventfd }
     }
 
-    /// Wakes the ring. Never blocks; a few hundred nanoseconds.
+    /// Wakes the ring. Never blocks; takes a few hundred nanoseconds.
     pub fn wake(&self) {
-        // The counter is full (EAGAIN) after 2^64 wake-ups that nobody read: the ring is awake then.
+        // The counter is full (EAGAIN) after 2^64 unread wake-ups: the ring is awake then.
         let _ = (&*self.eventfd).write(&1u64.to_ne_bytes());
     }
 }

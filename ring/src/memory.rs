@@ -1,8 +1,9 @@
 //! Memory that the kernel reads or writes while an operation is in flight.
 //!
-//! The table owns it for that time, so nobody else can look. [`Bytes`] are ours alone; a [`Span`] is
-//! part of a mapping that a guest, a peer process or the kernel may write at any moment: an address
-//! and a length for the kernel, with the mapping's owner held alive, and never a Rust reference.
+//! The table owns it for that time, so no other code can access it. [`Bytes`] are private to this
+//! process. A [`Span`] is part of a mapping that a guest, a peer process or the kernel may write at
+//! any moment: an address and a length for the kernel, with a share in the mapping's owner, and
+//! never a Rust reference.
 
 use std::any::Any;
 use std::fmt;
@@ -10,10 +11,10 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// What an operation reads or writes.
+/// The memory of an operation.
 #[derive(Debug)]
 pub enum Memory {
-    /// A buffer of our own.
+    /// A private buffer.
     Bytes(Bytes),
     /// A piece of a mapping.
     Span(Span),
@@ -22,7 +23,7 @@ pub enum Memory {
 }
 
 impl Memory {
-    /// Bytes the kernel may read or write.
+    /// Length in bytes.
     pub fn len(&self) -> usize {
         match self {
             Memory::Bytes(bytes) => bytes.len(),
@@ -31,12 +32,12 @@ impl Memory {
         }
     }
 
-    /// Whether there is nothing to read or write.
+    /// Whether the length is zero.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The buffer, if that is what it is.
+    /// The buffer, if this is one.
     pub fn into_bytes(self) -> Option<Bytes> {
         match self {
             Memory::Bytes(bytes) => Some(bytes),
@@ -44,7 +45,7 @@ impl Memory {
         }
     }
 
-    /// The piece of a mapping, if that is what it is.
+    /// The piece of a mapping, if this is one.
     pub fn into_span(self) -> Option<Span> {
         match self {
             Memory::Span(span) => Some(span),
@@ -52,7 +53,7 @@ impl Memory {
         }
     }
 
-    /// The pieces, if that is what it is.
+    /// The pieces, if these are pieces.
     pub fn into_pieces(self) -> Option<Vec<Memory>> {
         match self {
             Memory::Pieces(pieces) => Some(pieces),
@@ -60,8 +61,8 @@ impl Memory {
         }
     }
 
-    /// Where the bytes are; valid for as long as `self` is kept and its buffer not touched.
-    /// Pieces have no single address: the caller has ruled them out.
+    /// The address of the bytes; valid while `self` is kept and its buffer not changed. Pieces have
+    /// no single address: the caller has ruled them out.
     pub(crate) fn address(&mut self) -> *mut u8 {
         match self {
             Memory::Bytes(bytes) => bytes.address(),
@@ -106,7 +107,7 @@ impl Bytes {
         self.used.len()
     }
 
-    /// Whether none are in use.
+    /// Whether no bytes are in use.
     pub fn is_empty(&self) -> bool {
         self.used.is_empty()
     }
@@ -126,8 +127,8 @@ impl Bytes {
         &mut self.storage[self.used.clone()]
     }
 
-    /// The same buffer with `range` of the *whole* buffer in use, whatever was before; so the part can
-    /// grow again.
+    /// The same buffer with `range` of the *whole* buffer in use, whatever part was in use before;
+    /// so the part can grow again.
     ///
     /// # Panics
     ///
@@ -142,7 +143,7 @@ impl Bytes {
         Bytes { used: range, ..self }
     }
 
-    /// The whole buffer's storage, whatever part was in use.
+    /// The storage of the whole buffer.
     pub fn into_vec(self) -> Vec<u8> {
         self.storage
     }
@@ -179,8 +180,9 @@ pub struct Span {
     owner: Arc<dyn Any + Send + Sync>,
 }
 
-// SAFETY: a span is an address and a length for the kernel; this crate never reads or writes through
-// it, and the owner, which is Send and Sync, keeps the mapping there wherever the span goes.
+// SAFETY: a span is an address and a length for the kernel; this crate never reads or writes
+// through it, and the owner, which is Send and Sync, keeps the mapping alive wherever the span
+// goes.
 unsafe impl Send for Span {}
 // SAFETY: as above; a shared span gives nothing but the address.
 unsafe impl Sync for Span {}
@@ -201,12 +203,12 @@ impl Span {
         self.len
     }
 
-    /// Whether there are none.
+    /// Whether the length is zero.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Where it starts. Not to be made a reference of.
+    /// The start address. Must not become a reference.
     pub fn as_ptr(&self) -> *mut u8 {
         self.start.as_ptr()
     }
@@ -235,12 +237,12 @@ mod tests {
 
     fn span(len: usize) -> Span {
         let owner = Arc::new(());
-        // SAFETY: nobody ever uses the address.
+        // SAFETY: the address is never used.
         unsafe { Span::new(NonNull::dangling(), len, owner) }
     }
 
     #[test]
-    fn a_part_of_a_span_stays_inside() {
+    fn sub_span_outside_its_span_is_none() {
         let whole = span(4096);
         assert_eq!(whole.sub(4096, 0).map(|s| s.len()), Some(0));
         assert_eq!(whole.sub(4095, 1).map(|s| s.as_ptr() as usize), Some(1 + 4095));
@@ -249,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slice_of_bytes_can_grow_again() {
+    fn sliced_bytes_can_grow_to_the_whole_buffer() {
         let bytes = Bytes::from(vec![1, 2, 3, 4]).slice(1..3);
         assert_eq!(bytes.as_slice(), [2, 3]);
         assert_eq!(bytes.slice(0..4).as_slice(), [1, 2, 3, 4]);
@@ -257,7 +259,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "of a buffer of 4 bytes")]
-    fn a_slice_beyond_the_buffer_is_a_bug() {
+    fn slice_beyond_the_buffer_panics() {
         let _ = Bytes::with_capacity(4).slice(2..5);
     }
 }

@@ -1,4 +1,4 @@
-//! The operations: what they own, what they ask for, and what no kernel could do.
+//! The operations: the resources they own, their options, and the checks that need no kernel.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -8,10 +8,10 @@ use crate::error::Error;
 use crate::mail::Mailbox;
 use crate::memory::{Memory, Span};
 
-/// Bytes one operation moves at most: the kernel's `MAX_RW_COUNT`, 2 GiB less a page.
+/// Most bytes of one operation: the kernel's `MAX_RW_COUNT`, 2 GiB less a page.
 pub const OPERATION_BYTES_MAX: usize = 0x7fff_f000;
 
-/// Pieces of one vectored send at most: the kernel's `IOV_MAX`.
+/// Most pieces of one vectored send: the kernel's `IOV_MAX`.
 pub const PIECES_MAX: usize = 1024;
 
 /// The descriptor of an operation.
@@ -35,54 +35,58 @@ impl From<OwnedFd> for Fd {
     }
 }
 
-/// One operation, with everything it needs for as long as it runs.
+/// One operation, with all that it needs while it runs.
 ///
-/// Sends never raise SIGPIPE. In a [`Chain`](crate::Chain) a send that has a successor waits for all of
-/// its bytes, asked or not: the successor would continue in the middle of a message.
+/// Sends never raise SIGPIPE. In a [`Chain`](crate::Chain) a send with a successor always waits for
+/// all of its bytes: otherwise the successor could start in the middle of a message.
 #[derive(Debug)]
 pub enum Op {
     /// `recv(2)`.
     Recv {
         /// A connected socket.
         fd: Fd,
-        /// Where the bytes go.
+        /// The destination of the bytes.
         memory: Memory,
-        /// Fill all of the memory (`MSG_WAITALL`); less is then [`Outcome::Short`](crate::Outcome::Short).
+        /// Fill all of the memory (`MSG_WAITALL`); fewer bytes are
+        /// [`Outcome::Short`](crate::Outcome::Short).
         wait_all: bool,
-        /// Wait until there is something before the first attempt (`IORING_RECVSEND_POLL_FIRST`, Linux
-        /// 5.19).
+        /// Wait for data before the first attempt (`IORING_RECVSEND_POLL_FIRST`, Linux 5.19).
         poll_first: bool,
     },
     /// `send(2)`.
     Send {
         /// A connected socket.
         fd: Fd,
-        /// What is sent.
+        /// The bytes to send.
         memory: Memory,
         /// More follows at once (`MSG_MORE`).
         more: bool,
-        /// Send all of it (`MSG_WAITALL`); less is then [`Outcome::Short`](crate::Outcome::Short).
+        /// Send all of it (`MSG_WAITALL`); fewer bytes are
+        /// [`Outcome::Short`](crate::Outcome::Short).
         wait_all: bool,
     },
     /// `send(2)` without a copy. Two completions: the result, then
-    /// [`Outcome::Released`](crate::Outcome::Released) with the memory; only one if it fails early.
+    /// [`Outcome::Released`](crate::Outcome::Released) with the memory; only one after an early
+    /// failure.
     SendZc {
         /// A connected socket.
         fd: Fd,
-        /// What is sent; not to be changed by anybody before it is released.
+        /// The bytes to send; must not change before they are released.
         memory: Memory,
         /// More follows at once (`MSG_MORE`).
         more: bool,
-        /// Send all of it (`MSG_WAITALL`); less is then [`Outcome::Short`](crate::Outcome::Short).
+        /// Send all of it (`MSG_WAITALL`); fewer bytes are
+        /// [`Outcome::Short`](crate::Outcome::Short).
         wait_all: bool,
-        /// The registered buffer that `memory` lies in, if it does.
+        /// The registered buffer that contains `memory`, if one does.
         fixed: Option<u16>,
     },
     /// `sendmsg(2)` of several pieces, all of their bytes (`MSG_WAITALL`).
     SendVectored {
         /// A connected socket.
         fd: Fd,
-        /// 1 to [`PIECES_MAX`] pieces, none of them [`Memory::Pieces`]; they come back as that.
+        /// 1 to [`PIECES_MAX`] pieces, none of them [`Memory::Pieces`]; returned as
+        /// [`Memory::Pieces`].
         pieces: Vec<Memory>,
         /// As in [`Op::SendZc`], with its two completions.
         zero_copy: bool,
@@ -91,58 +95,58 @@ pub enum Op {
     },
     /// `pread(2)`, or `read(2)` without an offset.
     Read {
-        /// What to read.
+        /// The file to read.
         fd: Fd,
-        /// Where the bytes go.
+        /// The destination of the bytes.
         memory: Memory,
-        /// In bytes; none for the file's own position, and for what has none.
+        /// In bytes; none for the file's own position, and for files without a position.
         offset: Option<u64>,
     },
     /// [`Op::Read`] into a part of a registered buffer.
     ReadFixed {
-        /// What to read.
+        /// The file to read.
         fd: Fd,
         /// The index of the buffer among those registered.
         buffer: u16,
         /// The part of that buffer.
         span: Span,
-        /// In bytes; none for the file's own position, and for what has none.
+        /// In bytes; none for the file's own position, and for files without a position.
         offset: Option<u64>,
     },
     /// `pwrite(2)`, or `write(2)` without an offset.
     Write {
-        /// What to write to.
+        /// The file to write.
         fd: Fd,
-        /// What is written.
+        /// The bytes to write.
         memory: Memory,
-        /// In bytes; none for the file's own position, and for what has none.
+        /// In bytes; none for the file's own position, and for files without a position.
         offset: Option<u64>,
     },
     /// `poll(2)` of one descriptor.
     Poll {
-        /// What to watch.
+        /// The descriptor.
         fd: Fd,
-        /// `POLLIN` and so on; the answer has the same form.
+        /// `POLLIN` and so on; the result has the same form.
         events: u32,
-        /// Report again and again, until cancelled or the kernel ends it (a completion says `last`).
+        /// Report repeatedly, until cancelled or ended by the kernel (a completion with `last`).
         multishot: bool,
     },
-    /// Completes with [`Outcome::Done`](crate::Outcome::Done) after a while.
+    /// Completes with [`Outcome::Done`](crate::Outcome::Done) after a time.
     Timeout {
-        /// How long, from submission.
+        /// The time from submission.
         after: Duration,
     },
     /// `splice(2)`; one of the two is a pipe.
     Splice {
-        /// Where bytes come from.
+        /// The source of the bytes.
         from: Fd,
         /// In bytes; none for a pipe, a socket, or the file's own position.
         from_offset: Option<u64>,
-        /// Where they go.
+        /// The destination of the bytes.
         to: Fd,
         /// In bytes; none for a pipe, a socket, or the file's own position.
         to_offset: Option<u64>,
-        /// At most this many bytes.
+        /// Most bytes to move.
         len: u32,
         /// `SPLICE_F_MOVE` and so on.
         flags: u32,
@@ -165,13 +169,14 @@ pub enum Op {
         /// In bytes.
         len: u64,
     },
-    /// A message to another ring, which reads it as [`Outcome::Message`](crate::Outcome::Message).
+    /// A message to another ring, which receives it as
+    /// [`Outcome::Message`](crate::Outcome::Message).
     MsgRing {
-        /// Whom it is for.
+        /// The receiving ring.
         to: Mailbox,
-        /// Anything.
+        /// Any value.
         value: u64,
-        /// Anything.
+        /// Any value.
         extra: u32,
     },
     /// Completes at once.
@@ -180,7 +185,7 @@ pub enum Op {
 
 /// The operations with their options off; the setters below turn them on.
 impl Op {
-    /// [`Op::Recv`] of what there is.
+    /// [`Op::Recv`] of the bytes available.
     pub fn recv(fd: impl Into<Fd>, memory: impl Into<Memory>) -> Op {
         Op::Recv { fd: fd.into(), memory: memory.into(), wait_all: false, poll_first: false }
     }
@@ -263,7 +268,7 @@ impl Op {
         Op::Nop
     }
 
-    /// Moves all of its bytes. For receives and sends.
+    /// Moves all of the bytes. For receives and sends.
     #[must_use]
     pub fn wait_all(mut self) -> Op {
         match &mut self {
@@ -276,8 +281,9 @@ impl Op {
         self
     }
 
-    /// Spares an attempt that would find nothing: for a receive on a socket that is likely to be idle. What
-    /// is there already is taken all the same, a little later than without.
+    /// Skips an attempt that would find no data: for a receive on a socket that is likely to be
+    /// idle. Data that is there already is received as well, a little later than without this
+    /// option.
     #[must_use]
     pub fn poll_first(mut self) -> Op {
         match &mut self {
@@ -287,7 +293,7 @@ impl Op {
         self
     }
 
-    /// Tells the kernel that more follows. For sends.
+    /// Announces that more follows. For sends.
     #[must_use]
     pub fn more(mut self) -> Op {
         match &mut self {
@@ -331,7 +337,7 @@ impl Op {
         self
     }
 
-    /// Reports again and again. For polls.
+    /// Reports repeatedly. For polls.
     #[must_use]
     pub fn multishot(mut self) -> Op {
         match &mut self {
@@ -341,7 +347,7 @@ impl Op {
         self
     }
 
-    /// The memory it has, taken out of it.
+    /// Takes the operation's memory out of it.
     pub fn into_memory(self) -> Option<Memory> {
         match self {
             Op::Recv { memory, .. }
@@ -360,7 +366,7 @@ impl Op {
         }
     }
 
-    /// What it is, for people.
+    /// The operation's name, for messages.
     pub fn name(&self) -> &'static str {
         match self {
             Op::Recv { .. } => "recv",
@@ -384,7 +390,8 @@ impl Op {
         matches!(self, Op::Poll { multishot: true, .. })
     }
 
-    /// What no kernel could do, found before anything is submitted. `linked`: it has a successor.
+    /// Finds requests that no kernel could carry out, before submission. `linked`: it has a
+    /// successor.
     pub(crate) fn check(&self, linked: bool) -> Result<(), Error> {
         let invalid = |what| Err(Error::Invalid { what });
         match self {
@@ -414,8 +421,9 @@ impl Op {
     }
 
     /// The number of bytes below which its success is [`Outcome::Short`](crate::Outcome::Short):
-    /// exactly where the kernel breaks a chain. It does for a transfer with MSG_WAITALL, and for every
-    /// read, write or splice that is not complete (io_uring/net.c, rw.c, splice.c: `req_set_fail`).
+    /// exactly where the kernel breaks a chain. The kernel does so for a transfer with MSG_WAITALL,
+    /// and for every incomplete read, write or splice (io_uring/net.c, rw.c, splice.c:
+    /// `req_set_fail`).
     pub(crate) fn wanted(&self, linked: bool) -> Option<u32> {
         let (len, all) = match self {
             Op::Recv { memory, wait_all, .. } => (memory.len(), *wait_all),
@@ -454,13 +462,13 @@ fn check_pieces(pieces: &[Memory]) -> Result<(), Error> {
 
 const TOO_LONG: &str = "one operation moves at most 2 GiB less a page";
 
-/// An operation (or a whole [`Chain`](crate::Chain)) that was not submitted, and why. Nothing of it
-/// has reached the kernel, and its memory is in it.
+/// An operation (or a whole [`Chain`](crate::Chain)) that was not submitted, with the error. The
+/// kernel has seen nothing of it, and its memory is in it.
 #[derive(Debug)]
 pub struct Rejected<T = Op> {
-    /// Why.
+    /// The error.
     pub error: Error,
-    /// What was to be submitted.
+    /// The operation or chain.
     pub op: T,
 }
 

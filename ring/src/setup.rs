@@ -1,4 +1,4 @@
-//! From a [`Config`] to a ring that is known to do what this crate needs.
+//! Makes a ring from a [`Config`] and checks that it supports all that this crate needs.
 
 use std::fs;
 use std::io;
@@ -9,17 +9,17 @@ use crate::encode::{OPCODES, SEND_ZC_REPORT_USAGE, message};
 use crate::error::{Error, setup_error};
 use crate::key::UserData;
 
-/// How a ring is made.
+/// The configuration of a ring.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// For errors.
+    /// The ring's name in errors.
     pub name: String,
-    /// Operations in flight at most, 1 to [`OPS_MAX`].
+    /// Most operations in flight, 1 to [`OPS_MAX`].
     pub ops_max: u32,
-    /// Entries of the submission queue, at least 1; the kernel rounds up to a power of two, and down
-    /// to 32768. Also the length of a chain is limited by it.
+    /// Entries of the submission queue, at least 1; the kernel rounds up to a power of two, and
+    /// down to 32768. A chain has at most as many members.
     pub entries: u32,
-    /// The core that the calling thread is bound to from then on; none leaves it as it is.
+    /// The core that the calling thread is bound to from then on; none keeps the thread's affinity.
     pub core: Option<usize>,
 }
 
@@ -29,11 +29,11 @@ impl Default for Config {
     }
 }
 
-/// The largest [`Config::ops_max`]: what the kernel's largest completion queue (65536 entries) holds,
-/// at two completions an operation, less the slack.
+/// The largest [`Config::ops_max`]: the capacity of the kernel's largest completion queue (65536
+/// entries), at two completions an operation, less the slack.
 pub const OPS_MAX: u32 = (65536 - CQ_SLACK) / CQES_PER_OP;
 
-/// Binds the thread, makes the ring, and checks that the kernel has everything.
+/// Binds the thread, makes the ring, and checks the kernel's features.
 pub(crate) fn setup(config: &Config) -> Result<IoUring, Error> {
     if config.ops_max == 0 || config.ops_max > OPS_MAX {
         return Err(Error::Invalid { what: "ops_max is 1 to 32704" });
@@ -54,8 +54,8 @@ pub(crate) fn setup(config: &Config) -> Result<IoUring, Error> {
 /// A result and a notification.
 const CQES_PER_OP: u32 = 2;
 
-/// Room for what is not in the table: messages, wake-ups, cancellations. Beyond it the kernel keeps
-/// completions aside (NODROP) until there is room, so it limits speed only.
+/// Room for completions outside the table: messages, wake-ups, cancellations. The kernel keeps
+/// completions beyond it aside (NODROP) until there is room, so it limits speed only.
 const CQ_SLACK: u32 = 128;
 
 fn bind(core: usize) -> Result<(), Error> {
@@ -114,8 +114,8 @@ fn check_opcodes(ring: &IoUring) -> Result<(), Error> {
     Ok(())
 }
 
-/// Flags that no probe tells of are tried on a descriptor that is none: a kernel that knows the flag
-/// gets as far as EBADF, one that does not says EINVAL.
+/// Tries flags that no probe reports on an invalid descriptor: a kernel that knows the flag fails
+/// with EBADF, an older one with EINVAL.
 fn check_flags(ring: &mut IoUring) -> Result<(), Error> {
     let nowhere = types::Fd(-1);
     let send = opcode::SendZc::new(nowhere, std::ptr::null(), 0).zc_flags(SEND_ZC_REPORT_USAGE);
@@ -135,7 +135,7 @@ fn check_flags(ring: &mut IoUring) -> Result<(), Error> {
     Ok(())
 }
 
-/// Runs the one entry in the queue; whether the kernel finds it invalid.
+/// Runs the one entry in the queue; returns whether the kernel finds it invalid.
 fn try_one(ring: &mut IoUring) -> io::Result<bool> {
     loop {
         match ring.submit_and_wait(1) {
@@ -143,7 +143,7 @@ fn try_one(ring: &mut IoUring) -> io::Result<bool> {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
             Err(error) => return Err(error),
         }
-        // A send that fails may be followed by a notification, here or later; it says nothing.
+        // A send that fails may be followed by a notification, here or later, which is ignored.
         if let Some(result) = ring.completion().find(|cqe| !cqueue::notif(cqe.flags())) {
             return Ok(result.result() == -libc::EINVAL);
         }

@@ -1,17 +1,17 @@
-//! Every operation in flight, and what the kernel's completions mean for it.
+//! Every operation in flight, and the meaning of the kernel's completions for it.
 //!
 //! Invariants:
-//! - An entry is in the slab from before its queue entry is written until its terminal completion is
-//!   read; for that time it owns all the memory and descriptors that the kernel uses for it.
+//! - An entry is in the slab from before its queue entry is written until its terminal completion
+//!   is read; for that time it owns all the memory and descriptors that the kernel uses for it.
 //! - A completion finds an entry only with the entry's own generation.
-//! - A chain exists while one of its members has no result; `held` is set only meanwhile.
+//! - A chain exists while one of its members has no result; `held` is set only during that time.
 //!
 //! ```text
-//!   result, no MORE               -> gone, memory back
+//!   result, no MORE               -> removed, memory returned
 //!   result, MORE                  -> stays (zero-copy send, multishot poll)
-//!   notification                  -> gone, memory back (zero-copy send)
+//!   notification                  -> removed, memory returned (zero-copy send)
 //!   ECANCELED in a chain, culprit
-//!     not known yet               -> held, until it is
+//!     not known yet               -> held until the culprit is known
 //! ```
 
 use std::collections::VecDeque;
@@ -41,18 +41,18 @@ pub(crate) struct Table {
     chains: Slab<Links>,
     generation: Generation,
     ops_max: u32,
-    /// Storage of vectored sends that are over.
+    /// Storage of completed vectored sends.
     spare: Vec<Aside>,
-    /// Completions that found no entry. The kernel has none to send, but for one: a zero-copy send
-    /// that never started may still be followed by a notification.
+    /// Completions that found no entry. The kernel sends none, with one exception: a notification
+    /// may still follow a zero-copy send that never started.
     pub(crate) stale: u64,
 }
 
-/// What is left to do after a completion.
+/// The action that follows a completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Next {
     Nothing,
-    /// This operation was to be cancelled before it had started; it has started now.
+    /// An operation that was to be cancelled before it had started has started now.
     Cancel(Key),
 }
 
@@ -76,17 +76,17 @@ impl Table {
         self.ops_max as usize - self.entries.len()
     }
 
-    /// Takes an operation in and writes its queue entry. `aside` is the recipient of a message.
+    /// Adds an operation and writes its queue entry. `aside` is the recipient of a message.
     pub(crate) fn insert(&mut self, op: Op, token: u64, aside: Aside) -> (Key, squeue::Entry) {
         self.insert_linked(op, token, aside, None, false)
     }
 
-    /// A chain that `members` operations are then inserted into.
+    /// Begins a chain of `members` operations, which are inserted next.
     pub(crate) fn begin_chain(&mut self, members: usize) -> u32 {
         self.chains.insert(Links::new(members)) as u32
     }
 
-    /// Takes the next member of a chain in. `linked`: another one follows.
+    /// Adds the next member of a chain. `linked`: another one follows.
     pub(crate) fn insert_member(
         &mut self,
         chain: u32,
@@ -106,7 +106,7 @@ impl Table {
         self.chains[chain as usize].keys
     }
 
-    /// Marks it as to be cancelled. False if it is no longer there or was marked already.
+    /// Marks an operation as to be cancelled. False if it has ended or was marked already.
     pub(crate) fn mark_cancelled(&mut self, key: Key) -> bool {
         match self.get_mut(key) {
             Some(entry) if !entry.cancelled => {
@@ -117,16 +117,16 @@ impl Table {
         }
     }
 
-    /// Nothing more is reported about it.
+    /// Suppresses all further reports of an operation.
     pub(crate) fn mark_orphan(&mut self, key: Key) {
         if let Some(entry) = self.get_mut(key) {
             entry.orphan = true;
         }
     }
 
-    /// The kernel found nothing to cancel under this [`Key::payload`]: the operation's completion is on
-    /// its way, or it is a later member of a chain, or it is just between two of the kernel's lists and
-    /// worth another try.
+    /// The kernel found nothing to cancel under this [`Key::payload`]: the operation's completion
+    /// is pending, or it is a later member of a chain, or it is between two of the kernel's lists
+    /// and the cancellation is worth repeating.
     pub(crate) fn cancel_missed(&mut self, payload: u64) -> Next {
         let slot = payload as u32 as usize;
         let started = match self.entries.get(slot).and_then(|entry| entry.link) {
@@ -148,7 +148,7 @@ impl Table {
         }
     }
 
-    /// Applies one completion. What it means for the user is appended to `reports`.
+    /// Applies one completion. Reports for the user are appended to `reports`.
     pub(crate) fn complete(
         &mut self,
         key: Key,
@@ -181,7 +181,7 @@ impl Table {
         }
     }
 
-    /// How many of each operation are in flight.
+    /// The number of operations in flight, by kind.
     pub(crate) fn counts(&self) -> Vec<(&'static str, usize)> {
         let mut counts: Vec<(&str, usize)> = Vec::new();
         for (_, entry) in &self.entries {
@@ -231,7 +231,7 @@ impl Table {
         self.entries.get_mut(key.slot()).filter(|entry| entry.key == key)
     }
 
-    /// The result of a chain's member: whose fault is it?
+    /// Processes the result of a chain's member and finds the member at fault.
     fn complete_member(
         &mut self,
         key: Key,
@@ -246,8 +246,8 @@ impl Table {
         let outcome = match (result == -libc::ECANCELED, links.failed) {
             (true, Some(failed)) => Outcome::NotStarted { failed },
             (true, None) if !entry.cancelled => {
-                // Either the kernel refuses a later member, which is yet to say so, or it cancelled
-                // this one of its own accord.
+                // Either the kernel refuses a later member, whose result is still to come, or it
+                // cancelled this one of its own accord.
                 entry.held = Some(Held { more });
                 if links.outstanding == 0 {
                     self.blame_first_held(link.chain, reports);
@@ -284,7 +284,7 @@ impl Table {
         }
     }
 
-    /// `failed` broke the chain: the members that were held did not start because of it.
+    /// `failed` broke the chain: the held members did not start because of it.
     fn release_held(&mut self, keys: &Keys, failed: Key, reports: &mut VecDeque<Completion>) {
         for &key in keys.iter() {
             if let Some(held) = self.get_mut(key).and_then(|entry| entry.held.take()) {
@@ -293,7 +293,7 @@ impl Table {
         }
     }
 
-    /// Every member has its result, some are held and none failed: the first of those is at fault.
+    /// Every member has its result, some are held and none failed: the first held one is at fault.
     fn blame_first_held(&mut self, chain: u32, reports: &mut VecDeque<Completion>) {
         let keys = self.chains.remove(chain as usize).keys;
         let first = keys.iter().find_map(|&key| {
@@ -306,7 +306,7 @@ impl Table {
         }
     }
 
-    /// Reports to the owner, if there still is one. Without `more` this ends the operation.
+    /// Reports to the owner, unless it is gone. Without `more` this ends the operation.
     fn report(
         &mut self,
         key: Key,
@@ -352,11 +352,11 @@ struct Entry {
     orphan: bool,
     cancelled: bool,
     cancel_misses: u8,
-    /// Only its notification is to come.
+    /// The result has come; only the notification is missing.
     has_result: bool,
 }
 
-/// A result ECANCELED that waits for the chain's culprit.
+/// A result ECANCELED that waits until the chain's culprit is known.
 #[derive(Clone, Copy, Debug)]
 struct Held {
     /// A notification follows.
@@ -364,8 +364,8 @@ struct Held {
 }
 
 impl Entry {
-    /// The kernel cancels what runs in a worker thread by a signal. What the operation makes of it is
-    /// its own affair; a splice lets even the kernel's internal numbers out.
+    /// The kernel cancels operations in its worker threads with a signal. The resulting errno
+    /// depends on the operation; a splice even returns the kernel's internal numbers.
     fn interrupted(&self, result: i32) -> i32 {
         match -result {
             libc::EINTR | ERESTARTSYS..=ERESTARTNOHAND | ERESTART_RESTARTBLOCK => {
@@ -390,15 +390,14 @@ impl Entry {
     }
 }
 
-/// How often a cancellation that misses a started operation is repeated. Once has been enough; the
-/// limit keeps a mistake here from becoming a busy loop.
+/// How often a cancellation that misses a started operation is repeated. One repetition has been
+/// enough; the limit keeps a mistake here from becoming a busy loop.
 const CANCEL_MISSES_MAX: u8 = 8;
 
-/// Headers of vectored sends that are kept for the next ones.
+/// Headers of vectored sends that are kept for reuse.
 const SPARE_MAX: usize = 32;
 
-/// "Try again after the signal", of several kinds (include/linux/errno.h); not meant to be seen outside
-/// the kernel.
+/// "Try again after the signal", of several kinds (include/linux/errno.h): internal to the kernel.
 const ERESTARTSYS: i32 = 512;
 const ERESTARTNOHAND: i32 = 514;
 const ERESTART_RESTARTBLOCK: i32 = 516;
@@ -440,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn an_old_key_finds_nothing_in_its_slot() {
+    fn old_key_finds_no_operation_in_its_slot() {
         let mut table = Table::new(1);
         let (old, _) = table.insert(send_zc(), 0, Aside::Nothing);
         assert_eq!(complete(&mut table, old, 8, 0), [(0, Outcome::Done(8), true)]);
@@ -453,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn held_members_wait_for_the_culprit_with_and_without_a_notification_to_come() {
+    fn canceled_members_are_held_until_the_culprit_is_known() {
         let mut table = Table::new(4);
         let keys = chain_of(&mut table, 4);
         assert!(complete(&mut table, keys[0], -libc::ECANCELED, MORE).is_empty());
@@ -476,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_that_the_kernel_cancelled_by_itself_blames_its_first() {
+    fn chain_cancelled_by_the_kernel_blames_its_first_member() {
         let mut table = Table::new(3);
         let keys = chain_of(&mut table, 3);
         assert_eq!(complete(&mut table, keys[0], 8, 0), [(0, Outcome::Done(8), true)]);
@@ -490,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn a_short_member_with_a_notification_breaks_the_chain_at_once() {
+    fn short_zero_copy_member_breaks_the_chain_before_its_notification() {
         let mut table = Table::new(2);
         let keys = chain_of(&mut table, 2);
         let short = Outcome::Short { done: 3, wanted: 8 };
@@ -503,7 +502,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missed_cancellation_is_repeated_only_for_what_has_started_and_not_for_ever() {
+    fn missed_cancellation_is_repeated_only_after_the_start_and_up_to_a_limit() {
         let mut table = Table::new(3);
         let keys = chain_of(&mut table, 2);
         assert!(table.mark_cancelled(keys[1]));
@@ -520,7 +519,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interrupted_worker_is_a_cancelled_operation() {
+    fn interrupted_worker_reports_ecanceled() {
         let mut table = Table::new(1);
         for raw in [libc::EINTR, 512, 513, 514, 516] {
             for (cancelled, errno) in [(true, libc::ECANCELED), (false, libc::EINTR)] {

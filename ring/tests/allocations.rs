@@ -14,7 +14,7 @@ struct Counting;
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
-    /// The test runner's own thread allocates when it likes: only the test's thread counts.
+    /// Whether this thread's allocations count: the test runner's own thread allocates at any time.
     static COUNTS: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -38,7 +38,7 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 #[test]
-fn a_warm_data_path_allocates_nothing() {
+fn warm_data_path_allocates_nothing() {
     COUNTS.set(true);
     let mut ring = Ring::new(&Config::default()).expect("a ring");
     let (left, right) = UnixStream::pair().expect("a pair");
@@ -53,10 +53,10 @@ fn a_warm_data_path_allocates_nothing() {
         rounds(&mut ring, &left, &right, &mut buffers, &mut pieces);
     }
     assert_eq!(ALLOCATIONS.load(Ordering::Relaxed) - before, 0);
-    assert!(before > 0, "the counting works");
+    assert!(before > 0, "allocations are counted");
 }
 
-/// A send and a receive, alone, as a chain, and vectored.
+/// A send and a receive: alone, as a chain, and vectored.
 fn rounds(
     ring: &mut Ring,
     left: &Fd,
@@ -89,7 +89,7 @@ fn reap(ring: &mut Ring, mut count: usize, buffers: &mut Vec<Bytes>, pieces: &mu
             match completion.memory.expect("memory") {
                 Memory::Bytes(bytes) => buffers.push(bytes),
                 Memory::Pieces(back) => *pieces = back,
-                Memory::Span(_) => panic!("there is none"),
+                Memory::Span(_) => panic!("a span, and none was submitted"),
             }
             count -= 1;
         }

@@ -1,5 +1,5 @@
-//! Drives the core of this side ([`control::destination`](crate::control::destination)): what has happened goes in,
-//! what is to be done comes out and is done here.
+//! Drives the core of this side ([`control::destination`](crate::control::destination)): events go in, effects come out
+//! and are carried out here.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -25,8 +25,8 @@ use crate::statistics::Completed;
 use crate::transport::lane::Listener;
 
 impl Migration<'_> {
-    /// Goes on until everything has ended. After an error before the switchover the source is told, so
-    /// that its guest goes on there.
+    /// Runs until everything has ended. After an error before the switchover the source is notified, so that its guest
+    /// continues there.
     pub(super) fn drive(
         mut self,
         side: &mut GuestSide,
@@ -35,7 +35,7 @@ impl Migration<'_> {
         loop {
             match self.outcome.take() {
                 None => {
-                    // What is to become of the guest after a panic is decided as after any other failure.
+                    // The core decides about the guest after a panic as after any other failure.
                     let turned = panics::caught(|| self.turn(side, &mut watches_guest));
                     if let Err(error) = turned {
                         self.feed(Input::NotDone(error), side);
@@ -58,7 +58,7 @@ impl Migration<'_> {
         }
     }
 
-    /// Ends a migration that has not begun for this reason.
+    /// Ends a migration that has not begun, with this error.
     pub(super) fn give_up(mut self, error: Error, side: &mut GuestSide) -> Error {
         self.feed(Input::Failed(error), side);
         match self.outcome {
@@ -67,7 +67,7 @@ impl Migration<'_> {
         }
     }
 
-    /// Waits for something to happen, and has it handled.
+    /// Waits for an event and handles it.
     fn turn(&mut self, side: &mut GuestSide, watches_guest: &mut bool) -> Result<()> {
         let has_toucher = self.threads.toucher.is_some();
         let watched = if *watches_guest { side.watched(has_toucher) } else { Vec::new() };
@@ -107,7 +107,7 @@ impl Migration<'_> {
         Ok(())
     }
 
-    /// Has the core handle this, and whatever comes of what it has done.
+    /// Passes an event to the core, and carries out the effects and their results.
     pub(super) fn feed(&mut self, input: Input, side: &mut GuestSide) {
         let mut inputs = VecDeque::from([input]);
         while let Some(input) = inputs.pop_front() {
@@ -115,7 +115,7 @@ impl Migration<'_> {
             for effect in self.core.handle(input, &now) {
                 match self.carry_out(effect, side) {
                     Ok(result) => inputs.extend(result),
-                    // What is behind it is not done.
+                    // Later effects are dropped.
                     Err(error) => {
                         inputs.push_front(Input::NotDone(error));
                         break;
@@ -143,7 +143,7 @@ impl Migration<'_> {
         }
     }
 
-    /// What a note is to the core; none if it is nothing.
+    /// The core's event for a message; None if the core needs none.
     fn input(&mut self, note: Note) -> Option<Input> {
         Some(match note {
             Note::Received(event) => Input::Received(event),
@@ -185,7 +185,7 @@ impl Migration<'_> {
         })
     }
 
-    /// What a thread could not go on for.
+    /// The error of a thread that failed.
     fn failed(&self, error: Error) -> Input {
         match error {
             Error::Lost { ref lane, .. } => {
@@ -203,11 +203,11 @@ impl Migration<'_> {
         least.map(|(ram, bytes)| FreeSpace { ram: ram.to_owned(), bytes })
     }
 
-    /// How the guest's process has ended, which it has, or is about to.
+    /// How the guest's process ended. The process has ended, or is about to.
     fn exit(&self, side: &mut GuestSide) -> Exit {
         let has_all = self.guest.pages_missing() == 0 && !self.guest.has_missed();
-        // Its socket and its memory may be gone a moment before it is known to have ended. The status of a process
-        // that is not our child is not known.
+        // The process's socket and memory may be gone a moment before its exit is visible. The status of a process that
+        // is not a child is unknown.
         side.exits_within(ending::EXIT_PATIENCE);
         let status = side.status();
         let has_failed = match status {
@@ -231,7 +231,7 @@ impl Migration<'_> {
         }
     }
 
-    /// Does one thing. What comes of it goes back to the core.
+    /// Carries out one effect. Results go back to the core.
     fn carry_out(&mut self, effect: Effect, side: &mut GuestSide) -> Result<Option<Input>> {
         match effect {
             Effect::Prepare => self.host.prepare(),
@@ -250,6 +250,7 @@ impl Migration<'_> {
                 return Ok(Some(Input::PagesSettled));
             }
             Effect::Load(state) => self.host.load_state(state),
+            Effect::RequestPages => self.threads.command(Command::RequestPages),
             Effect::Run => self.host.run(),
             Effect::StayAwake => {
                 self.awake = self.awake.take().or_else(|| idle::stay_awake(self.idle_cores));
@@ -277,11 +278,11 @@ impl Migration<'_> {
             }
             Effect::Doom => side.doom()?,
             Effect::Keep => side.keep()?,
-            // Where this fails its process ends, as its side is told by the same socket.
+            // If this fails, the process ends: its side is notified through the same socket.
             Effect::LetWait => drop(side.keep()),
             Effect::TakeUp => {
                 self.guest.touch_again()?;
-                // Those who serve faults read them from here on.
+                // From here on the fault threads read the userfaultfds.
                 self.guest.wake_all()?;
                 return Ok(Some(Input::TakenUp));
             }
@@ -346,7 +347,7 @@ impl Migration<'_> {
         Ok(None)
     }
 
-    /// What is said once everything is here.
+    /// The report once every page is here.
     pub(super) fn completion(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         if self.is_checked && self.digests_are_known {

@@ -1,4 +1,4 @@
-//! The destination as a part of another program: its memory, its monitor's answers, its sockets.
+//! The destination as a part of another program, which provides the memory, the monitor's answers and the sockets.
 
 use crate::error;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,26 +23,26 @@ use crate::statistics::Completed;
 use crate::transport::lane::{self, HELLO_TIMEOUT, HelloBytes, Lane, Listener};
 use crate::transport::secure::{self, ServerAuth};
 
-/// Where the source comes in.
+/// Where the source connects.
 pub(crate) enum Entrance {
     Listener(Listener),
-    /// One for each lane, the demand lane's first.
+    /// One socket a lane, the demand lane's first.
     Connections(Vec<OwnedFd>),
 }
 
-/// What to receive, and how.
+/// The options of an embedded destination.
 pub(crate) struct IncomingConfig {
     pub(crate) entrance: Entrance,
     pub(crate) handed: Vec<Handed>,
-    /// Bulk lanes that a source may open at an address.
+    /// The most bulk lanes that a source may open at an address.
     pub(crate) lanes_max: u16,
-    /// Go on over other connections when these are lost after the switchover.
+    /// Continue over other connections if these are lost after the switchover.
     pub(crate) recovers: bool,
     /// As in [`Options`](super::Options).
     pub(crate) cores: Vec<usize>,
 }
 
-/// Receives one guest into memory of this process. Nothing of it runs any more when this returns.
+/// Receives one guest into memory of this process. No thread of the migration runs when this returns.
 pub(crate) fn receive(
     reception: IncomingConfig,
     embedder: &Arc<dyn Embedder>,
@@ -53,7 +53,7 @@ pub(crate) fn receive(
     embedder.answers(Box::new(move |answer| post.send(Note::Host(answer))));
     let output = embedder.clone().output();
     let mut prepared = Prepared::here(handed)?;
-    // Who may connect is the program's own matter: it can give connections that it has secured.
+    // The program is responsible for who may connect: it can give connections that it has secured.
     let guard = Arc::new(ServerAuth::default());
     let lanes = match entrance {
         Entrance::Listener(listener) => accept::Entrance::Listener(listener).accept(
@@ -78,7 +78,7 @@ pub(crate) fn receive(
     let (receiver, adopted) = accept::compare(&lanes.demand, &inbox, &mut prepared, STEP_TIMEOUT)?;
     let asking = embedder.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));
-    // How deeply the whole machine sleeps is the monitor's affair.
+    // The monitor is responsible for the machine's idle states.
     let idle_cores = IdleCores::Sleep;
     let watch = Watch::new(Role::Destination, false, None);
     let plan = Plan {
@@ -89,7 +89,7 @@ pub(crate) fn receive(
         quiet: true,
         step_timeout: STEP_TIMEOUT,
     };
-    let open = Open { lanes, guard, receiver, adopted, keeping: None };
+    let open = Open { lanes, guard, receiver, adopted, keeping: None, runs_itself: false };
     let migration = Migration::start(&plan, output, &inbox, open, host, &mut prepared.side)?;
     embedder.connected_by(migration.link.severable());
     embedder.watch(migration.guest.counters.clone(), migration.guest.total_bytes());
@@ -103,32 +103,32 @@ pub(crate) fn receive(
                 LinkOrder::Resume => Note::Resume(None),
                 LinkOrder::Listen(listener) => Note::Listen(listener),
                 LinkOrder::Reconnect(sockets) => Note::Reconnect(sockets),
-                LinkOrder::Dial(_) => unreachable!("a destination dials nobody"),
+                LinkOrder::Dial(_) => unreachable!("a destination does not dial"),
             });
             Ok(())
         }),
     );
-    // Nothing is kept of a session here that a source could come back to.
+    // This side keeps no session that a source could resume.
     let (report, _) = migration.drive(&mut prepared.side)?;
     report.check_digests().map(|()| report)
 }
 
-/// Whether there are checksums is the source's choice.
+/// The source chooses whether there are checksums.
 fn terms(lanes_max: u16, recovers: bool) -> Terms {
     Terms { lanes_max, recovers, checksum: false }
 }
 
-/// Opens a lane on each of several connections. The source may come at any time.
+/// Opens a lane on each of several connections. The source may send its hellos at any time.
 fn accept_connected(sockets: Vec<OwnedFd>, recovers: bool, inbox: &Inbox<Note>) -> Result<Lanes> {
-    let count = u16::try_from(sockets.len()).expect("checked when they were given") - 1;
+    let count = u16::try_from(sockets.len()).expect("their number is checked") - 1;
     let mut first: Option<Hello> = None;
     let mut lanes = Vec::new();
     for (index, socket) in (0..).zip(sockets) {
         let role = if index == 0 { LaneRole::Demand } else { LaneRole::Bulk };
         let mut lane = Lane::new(socket, error::lane_name(role, index))?;
-        // Who has come says all of them.
+        // A source that has sent one hello sends all of them promptly.
         let deadline = first.as_ref().map(|_| Instant::now() + HELLO_TIMEOUT);
-        let hello = hear(&lane, inbox, deadline)?;
+        let hello = read_hello(&lane, inbox, deadline)?;
         let session = first.as_ref().map_or(hello.session, |first| first.session);
         let is_expected = hello.role == role
             && hello.index == index
@@ -154,9 +154,9 @@ fn accept_connected(sockets: Vec<OwnedFd>, recovers: bool, inbox: &Inbox<Note>) 
     Ok(Lanes { demand, bulk, hello, certificate: None, door: None })
 }
 
-/// What the source says that a connection is for: until then, or, without a limit, for [`HELLO_TIMEOUT`] from its first
-/// byte on.
-fn hear(lane: &Lane, inbox: &Inbox<Note>, mut deadline: Option<Instant>) -> Result<Hello> {
+/// Reads the purpose of a connection from the source's hello: until `deadline`, or, without one, for [`HELLO_TIMEOUT`]
+/// from the first byte on.
+fn read_hello(lane: &Lane, inbox: &Inbox<Note>, mut deadline: Option<Instant>) -> Result<Hello> {
     let mut bytes = HelloBytes::new();
     let lost = |why: String| Error::Lost {
         side: "source",
@@ -167,7 +167,7 @@ fn hear(lane: &Lane, inbox: &Inbox<Note>, mut deadline: Option<Instant>) -> Resu
         match inbox.wait(&[lane.as_fd()], accept::left(deadline, &lost)?)? {
             Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
             Wake::Ready(_) => {}
-            // Nobody posts before there are workers.
+            // No message arrives before there are workers.
             Wake::Message(_) | Wake::Timeout => continue,
         }
         match bytes.read(lane) {

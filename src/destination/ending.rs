@@ -1,4 +1,4 @@
-//! How a migration ends at the destination: threads end, and what happened is told.
+//! The end of a migration at the destination: threads end, and the result is reported.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering::Relaxed;
@@ -15,12 +15,12 @@ use crate::runtime::worker;
 use crate::statistics::{Completed, CpuTime};
 use crate::transport::lane;
 
-/// How long a process may take to end whose memory is gone.
+/// How long a process without its memory may take to end.
 pub(super) const EXIT_PATIENCE: Duration = Duration::from_secs(5);
 
 impl Migration<'_> {
-    /// Ends the threads. What was to be sent still goes out, the reason of a failure last, by us if
-    /// the demand thread is the one that failed.
+    /// Ends the threads. Queued frames are still sent, the fault frame last; this thread sends it if the demand thread
+    /// is the one that failed.
     pub(super) fn end(&mut self, told: Option<&Fault>, has_failed: bool) {
         let threads = &mut self.threads;
         if let Some(fault) = told {
@@ -44,7 +44,7 @@ impl Migration<'_> {
             lane::tell_fault(socket, self.is_checked, fault.clone());
         }
         let mut latencies = latencies.unwrap_or_else(Latencies::new);
-        // After the demand thread, which tells them of pages.
+        // After the demand thread, which sends these threads pages.
         threads.fault_wakers.iter().for_each(Waker::wake);
         for thread in threads.fault_threads.drain(..) {
             if let Ok(Some(shard)) = thread.join() {

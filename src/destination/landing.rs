@@ -1,10 +1,10 @@
 //! Receives one lane: pages into guest memory, everything else into small buffers.
 //!
-//! # The ways of a lane
+//! # Landing methods
 //!
-//! A lane's bytes take one of four ways from its socket into guest memory. The way is chosen once, when the reader
-//! is made, from what the lane is and what the memory can do ([`Choice::of`]); what exists only in one way lies in
-//! its variant of [`Way`], and its file begins with the invariant that its `assert_invariants` asserts.
+//! A lane's bytes take one of four paths from its socket into guest memory. The path is chosen once, when the reader is
+//! made, from the lane's properties and the memory's kind ([`Choice::of`]). State of a single path lies in its variant
+//! of [`Way`], and its file begins with the invariant that its `assert_invariants` asserts.
 //!
 //! ```text
 //!           from the socket         by way of                     into
@@ -17,29 +17,28 @@
 //! ```
 //!
 //! - [Exact](exact): lanes of pages that are too large for a buffer, and bulk lanes of huge pages. A run is received
-//!   *in place*, into the file's mapping, with the receive of the next header linked behind it, so that the kernel goes
-//!   on without us; or it is *staged*: received whole into a buffer, from which it is written or copied in.
-//! - [Read ahead](ahead): the other demand lanes, and bulk lanes of small pages. A receive takes whatever is there into
-//!   a buffer that stays in the processor's cache. Pages are written to the file, or copied in, from there; a page that
-//!   a vCPU waits for is given to the guest from there.
-//! - [Spliced](spliced): bulk lanes of small pages of files, without checksums. They are read ahead, and what is left of
-//!   a long run, beyond what has been read ahead, goes through a pipe into the file.
-//! - [Records](records): bulk lanes of TLS. Records are decrypted in the buffer that they were received into, and their
-//!   contents go on as if they had been read ahead. Of a huge page what is there is written as it comes.
+//!   *in place*, into the file's mapping; the receive of the next header is linked behind it, so the kernel continues
+//!   without this thread. Or the run is *staged*: received whole into a buffer, from which it is written or copied in.
+//! - [Read ahead](ahead): the other demand lanes, and bulk lanes of small pages. A receive takes all available bytes
+//!   into a buffer that stays in the processor's cache. From there pages are written to the file, or copied in; a page
+//!   that a vCPU waits for is copied into the guest.
+//! - [Spliced](spliced): bulk lanes of small pages of files, without checksums. They are read ahead; the rest of a long
+//!   run, beyond the bytes read ahead, goes through a pipe into the file.
+//! - [Records](records): bulk lanes of TLS. Records are decrypted in their receive buffer, and the plaintext is handled
+//!   like bytes read ahead. The bytes of a huge page are written as they arrive.
 //!
-//! Small pages come in two steps, which is faster than one: a receive into fresh small pages faults on every
-//! one of them, and has it zeroed first (`umem-perf floor` compares the ways). The wire's receiver promises that a
-//! header follows every run.
+//! Small pages take two steps, which is faster than one: a receive into fresh small pages faults on each page and has
+//! it zeroed first (`umem-perf floor` compares the methods). The wire's receiver guarantees that a header follows every
+//! run.
 //!
-//! # What holds in every way
+//! # Common rules
 //!
-//! On a lane that is checked a run is whole, and its pages add up, before any of them goes further: what is
-//! read ahead or staged is not written before that, and what was received in place is not cached, so that it
-//! goes back with all else that was landing (`GuestMemory::roll_back`).
+//! With checksums a run is whole, and its checksum verified, before any page of it goes further. A run that was read
+//! ahead or staged is not written before that. A run that was received in place is not cached before that; after an
+//! error it is rolled back with everything else in state Landing (`GuestMemory::roll_back`).
 //!
-//! A run that cannot be placed at once, as the guest is changing its mappings or private memory has no room, waits
-//! for a timer ([`Pause`]), and nothing further is taken from the lane meanwhile: the thread goes on with what else it
-//! does.
+//! A run that cannot be placed at once (the guest is changing its mappings, or private memory has no room) waits for a
+//! timer ([`Pause`]). Until then the reader takes nothing more from the lane, and the thread does its other work.
 
 mod ahead;
 mod buffer;
@@ -81,17 +80,17 @@ pub(crate) const TOKEN_AHEAD: u64 = 3;
 pub(crate) const TOKEN_READABLE: u64 = 4;
 pub(crate) const TOKEN_FREE: u64 = 16;
 
-/// The longest run, which a buffer has to hold: 2 MiB.
+/// The longest run, which a buffer must hold: 2 MiB.
 const STAGING_BYTES: usize = 2 << 20;
 const _: () = assert!(STAGING_BYTES as u64 == umem_wire::limits::RUN_BYTES_MAX);
 
-/// One lane's receiving end.
+/// The receiving end of one lane.
 pub(crate) struct LaneReader {
     core: LaneCore,
     way: Way,
 }
 
-/// How a lane's bytes get from its socket into guest memory.
+/// The path of a lane's bytes from its socket into guest memory.
 enum Way {
     Exact(Exact),
     Ahead(ReadAhead),
@@ -99,7 +98,7 @@ enum Way {
     Records(Records),
 }
 
-/// The names of the ways: what is chosen before any of them is made.
+/// The names of the paths, as chosen before one is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Choice {
     Exact,
@@ -108,25 +107,25 @@ enum Choice {
     Records,
 }
 
-/// What a lane's way depends on, beside the memory.
+/// The properties that decide a lane's path, besides the memory.
 #[derive(Clone, Copy, Debug)]
 struct Facts {
     role: LaneRole,
-    /// Records of TLS come on the socket. (A demand lane of TLS is decrypted before it gets here.)
+    /// The socket carries TLS records. (A demand lane of TLS is decrypted before this reader.)
     is_secured: bool,
-    /// The lane has checksums: every byte has to be looked at.
+    /// The lane has checksums: the CPU must read every byte.
     is_checked: bool,
 }
 
 impl Choice {
-    /// The way of a lane into these regions.
+    /// The path of a lane into these regions.
     fn of(facts: Facts, regions: impl Iterator<Item = RegionMemory> + Clone) -> Choice {
         let all = |can: fn(RegionMemory) -> bool| regions.clone().all(can);
         match facts.role {
             _ if facts.is_secured => Choice::Records,
-            // Whole pages of every region have to fit in the buffer.
+            // Whole pages of every region must fit in the buffer.
             _ if !all(fits_ahead) => Choice::Exact,
-            // An answer and its header take one receive, whatever the pages are.
+            // One receive takes an answer with its header, for any page size.
             LaneRole::Demand => Choice::Ahead,
             LaneRole::Bulk if !all(|memory| !memory.is_received_into()) => Choice::Exact,
             LaneRole::Bulk if !facts.is_checked && all(RegionMemory::can_be_spliced) => {
@@ -137,22 +136,22 @@ impl Choice {
     }
 }
 
-/// A page that was [given](GuestMemory::give), and when it had come.
+/// A page that was [given](GuestMemory::give), with its arrival time.
 pub(crate) struct Given {
     pub(crate) page: PageId,
     pub(crate) arrived: Instant,
 }
 
-/// What a lane brought, beside the pages, which are in place already.
+/// Items of a lane besides pages, which are in place already.
 pub(crate) enum Arrived {
-    /// A run is cached; `last` when it was the guest's last.
+    /// A run is cached; `last` if it completed the guest.
     Run { range: PageRange, last: bool },
-    /// Anything else that the wire's receiver reported.
+    /// Any other item of the wire's receiver.
     Other(Event),
 }
 
 impl LaneReader {
-    /// A bulk lane, from its beginning; `before` is what has been read of it already.
+    /// A bulk lane, from its beginning; `before` holds the bytes that have been read of it.
     pub(crate) fn bulk(
         lane: &Lane,
         regions: &RegionTable,
@@ -190,7 +189,7 @@ impl LaneReader {
         LaneReader { core: LaneCore::new(lane, receiver, guest, facts.role), way }
     }
 
-    /// The demand lane, with a receiver that has read its beginning already.
+    /// The demand lane, with a receiver that has read its beginning.
     pub(crate) fn demand(lane: &Lane, receiver: Receiver, guest: Arc<GuestMemory>) -> LaneReader {
         let role = LaneRole::Demand;
         let facts = Facts { role, is_secured: false, is_checked: receiver.is_checked() };
@@ -208,19 +207,20 @@ impl LaneReader {
         LaneReader { core: LaneCore::new(lane, receiver, guest, role), way }
     }
 
-    /// Both sides check what comes.
+    /// Turns checksums on.
     pub(crate) fn is_checked(&self) -> bool {
         self.core.receiver.is_checked()
     }
 
-    /// No operation of this lane is left, nor a run that has come and is not in place: after an error
-    /// [`Error::Lost`](crate::error::Error::Lost) this becomes true by itself, and nothing reaches a page any more.
+    /// No operation of this lane is in flight, and no received run is still to be placed. After an error
+    /// [`Error::Lost`](crate::error::Error::Lost) this becomes true without further calls, and no page is written any
+    /// more.
     pub(crate) fn is_quiet(&self) -> bool {
         self.core.in_flight() == 0
     }
 
-    /// After a loss, when it is quiet: of a run that breaks off, the pages that were read ahead and have
-    /// been copied in are here for good, and count. The others are as if they had never begun to come.
+    /// After a loss, when quiet: of an incomplete run, the pages that were read ahead and copied in stay and count. The
+    /// other pages of the run become Missing again.
     pub(crate) fn settle(
         &mut self,
         wake: impl FnMut(PageId),
@@ -229,7 +229,7 @@ impl LaneReader {
         self.core.settle(&mut Callbacks { wake, arrived })
     }
 
-    /// What has been read beyond the lane's end.
+    /// The bytes that were read beyond the lane's end.
     pub(crate) fn into_ahead(self) -> Option<Channel> {
         let channel = match self.way {
             Way::Exact(_) => return None,
@@ -240,8 +240,8 @@ impl LaneReader {
         Some(channel).filter(Channel::is_at_rest)
     }
 
-    /// Calls `each` with the pages that whoever waited for them sees already, since the last call, and returns how
-    /// many they are. `wake` has not got them.
+    /// Calls `each` with the pages that were made visible to their waiting vCPUs since the last call, and returns their
+    /// number. `wake` does not get these pages.
     pub(crate) fn take_given(&mut self, each: impl FnMut(Given)) -> usize {
         let Way::Ahead(way) = &mut self.way else { return 0 };
         let count = way.given.len();
@@ -249,7 +249,7 @@ impl LaneReader {
         count
     }
 
-    /// What is sent the other way, as it leaves.
+    /// Transforms outgoing bytes.
     pub(crate) fn sealed(&mut self, bytes: Vec<u8>) -> Result<Memory> {
         let Way::Records(way) = &mut self.way else { return Ok(Memory::from(bytes)) };
         match way.buffer.channel.sealed(&bytes) {
@@ -258,22 +258,21 @@ impl LaneReader {
         }
     }
 
-    /// With TLS, when nothing is on its way to the source: tells it what is wrong with what it sent, if it is,
-    /// or else that nothing more comes.
+    /// With TLS, when no send is in flight: queues a TLS alert about the error, or otherwise close_notify.
     pub(crate) fn part(&mut self, socket: &OwnedFd) {
         if let Way::Records(way) = &mut self.way {
             way.buffer.channel.part(socket);
         }
     }
 
-    /// Takes what has been read already, and starts the first receive.
+    /// Takes the bytes that have been read, and starts the first receive.
     pub(crate) fn begin(
         &mut self,
         ring: &mut Ring,
         wake: impl FnMut(PageId),
         arrived: impl FnMut(Arrived) -> Result<()>,
     ) -> Result<()> {
-        let begun = self.go_on(ring, &mut Callbacks { wake, arrived });
+        let begun = self.proceed(ring, &mut Callbacks { wake, arrived });
         self.noticed(begun)
     }
 
@@ -288,8 +287,8 @@ impl LaneReader {
         }
     }
 
-    /// Takes a completion with one of the reader's tokens. `wake` gets each page that a vCPU waits
-    /// for and that is now cached, `arrived` all that came.
+    /// Takes a completion with one of the reader's tokens. `wake` gets each page that a vCPU waits for and that is now
+    /// cached; `arrived` gets all items.
     pub(crate) fn complete(
         &mut self,
         ring: &mut Ring,
@@ -314,7 +313,7 @@ impl LaneReader {
         result
     }
 
-    /// Asserts the invariant of the lane's way, unless the lane has failed.
+    /// Asserts the invariant of the lane's path, unless the lane has failed.
     fn assert_invariants(&self) {
         let core = &self.core;
         if !core.is_good() {
@@ -362,19 +361,19 @@ impl LaneReader {
         }
     }
 
-    /// The timer of a pause has run out.
+    /// The timer of a pause has expired.
     fn resume(&mut self, ring: &mut Ring, sink: &mut impl Sink) -> Result<()> {
         match self.core.end_pause() {
-            // The header of a run has come, and nothing of it will.
+            // The header of a run has arrived, and its bytes will not.
             Pause::Room if self.core.guest.lanes_are_down() => {
                 Err(self.core.lost("given up with the other lanes".into()))
             }
-            Pause::Room | Pause::Events => self.go_on(ring, sink),
+            Pause::Room | Pause::Events => self.proceed(ring, sink),
         }
     }
 
-    /// Takes what is here already, then receives more.
-    fn go_on(&mut self, ring: &mut Ring, sink: &mut impl Sink) -> Result<()> {
+    /// Takes the bytes that are here, then receives more.
+    fn proceed(&mut self, ring: &mut Ring, sink: &mut impl Sink) -> Result<()> {
         let core = &mut self.core;
         match &mut self.way {
             Way::Exact(way) => way.go_on(core, ring, sink),

@@ -1,5 +1,5 @@
-//! The destination's lanes, the door through which others come, and the threads that lanes have. What becomes of
-//! them is decided elsewhere (`control::destination::link`).
+//! The destination's lanes, the door through which new lanes arrive, and the threads of lanes.
+//! `control::destination::link` decides about them.
 
 use std::borrow::Cow;
 use std::net::SocketAddr;
@@ -21,28 +21,28 @@ use crate::transport::lane::{Listener, Severable};
 use crate::transport::secure::{ServerAuth, WayIn};
 use crate::transport::uri::Uri;
 
-/// The lanes of the session, or their absence.
+/// The session's lanes, or their absence.
 pub(super) struct Link {
     pub(super) recovers: bool,
-    /// The demand lane's, of the last attempt that has come to something.
+    /// The demand lane's hello of the last successful attempt.
     hello: Hello,
-    /// What those who come have to show.
+    /// What new connections must present.
     guard: Arc<ServerAuth>,
-    /// Who began the session, where TLS is asked for.
+    /// The identity of the peer that began the session, with TLS.
     certificate: Option<Vec<u8>>,
-    /// None where there were connections, which cannot be opened again, and no others have been given.
+    /// None for given connections, which cannot be reopened, until new ones are given.
     door: Option<LaneAcceptor>,
     pub(super) sockets: Severable,
-    /// All lanes of one attempt, which wait until nothing is left of those before.
+    /// All lanes of one attempt. They wait until the old lanes are released.
     arrived: Option<Lanes>,
-    /// Where the source is to come in, before that is decided.
+    /// The place for the source to connect to, before the core decides.
     offer: Option<Offer>,
 }
 
-/// A place where the source could come in.
+/// A place that the source can connect to.
 pub(super) enum Offer {
     Listener(Listener),
-    /// One for each lane.
+    /// One socket a lane.
     Connections(Vec<OwnedFd>),
 }
 
@@ -56,7 +56,7 @@ impl Link {
         }
     }
 
-    /// Of a session whose process is gone: there are no lanes, and nothing of those before is left.
+    /// The link of a session whose process is gone: without lanes, old or new.
     pub(super) fn taken_over(
         hello: Hello,
         guard: Arc<ServerAuth>,
@@ -66,7 +66,7 @@ impl Link {
         Link::down(hello, guard, certificate, Some(door))
     }
 
-    /// One that recovers and has no lanes.
+    /// A link that recovers and has no lanes.
     fn down(
         hello: Hello,
         guard: Arc<ServerAuth>,
@@ -85,22 +85,22 @@ impl Link {
         }
     }
 
-    /// The source asked for checksums, which a destination always has.
+    /// The source asked for checksums; a destination always supports them.
     pub(super) fn is_checked(&self) -> bool {
         self.hello.capabilities.contains(Capabilities::CHECKSUM)
     }
 
-    /// The source's digests count what this side's do.
+    /// Whether the source's digests count the same pages as this side's, zeroes and holes included.
     pub(super) fn has_whole_digests(&self) -> bool {
         self.hello.capabilities.contains(Capabilities::WHOLE_DIGESTS)
     }
 
-    /// For who may have to end the lanes.
+    /// A handle that can end the lanes.
     pub(super) fn severable(&self) -> Severable {
         self.sockets.clone()
     }
 
-    /// How lanes come in that replace lost ones.
+    /// Where lanes that replace lost ones arrive.
     pub(super) fn entrance(&self) -> Option<Entrance> {
         self.door.as_ref().map(|door| match door.is_of_connections() {
             true => Entrance::Given,
@@ -108,17 +108,17 @@ impl Link {
         })
     }
 
-    /// Connections that were given are of no use any more.
+    /// Given connections are unusable now.
     pub(super) fn forget_given(&mut self) {
         self.door.take_if(|door| door.is_of_connections());
     }
 
-    /// Everything is here: where a source comes in that has not heard of it, if it can come.
+    /// The guest is complete: the place where a source that missed the completion can connect, if there is one.
     pub(super) fn leave(&mut self) -> Option<LaneAcceptor> {
         self.door.take_if(|door| !door.is_of_connections())
     }
 
-    /// Where new lanes come in: what is ready is for [`answer`](Link::answer).
+    /// Descriptors to poll for new lanes; [`answer`](Link::answer) handles the ready one.
     pub(super) fn fds(&self) -> Vec<Interest<'_>> {
         self.door.as_ref().map_or_else(Vec::new, LaneAcceptor::fds)
     }
@@ -127,12 +127,12 @@ impl Link {
         self.door.as_mut().map_or(Ok(()), |door| door.answer(index))
     }
 
-    /// When [`look`](Link::look) has something to do at the latest.
+    /// The latest time for the next [`look`](Link::look).
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.door.as_ref().and_then(LaneAcceptor::next_deadline)
     }
 
-    /// Looks at who has come in, and says whether that is news. Whoever comes is refused for that reason.
+    /// Handles new connections, and returns a change of state. With `refusal` every connection is refused.
     pub(super) fn look(
         &mut self,
         refusal: Option<(FaultCode, Cow<'static, str>)>,
@@ -151,7 +151,7 @@ impl Link {
         self.arrived = None;
     }
 
-    /// The source could come in here.
+    /// Sets the place where the source can connect.
     pub(super) fn offer(&mut self, offer: Offer) {
         self.offer = Some(offer);
     }
@@ -160,7 +160,7 @@ impl Link {
         self.offer = None;
     }
 
-    /// Listens elsewhere, where whoever may not come in here may not either. The answer is the address.
+    /// Listens on another address with the same access rules. Returns the address.
     pub(super) fn bind(
         &mut self,
         uri: &Uri,
@@ -176,7 +176,7 @@ impl Link {
         Ok(uri.to_string())
     }
 
-    /// Takes lanes of this session where they were offered.
+    /// Takes lanes of this session from the connections that were offered.
     pub(super) fn open(&mut self, output: &Output) {
         let (guard, certificate) = (self.guard.clone(), self.certificate.clone());
         self.door = self.offer.take().map(|offer| match offer {
@@ -191,21 +191,21 @@ impl Link {
 }
 
 impl Migration<'_> {
-    /// Cuts all lanes. The bulk threads have ended when this returns; the demand thread says when it has let go of
+    /// Cuts all lanes. The bulk threads have ended when this returns; the demand thread reports when it has released
     /// its lane.
     pub(super) fn sever(&mut self) {
         self.guest.set_lanes_down(true);
         self.link.sockets.sever();
         self.threads.bulk_wakers.clear();
         for thread in self.threads.bulk_threads.drain(..) {
-            // What it has failed of comes as a note.
+            // A failure of the thread arrives as a message.
             let _ = thread.join();
         }
         self.progress.phase("waiting");
         self.progress.watch().entered(CUT);
     }
 
-    /// Goes on over the lanes that have come in.
+    /// Continues over the lanes that have arrived.
     pub(super) fn reconnect(&mut self, standing: Standing, is_complete: bool) -> Result<()> {
         let Some(lanes) = self.link.arrived.take() else { return Ok(()) };
         self.guest.set_lanes_down(false);

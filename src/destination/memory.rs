@@ -1,12 +1,12 @@
 //! The guest's memory at the destination, shared by the threads that fill it.
 //!
-//! The order of steps for any run of pages, whoever receives it: [`begin`](GuestMemory::begin) before
-//! its first byte, [`place`](GuestMemory::place) for bytes that wait in a buffer,
-//! [`finish`](GuestMemory::finish) after its last, and [`mark`](GuestMemory::mark) for each page that
-//! a vCPU waits for. A page that a vCPU waits for may be [given](GuestMemory::give) instead, which is all of that
-//! but for what [`finish_given`](GuestMemory::finish_given) counts.
+//! The order of steps for any run of pages, in every thread: [`begin`](GuestMemory::begin) before its first byte,
+//! [`place`](GuestMemory::place) for bytes in a buffer, [`finish`](GuestMemory::finish) after its last byte, and
+//! [`mark`](GuestMemory::mark) for each page that a vCPU waits for. Such a page may instead be
+//! [given](GuestMemory::give), which does all of that except the counting in
+//! [`finish_given`](GuestMemory::finish_given).
 //!
-//! What the kinds of memory differ in:
+//! Differences between the kinds of memory:
 //!
 //! | | shared | private | anonymous |
 //! |---|---|---|---|
@@ -15,12 +15,12 @@
 //! | a page of zeroes | stays a hole | UFFDIO_ZEROPAGE | nothing, until a vCPU waits |
 //! | its block leaves the userfaultfd with its last page | cached | released ([`touch`]) | cached |
 //!
-//! **Discards.** The guest side may discard pages at any time (balloon, MADV_DONTNEED). The kernel
-//! reports that, waits until the report has been read, and then removes the pages. So the reports are read with
-//! the *gate* of their userfaultfd closed, and are carried out in the page states before it opens; who makes pages
-//! visible, or cached, holds it open. A page is then either so before its report is read, and the kernel removes
-//! it, or known to be discarded. The thread that reads the reports needs no gate for what it makes visible itself
-//! ([`mark`](GuestMemory::mark), [`give`](GuestMemory::give)).
+//! **Discards.** The guest's process may discard pages at any time (balloon, MADV_DONTNEED). The kernel reports a
+//! discard, waits until the report has been read, and then removes the pages. So a thread reads reports with the *gate*
+//! of their userfaultfd closed, and applies them to the page states before it opens the gate. A thread that makes pages
+//! visible, or cached, holds the gate open. So a page either becomes visible before its discard is read, and the kernel
+//! removes it, or its discard is known. The thread that reads the reports needs no gate for pages that it makes visible
+//! itself ([`mark`](GuestMemory::mark), [`give`](GuestMemory::give)).
 
 #[cfg(test)]
 pub(super) mod fixture;
@@ -54,48 +54,48 @@ use rounds::Rounds;
 pub(crate) use rounds::check as check_rounds;
 use takeover::Told;
 
-/// A page that could not be made visible because events were pending is tried again after the next
-/// events, or after this long.
+/// Delay before a page that could not be made visible because of pending events is tried again; further events end the
+/// delay early.
 pub(crate) const RETRY_INTERVAL: Duration = Duration::from_micros(200);
 
-/// The same where there is no memory to make it visible with: somebody has to make room first.
+/// The same delay for want of memory: memory must be freed first.
 pub(crate) const SHORTAGE_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Private memory: what has landed in the file and is not released yet. Bulk lanes pause above this,
-/// so that the guest's memory is never twice in this machine; demanded pages go on.
+/// Private memory: the limit of bytes that have landed in the file and are not released. Bulk lanes pause above it, so
+/// that the guest's memory is never in this machine twice; demanded pages continue.
 pub(crate) const SPARE_BYTES_MAX: u64 = 64 << 20;
 
-/// The largest pages that can be copied in: they wait whole in a buffer.
+/// The largest page size that can be copied in: a page waits whole in a buffer.
 pub(crate) const COPIED_PAGE_BYTES_MAX: u64 = 2 << 20;
 
-/// All regions, in the order of the source's table, so that ids on the wire are indices here.
+/// All regions, in the order of the source's table, so that region ids on the wire are indices.
 pub(crate) struct GuestMemory {
     pub(crate) regions: Vec<GuestRegion>,
     pub(crate) sources: Vec<FaultSource>,
     pub(crate) counters: Arc<Counters>,
-    /// With checksums: what all that has landed comes to.
+    /// With checksums: the sums of all landed pages.
     pub(crate) digests: Digests,
-    /// Private memory: bytes that have landed and are not released, and the most that ever were.
+    /// Private memory: bytes that have landed and are not released, and their maximum.
     spare_bytes: AtomicU64,
     spare_bytes_max: AtomicU64,
     release_bytes: AtomicU64,
-    /// Private memory: who maps, touches and releases what has landed.
+    /// Private memory: the thread that maps, touches and releases landed pages.
     touch: OnceLock<TouchQueue>,
-    /// The lanes are lost: whoever waits to receive something there gives up.
+    /// The lanes are lost: threads stop waiting for their receives.
     lanes_are_down: AtomicBool,
-    /// Bulk lanes bring records of TLS, which no page is received from in place.
+    /// Bulk lanes carry TLS records, from which no page is received in place.
     comes_in_records: AtomicBool,
     unmapped_bytes: AtomicU64,
-    /// Why pages that have come cannot be made visible for want of memory, until somebody has heard of it.
+    /// Why received pages cannot be made visible for want of memory, until it has been reported.
     shortage: Mutex<Option<String>>,
-    /// Pages come while the source's guest runs, before they come once.
+    /// Pages arrive in rounds while the source's guest runs, before each arrives once.
     rounds: Option<Rounds>,
-    /// Where another process may have to go on: what has come, for its report ([`Told`]).
+    /// For a takeover: the record of cached pages, for the next process's report ([`Told`]).
     told: Option<AtomicWords>,
     pages_total: u64,
 }
 
-/// A page, packed for the journey through another ring's completion queue.
+/// A page, packed for another ring's completion queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct PageId {
     pub(crate) region: RegionId,
@@ -137,12 +137,12 @@ impl GuestMemory {
         }
     }
 
-    /// The memory is the process `pid`'s. Without this it is this process's.
+    /// The memory belongs to process `pid`. Without this call it belongs to this process.
     pub(crate) fn belongs_to(&mut self, pid: u32) {
         self.sources.iter_mut().for_each(|source| source.belongs_to(pid));
     }
 
-    /// Pages that were asked for have come.
+    /// Demanded pages have arrived.
     pub(crate) fn count_demand(&self, pages: u64) {
         Counters::add(&self.counters.pages_demand, pages);
         self.tell(Told::PagesDemand, pages);
@@ -168,7 +168,7 @@ impl GuestMemory {
         self.regions.iter().any(is_sharded)
     }
 
-    /// The region and the offset in it of an address of the guest's process.
+    /// The region and offset of an address of the guest's process.
     fn locate(&self, address: u64) -> Option<(usize, u64)> {
         self.regions.iter().enumerate().find_map(|(index, region)| {
             let covers =
@@ -185,8 +185,8 @@ impl GuestMemory {
         Some(PageId { region, page: offset >> self.regions[index].unit_shift() })
     }
 
-    /// Missing → Landing, before a byte of the range is received. A page that has come before is
-    /// the peer's fault: it would overwrite what the guest has written since.
+    /// Missing → Landing, before a byte of the range is received. A page that has arrived before is a protocol
+    /// violation: it would overwrite later writes of the guest.
     pub(crate) fn begin(&self, range: PageRange, lane: &str) -> Result<()> {
         self.region(range.region).pages.begin(range.first, range.pages).map_err(|again| {
             let name = &self.region(range.region).name;
@@ -194,8 +194,8 @@ impl GuestMemory {
         })
     }
 
-    /// Landing → Cached, after the last byte. Calls `wake` with each page of the range that a vCPU
-    /// waits for; unregisters what is complete. True when this was the last page of all.
+    /// Landing → Cached, after the last byte. Calls `wake` with each page of the range that a vCPU waits for;
+    /// unregisters complete blocks. True if this was the guest's last page.
     pub(crate) fn finish(
         &self,
         range: PageRange,
@@ -211,7 +211,7 @@ impl GuestMemory {
         self.finished(range, kind, wake)
     }
 
-    /// The same for what has been [given](GuestMemory::give): it is Cached, and nobody waits for it any more.
+    /// As `finish` for a page that was [given](GuestMemory::give): the page is Cached, and no vCPU waits for it.
     pub(crate) fn finish_given(&self, range: PageRange) -> Result<bool> {
         assert!(range.pages == 1, "of {range:?} one page was given");
         self.finished(range, RunKind::Data, |_| {})
@@ -243,7 +243,7 @@ impl GuestMemory {
         Ok(done == self.pages_total)
     }
 
-    /// Discarded pages give back what has landed in the file for them.
+    /// Discarded pages free the bytes that have landed in the file for them.
     fn finish_in_file(&self, region: &GuestRegion, range: PageRange) -> Result<()> {
         let start = region.byte_offset(range.first);
         for (part, address, len) in region.pieces(start..start + region.byte_offset(range.pages)) {
@@ -255,7 +255,7 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Every page of the range is the guest's own: a block that is complete leaves its userfaultfd.
+    /// Every page of the range is mapped in the guest's process: a complete block leaves its userfaultfd.
     pub(crate) fn complete(&self, range: PageRange) -> Result<()> {
         let region = self.region(range.region);
         let mut left = Ok(());
@@ -284,8 +284,8 @@ impl GuestMemory {
         self.counters.map.count(range, region.unit_shift(), kind, false);
     }
 
-    /// The guest side has discarded a range of its addresses: what has not come of it yet is to read
-    /// as zeroes when it has, and so is what waits in a private file.
+    /// The guest's process has discarded a range of its addresses: missing pages of it, and pages that wait in a
+    /// private file, will read as zeroes.
     pub(crate) fn discard(&self, start: u64, end: u64) -> Result<()> {
         for region in &self.regions {
             for part in &region.parts {
@@ -303,8 +303,8 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// The guest side has unmapped a range, as a monitor does with a DIMM that is unplugged: what is still to come of
-    /// it is received and thrown away.
+    /// The guest's process has unmapped a range, as a monitor does with an unplugged DIMM: the missing pages of it are
+    /// received and discarded.
     pub(crate) fn unmapped(&self, start: u64, end: u64) -> Result<()> {
         let parts = self.regions.iter().flat_map(|region| &region.parts);
         let overlap = |part: &Part| {
@@ -314,22 +314,22 @@ impl GuestMemory {
         self.discard(start, end)
     }
 
-    /// Bytes of the guest's memory that its side has unmapped meanwhile.
+    /// Bytes of guest memory that the process has unmapped during the move.
     pub(crate) fn unmapped_bytes(&self) -> u64 {
         self.unmapped_bytes.load(SeqCst)
     }
 
-    /// Whether the guest's process has been found gone: what has come since then came to nothing.
+    /// Whether the guest's process was found gone; later pages were not placed.
     pub(crate) fn is_gone(&self) -> bool {
         self.sources.iter().any(|source| source.uffd.is_gone())
     }
 
-    /// Whether it has ended without a page that counts as cached.
+    /// Whether the process ended before it got a page that counts as cached.
     pub(crate) fn has_missed(&self) -> bool {
         self.sources.iter().any(|source| source.uffd.has_missed())
     }
 
-    /// Private memory: the file has given back a range that the guest side has touched.
+    /// Private memory: the file has freed a range that the guest's process has touched.
     pub(crate) fn released(&self, range: PageRange) -> Result<()> {
         let bytes = self.region(range.region).byte_offset(range.pages);
         self.spare_bytes.fetch_sub(bytes, SeqCst);
@@ -337,7 +337,7 @@ impl GuestMemory {
         self.complete(range)
     }
 
-    /// The lanes are lost, or there are new ones.
+    /// The lanes are lost, or new lanes are open.
     pub(crate) fn set_lanes_down(&self, down: bool) {
         self.lanes_are_down.store(down, SeqCst);
     }
@@ -346,34 +346,33 @@ impl GuestMemory {
         self.lanes_are_down.load(SeqCst)
     }
 
-    /// A page that has come cannot be made visible for want of memory; it is tried again.
+    /// A received page cannot be made visible for want of memory; it is tried again.
     pub(crate) fn cannot_show(&self, why: &str) {
         let mut shortage = self.shortage.lock().unwrap_or_else(PoisonError::into_inner);
         shortage.get_or_insert_with(|| why.to_owned());
     }
 
-    /// Why that was so, once for all that has been tried since the last call.
+    /// The reason, once for all attempts since the last call.
     pub(crate) fn take_shortage(&self) -> Option<String> {
         self.shortage.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Up to so many bytes are still to come.
+    /// Upper bound of the bytes that are still to arrive.
     pub(crate) fn bytes_missing(&self) -> u64 {
         let totals = self.counters.totals();
         let done = totals.data_bytes + totals.zero_bytes + totals.hole_bytes;
         self.total_bytes().saturating_sub(done)
     }
 
-    /// The RAM file whose file system has the least room, if what is to come may not fit, and its bytes.
+    /// The RAM file whose file system has the least free bytes, with that number, if the missing pages may not fit.
     pub(crate) fn least_room(&self) -> Option<(&str, u64)> {
         let files = self.regions.iter().filter_map(|region| region.file.as_ref());
         let free = files.filter_map(|file| Some((file.name.as_str(), file.free_bytes().ok()??)));
         free.min_by_key(|&(_, free)| free).filter(|&(_, free)| free < self.bytes_missing())
     }
 
-    /// What was landing when the lanes were lost is missing again. No operation of theirs may be left.
-    /// What has come of it in part goes back, so that it cannot show through if the page comes as a
-    /// hole.
+    /// Landing pages of lost lanes become Missing again. No operation of those lanes may be in flight. Bytes of
+    /// partially received pages are freed, so that they cannot show through if the page arrives as a hole.
     pub(crate) fn roll_back(&self) -> Result<()> {
         for region in &self.regions {
             region.pages.roll_back(|first, pages| match &region.file {
@@ -384,14 +383,14 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Which pages of a range have come, a bit each, as a have frame has it.
+    /// A bit for each page of a range: whether it has arrived, as in a have frame.
     pub(crate) fn have(&self, range: PageRange) -> impl ExactSizeIterator<Item = u64> + use<'_> {
         let pages = &self.region(range.region).pages;
         let words = u32::try_from(range.pages.div_ceil(64)).expect("a have frame's words");
         (0..words).map(move |word| pages.cached_word(range.first + u64::from(word) * 64))
     }
 
-    /// Calls `ask` with each page that somebody waits for and that has not come.
+    /// Calls `ask` with each missing page that a vCPU waits for.
     pub(crate) fn each_unanswered(&self, mut ask: impl FnMut(RegionId, u64)) {
         for (index, region) in self.regions.iter().enumerate() {
             let id = RegionId(u16::try_from(index).expect("the table has at most 256 regions"));
@@ -403,13 +402,13 @@ impl GuestMemory {
         }
     }
 
-    /// Private memory: may more land in the background?
+    /// Private memory: whether more pages may land in the background.
     pub(crate) fn has_room(&self) -> bool {
         let is_released_on_the_way = self.touch.get().is_some_and(TouchQueue::is_eager);
         !is_released_on_the_way || self.spare_bytes.load(SeqCst) < SPARE_BYTES_MAX
     }
 
-    /// Private memory: who touches what has landed. Called once, before any page lands.
+    /// Private memory: the queue of the touch thread. Called once, before any page lands.
     pub(crate) fn set_toucher(&self, queue: TouchQueue) {
         assert!(self.touch.set(queue).is_ok(), "there is one toucher");
     }
@@ -418,7 +417,7 @@ impl GuestMemory {
         self.regions.iter().any(|region| region.memory.kind.needs_touch())
     }
 
-    /// At the end: the whole guest leaves its userfaultfds, and what of it is not mapped any more shows.
+    /// At the end: unregisters the whole guest, and counts the parts that are no longer mapped.
     pub(crate) fn unregister_all(&self) -> Result<()> {
         let mut unmapped = 0;
         for region in &self.regions {
@@ -433,8 +432,8 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Whether the guest side maps nothing any more at an address of a page that is not complete: no call of the
-    /// userfaultfd finds it there.
+    /// Whether the guest's process no longer maps the address of an incomplete page: userfaultfd calls do not find the
+    /// address.
     pub(crate) fn is_unmapped(&self, page: PageId) -> Result<bool> {
         let region = self.region(page.region);
         let (start, bytes) = (region.byte_offset(page.page), region.byte_offset(1));
@@ -450,12 +449,12 @@ impl GuestMemory {
         Ok(true)
     }
 
-    /// A bulk lane is one of TLS.
+    /// A bulk lane carries TLS.
     pub(super) fn bring_in_records(&self) {
         self.comes_in_records.store(true, Relaxed);
     }
 
-    /// For the report: how background pages came into place, in words.
+    /// For the report: how background pages were placed.
     pub(crate) fn how_pages_landed(&self) -> &'static str {
         if self.regions.iter().any(|region| region.memory.is_copied_in()) {
             return "none: copied from a buffer";
@@ -473,13 +472,13 @@ impl GuestMemory {
         self.pages_total - self.counters.pages_done.load(SeqCst)
     }
 
-    /// Private memory: bytes released so far, and the most that was in the file at a time.
+    /// Private memory: bytes released so far, and the maximum in the file at a time.
     pub(crate) fn release_totals(&self) -> (u64, u64) {
         (self.release_bytes.load(SeqCst), self.spare_bytes_max.load(SeqCst))
     }
 }
 
-/// Why pages could not be put in place: perhaps only for want of memory, the guest side's own or its file's.
+/// The error of placing pages: possibly only want of memory, of the guest's process or of the file.
 fn failed(region: &GuestRegion, error: std::io::Error) -> Error {
     Error::of_memory(what(region), error)
 }

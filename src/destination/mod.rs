@@ -1,9 +1,8 @@
-//! The destination: `umem incoming`, the RFC's umemd.
+//! The destination: `umem incoming`, umemd in the RFC.
 //!
-//! The control thread here prepares the guest, accepts the lanes, carries out what
-//! [`control::destination`](crate::control::destination) decides and reports; it never blocks on anything but its
-//! inbox. The pages are moved by the threads of [`lanes`] into [`memory`], and the monitor is waited for by
-//! a thread of its own.
+//! The control thread prepares the guest, accepts the lanes, carries out the decisions of
+//! [`control::destination`](crate::control::destination) and reports; it blocks on nothing but its inbox. The threads
+//! of [`lanes`] move the pages into [`memory`]; a thread of its own waits for the monitor.
 
 mod admission;
 mod driving;
@@ -58,86 +57,86 @@ use self::admission::accept::{Entrance, Lanes, Terms};
 use self::admission::prepare::{Adopted, Expected, Prepared};
 use self::faults::latency::Latencies;
 use self::faults::serving::Servers;
-use self::lanes::demand::Command;
+use self::lanes::demand::{Command, RequestsFrom};
 use self::session::farewell::CompletionNotifier;
 use self::session::keeping::Persistence;
 use link::Link;
 use memory::GuestMemory;
 use memory::touch::Toucher;
 
-/// What `umem incoming` is asked to do.
+/// The options of `umem incoming`.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where to listen.
+    /// The address to listen on.
     pub uri: Uri,
     /// The guest's RAM files; empty to read them from a QEMU's command line.
     pub ram: Vec<RamPath>,
-    /// How the guest maps its memory, where it does not say so itself.
+    /// How the guest maps its memory, unless its process reports that.
     pub kind: Kind,
-    /// Private memory: have pages touched and released as they come, not at the end.
+    /// Private memory: touch and release pages as they arrive, not at the end.
     pub touch: bool,
-    /// Where a process that is not started with the preload object hands over its memory.
+    /// The socket where a process that umem does not start with the preload object hands over its memory.
     pub handoff: Option<PathBuf>,
-    /// The monitor's QMP socket, where it has one of its own.
+    /// The monitor's QMP socket, if the monitor has one of its own.
     pub qmp: Option<PathBuf>,
-    /// The most bulk lanes that a source may open; where the URI is one connection there are none.
+    /// The most bulk lanes that a source may open; none if the URI is a single connection.
     pub lanes_max: u16,
-    /// Take no guest that comes without checksums.
+    /// Refuse a source without checksums.
     pub checksum: bool,
-    /// Take a guest for whose memory there seems to be no room.
+    /// Accept a guest whose memory seems not to fit.
     pub overcommit: bool,
     /// How lanes are secured.
     pub security: Security,
-    /// The most that a step of the source's may take before the switchover while nothing moves.
+    /// The longest time that a step of the source may take before the switchover without progress.
     pub step_timeout: Duration,
     /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
     pub cores: Vec<usize>,
-    /// What idle cores do while faults come.
+    /// The depth of idle states while faults arrive.
     pub idle_cores: IdleCores,
-    /// The preload object to use in place of the built-in one.
+    /// A preload object to use instead of the built-in one.
     pub preload: Option<PathBuf>,
-    /// Where to leave what another process needs to go on; none for the usual place.
+    /// The directory for the session file, which a takeover needs; None for the default.
     pub session_dir: Option<PathBuf>,
     /// JSON events on stdout.
     pub json: bool,
-    /// What others may see.
+    /// What this process exposes to observers.
     pub observe: observe::Options,
-    /// The monitor to start, with its arguments; empty for one that comes to the hand-over socket.
+    /// The monitor to start, with its arguments; empty for a monitor that connects to the hand-over socket.
     pub command: Vec<String>,
 }
 
 pub use self::session::takeover::run as resume;
 pub use crate::session::ResumeOptions;
 
-/// What reaches the control thread.
+/// Messages to the control thread.
 pub(crate) enum Note {
     /// A control frame on the demand lane.
     Received(Event),
     /// The last page is cached.
     AllCached,
-    /// Private memory: the last page is the guest's own.
+    /// Private memory: the last page is mapped in the guest's process.
     AllReleased,
-    /// A bulk lane has ended in order.
+    /// A bulk lane has ended with its end frame.
     BulkEnded,
-    /// What came on a bulk lane in rounds is in place, and each page comes once there from now on.
+    /// The pages that a bulk lane brought in rounds are in place; from now on each page arrives once there.
     RoundsEnded,
-    /// A worker could not go on.
+    /// A worker failed.
     Failed(Error),
     /// The monitor has answered.
     Host(Answer),
-    /// The demand thread has let go of a lost lane: nothing of it is in flight.
+    /// The demand thread has released a lost lane: no operation of it is in flight.
     Quiet,
-    /// All notes of those who have served lost lanes have been read.
+    /// All messages of the threads that served lost lanes have been read.
     Settled,
-    /// By hand: give up the lanes, and take none until a resume.
+    /// Manual order: give up the lanes, and accept none until a resume.
     Pause,
-    /// By hand: take lanes again, at another address if one is named.
+    /// Manual order: accept lanes again, at another address if one is named.
     Resume(Option<Uri>),
-    /// The address of resume number `order` by hand has been looked up.
+    /// The address of manual resume number `order` has been looked up.
     Found { order: u64, uri: Uri, found: io::Result<Vec<SocketAddr>> },
-    /// By hand: take lanes here.
+    /// Manual order: accept lanes here.
     Listen(Listener),
-    /// By hand: take lanes on these connections.
+    /// Manual order: take lanes on these connections.
     Reconnect(Vec<OwnedFd>),
 }
 
@@ -170,16 +169,16 @@ impl From<Answer> for Note {
     }
 }
 
-/// What an interrupt means before a source has come.
+/// The outcome of an interrupt before a source has connected.
 const NO_GUEST: &str = "no guest had arrived";
 
-/// Receives one guest. Returns when it is complete and, where a command was started, has exited;
-/// the value is the process's exit status.
+/// Receives one guest. Returns when the guest is complete and a started command has exited; the value is the process's
+/// exit status.
 ///
 /// # Errors
-/// Anything that kept the guest from arriving; until the switchover nothing is left behind then.
+/// Any reason that kept the guest from arriving. Before the switchover an error leaves nothing behind.
 pub fn run(options: &Options) -> Result<i32> {
-    // Before anything else makes descriptors.
+    // First, before descriptors are opened.
     let single = match single::is_listening(&options.uri) {
         true => None,
         false => SharedConnection::open(&options.uri)?,
@@ -189,7 +188,7 @@ pub fn run(options: &Options) -> Result<i32> {
     let output = Output::new(options.json);
     // Answers until the guest's process has ended.
     let observer = Observer::start(&options.observe, Role::Destination, None, &output)?;
-    // Files may be FIFOs, which wait for who writes to them.
+    // Files may be FIFOs; opening one waits for a writer.
     let security = options.security.clone();
     let loaded = inbox.wait_for_work(NO_GUEST, None, move || ServerAuth::load(&security));
     let (guard, received) = match loaded.map(Arc::new) {
@@ -216,26 +215,26 @@ pub fn run(options: &Options) -> Result<i32> {
             farewell.stay(&mut prepared.side, &inbox, &output)
         }
         _ => {
-            // What lanes have sent leaves first.
+            // Progress of the lanes is printed first.
             drop(guard);
             drop(command);
             prepared.side.outlive(&inbox, &output)
         }
     }?;
-    // The guest has run with what it has all the while; whoever started this is to know in any case.
+    // The guest has run all the while; the user learns of the failure in any case.
     damaged.map_or(Ok(status), Err)
 }
 
-/// A guest that is complete.
+/// A complete guest.
 struct Received {
-    /// What it runs in.
+    /// The process that it runs in.
     prepared: Prepared,
     report: Completed,
-    /// For a source that has not heard of it.
+    /// For a source that missed the completion.
     farewell: Option<CompletionNotifier>,
 }
 
-/// Receives it.
+/// Receives the guest.
 fn receive(
     options: &Options,
     socket: Option<OwnedFd>,
@@ -288,6 +287,7 @@ fn receive(
         options, &uri, &lanes, &prepared, &adopted, &output,
     )
     .inspect_err(|error| lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error))?;
+    let runs_itself = prepared.host.is_none();
     let host = prepared.host.take().unwrap_or_else(|| Box::new(RunsItself));
     let host = HostThread::<dyn DestinationHost>::start(host, inbox.post())?;
     let plan = Plan {
@@ -298,13 +298,13 @@ fn receive(
         quiet: options.observe.quiet,
         step_timeout: options.step_timeout,
     };
-    let open = Open { lanes, guard: guard.clone(), receiver, adopted, keeping };
+    let open = Open { lanes, guard: guard.clone(), receiver, adopted, keeping, runs_itself };
     let migration = Migration::start(&plan, output, inbox, open, host, &mut prepared.side)?;
     let (report, farewell) = migration.drive(&mut prepared.side)?;
     Ok(Received { prepared, report, farewell })
 }
 
-/// Waits before there is a guest to look after.
+/// Waits before a guest's process exists.
 fn wait(
     inbox: &Inbox<Note>,
     fds: &[(BorrowedFd<'_>, PollFlags)],
@@ -317,7 +317,7 @@ fn peer(fault: Fault) -> Error {
     Error::Peer { side: "source", code: fault.code, text: fault.text }
 }
 
-/// How to receive.
+/// The options of a reception.
 struct Plan<'a> {
     /// As in [`Options`].
     touch: bool,
@@ -328,34 +328,37 @@ struct Plan<'a> {
     step_timeout: Duration,
 }
 
-/// The lanes, and what has been agreed on them.
+/// The lanes, and the parameters negotiated on them.
 struct Open {
     lanes: Lanes,
-    /// What those who replace them have to show.
+    /// What lanes that replace these must present.
     guard: Arc<ServerAuth>,
     receiver: Receiver,
     adopted: Adopted,
-    /// For the case that this process is killed.
+    /// For a takeover after this process was killed.
     keeping: Option<Persistence>,
+    /// See [`Terms::runs_itself`](crate::control::destination::Terms::runs_itself).
+    runs_itself: bool,
 }
 
-/// What the demand thread begins with.
+/// The initial state of the demand thread.
 struct Serving {
     core: Core,
     link: Link,
     keeper: Option<SessionFile<DestinationRecord>>,
-    /// None where a process before this has lost it.
+    /// None if a previous process has lost the lane.
     lane: Option<(Lane, Receiver)>,
-    /// The source wants to hear which pages have come.
+    requests_from: RequestsFrom,
+    /// The source requested acknowledgements of pages.
     acks: bool,
     lane_count: usize,
     landing: RegionTable,
 }
 
-/// A migration with its lanes open: the core that decides, and what its decisions are carried out with.
+/// A migration with its lanes open: the core that decides, and the objects that carry out its decisions.
 struct Migration<'a> {
     core: Core,
-    /// Once it has ended.
+    /// Set when the migration has ended.
     outcome: Option<Outcome>,
     output: Output,
     inbox: &'a Inbox<Note>,
@@ -363,14 +366,14 @@ struct Migration<'a> {
     host: HostThread<dyn DestinationHost>,
     link: Link,
     threads: Threads,
-    /// Where another process finds what it needs to go on, should this one be killed.
+    /// The session record for a takeover.
     keeper: Option<SessionFile<DestinationRecord>>,
     landing: RegionTable,
-    /// What comes is checked.
+    /// The source requested checksums.
     is_checked: bool,
-    /// Every page has been summed by this process.
+    /// This process has summed every page.
     digests_are_known: bool,
-    /// What the source's memory comes to, once it has said so.
+    /// The digests of the source's memory, once received.
     source_digests: Option<Vec<u64>>,
     lane_count: u16,
     /// Bulk lanes whose rounds are over.
@@ -380,38 +383,38 @@ struct Migration<'a> {
     /// Keeps cores awake while the guest stands still.
     awake: Option<Awake>,
     progress: Progress,
-    /// What faults took, once the threads have ended.
+    /// Latencies of faults, once the threads have ended.
     latencies: Latencies,
 }
 
-/// The threads, and how they are reached.
+/// The threads, and the means to reach them.
 struct Threads {
     cores: Cores,
     servers: Servers,
     commands: Sender<Command>,
     demand: Waker,
-    /// Of the last demand lane.
+    /// The wake-up of the last demand lane's thread.
     demand_socket: Option<Arc<OwnedFd>>,
     demand_thread: Option<JoinHandle<Option<Latencies>>>,
     bulk_wakers: Vec<Waker>,
     bulk_threads: Vec<JoinHandle<Option<()>>>,
-    /// Of a guest in shards.
+    /// The fault threads of a guest in shards.
     fault_wakers: Vec<Waker>,
     fault_threads: Vec<JoinHandle<Option<Latencies>>>,
-    /// Of private memory.
+    /// The touch thread of private memory.
     toucher: Option<Toucher>,
     touch_thread: Option<JoinHandle<Option<()>>>,
 }
 
 impl Threads {
-    /// Tells the demand thread. Where it has ended its own note says why.
+    /// Sends an order to the demand thread. If that thread has ended, its own message carries the reason.
     fn command(&self, command: Command) {
         let _ = self.commands.send(command);
         self.demand.wake();
     }
 }
 
-/// A frame as it is sent.
+/// An encoded frame.
 fn encoded(frame: &umem_wire::Frame) -> Vec<u8> {
     let mut bytes = Vec::new();
     umem_wire::transmit::encode(frame, &mut bytes);

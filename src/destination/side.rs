@@ -1,5 +1,5 @@
-//! Whose memory it is: another process's, which umem started or which came to it, or our own, where
-//! umem is a part of the program that runs the guest.
+//! The owner of the guest's memory: another process, which umem started or which connected to umem; or this process,
+//! when umem is a part of the program that runs the guest.
 
 use std::fs::File;
 use std::ops::Range;
@@ -21,33 +21,32 @@ use crate::runtime::inbox::{Inbox, Wake};
 use crate::runtime::polling::poll;
 use crate::runtime::process::{Standstill, standstill};
 
-/// How long the guest's process may take to let go of its userfaultfds before that is remarked on. It takes
-/// milliseconds, unless it does not run, or maps a large guest by huge pages meanwhile.
+/// How long the guest's process may take to close its userfaultfds before umem prints a remark. It takes milliseconds,
+/// unless the process is stopped, or maps a large guest with huge pages meanwhile.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long it may take to drop pages that come once more, which takes milliseconds: the guest stands still meanwhile.
 const EMPTY_PATIENCE: Duration = Duration::from_secs(20);
 
-/// Who runs the guest.
+/// The process that runs the guest.
 pub(crate) enum GuestSide {
     /// Another process.
     Process(Box<GuestProcess>),
-    /// This one. It does not end before us, and keeps its userfaultfds itself; what `exited` gives is
-    /// never readable.
+    /// This process. It outlives the migration and keeps its userfaultfds itself; `exited` never becomes readable.
     Here { never: EventFd },
 }
 
-/// The guest's process, and the socket on which it has handed over its memory.
+/// The guest's process, and the socket on which it handed over its memory.
 pub(crate) struct GuestProcess {
     pub(crate) monitor: Monitor,
     pub(crate) handoff: HandoffSocket,
-    /// The guest side keeps its userfaultfds without us, and understands our commands.
+    /// The guest's process keeps its userfaultfds when umem ends, and understands commands.
     pub(crate) knows_umem: bool,
-    /// And can keep what somebody needs who takes over from us.
+    /// The guest's process can also keep the state that a takeover needs.
     pub(crate) keeps_sessions: bool,
-    /// Somebody has asked it to end, through us.
+    /// umem has asked the process to end.
     is_ending: bool,
-    /// Nobody waits for it any more.
+    /// umem no longer waits for the process.
     is_left_alone: bool,
 }
 
@@ -57,7 +56,7 @@ impl GuestSide {
         Ok(GuestSide::Here { never })
     }
 
-    /// Its pid, where that is not ours.
+    /// Its pid; None for this process.
     pub(crate) fn pid(&self) -> Option<u32> {
         self.process().map(|process| process.monitor.pid())
     }
@@ -69,7 +68,7 @@ impl GuestSide {
         }
     }
 
-    /// The process whose memory it is, where that is not this one.
+    /// The process whose memory it is; None for this process.
     pub(crate) fn memory_pid(&self) -> Option<u32> {
         self.process().map(GuestProcess::memory_pid)
     }
@@ -89,7 +88,8 @@ impl GuestSide {
         }
     }
 
-    /// Becomes readable when what umem stays for ends: what it has started, if that is not the guest's process itself.
+    /// Becomes readable when the process ends that umem stays for: the started command, if the guest's process is
+    /// another.
     pub(crate) fn command_exited(&self) -> BorrowedFd<'_> {
         match self {
             GuestSide::Process(process) => process.monitor.command_exited(),
@@ -97,9 +97,9 @@ impl GuestSide {
         }
     }
 
-    /// What may tell of its end while pages come; then ask [`has_ended`](GuestSide::has_ended). With
-    /// private memory the guest side's answers on the socket go to somebody else, and who does not know
-    /// umem may close it when it likes: then the process's end has to do.
+    /// The descriptors that signal the process's end while pages arrive; [`has_ended`](GuestSide::has_ended) then
+    /// checks. With private memory another thread reads the socket, and a process that does not know umem may close the
+    /// socket at any time: in both cases only the process's end counts.
     pub(crate) fn watched(&self, has_private: bool) -> Vec<BorrowedFd<'_>> {
         let Some(process) = self.process() else { return Vec::new() };
         let is_ours = process.knows_umem && !has_private;
@@ -107,10 +107,10 @@ impl GuestSide {
         std::iter::once(process.monitor.exited()).chain(socket).collect()
     }
 
-    /// Whether the guest's process has ended, after entry `index` of what is watched became readable.
+    /// Whether the guest's process has ended, after descriptor `index` of the watched ones became readable.
     pub(crate) fn has_ended(&mut self, index: usize) -> Result<bool> {
         let Some(process) = self.process_mut() else { return Ok(false) };
-        // Nothing is said on the socket before the end; an end of file comes with the exit.
+        // Before the end the process sends nothing on the socket; its exit gives end of file.
         if index == 0 {
             return Ok(true);
         }
@@ -119,12 +119,12 @@ impl GuestSide {
         Ok(false)
     }
 
-    /// Whether the guest's process has ended, asked now.
+    /// Whether the guest's process has ended, checked now.
     pub(crate) fn has_exited(&self) -> bool {
         self.exits_within(Duration::ZERO)
     }
 
-    /// Whether it has, or does so in time.
+    /// Whether the process has ended, or ends in time.
     pub(crate) fn exits_within(&self, patience: Duration) -> bool {
         let ends_within = |exited, patience| {
             let mut fds = [PollFd::new(exited, PollFlags::POLLIN)];
@@ -134,34 +134,34 @@ impl GuestSide {
         let since = Instant::now();
         let has_ended = ends_within(self.exited(), patience);
         if has_ended {
-            // How the guest has ended says what has started it, which ends next if it has nothing else to do.
+            // The exit status comes from the started command, which ends next if it has no other work.
             let left = patience.saturating_sub(since.elapsed());
             ends_within(self.command_exited(), left);
         }
         has_ended
     }
 
-    /// It has all of its memory: its process stays, whatever happens to umem.
+    /// The guest has all of its memory: its process stays even if umem ends.
     pub(crate) fn is_complete(&mut self) {
         self.process_mut().into_iter().for_each(|process| process.monitor.release());
     }
 
-    /// Its process ends with this one, as it would go on with zeroes.
+    /// The process ends with this one, because it would read zeroes otherwise.
     pub(crate) fn ends_with_us(&self) -> bool {
         self.process().is_some_and(|process| !process.monitor.is_released())
     }
 
-    /// Ends its process, unless that stays whatever happens to umem.
+    /// Ends the process, unless it stays even if umem ends.
     pub(crate) fn end(&mut self) {
         self.process_mut().into_iter().for_each(|process| process.monitor.end());
     }
 
-    /// How the guest's process has ended, where it is a child.
+    /// The exit status of the guest's process, if it is a child.
     pub(crate) fn status(&mut self) -> Option<ExitStatus> {
         self.process_mut()?.monitor.status().ok().flatten()
     }
 
-    /// Has the guest's side keep what somebody needs who takes over.
+    /// Has the guest's process keep the state that a takeover needs.
     pub(crate) fn entrust(
         &mut self,
         listener: UnixListener,
@@ -188,8 +188,8 @@ impl GuestSide {
         }
     }
 
-    /// From here on the source may give its guest up: should we be killed this one waits. If we end by
-    /// ourselves before it is ours, we still end it.
+    /// From here on the source may give its guest up: the process waits if this one is killed. If this one exits before
+    /// it owns the guest, it still ends the process.
     pub(crate) fn hold(&mut self) -> Result<()> {
         match self.process_mut() {
             Some(process) if process.keeps_sessions => {
@@ -200,15 +200,15 @@ impl GuestSide {
         }
     }
 
-    /// The guest, which has never run here, ends with us until it is ours.
+    /// The guest has never run here: it ends with this process until this side owns it.
     pub(crate) fn doom(&mut self) -> Result<()> {
         let Some(process) = self.process_mut() else { return Ok(()) };
         let pid = process.monitor.pid();
         process.monitor.hold(pid)
     }
 
-    /// From here on the guest is ours: its process stays, whatever happens to umem, if its faults wait
-    /// then. One that would go on with zeroes is ended.
+    /// From here on this side owns the guest: its process stays even if umem ends, provided that its faults wait then.
+    /// A process that would read zeroes is ended.
     pub(crate) fn keep(&mut self) -> Result<()> {
         match self.process_mut() {
             Some(process) if process.knows_umem => {
@@ -221,10 +221,9 @@ impl GuestSide {
 
     /// The guest is complete: its process closes its userfaultfds and runs on alone.
     ///
-    /// A process that does not run, as it is stopped or in a debugger, does not answer. Nothing is registered
-    /// with its userfaultfds any more, and it has been told what to do, so that it does that by itself as soon
-    /// as it goes on, whether we are there or not: what is waited for is only to know it done, and a signal
-    /// ends the waiting.
+    /// A process that is stopped or traced does not answer. Its userfaultfds have no ranges registered any more, and it
+    /// has the command already, which it carries out when it continues, with or without umem. So the wait is only for
+    /// the confirmation, and a signal ends it.
     pub(crate) fn release(&mut self, inbox: &Inbox<Note>, output: &Output) -> Result<()> {
         let Some(process) = self.process_mut() else { return Ok(()) };
         process.monitor.release();
@@ -247,7 +246,7 @@ impl GuestSide {
                     until = None;
                     process.remark_on_silence(output);
                 }
-                // Nobody has been told yet what is waited for.
+                // The remark has not been printed yet.
                 Wake::Signal if until.take().is_some() => process.remark_on_silence(output),
                 Wake::Signal => {
                     process.leave_alone(output);
@@ -258,8 +257,8 @@ impl GuestSide {
         }
     }
 
-    /// The guest runs alone now. Stays until what we have started ends, if that is a child, so that its terminal stays
-    /// its own. The exit status is its, where we see its end.
+    /// The guest runs alone now. Stays until the started command ends, if it is a child, so that it keeps its terminal.
+    /// The exit status is the command's, if known.
     pub(crate) fn outlive(&mut self, inbox: &Inbox<Note>, output: &Output) -> Result<i32> {
         while self.is_outlived() {
             match inbox.wait(&[self.command_exited()], None)? {
@@ -275,9 +274,9 @@ impl GuestSide {
         Ok(0)
     }
 
-    /// A signal, while all that we do is to stay with the guest's process. Ctrl-C is for the guest, as in the
-    /// terminal of a monitor that was started there, and a second one for us; every other signal is for us
-    /// alone. Our exit status, if we are to leave.
+    /// A signal while umem only stays with the guest's process. Ctrl-C is for the guest, as in the terminal of a
+    /// monitor started there; a second Ctrl-C is for umem, as is every other signal. Returns the exit status if umem is
+    /// to leave.
     pub(crate) fn interrupted(&mut self, is_ctrl_c: bool, output: &Output) -> Option<i32> {
         let process = self.process_mut()?;
         if process.is_ending || !is_ctrl_c {
@@ -292,19 +291,19 @@ impl GuestSide {
         None
     }
 
-    /// The guest goes on without us: whoever started us is told where it is.
+    /// The guest continues without umem: prints where it runs.
     pub(crate) fn say_where(&mut self, output: &Output) {
         if let Some(process) = self.process_mut() {
             process.leave_alone(output);
         }
     }
 
-    /// Whether umem stays for as long as the guest's process runs.
+    /// Whether umem stays while the guest's process runs.
     pub(crate) fn is_outlived(&self) -> bool {
         self.process().is_some_and(|process| process.monitor.is_child() && !process.is_left_alone)
     }
 
-    /// Waits for the end of the process, which must be a child; its exit status, 1 where a signal has ended it.
+    /// Waits for the end of the process, which must be a child. Returns its exit status, 1 after a signal.
     pub(crate) fn wait(&mut self) -> Result<i32> {
         let Some(process) = self.process_mut() else { return Ok(0) };
         Ok(process.monitor.wait()?.map_or(0, |status| status.code().unwrap_or(1)))
@@ -328,38 +327,38 @@ impl GuestProcess {
         }
     }
 
-    /// It has been told to let go, and has not said that it has.
+    /// The process was asked to close its userfaultfds and has not confirmed.
     fn remark_on_silence(&self, output: &Output) {
         let (guest_pid, is_stopped, why) = self.silence();
         output.tell(&Event::Releasing { guest_pid, is_stopped, why });
     }
 
-    /// Nobody waits for its end any more: whoever started us is told where the guest is.
+    /// umem stops waiting for the process: prints where the guest runs.
     fn leave_alone(&mut self, output: &Output) {
         self.is_left_alone = true;
         output.tell(&Event::Left { guest_pid: self.monitor.pid() });
     }
 
-    /// It does not hand over to a umem that takes over.
+    /// The process does not hand its memory over to a takeover.
     pub(crate) fn does_not_hand_over(&self) -> Error {
         let (pid, _, why) = self.silence();
         Error::Preload(format!(
-            "the guest's process {pid} does not hand its memory over again: {why}; it waits for another \
+            "the guest's process {pid} does not hand its memory over again: {why}; the process waits for another \
              --resume"
         ))
     }
 
-    /// The process whose memory it is, which may be one that ours has started.
+    /// The process that owns the memory, possibly a child of the started one.
     fn memory_pid(&self) -> u32 {
         self.monitor.owner().unwrap_or(self.monitor.pid())
     }
 
-    /// Whose memory it is, whether that process is stopped, and why it does not answer in words.
+    /// That process, whether it is stopped, and why it does not answer.
     fn silence(&self) -> (u32, bool, String) {
         let pid = self.memory_pid();
         match standstill(pid) {
             Some(Standstill::Stopped) => {
-                (pid, true, format!("it is stopped, and `kill -CONT {pid}` lets it go on"))
+                (pid, true, format!("it is stopped; `kill -CONT {pid}` continues it"))
             }
             Some(Standstill::Traced) => (pid, true, "a debugger holds it".into()),
             None => (pid, false, "it does not answer".into()),

@@ -1,4 +1,4 @@
-//! How a migration begins at the destination: its threads.
+//! The start of a migration at the destination: its threads.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -9,7 +9,7 @@ use super::faults::latency::Latencies;
 use super::faults::serving::{FaultThread, Servers};
 use super::lanes::acks::Acks;
 use super::lanes::bulk::BulkLane;
-use super::lanes::demand::{Command, DemandLane};
+use super::lanes::demand::{Command, DemandLane, RequestsFrom};
 use super::link::Link;
 use super::memory::touch::{self, TouchThread};
 use super::memory::{self, GuestMemory};
@@ -39,7 +39,7 @@ impl<'a> Migration<'a> {
         host: HostThread<dyn DestinationHost>,
         side: &mut GuestSide,
     ) -> Result<Migration<'a>> {
-        let Open { mut lanes, guard, receiver, adopted, keeping } = open;
+        let Open { mut lanes, guard, receiver, adopted, keeping, runs_itself } = open;
         let Adopted { regions, sources, landing } = adopted;
         let has_rounds = lanes.has_rounds();
         if has_rounds {
@@ -66,6 +66,7 @@ impl<'a> Migration<'a> {
             has_bulk_lanes: !lanes.bulk.is_empty(),
             is_checked,
             is_private: guest.needs_touch(),
+            runs_itself,
             is_embedded: inbox.is_embedded(),
             session: keeper.as_ref().map(session_of),
             step_timeout: plan.step_timeout,
@@ -73,7 +74,9 @@ impl<'a> Migration<'a> {
         let core = Core::new(terms, link.entrance(), Instant::now());
         let lane = Some((lanes.demand, receiver));
         let (lane_count, landing) = (lanes.bulk.len(), landing);
-        let serving = Serving { core, link, keeper, lane, acks, lane_count, landing };
+        let requests_from = if runs_itself { RequestsFrom::Command } else { RequestsFrom::Stop };
+        let serving =
+            Serving { core, link, keeper, lane, requests_from, acks, lane_count, landing };
         let (mut migration, reach) =
             Migration::begin(plan, output, inbox, Arc::new(guest), serving, host)?;
         migration.congestion = congestion;
@@ -92,7 +95,7 @@ impl<'a> Migration<'a> {
         }
     }
 
-    /// Starts the demand thread, and nothing else yet.
+    /// Starts the demand thread alone.
     pub(super) fn begin(
         plan: &Plan<'_>,
         output: Output,
@@ -101,7 +104,8 @@ impl<'a> Migration<'a> {
         serving: Serving,
         host: HostThread<dyn DestinationHost>,
     ) -> Result<(Migration<'a>, ThreadHandle)> {
-        let Serving { core, link, keeper, lane, acks, lane_count, landing } = serving;
+        let Serving { core, link, keeper, lane, requests_from, acks, lane_count, landing } =
+            serving;
         let is_checked = link.is_checked();
         let has_whole_digests = link.has_whole_digests();
         let cores = Cores::choose(plan.cores, crate::runtime::role::Role::Destination);
@@ -117,6 +121,7 @@ impl<'a> Migration<'a> {
             core: cores.demand(),
             follows: plan.cores.is_empty(),
             idle_cores: plan.idle_cores,
+            requests_from,
             has_background: lane_count == 0,
             recovers: link.recovers,
             acks: Acks::new(acks),
@@ -164,7 +169,7 @@ impl<'a> Migration<'a> {
         Ok((migration, reach))
     }
 
-    /// Starts those who serve the faults of a guest in shards; notes who serves which.
+    /// Starts the fault threads of a guest in shards, and records the thread of each shard.
     pub(super) fn start_faults(&mut self, demand: &ThreadHandle) -> Result<()> {
         let sources = self.guest.sources.len();
         if !self.guest.is_sharded() {
@@ -198,7 +203,7 @@ impl<'a> Migration<'a> {
         if !self.guest.needs_touch() {
             return Ok(());
         }
-        let process = side.process().expect("our own memory is shared or anonymous");
+        let process = side.process().expect("private memory belongs to another process");
         let socket = process.handoff.stream().try_clone();
         let thread = TouchThread {
             guest: self.guest.clone(),

@@ -1,8 +1,7 @@
-//! What the control thread and the program around it share: events one way, answers the other.
+//! The channel between the control thread and the program: events one way, answers the other.
 //!
-//! The control thread never waits here: it puts an event down and rings; the program takes it when it
-//! likes. A question that is put down stays open until the program answers, and its answer goes
-//! straight into the control thread's inbox.
+//! The control thread never waits here: it queues an event and signals the eventfd; the program takes the event when
+//! convenient. A question stays open until the program answers; the answer goes straight to the control thread's inbox.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -29,9 +28,9 @@ use crate::transport::lane::Severable;
 
 pub(crate) struct HostChannel {
     desk: Mutex<ChannelState>,
-    /// Counts the events that are there.
+    /// The number of queued events.
     bell: EventFd,
-    /// Once the guest's writes are to be told: where they are marked, by whatever thread.
+    /// With precopy: where any thread marks the guest's writes.
     marks: OnceLock<Arc<DirtyMap>>,
     ended: Condvar,
     canceller: Canceller,
@@ -42,22 +41,22 @@ struct ChannelState {
     events: VecDeque<Event>,
     open: Option<Open>,
     answers: Option<Arc<Answers>>,
-    /// The source's guest was to stop.
+    /// The source's guest was asked to stop.
     stop_asked: bool,
-    /// It was to go on afterwards.
+    /// The guest was asked to continue afterwards.
     resume_asked: bool,
-    /// The destination's guest was to run: it belongs to that side.
+    /// The destination's guest was asked to run: it belongs to that side.
     run_asked: bool,
     counters: Option<(Arc<Counters>, u64)>,
     lanes: Severable,
-    /// While lanes can be given up and opened again: how many connections that takes.
+    /// The number of connections to reopen, while lanes can be given up and reopened.
     orders: Option<(u16, Arc<Orders>)>,
-    /// The last event is there, and says so.
+    /// The last event is queued.
     has_failed: bool,
     has_ended: bool,
 }
 
-/// A question that has not been answered.
+/// A question without an answer so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Open {
     Stop,
@@ -78,21 +77,21 @@ impl HostChannel {
         })
     }
 
-    fn papers(&self) -> MutexGuard<'_, ChannelState> {
+    fn state(&self) -> MutexGuard<'_, ChannelState> {
         self.desk.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn put(&self, papers: &mut ChannelState, event: Event) {
-        // Connections may come and go as often as they like, and nobody has to take events: of those
-        // that tell of it in a row the last is kept.
+    fn put(&self, state: &mut ChannelState, event: Event) {
+        // Connections may come and go often while the program takes no events: of consecutive connection events only
+        // the last is kept.
         if event.is_of_link()
-            && let Some(last) = papers.events.back_mut().filter(|last| last.is_of_link())
+            && let Some(last) = state.events.back_mut().filter(|last| last.is_of_link())
         {
             *last = event;
             return;
         }
-        papers.events.push_back(event);
-        // As many as there are events, which is a handful in all.
+        state.events.push_back(event);
+        // The queue holds a handful of events.
         let _ = self.bell.write(1);
     }
 }
@@ -105,78 +104,77 @@ impl Embedder for HostChannel {
 
     /// Where answers go from here on.
     fn answers(&self, post: Answers) {
-        self.papers().answers = Some(Arc::new(post));
+        self.state().answers = Some(Arc::new(post));
     }
 
     /// Every lane is open.
     fn connected(&self, lanes: Severable) {
-        let mut papers = self.papers();
-        papers.lanes = lanes;
-        self.put(&mut papers, Event::Connected);
+        let mut state = self.state();
+        state.lanes = lanes;
+        self.put(&mut state, Event::Connected);
     }
 
-    /// The lanes that may have to be ended from here on are these.
+    /// The lanes to end if the migration is cut off.
     fn connected_by(&self, lanes: Severable) {
-        self.papers().lanes = lanes;
+        self.state().lanes = lanes;
     }
 
-    /// Lanes can be given up and opened again, on as many `connections`.
+    /// From here on lanes can be given up and reopened, over `connections` connections.
     fn takes_orders(&self, connections: u16, post: Orders) {
-        self.papers().orders = Some((connections, Arc::new(post)));
+        self.state().orders = Some((connections, Arc::new(post)));
     }
 
-    /// What is counted from here on, and the size of the guest's memory in bytes.
+    /// The counters from here on, and the size of the guest's memory in bytes.
     fn watch(&self, counters: Arc<Counters>, total_bytes: u64) {
-        self.papers().counters = Some((counters, total_bytes));
+        self.state().counters = Some((counters, total_bytes));
     }
 
     fn ask(&self, question: Question) {
-        let mut papers = self.papers();
+        let mut state = self.state();
         let (open, event) = match question {
-            // The program knows what comes, and may do what it likes.
+            // The program learns the events in advance and may act freely.
             Question::Prepare => return,
             Question::Track(marks) => {
                 self.marks.get_or_init(|| marks);
-                return answer_at_once(papers, Answer::Tracking(Ok(())));
+                return answer_at_once(state, Answer::Tracking(Ok(())));
             }
-            // Writes are told as they happen.
-            Question::Look => return answer_at_once(papers, Answer::Looked(Ok(()))),
+            // The program reports writes as they happen.
+            Question::Look => return answer_at_once(state, Answer::Looked(Ok(()))),
             Question::Stop => {
-                papers.stop_asked = true;
+                state.stop_asked = true;
                 (Open::Stop, Event::Stop)
             }
             Question::Save => (Open::Save, Event::SaveState),
             Question::Load(state) => (Open::Load, Event::LoadState(state)),
             Question::Run => {
-                papers.run_asked = true;
+                state.run_asked = true;
                 (Open::Run, Event::Run)
             }
-            // It is the program that would let it run, and nobody else.
-            Question::StandsStill => return answer_at_once(papers, Answer::StandsStill(Ok(()))),
-            Question::PutBack => return answer_at_once(papers, Answer::PutBack(Ok(()))),
-            // The failure that follows says so; the program has nothing to answer.
+            // Only the program can run its guest.
+            Question::StandsStill => return answer_at_once(state, Answer::StandsStill(Ok(()))),
+            Question::PutBack => return answer_at_once(state, Answer::PutBack(Ok(()))),
+            // The failure that follows carries the reason.
             Question::Resume => {
-                papers.resume_asked = true;
-                return answer_at_once(papers, Answer::Resumed(Ok(())));
+                state.resume_asked = true;
+                return answer_at_once(state, Answer::Resumed(Ok(())));
             }
         };
-        papers.open = Some(open);
-        self.put(&mut papers, event);
+        state.open = Some(open);
+        self.put(&mut state, event);
     }
 
-    /// Where events go that are neither questions nor the end.
+    /// The observer of events other than questions and the end.
     fn output(self: Arc<HostChannel>) -> Output {
         let desk = self;
         Output::Host(Arc::new(move |event| {
             let event = match event {
-                // The guest is to go on now, and not when the destination has been told so, for which it is dialled
-                // for a while.
+                // The guest continues now. Notifying the destination may take a while, because the source dials it.
                 events::Event::Telling { lane, reason, .. } => {
                     let (lane, what) = (lane.clone(), reason.clone());
                     let error = Error::Lost { side: "destination", lane, what };
-                    return desk.fail(&mut desk.papers(), error);
+                    return desk.fail(&mut desk.state(), error);
                 }
-                // The destination's program has said so itself.
+                // The destination's program initiated that itself.
                 &events::Event::Running { place: Place::Source, downtime } => {
                     Event::Running { downtime }
                 }
@@ -187,7 +185,7 @@ impl Embedder for HostChannel {
                 &events::Event::Resumed { disconnected, .. } => Event::Resumed { disconnected },
                 _ => return,
             };
-            desk.put(&mut desk.papers(), event);
+            desk.put(&mut desk.state(), event);
         }))
     }
 }
@@ -196,32 +194,32 @@ impl Embedder for HostChannel {
 impl HostChannel {
     /// Whether the guest belongs to this side, a destination, and misses pages.
     pub(crate) fn guest_waits(&self) -> bool {
-        let papers = self.papers();
-        let missing = papers.stats().missing_bytes;
-        papers.run_asked && (papers.counters.is_none() || missing > 0)
+        let state = self.state();
+        let missing = state.stats().missing_bytes;
+        state.run_asked && (state.counters.is_none() || missing > 0)
     }
 
-    /// The last event, if it has failed.
-    fn fail(&self, papers: &mut ChannelState, error: Error) {
-        if std::mem::replace(&mut papers.has_failed, true) {
+    /// The last event, if it is a failure.
+    fn fail(&self, state: &mut ChannelState, error: Error) {
+        if std::mem::replace(&mut state.has_failed, true) {
             return;
         }
-        let is_committed = papers.run_asked || (papers.stop_asked && !papers.resume_asked);
+        let is_committed = state.run_asked || (state.stop_asked && !state.resume_asked);
         let guest = if is_committed { Guest::AtDestination } else { Guest::AtSource };
-        self.put(papers, Event::Failed(Failure { error, guest }));
+        self.put(state, Event::Failed(Failure { error, guest }));
     }
 
-    /// Nothing of it runs any more: the last event, unless that has come.
+    /// No thread of the migration runs any more: queues the last event, unless it is queued already.
     pub(crate) fn end(&self, result: Result<Completed>) {
-        let mut papers = self.papers();
-        papers.open = None;
-        papers.answers = None;
-        papers.orders = None;
+        let mut state = self.state();
+        state.open = None;
+        state.answers = None;
+        state.orders = None;
         match result {
-            Ok(report) => self.put(&mut papers, Event::Completed(Box::new(report))),
-            Err(error) => self.fail(&mut papers, error),
+            Ok(report) => self.put(&mut state, Event::Completed(Box::new(report))),
+            Err(error) => self.fail(&mut state, error),
         }
-        papers.has_ended = true;
+        state.has_ended = true;
         self.ended.notify_all();
     }
 }
@@ -233,8 +231,8 @@ impl HostChannel {
     }
 
     pub(crate) fn next_event(&self) -> Option<Event> {
-        let mut papers = self.papers();
-        let event = papers.events.pop_front()?;
+        let mut state = self.state();
+        let event = state.events.pop_front()?;
         let _ = self.bell.read();
         Some(event)
     }
@@ -253,7 +251,7 @@ impl HostChannel {
                     if left.is_zero() {
                         return Ok(None);
                     }
-                    // Rounded up, so that the wait does not become a busy loop at its end.
+                    // Rounded up, so that the last wait is no busy loop.
                     PollTimeout::try_from(left.as_micros().div_ceil(1000))
                         .unwrap_or(PollTimeout::MAX)
                 }
@@ -265,39 +263,39 @@ impl HostChannel {
         }
     }
 
-    /// Takes the answer to the question `expected`; `answer` is only made if that is open.
-    /// The guest has written to these bytes of a region, or somebody for it. False where there are no such bytes.
+    /// Marks a write of the guest, or on its behalf. False if the region has no such bytes.
     pub(crate) fn written(&self, region: u16, offset: u64, len: u64) -> bool {
         self.marks.get().is_none_or(|marks| marks.mark_bytes(RegionId(region), offset, len))
     }
 
+    /// Takes the answer to the question `expected`; `answer` runs only if that question is open.
     pub(crate) fn answer(&self, expected: Open, answer: impl FnOnce() -> Answer) -> Result<()> {
-        let mut papers = self.papers();
-        if papers.open != Some(expected) {
+        let mut state = self.state();
+        if state.open != Some(expected) {
             return Err(not_asked(&format!("{expected:?}").to_lowercase()));
         }
-        papers.answer(answer());
+        state.answer(answer());
         Ok(())
     }
 
-    /// The open question cannot be done, for this reason.
+    /// Rejects the open question with this reason.
     pub(crate) fn refuse(&self, why: &str) -> Result<()> {
-        let mut papers = self.papers();
+        let mut state = self.state();
         let failed = Error::Host(why.split_whitespace().collect::<Vec<_>>().join(" "));
-        let answer = match papers.open {
+        let answer = match state.open {
             Some(Open::Stop) => Answer::Stopped(Err(failed)),
             Some(Open::Save) => Answer::Saved(Err(failed)),
             Some(Open::Load) => Answer::Loaded(Err(failed)),
             Some(Open::Run) => Answer::Running(Err(failed)),
             None => return Err(not_asked("do anything")),
         };
-        papers.answer(answer);
+        state.answer(answer);
         Ok(())
     }
 
-    /// Has the lanes given up, or opened again.
+    /// Has the lanes given up or reopened.
     pub(crate) fn order(&self, order: LinkOrder) -> Result<()> {
-        let orders = self.papers().orders.clone();
+        let orders = self.state().orders.clone();
         let (connections, post) = orders.ok_or_else(|| {
             Error::Usage("there are no connections yet, or the migration has ended".into())
         })?;
@@ -305,7 +303,7 @@ impl HostChannel {
             && sockets.len() != usize::from(connections)
         {
             return Err(Error::Usage(format!(
-                "{} connections: this migration began with {connections}, and goes on with as many",
+                "{} connections: this migration began with {connections} and continues with as many",
                 sockets.len()
             )));
         }
@@ -313,19 +311,19 @@ impl HostChannel {
     }
 
     pub(crate) fn stats(&self) -> Stats {
-        self.papers().stats()
+        self.state().stats()
     }
 
-    /// False when it has not ended after `patience`.
+    /// False if the thread has not ended after `patience`.
     pub(crate) fn wait_for_end(&self, patience: Duration) -> bool {
-        let running = |papers: &mut ChannelState| !papers.has_ended;
-        let waited = self.ended.wait_timeout_while(self.papers(), patience, running);
+        let running = |state: &mut ChannelState| !state.has_ended;
+        let waited = self.ended.wait_timeout_while(self.state(), patience, running);
         waited.unwrap_or_else(PoisonError::into_inner).0.has_ended
     }
 
-    /// Whatever is being sent or received ends.
+    /// Ends every send and receive.
     pub(crate) fn cut_lanes(&self) {
-        self.papers().lanes.sever();
+        self.state().lanes.sever();
     }
 }
 
@@ -353,10 +351,10 @@ impl ChannelState {
     }
 }
 
-/// For what the program does not have to be asked.
-fn answer_at_once(papers: MutexGuard<'_, ChannelState>, answer: Answer) {
-    let answers = papers.answers.clone();
-    drop(papers);
+/// For questions that the program does not have to answer.
+fn answer_at_once(state: MutexGuard<'_, ChannelState>, answer: Answer) {
+    let answers = state.answers.clone();
+    drop(state);
     if let Some(answers) = answers {
         answers(answer);
     }
@@ -364,7 +362,7 @@ fn answer_at_once(papers: MutexGuard<'_, ChannelState>, answer: Answer) {
 
 fn not_asked(what: &str) -> Error {
     Error::Usage(format!(
-        "umem has not asked to {what}: answer each event once, after it has come and before the migration ends"
+        "umem has not asked to {what}: answer each event once, after it has arrived and before the migration ends"
     ))
 }
 
@@ -385,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn the_descriptor_is_readable_while_there_are_events() {
+    fn descriptor_is_readable_while_events_are_queued() {
         let (desk, _answers) = desk();
         assert!(!is_readable(&desk));
         desk.ask(Question::Stop);
@@ -398,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_was_asked_is_answered_and_only_once() {
+    fn answer_is_accepted_once_and_only_for_an_open_question() {
         let (desk, answers) = desk();
         let saved = || Answer::Saved(Ok(Vec::new()));
         assert!(desk.answer(Open::Save, saved).is_err() && desk.refuse("why").is_err());
@@ -414,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn of_connections_that_come_and_go_the_last_news_is_kept() {
+    fn only_the_latest_connection_event_is_queued() {
         let desk = Arc::new(desk().0);
         let Output::Host(tell) = desk.clone().output() else { unreachable!() };
         let place = Place::Destination;
@@ -438,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_goes_on_before_the_destination_is_told_that_it_does() {
+    fn cancelled_guest_continues_before_the_destination_is_notified() {
         let (desk, _answers) = desk();
         let desk = Arc::new(desk);
         let Output::Host(tell) = desk.clone().output() else { unreachable!() };
@@ -447,7 +445,7 @@ mod tests {
         let uri = crate::transport::uri::Uri::Tcp { host: "host".into(), port: 1 };
         let (lane, reason) = ("demand lane".into(), "why".into());
         tell(&events::Event::Telling { uri, lane, reason });
-        desk.end(Err(Error::Interrupted("said already".into())));
+        desk.end(Err(Error::Interrupted("reported already".into())));
         let events: Vec<_> = std::iter::from_fn(|| desk.next_event()).collect();
         let [Event::Stop, Event::Failed(failure)] = &events[..] else { panic!("{events:?}") };
         assert_eq!(failure.guest, Guest::AtSource);
@@ -455,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn orders_are_taken_while_there_is_somebody_to_follow_them() {
+    fn orders_are_accepted_while_the_migration_thread_runs() {
         let (desk, _answers) = desk();
         let refused = |desk: &HostChannel, order| desk.order(order).unwrap_err().to_string();
         assert!(refused(&desk, LinkOrder::Pause).contains("no connections yet"));
@@ -467,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_says_whose_the_guest_is() {
+    fn failure_names_the_owner_of_the_guest() {
         use Question::{Load, Resume, Run, Save, Stop};
 
         for (questions, guest) in [

@@ -20,20 +20,19 @@ use crate::memory::check_pages;
 use crate::transport::lane::Listener;
 use crate::transport::uri::Uri;
 
-/// Memory of this process that is to be a region of the guest.
+/// Memory of this process that becomes a region of the guest.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory<'a> {
-    /// Where it is mapped; whole pages of its page size.
+    /// Its start address; whole pages of its page size.
     pub start: NonNull<c_void>,
     /// Its size, bytes, whole pages of its page size.
     pub bytes: u64,
-    /// The file of which all is mapped there, MAP_SHARED: a memfd, or a file on tmpfs or hugetlbfs,
-    /// open for reading and writing, which holds nothing yet. None if the memory is MAP_PRIVATE |
-    /// MAP_ANONYMOUS. The descriptor is duplicated.
+    /// The file that is mapped there as a whole, MAP_SHARED: a memfd, or a file on tmpfs or hugetlbfs, open for reading
+    /// and writing, without contents. None if the memory is MAP_PRIVATE | MAP_ANONYMOUS. The descriptor is duplicated.
     pub file: Option<BorrowedFd<'a>>,
 }
 
-/// Where a destination is to receive, and from whom.
+/// The memory that a destination receives, and its source.
 pub struct DestinationSetup {
     regions: Vec<(Area, Option<File>)>,
     userfaultfd: Option<OwnedFd>,
@@ -48,7 +47,7 @@ enum Way {
 }
 
 impl DestinationSetup {
-    /// Nothing yet.
+    /// An empty setup.
     #[expect(clippy::new_without_default, reason = "an empty setup is no default of anything")]
     pub fn new() -> DestinationSetup {
         DestinationSetup {
@@ -60,17 +59,17 @@ impl DestinationSetup {
         }
     }
 
-    /// Adds a region. `name` is the same at the source.
+    /// Adds a region. The region has the same `name` at the source.
     ///
     /// # Safety
-    /// The memory belongs to the guest: nobody in this process holds a reference into it, and it stays
-    /// mapped where it is until the [`Destination`] has been dropped. Whoever touches a missing page
-    /// of it after [`start`](DestinationSetup::start) waits. Pages of it are discarded with `madvise`, shared ones with
-    /// `MADV_REMOVE` and anonymous ones with `MADV_DONTNEED`, until the end: the kernel says nothing of a hole that
-    /// `fallocate` punches in the file, and reports `MADV_DONTNEED` of shared memory as if it were a discard.
+    /// The memory belongs to the guest: this process holds no reference into it, and it stays mapped at its address
+    /// until the [`Destination`] has been dropped. After [`start`](DestinationSetup::start) a thread that touches a
+    /// missing page waits. Until the end pages are discarded with `madvise`, shared ones with `MADV_REMOVE` and
+    /// anonymous ones with `MADV_DONTNEED`: the kernel does not report a hole that `fallocate` punches in the file, and
+    /// reports `MADV_DONTNEED` of shared memory as if it were a discard.
     ///
     /// # Errors
-    /// A file that cannot be used or holds something already, or a size of 0.
+    /// A file that is unusable or has contents, or a size of 0.
     pub unsafe fn region(&mut self, name: &str, memory: &Memory<'_>) -> Result<()> {
         let start = memory.start.as_ptr().expose_provenance() as u64;
         let end = start.checked_add(memory.bytes).filter(|end| *end > start).ok_or_else(|| {
@@ -83,13 +82,13 @@ impl DestinationSetup {
         Ok(())
     }
 
-    /// Uses a userfaultfd of the program's own, with which every region must be registered already,
-    /// for missing faults and, where it is shared, for minor faults. The descriptor is duplicated;
-    /// nobody else reads it any more, and it becomes non-blocking. The regions leave it at the end.
+    /// Uses a userfaultfd of the program. Every region must already be registered with it for missing faults and, if
+    /// shared, for minor faults. The descriptor is duplicated and becomes non-blocking; only umem reads it from here
+    /// on. umem unregisters the regions at the end.
     ///
-    /// Made without `UFFD_USER_MODE_ONLY`. Without `UFFD_FEATURE_EVENT_REMOVE` nobody may discard
-    /// pages of the regions before the end, without `UFFD_FEATURE_EVENT_FORK` umem's
-    /// `MADV_DONTFORK` keeps the memory from forked children meanwhile.
+    /// It must have been made without `UFFD_USER_MODE_ONLY`. Without `UFFD_FEATURE_EVENT_REMOVE` the program must not
+    /// discard pages of the regions before the end. Without `UFFD_FEATURE_EVENT_FORK` umem sets `MADV_DONTFORK`, which
+    /// keeps the memory from forked children until then.
     ///
     /// # Errors
     /// A descriptor that cannot be duplicated.
@@ -99,8 +98,8 @@ impl DestinationSetup {
         Ok(())
     }
 
-    /// Listens at `uri` from [`start`](DestinationSetup::start) on, and takes a source with up to
-    /// `lanes_max` bulk lanes, 1 to 64.
+    /// Listens at `uri` from [`start`](DestinationSetup::start) on, and accepts a source with up to `lanes_max` bulk
+    /// lanes, 1 to 64.
     ///
     /// # Errors
     /// [`Error::Usage`] for a number of lanes out of range, and for `fd:` and `exec:`.
@@ -110,36 +109,34 @@ impl DestinationSetup {
         Ok(())
     }
 
-    /// Uses these connected stream sockets, 1 to 65: the first for demanded pages, the others for the
-    /// rest; a single one is for all. They are umem's from here on. At the source are their other ends, in the same order.
+    /// Uses these connected stream sockets, 1 to 65: the first for demanded pages, the others for the rest; a single
+    /// one carries both. umem owns them from here on. The source gets their other ends in the same order.
     ///
     /// # Errors
-    /// [`Error::Usage`] for too few or too many, and for what is no connected stream socket.
+    /// [`Error::Usage`] for too few or too many, and for a descriptor other than a connected stream socket.
     pub fn connections(&mut self, sockets: Vec<OwnedFd>) -> Result<()> {
         check_connections(&sockets)?;
         self.way = Some(Way::Connections(sockets));
         Ok(())
     }
 
-    /// Whether the migration goes on when connections are lost after the switchover, if the source does too.
-    /// If nothing is said it does where it listens, and not where it was given connections: then the
-    /// program has to give others.
+    /// Whether the migration continues when connections are lost after the switchover, if the source does too. The
+    /// default is true for a destination that listens, and false for one with given connections: its program has to
+    /// give others.
     pub fn recover(&mut self, recovers: bool) {
         self.recovers = Some(recovers);
     }
 
-    /// The cores for the threads of the demand lane and the bulk lanes, in this order; umem chooses if
-    /// nothing is said.
+    /// The cores for the threads of the demand lane and the bulk lanes, in this order; umem chooses by default.
     pub fn cores(&mut self, cores: &[usize]) {
         self.cores = cores.to_vec();
     }
 
-    /// Begins: listens, and registers the regions. From here on whoever touches them waits.
+    /// Starts: listens, and registers the regions. From here on a thread that touches them waits.
     ///
     /// # Errors
-    /// [`Error::Usage`] where there is no region or no way to the source; an address that cannot be
-    /// listened at; memory that is not as it was said to be; no permission for userfaultfd. The
-    /// regions are as before then.
+    /// [`Error::Usage`] without a region, an address or connections; an address that cannot be listened on; memory
+    /// unlike its description; no permission for userfaultfd. After an error the regions are as before.
     pub fn start(self) -> Result<Destination> {
         let DestinationSetup { regions, userfaultfd, way, recovers, cores } = self;
         check_pages()?;
@@ -147,7 +144,7 @@ impl DestinationSetup {
             return Err(Error::Usage("nothing to receive: add the guest's regions first".into()));
         }
         let way = way.ok_or_else(|| {
-            Error::Usage("no way for the source: give an address or connections first".into())
+            Error::Usage("no address and no connections for the source: give either first".into())
         })?;
         let recovers = recovers.unwrap_or(matches!(way, Way::Listen { .. }));
         let (entrance, uri, lanes_max) = match way {
@@ -163,7 +160,7 @@ impl DestinationSetup {
         let guarded = Guarded::new(areas, userfaultfd.as_ref().map(std::os::fd::AsFd::as_fd))?;
         let handed = hand_over(&guarded, files);
         let reception = IncomingConfig { entrance, handed, lanes_max, recovers, cores };
-        // Taken back where no thread could be started.
+        // Unregistered if a thread could not be started.
         let shared = Arc::new(Mutex::new(Some(guarded)));
         let theirs = shared.clone();
         let end = move |desk: &HostChannel, is_completed: bool| {
@@ -188,14 +185,14 @@ fn take(shared: &Mutex<Option<Guarded>>) -> Option<Guarded> {
     shared.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
-/// The file with its device and inode; it must hold nothing.
+/// The file with its device and inode; an error if it has contents.
 fn take_file(name: &str, file: BorrowedFd<'_>) -> Result<(File, (u64, u64))> {
     let what = || format!("RAM {name}");
     let file = File::from(file.try_clone_to_owned().context(what)?);
     let metadata = file.metadata().context(what)?;
     if metadata.blocks() > 0 {
         return Err(Error::Unsupported(format!(
-            "RAM {name}: its file has contents already, which no fault would ever replace: give a \
+            "RAM {name}: its file has contents already, which no fault would replace: give a \
              fresh one, and do not touch the memory before it is registered"
         )));
     }
@@ -203,7 +200,7 @@ fn take_file(name: &str, file: BorrowedFd<'_>) -> Result<(File, (u64, u64))> {
     Ok((file, identity))
 }
 
-/// The regions as another process would hand them over.
+/// The regions in the form of a hand-over by another process.
 fn hand_over(guarded: &Guarded, files: Vec<Option<File>>) -> Vec<Handed> {
     guarded
         .areas()
@@ -222,8 +219,8 @@ fn hand_over(guarded: &Guarded, files: Vec<Option<File>>) -> Vec<Handed> {
         .collect()
 }
 
-/// A destination that runs. Dropping it ends it at once: before the switchover as
-/// [`Destination::cancel`] does; after it whoever touches a page that has not come waits for ever.
+/// A running destination. Dropping it ends it at once: before the switchover as [`Destination::cancel`] does; after the
+/// switchover a thread that touches a missing page waits forever.
 pub struct Destination {
     handle: Handle<Option<Guarded>>,
     uri: Option<Uri>,
@@ -232,7 +229,7 @@ pub struct Destination {
 handle!(Destination);
 
 impl Destination {
-    /// Where it listens at first, with a port that the kernel chose; none if it was given connections.
+    /// The address of the first listener, with the port that the kernel chose; None with given connections.
     pub fn uri(&self) -> Option<&Uri> {
         self.uri.as_ref()
     }
@@ -240,7 +237,7 @@ impl Destination {
     /// Answers [`Event::LoadState`]: the device state is loaded.
     ///
     /// # Errors
-    /// [`Error::Usage`] if that is not asked.
+    /// [`Error::Usage`] if the question is not open.
     pub fn loaded(&self) -> Result<()> {
         self.handle.desk.answer(Open::Load, || Answer::Loaded(Ok(())))
     }
@@ -248,17 +245,17 @@ impl Destination {
     /// Answers [`Event::Run`]: the vCPUs run.
     ///
     /// # Errors
-    /// [`Error::Usage`] if that is not asked.
+    /// [`Error::Usage`] if the question is not open.
     pub fn running(&self) -> Result<()> {
         self.handle.desk.answer(Open::Run, || Answer::Running(Ok(())))
     }
 
-    /// Ends a pause, or does without connections that were given: listens at `uri`, from now on until the
-    /// end, and nowhere else. Returns where that is, with a port that the kernel chose.
+    /// Ends a pause, or replaces connections that were given: listens at `uri` alone from now on until the end. Returns
+    /// the address with the port that the kernel chose.
     ///
     /// # Errors
-    /// [`Error::Usage`] for `fd:` and `exec:`, before the switchover, and where the migration does not
-    /// recover; an address that cannot be listened at.
+    /// [`Error::Usage`] for `fd:` and `exec:`, before the switchover, and if the migration does not recover; an address
+    /// that cannot be listened on.
     pub fn resume_at(&self, uri: &Uri) -> Result<Uri> {
         check_address(uri)?;
         let listener = Listener::bind(uri)?;
@@ -267,16 +264,16 @@ impl Destination {
         Ok(bound)
     }
 
-    /// After a failure with [`Guest::AtDestination`](super::Guest::AtDestination): no vCPU runs any
-    /// more and nobody believes what the guest's memory holds. Missing pages become zeroes, and
-    /// whoever waits for one goes on. Has no effect where nothing is waited for.
+    /// After a failure with [`Guest::AtDestination`](super::Guest::AtDestination): no vCPU runs any more, and the
+    /// contents of guest memory are no longer used. Missing pages become zeroes, and waiting threads continue. Has no
+    /// effect if no page is missing.
     ///
     /// # Errors
     /// [`Error::Usage`] before the last event.
     pub fn guest_has_stopped(&self) -> Result<()> {
         if !self.handle.desk.wait_for_end(std::time::Duration::ZERO) {
             return Err(Error::Usage(
-                "the migration still runs, and the guest's pages still arrive: end the migration before the waiting"
+                "the migration still runs, and the guest's pages still arrive: end the migration first"
                     .into(),
             ));
         }
@@ -289,7 +286,7 @@ impl Destination {
 
 impl Drop for Destination {
     fn drop(&mut self) {
-        // What is still waited for stays so.
+        // Missing pages stay missing.
         self.handle.end();
     }
 }

@@ -1,4 +1,4 @@
-//! A running migration, whichever side it is.
+//! A running migration of either side.
 
 use std::any::Any;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -18,19 +18,18 @@ use crate::runtime::panics;
 use crate::statistics::Completed;
 use crate::transport::uri::Uri;
 
-/// How long a migration whose handle is dropped may take to tell the other side; then its connections
-/// are cut.
+/// How long a dropped handle may take to notify the other side before its connections are cut.
 const PARTING_PATIENCE: Duration = Duration::from_secs(1);
 
-/// The control thread, which leaves a `T` behind.
+/// The control thread; `T` is its result.
 pub(super) struct Handle<T> {
     pub(super) desk: Arc<HostChannel>,
     thread: Mutex<Option<JoinHandle<T>>>,
 }
 
 impl<T: Send + 'static> Handle<T> {
-    /// Runs `migrate` on a thread that takes no signal; `end` comes after it, whatever became of it,
-    /// and before the last event.
+    /// Runs `migrate` on a thread that blocks every signal. `end` runs after it, whatever its outcome, and before the
+    /// last event.
     pub(super) fn start(
         desk: Arc<HostChannel>,
         migrate: impl FnOnce(&Arc<HostChannel>) -> Result<Completed> + Send + 'static,
@@ -44,7 +43,7 @@ impl<T: Send + 'static> Handle<T> {
             ours.end(result);
             left
         };
-        // It inherits the mask, and so do those that it starts.
+        // The thread inherits the mask, and passes it on to the threads that it starts.
         let before = SigSet::all()
             .thread_swap_mask(SigmaskHow::SIG_SETMASK)
             .context(|| "blocking signals")?;
@@ -56,29 +55,29 @@ impl<T: Send + 'static> Handle<T> {
         Ok(Handle { desk, thread: Mutex::new(Some(thread)) })
     }
 
-    /// Ends it, wherever it is; what it left behind, the first time.
+    /// Ends the migration in any phase. Returns its result on the first call.
     pub(super) fn end(&self) -> Option<T> {
         self.desk.canceller().abandon();
         self.join()
     }
 
-    /// Gives up, where that is still possible.
+    /// Cancels the migration, if that is still possible.
     pub(super) fn cancel(&self) {
         self.desk.canceller().cancel();
     }
 
-    /// Waits for its end, which is near.
+    /// Joins the thread, whose end is near.
     pub(super) fn join(&self) -> Option<T> {
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         if !self.desk.wait_for_end(PARTING_PATIENCE) {
             self.desk.cut_lanes();
         }
-        // What could panic in it is caught.
+        // The thread catches its panics.
         thread.join().ok()
     }
 }
 
-/// Checks sockets that are to be lanes, the demand lane's first. They are as before afterwards.
+/// Checks sockets that become lanes, the demand lane's first. The check changes nothing.
 pub(crate) fn check_connections(sockets: &[impl AsFd]) -> Result<()> {
     let most = usize::from(LANES_MAX) + 1;
     if !(1..=most).contains(&sockets.len()) {
@@ -109,7 +108,7 @@ fn check_connection(socket: BorrowedFd<'_>) -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// Refuses an address that is one connection: the program has it, and gives it itself.
+/// Refuses an address of a single connection: the program gives the socket instead.
 pub(super) fn check_address(uri: &Uri) -> Result<()> {
     if !uri.is_one_connection() {
         return Ok(());
@@ -127,38 +126,36 @@ pub(super) fn check_lanes(lanes: u16) -> Result<u16> {
     Err(Error::Usage(format!("the number of bulk lanes is 1 to {LANES_MAX}, not {lanes}")))
 }
 
-/// What both kinds of handles can do, besides answering.
+/// The methods of both kinds of handles, besides answers.
 macro_rules! handle {
     ($name:ident) => {
         impl $name {
-            /// Readable while there are events: for `poll` and its like, in the program's main loop.
-            /// Whoever polls takes events with [`next_event`](Self::next_event), and never reads the
-            /// descriptor itself.
+            /// Readable while there are events: for `poll` in the program's main loop. The program takes events with
+            /// [`next_event`](Self::next_event) and never reads the descriptor.
             pub fn event_fd(&self) -> std::os::fd::BorrowedFd<'_> {
                 self.handle.desk.event_fd()
             }
 
-            /// The next event, if there is one.
+            /// The next event, or None.
             pub fn next_event(&self) -> Option<Event> {
                 self.handle.desk.next_event()
             }
 
-            /// Waits for the next event: none if there is none in time. No timeout is for ever; after
-            /// the last event, [`Event::Completed`] or [`Event::Failed`], nothing comes any more.
+            /// Waits for the next event; None after the timeout. Without a timeout it waits forever.
+            /// [`Event::Completed`] or [`Event::Failed`] is the last event.
             ///
             /// # Errors
-            /// The kernel did not let it wait.
+            /// The kernel's error of `poll`.
             pub fn wait(&self, timeout: Option<std::time::Duration>) -> Result<Option<Event>> {
                 self.handle.desk.wait(timeout)
             }
 
-            /// How far it has come. May be called from any thread.
+            /// The progress. May be called from any thread.
             pub fn stats(&self) -> Stats {
                 self.handle.desk.stats()
             }
 
-            /// Says instead of an answer why what was asked for cannot be done, which ends the
-            /// migration.
+            /// Rejects the open question with a reason, which ends the migration.
             ///
             /// # Errors
             /// [`Error::Usage`](crate::Error::Usage) if no question is open.
@@ -166,39 +163,37 @@ macro_rules! handle {
                 self.handle.desk.refuse(why)
             }
 
-            /// Gives up, if the guest has not been handed over: [`Event::Failed`] follows. After the
-            /// switchover this has no effect, because the guest needs both sides until its last page
-            /// has come. May be called from any thread.
+            /// Cancels the migration, unless the guest has been handed over: [`Event::Failed`] follows. After the
+            /// switchover this has no effect, because the guest needs both sides until its last page has arrived. May
+            /// be called from any thread.
             pub fn cancel(&self) {
                 self.handle.cancel();
             }
         }
 
-        /// What is to be done with connections, from the switchover on, in a migration that recovers. The
-        /// program hears by events what came of it.
+        /// Orders about connections, from the switchover on, in a migration that recovers. Events report the result.
         ///
         /// # Errors
-        /// All of these: [`Error::Usage`](crate::Error::Usage) before the switchover, after the last
-        /// event, and where the migration does not recover.
+        /// All of these: [`Error::Usage`](crate::Error::Usage) before the switchover, after the last event, and if the
+        /// migration does not recover.
         impl $name {
-            /// Gives up the connections, and opens or takes none until the program says how:
-            /// [`Event::Paused`]. The guest runs on with what it has.
+            /// Gives up the connections, and opens or accepts none until the program calls for it: [`Event::Paused`].
+            /// The guest runs on with the pages that it has.
             pub fn pause(&self) -> Result<()> {
                 self.handle.desk.order(LinkOrder::Pause)
             }
 
-            /// Ends a pause: opens or takes connections as before.
+            /// Ends a pause: opens or accepts connections as before.
             pub fn resume(&self) -> Result<()> {
                 self.handle.desk.order(LinkOrder::Resume)
             }
 
-            /// Goes on over these connected stream sockets, as many as there were at first, the first for
-            /// demanded pages. They are umem's from here on, which gives up those that it had and no longer
-            /// dials or listens. The other side's program gives their other ends in the same order; it may
-            /// do so later.
+            /// Continues over these connected stream sockets, as many as at the start, the first for demanded pages.
+            /// umem owns them from here on, gives up its old connections and no longer dials or listens. The other
+            /// side's program gives their other ends in the same order, possibly later.
             ///
             /// # Errors
-            /// Also for too few or too many, and for what is no connected stream socket.
+            /// Also for too few or too many, and for a descriptor other than a connected stream socket.
             pub fn reconnect(&self, sockets: Vec<std::os::fd::OwnedFd>) -> Result<()> {
                 check_connections(&sockets)?;
                 self.handle.desk.order(LinkOrder::Reconnect(sockets))

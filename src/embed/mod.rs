@@ -1,10 +1,9 @@
 //! umem as a part of another program: a virtual machine monitor, a test, a tool.
 //!
-//! A [`SourceSetup`] or a [`DestinationSetup`] is told which memory to move and over which
-//! connections; its `start` answers with a [`Source`] or a [`Destination`], and from then on
-//! everything happens on threads of umem's own. The program is asked and told by [`Event`]s, which it
-//! takes whenever it likes: the handle's `event_fd` is readable while there are any, for the program's
-//! main loop. The C interface, `umem.h`, is the same thing in C.
+//! A [`SourceSetup`] or a [`DestinationSetup`] names the memory to move and the connections. Its `start` returns a
+//! [`Source`] or a [`Destination`]; umem's own threads then do the work. umem sends the program [`Event`]s: questions
+//! and reports. The handle's `event_fd` is readable while there are events, for the program's main loop; the program
+//! takes them when convenient. `umem.h` is the same interface in C.
 //!
 //! | event | at the | the program then | and calls |
 //! |---|---|---|---|
@@ -15,48 +14,47 @@
 //! | [`Run`](Event::Run) | destination | starts its vCPUs: the switchover | [`Destination::running`] |
 //! | [`Running`](Event::Running) | source | has nothing to do | |
 //! | [`Recovering`](Event::Recovering) | both | has nothing to do | |
-//! | [`Paused`](Event::Paused) | both | makes connections, or says where to | `reconnect`, `resume_at`, `resume` |
+//! | [`Paused`](Event::Paused) | both | makes connections, or names an address | `reconnect`, `resume_at`, `resume` |
 //! | [`Resumed`](Event::Resumed) | both | has nothing to do | |
 //! | [`Completed`](Event::Completed) | both | drops the handle; a source its guest, too | |
-//! | [`Failed`](Event::Failed) | both | sees [`Failure::guest`] for whose the guest is | |
+//! | [`Failed`](Event::Failed) | both | reads the guest's owner from [`Failure::guest`] | |
 //!
-//! Instead of an answer it may call `refuse` with a reason, which ends the migration.
+//! Instead of an answer the program may call `refuse` with a reason, which ends the migration.
 //!
-//! # What happens to the program around it
+//! # Effects on the program
 //!
-//! Nothing is written to its standard streams, no signal handler is set and no signal is taken: umem's
-//! threads have every signal blocked. No panic leaves umem's threads; one becomes
-//! [`Error::Internal`]. When a handle has been dropped none of its threads is
-//! left. The thread that serves demand pages asks for the lowest real-time priority, and those that carry
-//! the background for a nice value of −10, each for itself alone.
+//! umem writes nothing to the standard streams, sets no signal handler and takes no signal: its threads block every
+//! signal. No panic leaves umem's threads; a panic becomes [`Error::Internal`]. A dropped handle leaves no threads. The
+//! thread that serves demand pages requests the lowest real-time priority. The background threads request a nice value
+//! of −10. Both apply to the thread alone.
 //!
 //! # What must hold
 //!
-//! From `start` on a destination's memory waits: whoever touches a missing page sleeps until it has
-//! come. The thread that takes events must therefore not touch guest memory that nobody loads, and a
-//! device state is best loaded on a thread of its own.
+//! From `start` on, a thread that touches a missing page of a destination sleeps until the page has arrived. So the
+//! thread that takes events must not touch guest memory that is still to be loaded, and a device state is best loaded
+//! on a thread of its own.
 //!
 //! # Lost connections
 //!
-//! Before the switchover they end the migration, and the guest goes on at the source. Later the source may
-//! have given it up, so the migration goes on without them: the guest runs on with what it has, and other
-//! connections take the place of the lost ones. A source that was given an address dials it again, until
-//! it is dropped; a destination that listens goes on listening. Who was given connections is
-//! [`Paused`](Event::Paused) until the program gives others, with `reconnect`; that is only so where both
-//! sides' programs have asked for it, with `recover(true)`, as otherwise a lost connection ends the migration
-//! as before. The program may also `pause` by itself, to move the traffic elsewhere for example.
+//! Connections lost before the switchover end the migration, and the guest continues at the source. Later the source
+//! may have given the guest up, so the migration continues without connections: the guest runs on with the pages that
+//! it has, and new connections replace the lost ones. A source that was given an address dials it again until the
+//! source is dropped; a destination that listens keeps listening. A side that was given connections is
+//! [`Paused`](Event::Paused) until its program gives others with `reconnect`. That applies only if the programs of both
+//! sides called `recover(true)`; otherwise a lost connection ends the migration. The program may also call `pause`, for
+//! example to move the traffic elsewhere.
 //!
-//! Nobody gives up by himself then: who believes that the other side will not come back drops the handle. A
-//! destination that has loaded and has not been asked to run may wait for a source that never heard of it and
-//! goes on alone: only who knows both can tell.
+//! Neither side gives up by itself then: a program that believes the other side lost for good drops the handle. A
+//! destination that has loaded and has not been asked to run may wait for a source that never received its answer and
+//! continues alone. Only an observer of both sides can decide that.
 //!
-//! When a destination fails after the switchover, the guest belongs to it and misses pages that nobody
-//! will bring. They stay waited for, also when the handle has been dropped: a page never reads as
-//! zeroes because umem has failed. Only [`Destination::guest_has_stopped`] ends the waiting.
+//! When a destination fails after the switchover, the destination owns the guest, and the missing pages will not
+//! arrive. A thread that touches them still waits, also after the handle is dropped: a page never reads as zeroes
+//! because umem has failed. Only [`Destination::guest_has_stopped`] ends the wait.
 //!
 //! # Example
 //!
-//! A mebibyte moves between two ends in one process, which a program would hardly do:
+//! A mebibyte moves between two sides in one process (real programs have one side each):
 //!
 //! ```
 //! use std::os::fd::{AsFd, AsRawFd};
@@ -83,7 +81,7 @@
 //! source.region("ram0", file.as_fd())?;
 //! source.connections(vec![here.0.into(), there.0.into()])?;
 //! let mut destination = DestinationSetup::new();
-//! // SAFETY: nobody else knows of the mapping, and it stays until the end.
+//! // SAFETY: the mapping has no other user, and stays until the end.
 //! unsafe { destination.region("ram0", &Memory { start, bytes: BYTES as u64, file: None })? };
 //! destination.connections(vec![here.1.into(), there.1.into()])?;
 //!
@@ -117,7 +115,7 @@
 //! }
 //! sending.join().unwrap()?;
 //! drop(destination);
-//! // SAFETY: five bytes of our own mapping, which nobody writes any more.
+//! // SAFETY: five bytes of our own mapping, which has no writer any more.
 //! assert_eq!(unsafe { start.byte_add(4096).cast::<[u8; 5]>().read() }, *b"moved");
 //! # unsafe { munmap(start, BYTES)? };
 //! # Ok(()) }
@@ -136,7 +134,7 @@ pub use source::{Source, SourceSetup};
 use crate::error::Error;
 use crate::statistics::Completed;
 
-/// What the program is asked or told; the [module](self) says what to do about each.
+/// A question or a report to the program; the [module](self) lists what the program does about each.
 #[derive(Debug)]
 pub enum Event {
     /// Every lane is open.
@@ -147,81 +145,81 @@ pub enum Event {
     SaveState,
     /// Destination: load this device state, which may be empty.
     LoadState(Vec<u8>),
-    /// Destination: the guest is yours, run it.
+    /// Destination: the guest belongs to this side; run it.
     Run,
     /// Source: the guest runs at the destination.
     Running {
-        /// How long it has stood still.
+        /// How long the guest stood still.
         downtime: Duration,
     },
-    /// The connections are lost, or given up, and the migration goes on without them: whoever waits for
-    /// a page waits longer. umem opens others, or waits for the source to. Of this event and the two below
-    /// the last is kept where nobody has taken those before it.
+    /// The connections are lost or given up, and the migration continues without them; missing pages wait longer. umem
+    /// opens new connections, or waits for the source to do so. Of consecutive untaken events of this kind and the next
+    /// two, only the last is kept.
     Recovering {
-        /// What became of them, one line.
+        /// The reason, in one line.
         reason: String,
     },
-    /// The same, and nothing is opened until the program says how: `resume`, `resume_at`, `reconnect`.
+    /// As `Recovering`, and umem opens nothing until the program calls `resume`, `resume_at` or `reconnect`.
     Paused {
-        /// What became of them, one line.
+        /// The reason, in one line.
         reason: String,
     },
-    /// There are connections again.
+    /// All connections are open again.
     Resumed {
-        /// How long there were none.
+        /// How long there were no connections.
         disconnected: Duration,
     },
-    /// Every page has come; the last event.
+    /// Every page has arrived; the last event.
     Completed(Box<Completed>),
-    /// It did not work; the last event.
+    /// The migration failed; the last event.
     Failed(Failure),
 }
 
 impl Event {
-    /// Whether it tells of connections that were lost.
+    /// Whether the event reports on lost connections.
     pub(crate) fn is_of_link(&self) -> bool {
         matches!(self, Event::Recovering { .. } | Event::Paused { .. } | Event::Resumed { .. })
     }
 }
 
-/// How it did not work.
+/// How the migration failed.
 #[derive(Debug)]
 pub struct Failure {
-    /// Why.
+    /// The reason.
     pub error: Error,
-    /// Whose the guest is now.
+    /// The guest's owner now.
     pub guest: Guest,
 }
 
-/// Whose the guest is after a failure.
+/// The guest's owner after a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Guest {
-    /// The source's, as before: if it was asked to stop its guest, it lets it go on. The destination
-    /// throws away what it has, which no longer waits for anything and is worth nothing.
+    /// The source, as before: a stopped guest continues. The destination discards its copy; its memory no longer blocks
+    /// a thread and has no valid contents.
     AtSource,
-    /// The destination's, or it may be: the source must never run it again. At the destination it
-    /// waits where pages are missing.
+    /// The destination, or possibly the destination: the source must never run the guest again. At the destination the
+    /// guest waits where pages are missing.
     AtDestination,
 }
 
-/// How far it has come. All zero before the lanes are open.
+/// Progress. All fields are zero until the lanes are open.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     /// The guest's memory, bytes.
     pub total_bytes: u64,
-    /// What of it has not come yet, or at the source not gone, bytes.
+    /// Bytes that have not arrived (destination) or have not been sent (source).
     pub missing_bytes: u64,
-    /// What came as data, bytes …
+    /// Bytes that arrived as data.
     pub data_bytes: u64,
-    /// … as a header that says zeroes, bytes …
+    /// Bytes that arrived as a zero header.
     pub zero_bytes: u64,
-    /// … and as a header that says that the source has nothing there, bytes.
+    /// Bytes that arrived as a hole header: the source's file has nothing there.
     pub hole_bytes: u64,
-    /// Pages that somebody waited for.
+    /// Pages that were demanded.
     pub pages_demand: u64,
-    /// Pages that came unasked.
+    /// Pages that arrived without a demand.
     pub pages_background: u64,
-    /// With [checksums](SourceSetup::checksum): what came to this side otherwise than it was sent, and was
-    /// sent again.
+    /// With [checksums](SourceSetup::checksum): frames and pages that changed in transit to this side and were sent
+    /// again.
     pub checksum_errors: u64,
 }

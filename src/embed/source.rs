@@ -17,7 +17,7 @@ use crate::source::Precopy;
 use crate::source::embedded::{OutgoingConfig, Way, send};
 use crate::transport::uri::Uri;
 
-/// What a source is to move, and where to.
+/// The memory that a source moves, and its destination.
 pub struct SourceSetup {
     files: Vec<RamFile>,
     way: Option<Way>,
@@ -29,7 +29,7 @@ pub struct SourceSetup {
 }
 
 impl SourceSetup {
-    /// Nothing yet; postcopy.
+    /// An empty setup; postcopy is on.
     #[expect(clippy::new_without_default, reason = "an empty setup is no default of anything")]
     pub fn new() -> SourceSetup {
         SourceSetup {
@@ -43,11 +43,11 @@ impl SourceSetup {
         }
     }
 
-    /// Adds a region: all of a file, which the guest maps MAP_SHARED, or a file that does not change.
-    /// The descriptor is duplicated. `name` is the same at the destination.
+    /// Adds a region: a whole file that the guest maps MAP_SHARED, or a file that does not change. The descriptor is
+    /// duplicated. The region has the same `name` at the destination.
     ///
     /// # Errors
-    /// Not a regular file open for reading, or one whose size is not whole pages.
+    /// A descriptor other than a regular file open for reading; a size other than whole pages.
     pub fn region(&mut self, name: &str, file: BorrowedFd<'_>) -> Result<()> {
         let named = |what: String| Error::Unsupported(format!("RAM {name}: {what}"));
         let file = file.try_clone_to_owned().context(|| format!("RAM {name}"))?;
@@ -67,59 +67,56 @@ impl SourceSetup {
         Ok(())
     }
 
-    /// Uses these connected stream sockets, 1 to 65: the first for demanded pages, the others for the
-    /// rest; a single one is for all. They are umem's from here on. At the destination are their other ends, in the same order.
+    /// Uses these connected stream sockets, 1 to 65: the first for demanded pages, the others for the rest; a single
+    /// one carries both. umem owns them from here on. The destination gets their other ends in the same order.
     ///
     /// # Errors
-    /// [`Error::Usage`] for too few or too many, and for what is no connected stream socket.
+    /// [`Error::Usage`] for too few or too many, and for a descriptor other than a connected stream socket.
     pub fn connections(&mut self, sockets: Vec<OwnedFd>) -> Result<()> {
         check_connections(&sockets)?;
         self.way = Some(Way::Connections(sockets));
         Ok(())
     }
 
-    /// Whether pages are sent after the switchover (as if nothing is said), or all of them before,
-    /// while the guest stands still.
+    /// Whether pages are sent after the switchover (the default), or all of them before the switchover, while the guest
+    /// stands still.
     pub fn postcopy(&mut self, postcopy: bool) {
         self.postcopy = postcopy;
     }
 
-    /// Whether pages are sent before the guest stops, too, and again those that it writes meanwhile: in `passes_max` passes at
-    /// most, until what is left takes no longer than `downtime_limit` to send. The program says what is written, with
-    /// [`Source::written`], and needs lanes for pages that nobody waits for.
+    /// Sends pages also before the guest stops, and again those that the guest writes meanwhile: in at most
+    /// `passes_max` passes, until the rest takes no longer than `downtime_limit` to send. The program reports writes
+    /// with [`Source::written`] and needs at least one bulk lane.
     pub fn precopy(&mut self, passes_max: u32, downtime_limit: Duration) {
         self.precopy = Some(Precopy { passes_max, downtime_limit });
     }
 
-    /// Whether the migration goes on when connections are lost after the switchover, if the destination
-    /// does too. If nothing is said it does where it has dialled, and not where it was given connections:
-    /// then the program has to give others.
+    /// Whether the migration continues when connections are lost after the switchover, if the destination does too. The
+    /// default is true for a source that dials, and false for one with given connections: its program has to give
+    /// others.
     pub fn recover(&mut self, recovers: bool) {
         self.recovers = Some(recovers);
     }
 
-    /// Whether both sides check every frame and every page for bits that change on their way, in spite of
-    /// TCP's own sum; not so if nothing is said. What is wrong reaches no guest: its connections count as
-    /// lost, which before the switchover ends the migration, and afterwards, where both sides
-    /// [recover](SourceSetup::recover), has it sent again. After eight such losses without a page between them
-    /// the migration is [`Paused`](Event::Paused). At the end both sides compare what they have; where that
-    /// differs each has [`Failed`](Event::Failed) with [`Error::Damaged`]. The destination follows without
-    /// being told.
+    /// Whether both sides check every frame and every page for bits that change in transit, besides TCP's own checksum;
+    /// the default is false. A damaged page reaches no guest: its connections count as lost. Before the switchover that
+    /// ends the migration. Afterwards, if both sides [recover](SourceSetup::recover), the page is sent again. After
+    /// eight such losses without a valid page in between the migration is [`Paused`](Event::Paused). At the end both
+    /// sides compare digests of their memory; if they differ, both sides have [`Failed`](Event::Failed) with
+    /// [`Error::Damaged`]. The destination follows the source's choice.
     pub fn checksum(&mut self, checksum: bool) {
         self.checksum = checksum;
     }
 
-    /// The cores for the threads of the demand lane and the bulk lanes, in this order; umem chooses if
-    /// nothing is said.
+    /// The cores for the threads of the demand lane and the bulk lanes, in this order; umem chooses by default.
     pub fn cores(&mut self, cores: &[usize]) {
         self.cores = cores.to_vec();
     }
 
-    /// Begins: connects, and asks the program to stop its guest when the destination is ready.
+    /// Starts: connects, and asks the program to stop its guest when the destination is ready.
     ///
     /// # Errors
-    /// [`Error::Usage`] where there is nothing to move or no way to the destination; a thread or an
-    /// eventfd that the kernel does not give.
+    /// [`Error::Usage`] without a region, an address or connections; a thread or an eventfd that the kernel refuses.
     pub fn start(self) -> Result<Source> {
         let SourceSetup { files, way, postcopy, precopy, recovers, checksum, cores } = self;
         check_pages()?;
@@ -127,11 +124,14 @@ impl SourceSetup {
             return Err(Error::Usage("nothing to move: add the guest's regions first".into()));
         }
         let way = way.ok_or_else(|| {
-            Error::Usage("no way to the destination: give an address or connections first".into())
+            Error::Usage(
+                "no address and no connections of the destination: give either first".into(),
+            )
         })?;
         let is_single = matches!(&way, Way::Connections(sockets) if sockets.len() == 1);
         if precopy.is_some() && is_single {
-            let what = "pages that may come again need a connection beside the one for demanded pages: give two or more";
+            let what =
+                "precopy needs a connection besides the one for demanded pages: give two or more";
             return Err(Error::Usage(what.into()));
         }
         let recovers = recovers.unwrap_or(matches!(way, Way::Dial { .. }));
@@ -142,8 +142,8 @@ impl SourceSetup {
     }
 }
 
-/// A source that runs. Dropping it ends it at once: before the switchover as [`Source::cancel`] does;
-/// after it the destination's guest loses the pages that it still misses.
+/// A running source. Dropping it ends it at once: before the switchover as [`Source::cancel`] does; after the
+/// switchover the destination's guest loses its missing pages.
 pub struct Source {
     handle: Handle<()>,
 }
@@ -151,21 +151,21 @@ pub struct Source {
 handle!(Source);
 
 impl Source {
-    /// Answers [`Event::Stop`]: nobody writes the guest's memory any more.
+    /// Answers [`Event::Stop`]: the guest's memory has no writer any more.
     ///
     /// # Errors
-    /// [`Error::Usage`] if that is not asked.
+    /// [`Error::Usage`] if the question is not open.
     pub fn stopped(&self) -> Result<()> {
         self.handle.desk.answer(Open::Stop, || Answer::Stopped(Ok(None)))
     }
 
-    /// With [`precopy`](SourceSetup::precopy): the guest has written to these bytes of its memory, or a device or the
-    /// program has for it. `region` is the number of the region in the order in which they were added. To be said
-    /// after each write, by any thread, and before [`Source::stopped`] answers for the last of them; a page that is
-    /// not named arrives as it was sent before.
+    /// With [`precopy`](SourceSetup::precopy): the guest, a device or the program has written these bytes of guest
+    /// memory. `region` is the number of the region in the order in which they were added. Must be called after each
+    /// write, by any thread, and before [`Source::stopped`] for the last writes; a page without a report arrives as it
+    /// was sent before.
     ///
     /// # Errors
-    /// [`Error::Usage`] where the region has no such bytes.
+    /// [`Error::Usage`] if the region has no such bytes.
     pub fn written(&self, region: u16, offset: u64, bytes: u64) -> Result<()> {
         match self.handle.desk.written(region, offset, bytes) {
             true => Ok(()),
@@ -175,20 +175,19 @@ impl Source {
         }
     }
 
-    /// Answers [`Event::SaveState`]: this is the device state, which the destination's program gets as
-    /// it is. It may be empty.
+    /// Answers [`Event::SaveState`] with the device state, which the destination's program receives unchanged. The
+    /// state may be empty.
     ///
     /// # Errors
-    /// [`Error::Usage`] if that is not asked.
+    /// [`Error::Usage`] if the question is not open.
     pub fn saved(&self, state: Vec<u8>) -> Result<()> {
         self.handle.desk.answer(Open::Save, || Answer::Saved(Ok(state)))
     }
 
-    /// Ends a pause, or does without connections that were given: dials `uri`, from now on until the end.
+    /// Ends a pause, or replaces connections that were given: dials `uri` from now on until the end.
     ///
     /// # Errors
-    /// [`Error::Usage`] for `fd:` and `exec:`, before the switchover, and where the migration does not
-    /// recover.
+    /// [`Error::Usage`] for `fd:` and `exec:`, before the switchover, and if the migration does not recover.
     pub fn resume_at(&self, uri: Uri) -> Result<()> {
         check_address(&uri)?;
         self.handle.desk.order(LinkOrder::Dial(uri))
@@ -220,11 +219,11 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_sent_by_one_source_at_a_time_and_the_programs_own_locks_stay() {
+    fn second_source_of_a_file_is_refused_and_the_programs_locks_stay() {
         let file = tempfile::tempfile_in("/dev/shm").unwrap();
         file.set_len(1 << 20).unwrap();
         let (first, mut destination) = source(&file);
-        // It says hello when the file is its own.
+        // The source sends its hello once it holds the file's lock.
         destination.read_exact(&mut [0]).unwrap();
         let (second, _connection) = source(&file);
         let event = second.wait(Some(Duration::from_secs(100))).unwrap();

@@ -1,24 +1,27 @@
-//! The one error of the crate: what is wrong, what to do about it, and the cause underneath.
+//! The error of the crate: what is wrong, what to do about it, and the cause.
 //!
-//! Every variant prints as a single line. A cause (`source`) is part of that line already, so
-//! callers print the error alone and never walk the chain.
+//! Every variant prints as a single line that includes its cause (`source`), so callers print the error alone and never
+//! walk the chain.
 
 use std::io;
 use std::path::PathBuf;
 
 use umem_wire::{Fault, FaultCode, LaneRole, ReceiveError};
 
-/// Everything that can end a migration, worded for the person who has to act on it.
+/// The options of `umem migrate` to use where its passes over a running guest are impossible.
+pub(crate) const WITHOUT_PASSES: &str = "-p without --precopy (postcopy), or --stop-first";
+
+/// Every reason that can end a migration, worded for the user who acts on it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The command line cannot be carried out as written (exit status 2).
     #[error("{0}")]
     Usage(String),
 
-    /// A system call failed; `what` says which one and on what.
+    /// A system call failed.
     #[error("{what}: {source}")]
     System {
-        /// What was being done, with the name of the object it was done to.
+        /// The operation and the object's name.
         what: String,
         /// The kernel's answer, errno kept.
         #[source]
@@ -29,21 +32,21 @@ pub enum Error {
     #[error("io_uring: {0}")]
     Ring(#[from] umem_ring::Error),
 
-    /// The other side broke the protocol, or a stream was damaged on its way.
+    /// The peer violated the protocol, or a stream was damaged in transit.
     #[error("the peer sent something that umem's protocol does not allow ({lane}): {what}")]
     Protocol {
-        /// The lane it came in on.
+        /// The lane that received the violation.
         lane: String,
-        /// The rule that it broke.
+        /// The rule that was violated.
         what: String,
     },
 
-    /// The other side gave up and said why.
+    /// The peer ended the migration and sent the reason.
     #[error("the {side} gave up: {text}")]
     Peer {
         /// "source" or "destination".
         side: &'static str,
-        /// The reason's class, as it came over the wire.
+        /// The reason's class, as received.
         code: FaultCode,
         /// The reason in the peer's words.
         text: String,
@@ -60,16 +63,16 @@ pub enum Error {
         what: String,
     },
 
-    /// Who is at the other end of a connection could not be made sure of, or is not let in.
+    /// The peer could not be authenticated, or is not authorized.
     #[error("no secure connection to the {side}: {what}")]
     Insecure {
         /// "source" or "destination".
         side: &'static str,
-        /// Why, of "it", the other side.
+        /// The reason; "it" is the peer.
         what: String,
     },
 
-    /// Nobody answers at the address.
+    /// No process answers at the address.
     #[error("cannot connect to {uri}: {source}; start `umem incoming {uri}` there first")]
     Connect {
         /// The address as the user wrote it.
@@ -79,7 +82,7 @@ pub enum Error {
         source: io::Error,
     },
 
-    /// The address cannot be listened on.
+    /// umem cannot listen on the address.
     #[error("cannot listen on {uri}: {source}{hint}")]
     Listen {
         /// The address as the user wrote it.
@@ -98,7 +101,7 @@ pub enum Error {
         name: String,
         /// Its file.
         path: PathBuf,
-        /// What is wrong and what to do.
+        /// The defect and its remedy.
         what: String,
     },
 
@@ -109,11 +112,11 @@ pub enum Error {
         name: String,
         /// Its file, as the kernel names it now.
         path: String,
-        /// What is wrong with it and, at the end, what to do.
+        /// The defect and, at the end, its remedy.
         what: String,
     },
 
-    /// This machine, or what this user may do on it, is not enough.
+    /// This machine or this user's permissions are insufficient.
     #[error("{0}")]
     Environment(String),
 
@@ -121,7 +124,7 @@ pub enum Error {
     #[error("{0}")]
     Unsupported(String),
 
-    /// A measurement cannot go on.
+    /// A measurement cannot continue.
     #[error("{0}")]
     Bench(String),
 
@@ -129,15 +132,15 @@ pub enum Error {
     #[error("the guest's monitor: {0}")]
     Host(String),
 
-    /// The guest's process has ended where the guest was to run: nothing can go on.
+    /// The process of the guest ended at the side that was to run it: the migration cannot continue.
     #[error("the guest's monitor: {0}")]
     Ended(String),
 
-    /// The preload object did not announce itself, or could not do its work.
+    /// The preload object did not announce itself, or failed.
     #[error("{0}")]
     Preload(String),
 
-    /// A command to an umem that runs was not carried out.
+    /// A command to a running umem was not carried out.
     #[error("{0}")]
     Control(String),
 
@@ -147,12 +150,12 @@ pub enum Error {
 
     /// A thread of umem panicked, with this message.
     #[error(
-        "umem has a bug and cannot go on; please report it: {0}. A guest that misses pages waits for \
+        "umem has a bug and cannot continue; please report it: {0}. A guest that misses pages waits for \
          them; it does not read zeroes"
     )]
     Internal(String),
 
-    /// The guest has moved, and what it moved with is not what the source had: it runs with wrong memory.
+    /// The guest has moved, and its memory differs from the source's: it runs with wrong memory.
     #[error(
         "the guest's memory is damaged: the digests of RAM {regions} differ between the two sides; stop the guest, and start it again from an older state"
     )]
@@ -161,16 +164,16 @@ pub enum Error {
         regions: String,
     },
 
-    /// Somebody pressed Ctrl-C (or sent SIGTERM) while stopping was still possible.
+    /// An interrupt (Ctrl-C or SIGTERM) arrived while umem could still stop.
     #[error("interrupted; {0}")]
     Interrupted(String),
 }
 
-/// Shorthand used all over the crate.
+/// The crate's result type.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// The current `errno` with the name of what failed.
+    /// The current `errno`, with the operation that failed.
     pub(crate) fn last_os(what: impl Into<String>) -> Error {
         Error::System { what: what.into(), source: io::Error::last_os_error() }
     }
@@ -180,17 +183,17 @@ impl Error {
         Error::Protocol { lane: lane.to_owned(), what: what.to_string() }
     }
 
-    /// Something came on `lane` that cannot be read: the `side` it came from broke the protocol, or, where
-    /// there are checksums, it is not what was sent, and the lane is as good as lost.
+    /// An unreadable frame or record arrived on `lane`. Without checksums `side` violated the protocol. With checksums
+    /// the bytes changed in transit, which counts as a lost lane.
     pub(crate) fn received(side: &'static str, lane: &str, error: &ReceiveError) -> Error {
         if error.is_corruption() {
-            let what = format!("{error}; bytes change on their way");
+            let what = format!("{error}; bytes change in transit");
             return Error::Lost { side, lane: lane.to_owned(), what };
         }
         Error::protocol(lane, error)
     }
 
-    /// What it means for guest memory that `what` failed like this: nothing but that there is no room, or more.
+    /// The error of an operation on guest memory: out of memory, or another failure.
     pub(crate) fn of_memory(what: String, error: io::Error) -> Error {
         match error.raw_os_error() {
             Some(libc::ENOSPC | libc::ENOMEM) => Error::OutOfMemory(format!("{what}: {error}")),
@@ -198,13 +201,13 @@ impl Error {
         }
     }
 
-    /// A session that recovers goes on after it, over other lanes: a lane is lost, or there is no room for what
-    /// has come on it, which comes again then.
+    /// Whether a session that recovers continues over new lanes after this error: a lane was lost, or received pages
+    /// had no room and are sent again.
     pub(crate) fn ends_lanes(&self) -> bool {
         matches!(self, Error::Lost { .. } | Error::OutOfMemory(_))
     }
 
-    /// What the peer is told when this error ends the migration.
+    /// The fault frame for the peer when this error ends the migration.
     pub(crate) fn to_fault(&self) -> Fault {
         let code = match self {
             Error::Protocol { .. } => FaultCode::Protocol,
@@ -225,7 +228,7 @@ impl Error {
     }
 }
 
-/// What a lane is called in messages.
+/// A lane's name in messages.
 pub(crate) fn lane_name(role: LaneRole, index: u16) -> String {
     match role {
         LaneRole::Demand => "demand lane".into(),
@@ -233,9 +236,9 @@ pub(crate) fn lane_name(role: LaneRole, index: u16) -> String {
     }
 }
 
-/// Names the thing that a system call was for.
+/// Adds the object of a system call to its error.
 pub(crate) trait Context<T> {
-    /// Wraps the error; `what` is only built on failure.
+    /// Wraps the error; `what` is built only on failure.
     fn context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T>;
 }
 

@@ -1,5 +1,5 @@
-//! What a migration tells those who look on, as values. JSON and sentences are made of them at the edge
-//! ([`words`]), and a program that embeds umem takes them as they are.
+//! Events of a migration, as values. [`words`] turns them into JSON and sentences; a program that embeds umem takes the
+//! values.
 
 pub(crate) mod words;
 
@@ -7,68 +7,69 @@ use std::time::Duration;
 
 use crate::transport::uri::Uri;
 
-/// The phase in which there are no lanes, after the switchover: the guest runs on with what it has.
+/// The phase after the switchover in which there are no lanes: the guest runs on with the pages that it has.
 pub(crate) const CUT: &str = "without connection";
 
-/// Something that has happened on the way.
+/// One event of a migration.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Event {
-    /// The destination waits for its source, and for a guest where one is to come to `handoff`.
+    /// The destination waits for its source, and also for a guest if one is to connect to `handoff`.
     Listening { uri: String, guest_pid: Option<u32>, handoff: Option<String> },
-    /// The destination waits for its source to come back, or to come to another process.
+    /// The destination waits for its source to reconnect, here or after a takeover of the source.
     ListeningAgain { uri: String },
-    /// All lanes are open; at the source with the address that was dialled.
+    /// All lanes are open. `to` is the address that the source dialled; None at the destination.
     Connected { to: Option<Uri>, lanes: u16, security: &'static str, checksum: bool },
-    /// A pass over the running guest's memory has ended, and has left so much written again.
+    /// A pass over the running guest's memory has ended. The guest wrote `dirty_bytes` during the pass.
     Pass { pass: u32, took: Duration, sent_bytes: u64, dirty_bytes: u64 },
-    /// The guest has stopped here, in a session of this number if one is kept.
+    /// The destination's source has stopped its guest. `session` is the session's number if one is kept.
     Stopped { postcopy: bool, session: Option<String> },
     /// The source has stopped its guest.
     StoppedAtSource { postcopy: bool },
-    /// The guest runs at the destination, and stood still for so long.
+    /// The guest runs at the destination. It stood still for `downtime`.
     Running { place: Place, downtime: Duration },
-    /// Another process can go on with this command, from now on.
+    /// From now on another process can take over with this command.
     Resumable { session: String, command: String },
-    /// Lanes were lost, and are opened again.
+    /// Lanes were lost and are being opened again.
     Recovering { reason: String, route: Route },
-    /// Lanes were lost, and nobody opens them before an order.
+    /// Lanes were lost. They are opened again only by an order.
     Paused { reason: String, pause: Pause },
-    /// An attempt to open lanes has failed; another one follows.
+    /// An attempt to open lanes has failed; another attempt follows.
     Retrying { reason: String },
-    /// There are lanes again.
+    /// All lanes are open again.
     Resumed { place: Place, disconnected: Duration, recoveries: u32 },
     /// The destination lacks memory for the guest's pages.
     Short { reason: String, room: Room },
-    /// Bytes have changed on their way.
+    /// Bytes changed in transit.
     ChecksumError { reason: String, errors: u64 },
-    /// Nobody listens where the destination was.
+    /// No process listens at the destination's address.
     Unanswered(Unanswered),
-    /// The guest goes on at the source, as this lane was lost like this, and the destination may have loaded it: it
-    /// is told.
+    /// The guest continues at the source, because `lane` was lost for this reason. The destination may have loaded the
+    /// guest and is being notified.
     Telling { uri: Uri, lane: String, reason: String },
-    /// The destination could not be told that the guest goes on at the source.
+    /// The destination could not be notified that the guest continues at the source.
     Untold { uri: Uri, reason: String },
-    /// A session that was taken over has ended at once.
+    /// A session that was taken over ended at once.
     Undone { session: String, how: Undone },
-    /// A person has ended the session, and what the destination may need is left in these files.
+    /// A user has abandoned the session. These files may hold pages that the destination needs.
     Abandoned { session: String, ram: Vec<String> },
-    /// Pages were thrown away, as the guest's memory was unmapped while they came.
+    /// Pages were discarded, because the guest's memory was unmapped while they arrived.
     Unmapped { bytes: u64 },
     /// The digests of both sides differ.
     Damaged { error: String },
-    /// After a failure: the guest's process stays and waits for a umem that takes over.
+    /// After a failure: the guest's process stays and waits for a takeover.
     Stays { session: Option<String>, is_loaded_only: bool, command: String },
-    /// The guest's process has been sent SIGTERM; `halted` is what keeps it from acting on it.
+    /// The guest's process has been sent SIGTERM. `is_halted`: the process is stopped and acts on SIGTERM once it
+    /// continues.
     Stopping { guest_pid: u32, is_halted: bool },
-    /// The guest's process has been told to let go of its userfaultfds, and has not said that it has.
+    /// The guest's process was asked to close its userfaultfds and has not confirmed.
     Releasing { guest_pid: u32, is_stopped: bool, why: String },
-    /// Umem ends before the guest's process, which is complete.
+    /// Umem exits before the guest's process, which is complete.
     Left { guest_pid: u32 },
-    /// Something for a person alone.
+    /// A remark for a user; JSON omits it.
     Remark(Remark),
 }
 
-/// The side that tells.
+/// The side that reports the event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     Source,
@@ -78,146 +79,146 @@ pub(crate) enum Place {
 /// How lanes are opened again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Route {
-    /// The source dials this address.
+    /// The source dials this address again.
     Dials(Uri),
-    /// Over connections that the embedding program has given.
+    /// The embedding program has given connections.
     Given,
-    /// The destination waits for the source, and misses so many pages.
+    /// The destination waits for the source.
     Waits { pages_missing: u64 },
 }
 
-/// Who has nothing to open lanes with before an order.
+/// The side that needs an order to open lanes again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pause {
     Source,
-    /// With the pages that it misses.
+    /// The destination, with the number of pages that it misses.
     Destination {
         pages_missing: u64,
     },
-    /// The destination, by an order that came while there were no lanes.
+    /// The destination, because an order to pause arrived while there were no lanes.
     Ordered,
-    /// The destination, as a connection that was given is of no use.
+    /// The destination, because a connection that was given is unusable.
     GivenInVain,
 }
 
-/// What is known of the room at the destination.
+/// What this side knows of the free memory at the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Room {
-    /// To the source, nothing.
+    /// Nothing: this side is the source.
     Elsewhere,
-    /// Bytes that are still to come, and bytes free in the file system that has least.
+    /// `missing`: bytes that have not arrived. `free`: bytes free in the file system that has the least.
     Here { missing: u64, free: Option<u64> },
 }
 
-/// What a source knows of a destination where nobody listens.
+/// What a source knows of a destination at whose address no process listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Unanswered {
     pub(crate) uri: Uri,
     pub(crate) session: String,
-    /// ` --session-dir …`, where a command needs that.
+    /// ` --session-dir …` if the command needs the option.
     pub(crate) directory_option: String,
-    /// The guest ran there when it was heard of last.
+    /// The guest ran there, by the destination's last report.
     pub(crate) is_running: bool,
-    /// Bytes of its memory that it had then, and all of them.
+    /// Bytes of the guest's memory that the last report listed, and their total.
     pub(crate) heard_bytes: u64,
     pub(crate) total_bytes: u64,
 }
 
-/// How a session that was taken over has ended at once.
+/// How a session that was taken over ended at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Undone {
-    /// At the source: no switchover had left, and the guest goes on there.
+    /// At the source: no switchover had been sent, and the guest continues there.
     GoesOn,
-    /// The same, and the monitor knows nothing of the session.
+    /// As `GoesOn`, and the monitor holds no state of the session.
     NothingLeft,
-    /// At the source: the destination has everything, and whether it could be told so.
+    /// At the source: the destination has every page. `is_told`: the destination received the goodbye.
     Parted { is_told: bool },
     /// At the destination: both sides know that the guest is complete.
     Complete,
-    /// At the destination: the guest is complete, and whether the source has heard of it.
+    /// At the destination: the guest is complete. `is_told`: the source received the completion.
     Heard { is_told: bool },
 }
 
-/// What a person is told, and no program.
+/// A remark for a user that has no JSON form.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Remark {
-    /// The source's monitor has not answered yet whether its guest goes on.
+    /// The source's monitor has not confirmed that its guest runs again.
     AwaitsMonitor,
-    /// The destination denies the switchover, and the source's monitor has not answered whether it may leave again;
-    /// whether another interrupt ends the waiting.
+    /// The destination reports that it received no switchover, and the source's monitor has not confirmed that the
+    /// guest still stands still. `can_leave`: another interrupt ends the wait.
     AwaitsStandstill { can_leave: bool },
     /// The digests of both sides are not compared.
     NotCompared { reason: String },
     /// The source's guest must not run again.
     QuitMonitor,
-    /// Memory was to be freed at the source.
+    /// Memory was to be freed at the source and was not.
     NotFreed { reason: String },
-    /// The source's monitor could not be left as it was.
+    /// The source's monitor could not be restored to its settings.
     NotPutBack { reason: String },
-    /// After an interrupt: pages that nobody has asked for are sent now.
+    /// After an interrupt: pages without a demand are sent now.
     SendsTheRest,
-    /// After an interrupt: the destination needs so many bytes more.
+    /// After an interrupt: the destination needs `bytes` more.
     StillNeeded { bytes: u64 },
-    /// A pause by hand has no effect before the switchover, or where the other side cannot resume.
+    /// A manual pause has no effect before the switchover, or if the other side cannot resume.
     NotPaused { place: Place },
-    /// A resume by hand names something that cannot be dialled.
+    /// A manual resume names an address that cannot be dialled.
     NoAddress { uri: Uri },
-    /// After an interrupt without lanes: what another one would leave.
+    /// After an interrupt without lanes: what another interrupt would leave behind.
     InterruptAgain { missing: Missing },
-    /// Too many connections were lost to wrong checksums.
+    /// Too many connections failed checksum verification.
     Distrusted { losses: u32 },
-    /// A umem that takes over waits for the monitor of a guest that stands still.
+    /// A takeover waits for the monitor of a guest that stands still.
     StandsStill,
-    /// The destination's session could not be written down, and it goes on.
+    /// The destination's session file could not be written; the migration continues.
     NotWritten { reason: String },
-    /// A resume by hand is not carried out.
+    /// A manual resume is not carried out.
     NotResumed { reason: String },
-    /// After an interrupt: a destination that could run the guest does not know whose it is.
+    /// After an interrupt: a destination that is ready to run the guest does not know which side owns it.
     SourceMayGiveUp,
-    /// After an interrupt: the guest runs here, and needs so many pages more.
+    /// After an interrupt: the guest runs here and misses `pages`.
     PagesNeeded { pages: u64 },
-    /// After an interrupt: the guest is to run here, and its monitor has not answered. It goes on until the pages
-    /// have come, or another interrupt ends the waiting.
+    /// After an interrupt: the guest is to run here, and its monitor has not answered. `goes_on`: umem waits until the
+    /// pages have arrived; otherwise another interrupt ends the wait.
     AwaitsCont { pages: u64, goes_on: bool },
-    /// After an interrupt of a destination without lanes: what another one would mean.
+    /// After an interrupt of a destination without lanes: what another interrupt would mean.
     InterruptAgainHere { lost: Lost },
-    /// The source has not heard that its guest is complete.
+    /// The source has not learned that its guest is complete.
     SourceUnaware { session: String, command: String },
-    /// A umem that takes over a guest which is complete waits for the source, to tell it so.
+    /// A takeover of a complete guest waits for the source, to send it the completion.
     AwaitsSource,
-    /// The source has come, and has been told that its guest is complete.
+    /// The source has connected and received the completion.
     SourceTold,
-    /// The guest has ended, and the source has not been told; why it could not be, if it came.
+    /// The guest has ended, and the source was not notified. `reason` is set if the source connected.
     SourceNotToldOfEnd { reason: Option<String> },
-    /// The address of a umem that was killed cannot be listened at yet.
+    /// The address of a killed umem is still in use.
     AddressInUse { uri: Uri },
-    /// The destination of a session that was undone could not be told.
+    /// The destination of a session that was undone could not be notified.
     DestinationNotTold { uri: Uri, reason: String },
 }
 
-/// What a destination lacks that cannot be reached, as far as its source knows.
+/// What the destination cannot obtain, as far as its source knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Missing {
-    /// Every page has been sent; whether all have come is not known.
+    /// Every page has been sent; whether all have arrived is unknown.
     PerhapsNothing,
-    /// Pages that are only at the source.
+    /// Pages that exist only at the source.
     Pages,
 }
 
-/// What cannot be known or had at a destination without lanes.
+/// What a destination without lanes cannot learn or obtain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lost {
-    /// Whose the guest is.
+    /// The guest's owner.
     Owner,
     /// Its pages.
     Pages,
 }
 
-/// What a source waits for whose destination has not had the switchover.
-pub(crate) const AWAITS_STANDSTILL: &str = "the destination has not had the switchover, and the monitor here has not \
-    answered whether the guest still stands still: it runs on neither side until the monitor does";
+/// What a source waits for while its destination has not received the switchover.
+pub(crate) const AWAITS_STANDSTILL: &str = "the destination has not received the switchover, and the monitor here has not \
+    confirmed that the guest still stands still: the guest runs on neither side until the monitor answers";
 
-/// What a destination waits for whose monitor has not answered.
+/// What a destination waits for while its monitor has not answered.
 pub(crate) fn awaits_cont(pages_missing: u64) -> String {
     format!(
         "the source has given the guest to this side, and the monitor here has not answered `cont` yet; \
@@ -226,7 +227,7 @@ pub(crate) fn awaits_cont(pages_missing: u64) -> String {
 }
 
 impl Event {
-    /// The event's name in JSON; none for what a person alone is told.
+    /// The event's name in JSON; None for a remark.
     pub(crate) fn name(&self) -> Option<&'static str> {
         Some(match self {
             Event::Listening { .. } | Event::ListeningAgain { .. } => "listening",

@@ -7,7 +7,7 @@ use super::{
     awaits_cont,
 };
 
-/// What a JSON event has beside its name.
+/// The fields of a JSON event besides its name.
 pub(crate) fn fields(event: &Event) -> Value {
     match event {
         Event::Listening { uri, guest_pid, handoff } => {
@@ -81,7 +81,7 @@ pub(crate) fn fields(event: &Event) -> Value {
     }
 }
 
-/// The event for a person; empty where there is nothing to say.
+/// The event as a sentence for a user; empty if the event has no sentence.
 pub(crate) fn sentence(event: &Event) -> String {
     match event {
         Event::Listening { uri, handoff: Some(path), .. } => {
@@ -108,65 +108,67 @@ pub(crate) fn sentence(event: &Event) -> String {
             let downtime_ms = downtime.as_secs_f64() * 1e3;
             format!("the guest runs {place}; it stood still for {downtime_ms:.1} ms")
         }
-        Event::Resumable { command, .. } => format!("should umem be killed here: {command}"),
+        Event::Resumable { command, .. } => {
+            format!("if umem is killed here, take over with: {command}")
+        }
         Event::Recovering { reason, route } => recovering(reason, route),
         Event::Paused { reason, pause } => paused(reason, *pause),
         Event::Resumed { place, disconnected, .. } => {
-            let who = match place {
+            let message = match place {
                 Place::Source => "connected again",
-                Place::Destination => "the source is back",
+                Place::Destination => "the source reconnected",
             };
-            format!("{who} after {:.1} s", disconnected.as_secs_f64())
+            format!("{message} after {:.1} s", disconnected.as_secs_f64())
         }
         Event::Short { reason, room: Room::Elsewhere } => format!(
-            "the destination has no room for the guest's pages: {reason}; make room there: this side keeps the \
-             guest's memory and goes on by itself when there is some"
+            "the destination has no memory for the guest's pages: {reason}; free memory there: this side keeps the \
+             guest's memory and continues when memory is free"
         ),
         Event::Short { reason, room: Room::Here { .. } } => format!(
-            "{reason}: make room at the destination (a tmpfs such as /dev/shm: `mount -o remount,size=…`; huge \
-             pages: `sysctl vm.nr_hugepages=…`; or raise the memory limit); the guest waits for pages that have \
-             no room, and umem goes on by itself when there is some, or at once with `umem control resume`"
+            "{reason}: free memory at the destination (a tmpfs such as /dev/shm: `mount -o remount,size=…`; huge \
+             pages: `sysctl vm.nr_hugepages=…`; or raise the memory limit); the guest waits for pages without \
+             memory, and umem continues when memory is free, or at once with `umem control resume`"
         ),
         Event::Unanswered(unanswered) => nobody_listens(unanswered),
         Event::Telling { uri, .. } => {
-            format!("the guest goes on here; telling {uri}, where it may have been loaded")
+            format!("the guest continues here; notifying {uri}, which may have loaded the guest")
         }
         Event::Untold { uri, reason } => format!(
-            "the destination at {uri} was not told ({reason}); if a umem waits there, interrupt it twice"
+            "the destination at {uri} was not notified ({reason}); if a umem waits there, interrupt it twice"
         ),
         Event::Undone { how, .. } => undone(*how).into(),
         Event::Abandoned { session, ram } => format!(
-            "session {session} is abandoned: the guest's memory is not served any more, and it must not \
+            "session {session} is abandoned: the guest's memory is not served any more, and the guest must not \
              run here again; quit its monitor, and remove {} when the guest at its destination is known \
              to be well",
             ram.join(" and ")
         ),
         Event::Unmapped { bytes } => format!(
-            "{} MiB of the guest's memory were unmapped here while it came, as by an unplugged DIMM; what came of \
-             them was thrown away",
+            "{} MiB of the guest's memory were unmapped here during the move, as by an unplugged DIMM; their pages \
+             were discarded",
             bytes >> 20
         ),
         Event::Damaged { error } => error.clone(),
         Event::Stays { is_loaded_only, command, .. } => {
             let pages = if *is_loaded_only { "to run" } else { "for its pages" };
-            format!("the guest's process stays and waits {pages}; {command} goes on with it")
+            format!("the guest's process stays and waits {pages}; {command} takes over")
         }
         Event::Stopping { guest_pid: pid, is_halted } => {
             let halted = match is_halted {
-                true => format!(" and acts on it once `kill -CONT {pid}` lets it go on"),
+                true => format!(", which takes effect after `kill -CONT {pid}`"),
                 false => String::new(),
             };
             format!(
-                "stopping the guest: its process {pid} has been sent SIGTERM{halted}; waiting for its end, and \
-                 another interrupt leaves it to itself"
+                "stopping the guest: its process {pid} has been sent SIGTERM{halted}; waiting for its end; \
+                 another interrupt leaves the process running"
             )
         }
         Event::Releasing { guest_pid: pid, why, .. } => format!(
-            "every page is here; waiting for the guest's process {pid} to let go of its userfaultfd, but \
-             {why}; an interrupt ends the waiting and harms nothing, as the process knows what to do"
+            "every page is here; waiting for the guest's process {pid} to close its userfaultfd, but \
+             {why}; an interrupt ends the wait and is safe: the process closes it later"
         ),
         Event::Left { guest_pid: pid } => format!(
-            "the guest goes on without umem, complete, as process {pid}: `ps {pid}` shows it, `kill {pid}` \
+            "the complete guest continues without umem as process {pid}: `ps {pid}` shows it, `kill {pid}` \
              ends it"
         ),
         Event::Remark(remark) => self::remark(remark),
@@ -177,7 +179,7 @@ pub(crate) fn sentence(event: &Event) -> String {
     }
 }
 
-/// Bytes a second that the guest writes pages at, each page once in a pass.
+/// Rate in bytes/s at which the guest writes pages; a pass counts each page once.
 fn dirty_rate(took: std::time::Duration, dirty_bytes: u64) -> u64 {
     (dirty_bytes as f64 / took.as_secs_f64().max(1e-6)) as u64
 }
@@ -189,7 +191,9 @@ fn recovering(reason: &str, route: &Route) -> String {
         }
         Route::Given => String::new(),
         Route::Waits { .. } => {
-            format!("{reason}; the guest goes on with what it has until the source comes back")
+            format!(
+                "{reason}; the guest runs on with the pages that it has until the source reconnects"
+            )
         }
     }
 }
@@ -197,13 +201,15 @@ fn recovering(reason: &str, route: &Route) -> String {
 fn paused(reason: &str, pause: Pause) -> String {
     match pause {
         Pause::Source => format!(
-            "{reason}; the guest runs at the destination and may need pages from here; going on \
-             when a resume says how"
+            "{reason}; the guest runs at the destination and may need pages from here; waiting \
+             for a resume with an address"
         ),
         Pause::Destination { .. } => {
-            format!("{reason}; the guest goes on with what it has until a resume says how")
+            format!(
+                "{reason}; the guest runs on with the pages that it has until a resume gives an address"
+            )
         }
-        Pause::Ordered => "paused until a resume".into(),
+        Pause::Ordered => "paused; a resume continues the move".into(),
         Pause::GivenInVain => String::new(),
     }
 }
@@ -212,28 +218,28 @@ fn nobody_listens(unanswered: &Unanswered) -> String {
     let Unanswered { uri, session, directory_option, .. } = unanswered;
     let (heard, total) = (unanswered.heard_bytes >> 20, unanswered.total_bytes >> 20);
     let known = match (unanswered.is_running, heard) {
-        (false, _) => "whether the guest runs there is not known here".to_owned(),
+        (false, _) => "this side does not know whether the guest runs there".to_owned(),
         (true, 0) => {
-            "the guest runs there, and how much of its memory it has is not known here".into()
+            "the guest runs there, and this side does not know how much of its memory it has".into()
         }
         (true, _) => {
-            format!("the guest runs there, and had {heard} of {total} MiB when last heard of")
+            format!("the guest runs there, and had {heard} of {total} MiB by the last report")
         }
     };
     format!(
-        "nobody listens at {uri}: the umem there has ended, and {known}; `umem incoming --resume {session}` \
-         there goes on with the guest, or says here that it is complete, or that it has ended; if that \
-         is known to be so, interrupt this twice and end it with `umem migrate --resume \
+        "no process listens at {uri}: the umem there has ended, and {known}; `umem incoming --resume {session}` \
+         there takes over the guest, or reports here that it is complete or has ended; if that \
+         is certain, interrupt this umem twice and end it with `umem migrate --resume \
          {session}{directory_option} --abandon`"
     )
 }
 
 fn undone(how: Undone) -> &'static str {
     match how {
-        Undone::GoesOn => "no switchover had left: the guest goes on here",
+        Undone::GoesOn => "no switchover had been sent: the guest continues here",
         Undone::NothingLeft => {
-            "no switchover had left, and nothing of this session is left in the guest's QEMU: it \
-             was started anew, or all has been undone before"
+            "no switchover had been sent, and the guest's QEMU holds no state of this session: QEMU \
+             was restarted, or the session was undone before"
         }
         Undone::Parted { .. } => {
             "the guest has all of its memory at its destination: there is nothing left to do here"
@@ -246,15 +252,15 @@ fn undone(how: Undone) -> &'static str {
 fn remark(remark: &Remark) -> String {
     match remark {
         Remark::AwaitsMonitor => {
-            "the guest is to go on here, and its monitor has not answered yet whether it does; \
-             another interrupt ends the waiting, and leaves the guest as it is"
+            "the guest is to continue here, and its monitor has not confirmed that it runs; \
+             another interrupt ends the wait and leaves the guest as it is"
                 .into()
         }
         Remark::AwaitsStandstill { can_leave } => match can_leave {
             true => format!(
-                "{AWAITS_STANDSTILL}; another interrupt ends the waiting, and leaves the guest as it is"
+                "{AWAITS_STANDSTILL}; another interrupt ends the wait and leaves the guest as it is"
             ),
-            false => format!("{AWAITS_STANDSTILL}, so this goes on"),
+            false => format!("{AWAITS_STANDSTILL}, so umem keeps waiting"),
         },
         Remark::NotCompared { reason } => {
             format!("the memory of both sides is not compared: {reason}")
@@ -266,11 +272,11 @@ fn remark(remark: &Remark) -> String {
             format!("the guest has moved, but its RAM here stays: {reason}")
         }
         Remark::NotPutBack { reason } => {
-            format!("the guest has moved, but its QEMU here is not as before: {reason}")
+            format!("the guest has moved, but the settings of its QEMU here were not restored: {reason}")
         }
-        Remark::SendsTheRest => "sending the pages that nobody has asked for, then ending".into(),
+        Remark::SendsTheRest => "sending the remaining pages, then exiting".into(),
         Remark::StillNeeded { bytes } => format!(
-            "the guest runs at the destination and needs {} MiB more from here; going on until it \
+            "the guest runs at the destination and needs {} MiB more from here; continuing until it \
              has them",
             bytes >> 20
         ),
@@ -283,7 +289,7 @@ fn remark(remark: &Remark) -> String {
                 "not paused: the guest has not been switched over, or its {other} cannot resume"
             )
         }
-        Remark::NoAddress { uri } => format!("not resumed: {uri} is no address to connect to"),
+        Remark::NoAddress { uri } => format!("not resumed: umem cannot connect to {uri}"),
         Remark::InterruptAgain { missing } => {
             format!("{}; interrupt again to give up", self::missing(*missing))
         }
@@ -292,68 +298,68 @@ fn remark(remark: &Remark) -> String {
              repair the path between the two hosts, then resume here (umem control), by another path if there is one"
         ),
         Remark::StandsStill => {
-            "the guest stands still here, and its monitor has not answered yet whether it goes on; \
-             another interrupt ends the waiting"
+            "the guest stands still here, and its monitor has not confirmed that it runs again; \
+             another interrupt ends the wait"
                 .into()
         }
         Remark::DestinationNotTold { uri, reason } => format!(
-            "the destination at {uri} was not told ({reason}); if a umem waits there, interrupt it twice"
+            "the destination at {uri} was not notified ({reason}); if a umem waits there, interrupt it twice"
         ),
-        Remark::NotWritten { reason } => format!("{reason}; going on"),
+        Remark::NotWritten { reason } => format!("{reason}; continuing"),
         Remark::NotResumed { reason } => format!("not resumed: {reason}"),
         Remark::SourceMayGiveUp => {
-            "the source may be giving the guest up at this moment; going on, as nobody would have it \
-             then"
+            "the source may be giving the guest up at this moment; continuing, because otherwise the guest \
+             could be lost"
                 .into()
         }
         Remark::PagesNeeded { pages } => format!(
             "the guest runs here and still needs {pages} pages from the source; stopping now would stop \
-             it, so this goes on until they have come"
+             it, so umem continues until they have arrived"
         ),
         Remark::AwaitsCont { pages, goes_on } => {
             let waits = awaits_cont(*pages);
             match goes_on {
-                true => format!("{waits}, so this goes on until they have"),
+                true => format!("{waits}, so umem continues until they have arrived"),
                 false => format!(
-                    "{waits}; another interrupt ends the waiting, and leaves the guest as it is"
+                    "{waits}; another interrupt ends the wait and leaves the guest as it is"
                 ),
             }
         }
         Remark::InterruptAgainHere { lost } => {
             let hint = match lost {
                 Lost::Owner => "interrupt again to end this one, if the guest runs there",
-                Lost::Pages => "interrupt again to leave it waiting for ever",
+                Lost::Pages => "interrupt again to leave the guest waiting for them forever",
             };
             format!("{}; {hint}", lost.in_words())
         }
         Remark::AwaitsSource => {
-            "the guest has all of its memory; waiting for the source to tell it so".into()
+            "the guest has all of its memory; waiting for the source to send it the completion".into()
         }
         Remark::SourceTold => {
-            "the source has come, and knows now that its guest is complete".into()
+            "the source connected and has the completion of its guest".into()
         }
         Remark::SourceNotToldOfEnd { reason: None } => {
-            "the source did not come to hear that the guest has ended: end its umem, too".into()
+            "the source did not connect to learn that the guest has ended: end its umem, too".into()
         }
         Remark::SourceNotToldOfEnd { reason: Some(reason) } => format!(
-            "the source has not heard that the guest has ended ({reason}): end its umem, too"
+            "the source has not learned that the guest has ended ({reason}): end its umem, too"
         ),
         Remark::AddressInUse { uri } => format!("{uri} is still in use; waiting for it"),
         Remark::SourceUnaware { session, command } => format!(
-            "the source has not heard that its guest is complete: if its umem comes back it is told by \
-             {command}, or end it there with `umem migrate --resume {session} --abandon`"
+            "the source has not learned that its guest is complete: if its umem comes back, it learns that from \
+             {command}; or end it there with `umem migrate --resume {session} --abandon`"
         ),
     }
 }
 
-/// What is not known, or only here, while a source has no lanes.
+/// What the source does not know, or alone has, while it has no lanes.
 pub(crate) fn missing(missing: Missing) -> &'static str {
     match missing {
         Missing::PerhapsNothing => {
-            "every page has been sent; whether all have come only the destination knows"
+            "every page has been sent, and only the destination knows whether all have arrived"
         }
         Missing::Pages => {
-            "the guest runs at the destination, and what it has not got of its memory is only here"
+            "the guest runs at the destination, and its missing pages exist only here"
         }
     }
 }

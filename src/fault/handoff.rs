@@ -1,20 +1,24 @@
-//! How the guest side hands over its memory: messages on a unix stream socket.
+//! The hand-over of the guest's memory by the guest side: messages on a unix stream socket.
 //!
-//! A message is Firecracker's: a JSON array of `base_host_virt_addr`, `size`, `offset` and `page_size`
-//! (or `page_size_kib`, which is in bytes too), with one descriptor in SCM_RIGHTS, the userfaultfd of
-//! that anonymous memory. Guest sides that know umem add `name` and `kind`, `"umem":1` if they
-//! understand our commands, and `"more":true` if another message follows; for memory that is a file
-//! (kinds shared and private) two descriptors come with each region, the userfaultfd and the file. Such a guest
-//! side discards shared memory with MADV_REMOVE alone until it is complete: the kernel reports no hole that is
-//! punched in the file, and MADV_DONTNEED as if it were a discard.
+//! A message is Firecracker's: a JSON array of `base_host_virt_addr`, `size`, `offset` and
+//! `page_size` (or `page_size_kib`, which is in bytes too), with one descriptor in SCM_RIGHTS, the
+//! userfaultfd of that anonymous memory. Guest sides that know umem add `name` and `kind`,
+//! `"umem":1` if they understand umem's commands, and `"more":true` if another message follows; for
+//! memory that is a file (kinds shared and private) two descriptors come with each region, the
+//! userfaultfd and the file. Such a guest side discards shared memory only with MADV_REMOVE until
+//! it is complete: the kernel reports no hole that is punched in the file, and reports
+//! MADV_DONTNEED as if it were a discard.
 //!
-//! Beside that our preload object says `{"preload":1,…}` when it has been loaded, `{"qemu":1,"monitor":true,…}` in a
-//! QEMU, with our end of a socket for its monitor (`"registers":true` if it knows the command `register`), `{"made":PATH,…}` of each RAM file that this makes, `{"error":CODE,…}`
-//! when it could not do its work and `{"released":N}` when it has closed its descriptors at the end.
+//! The preload object also sends `{"preload":1,…}` when it has been loaded,
+//! `{"qemu":1,"monitor":true,…}` in a QEMU, with umem's end of a socket for its monitor
+//! (`"registers":true` if it knows the command `register`), `{"made":PATH,…}` for each RAM file that
+//! it makes, `{"error":CODE,…}` when it fails, and `{"released":N}` when it has closed its
+//! descriptors at the end.
 //!
-//! Who says `"umem":2` can keep a *session* for us ([`HandoffSocket::entrust`]): a socket that listens,
-//! the state of the guest's pages, our end of the monitor's socket. A umem that takes over connects there,
-//! and gets every message again, then `{"session":N}` with the rest.
+//! A guest side with `"umem":2` can keep a *session* for umem ([`HandoffSocket::entrust`]): a
+//! listening socket, the state of the guest's pages, umem's end of the monitor's socket. A umem
+//! that takes over connects there, and gets every message again, then `{"session":N}` with the
+//! rest.
 
 mod blocks;
 
@@ -39,43 +43,45 @@ use crate::runtime::accepting::Accepted;
 
 /// A piece of the guest's memory as it was handed over.
 pub(crate) struct Handed {
-    /// Firecracker's pieces have none: they are all of one region.
+    /// None for Firecracker's pieces, which all belong to one region.
     pub(crate) name: Option<String>,
     pub(crate) kind: Kind,
-    /// Where the guest side has mapped it, in its own address space.
+    /// The address of its mapping in the guest side's address space.
     pub(crate) address: u64,
     pub(crate) bytes: u64,
-    /// Where the piece begins in its region.
+    /// The piece's offset in its region.
     pub(crate) offset: u64,
-    /// Where its region begins in its file.
+    /// The region's offset in its file.
     pub(crate) file_offset: u64,
     /// log2 of the guest's page size there.
     pub(crate) page_shift: u8,
-    /// Several pieces may have the same.
+    /// Several pieces may share one.
     pub(crate) uffd: Uffd,
     /// None for anonymous memory.
     pub(crate) file: Option<File>,
 }
 
-/// What arrived on the hand-over socket.
+/// A message on the hand-over socket.
 pub(crate) enum Message {
     /// The preload object runs inside the guest's process.
     Loaded,
-    /// The process is a QEMU, which has the options that it needs; our end of its monitor, if it was to have one.
+    /// The process is a QEMU with the options that it needs; umem's end of its monitor, if
+    /// requested.
     Qemu(Option<UnixStream>),
     /// Memory.
     Memory {
         pieces: Vec<Handed>,
         /// Another such message follows.
         more: bool,
-        /// The guest side keeps its own duplicate of the userfaultfds, and understands commands.
+        /// The guest side keeps its own duplicate of the userfaultfds, and understands umem's
+        /// commands.
         knows_umem: bool,
-        /// And can keep a session.
+        /// The guest side can keep a session.
         keeps_sessions: bool,
     },
     /// The guest side has closed its copies of the userfaultfd.
     Released,
-    /// After all memory: what a umem before this has entrusted.
+    /// After all memory: the session that an earlier umem entrusted.
     Session(Entrusted),
 }
 
@@ -85,11 +91,11 @@ impl Message {
     }
 }
 
-/// What the guest side keeps for whoever takes over.
+/// The data that the guest side keeps for a takeover.
 pub(crate) struct Entrusted {
     /// The state of the guest's pages.
     pub(crate) state: File,
-    /// Our end of the monitor's socket, where there is one.
+    /// umem's end of the monitor's socket, if there is one.
     pub(crate) qmp: Option<UnixStream>,
 }
 
@@ -102,7 +108,7 @@ struct PieceMessage {
     #[serde(default)]
     file_offset: u64,
     page_size: Option<u64>,
-    /// Bytes, in spite of its name.
+    /// Bytes, despite the name.
     page_size_kib: Option<u64>,
     name: Option<String>,
     kind: Option<String>,
@@ -127,24 +133,25 @@ struct ErrorMessage {
     text: String,
 }
 
-/// A message longer than this is not one of ours.
+/// A longer message is not valid.
 const MESSAGE_BYTES_MAX: usize = 64 << 10;
-/// Descriptors that can come with one read (the kernel's SCM_MAX_FD): with room for fewer a stranger who sends more
-/// would leave some open here that nobody owns.
+/// Most descriptors of one read (the kernel's SCM_MAX_FD): with less room, a stranger that sends
+/// more would leave descriptors open here without an owner.
 const DESCRIPTORS_MAX: usize = 253;
 
-/// Files that a guest's process may make for its memory: one a backend, of which a guest has a few.
+/// Most files that a guest's process may make for its memory: one a backend, of which a guest has a
+/// few.
 const CREATED_MAX: usize = 1024;
 
-/// Descriptors that may wait for their message.
+/// Most descriptors that may wait for their message.
 const DESCRIPTORS_QUEUED_MAX: usize = 256;
 
-/// The daemon's end of the hand-over socket.
+/// umem's end of the hand-over socket.
 pub(crate) struct HandoffSocket {
     stream: UnixStream,
     bytes: Vec<u8>,
     descriptors: VecDeque<OwnedFd>,
-    /// Files that the guest's process has made, also where what it said next was an error.
+    /// Files that the guest's process has made, also if an error followed.
     created: Vec<Created>,
     registers: bool,
     /// What the guest side has dropped last: where that memory begins, and bytes.
@@ -167,12 +174,12 @@ impl HandoffSocket {
         &self.stream
     }
 
-    /// Reads once (the socket is readable) and returns the messages that are complete by now;
-    /// `None` when the guest side has closed the socket.
+    /// Reads once (the socket is readable) and returns the messages that are now complete; `None`
+    /// when the guest side has closed the socket.
     pub(crate) fn read(&mut self) -> Result<Option<Vec<Message>>> {
         match self.receive() {
             Ok(0) => return Ok(None),
-            // It ended with something of ours unread.
+            // The guest side ended with unread data of umem's.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
             received => received.context(|| "the hand-over socket")?,
         };
@@ -194,12 +201,12 @@ impl HandoffSocket {
         Ok(Some(messages))
     }
 
-    /// More has come than any message has: nobody's mistake.
+    /// Whether the guest side has sent more than any message has, which no mistake explains.
     pub(crate) fn is_flooded(&self) -> bool {
         self.descriptors.len() > DESCRIPTORS_QUEUED_MAX || self.bytes.len() > MESSAGE_BYTES_MAX
     }
 
-    /// The first value that is whole, and where it ends.
+    /// The first complete value, and its end.
     fn next_value(&self) -> Result<Option<(serde_json::Value, usize)>> {
         let mut values = serde_json::Deserializer::from_slice(&self.bytes).into_iter();
         match values.next() {
@@ -216,7 +223,7 @@ impl HandoffSocket {
         Error::Preload(format!("the hand-over message is not understood ({why}): {text}"))
     }
 
-    /// The guest side has closed the socket: with a message of which only the descriptors are missing?
+    /// The guest side has closed the socket: an error if a message lacks only its descriptors.
     pub(crate) fn explain_end(&self) -> Result<()> {
         if self.bytes.trim_ascii().is_empty() {
             return Ok(());
@@ -224,12 +231,12 @@ impl HandoffSocket {
         Err(self.strange("it ended before its descriptors or its last bracket came"))
     }
 
-    /// Tells the guest side that the guest may run there from now on: it outlives us.
+    /// Tells the guest side that the guest may run there from now on: it outlives umem.
     pub(crate) fn keep(&mut self) -> Result<()> {
         self.command(b"keep\n")
     }
 
-    /// Tells the guest side that every page is its own: it closes its userfaultfds.
+    /// Tells the guest side that every page has come: it closes its userfaultfds.
     pub(crate) fn release(&mut self) -> Result<()> {
         self.command(b"release\n")
     }
@@ -239,12 +246,12 @@ impl HandoffSocket {
         &self.created
     }
 
-    /// Tells the preload object what is mapped there, for whoever takes over.
+    /// Tells the preload object the name of the RAM that is mapped at `address`, for a takeover.
     pub(crate) fn name(&mut self, address: u64, name: &str) -> Result<()> {
         self.command(format!("name {address} {name}\n").as_bytes())
     }
 
-    /// Tells the preload object that no RAM is mapped there.
+    /// Tells the preload object that no RAM is mapped at `address`.
     pub(crate) fn forget(&mut self, address: u64) -> Result<()> {
         self.command(format!("forget {address}\n").as_bytes())
     }
@@ -262,7 +269,7 @@ impl HandoffSocket {
         }
     }
 
-    /// Has the guest side keep what whoever takes over from us needs.
+    /// Makes the guest side keep the data of a takeover.
     pub(crate) fn entrust(
         &mut self,
         listener: UnixListener,
@@ -275,7 +282,7 @@ impl HandoffSocket {
         let (socket, flags) = (self.stream.as_raw_fd(), MsgFlags::MSG_NOSIGNAL);
         match sendmsg::<()>(socket, &[IoSlice::new(line)], &rights, flags, None) {
             Ok(sent) => self.command(&line[sent..]),
-            // It has ended, which is noticed elsewhere.
+            // The guest side has ended, which is noticed elsewhere.
             Err(Errno::EPIPE) => Ok(()),
             Err(errno) => Err(errno).context(|| "the hand-over socket"),
         }
@@ -290,7 +297,7 @@ impl HandoffSocket {
         let count = received.bytes;
         for message in received.cmsgs()? {
             if let ControlMessageOwned::ScmRights(descriptors) = message {
-                // SAFETY: the kernel has just made these descriptors for us; nobody else owns them.
+                // SAFETY: the descriptors are new and have no other owner.
                 let owned = descriptors.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
                 self.descriptors.extend(owned);
             }
@@ -299,7 +306,7 @@ impl HandoffSocket {
         Ok(count)
     }
 
-    /// False when the message's descriptors have not come yet.
+    /// Returns false while descriptors of the message are missing.
     fn message(&mut self, value: serde_json::Value, messages: &mut Vec<Message>) -> Result<bool> {
         if value.is_array() {
             let pieces: Vec<PieceMessage> =
@@ -400,7 +407,7 @@ impl HandoffSocket {
 }
 
 impl MadeMessage {
-    /// The file, if its name leads to it here.
+    /// The file, if its name still leads to it.
     fn file(self) -> Option<Created> {
         let file = Created::new(self.made, self.device, self.inode);
         file.is_in_place().then_some(file)
@@ -433,14 +440,14 @@ impl PieceMessage {
     }
 }
 
-/// Where a guest's process that umem has not started hands over its memory.
+/// The socket where a guest's process that umem has not started hands over its memory.
 pub(crate) struct HandoffListener {
     listener: UnixListener,
     path: PathBuf,
 }
 
 impl HandoffListener {
-    /// Makes the socket, for this user alone.
+    /// Makes the socket, private to this user.
     pub(crate) fn bind(path: &Path) -> Result<HandoffListener> {
         let listener = crate::runtime::private_socket::bind_private(path).map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => Error::Usage(format!(
@@ -455,13 +462,14 @@ impl HandoffListener {
         Ok(HandoffListener { listener, path: path.into() })
     }
 
-    /// The next connection that waits, as [`who`](HandoffListener::who) takes it.
+    /// The next waiting connection, for [`who`](HandoffListener::who).
     pub(crate) fn accept(&self) -> Result<Accepted<UnixStream>> {
         let accepted = self.listener.accept().map(|(stream, _)| stream);
         Accepted::of(accepted).context(|| "accepting the guest's process")
     }
 
-    /// The guest's process, which must be this user's own (or we root), and its pid; or why it is not.
+    /// The guest's process with its pid, or the reason why it is refused: it must run as this user,
+    /// unless umem is root.
     pub(crate) fn who(
         stream: UnixStream,
     ) -> Result<std::result::Result<(HandoffSocket, u32), String>> {
@@ -488,7 +496,7 @@ impl Drop for HandoffListener {
     }
 }
 
-/// The preload object's error codes, with what to do about each.
+/// The preload object's error codes, with the remedy for each.
 fn explain(error: &ErrorMessage) -> Error {
     let ErrorMessage { error: code, name, text } = error;
     Error::Preload(match code.as_str() {
@@ -509,7 +517,7 @@ fn explain(error: &ErrorMessage) -> Error {
              left from an earlier one; name a new file, or remove it if nobody uses it"
         ),
         "ram-locked" => format!("RAM {name}: {text}: name another file"),
-        // Of no RAM.
+        // Errors that concern no RAM.
         "options" => text.clone(),
         _ => format!("RAM {name}: {text} ({code})"),
     })

@@ -1,8 +1,8 @@
-//! Where the guest's faults come from: its userfaultfd, and how that reaches us.
+//! The source of the guest's faults: its userfaultfd, and its hand-over to umem.
 //!
 //! - [`uffd`]: the ioctls and events of a userfaultfd
 //! - [`handoff`]: the message by which the guest side hands over userfaultfd and RAM file
-//! - [`open`]: opening one for memory of this process
+//! - [`open`]: opening a userfaultfd for memory of this process
 //! - [`own`]: a userfaultfd for memory of this process, where umem is a part of the guest side
 
 pub(crate) mod handoff;

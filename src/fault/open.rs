@@ -7,19 +7,19 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use crate::memory::kind::Kind;
 
-/// The file whose permissions are the modern way to allow userfaultfd (Linux 6.1).
+/// The file whose permissions allow userfaultfd (since Linux 6.1).
 pub(crate) const DEVICE: &str = "/dev/userfaultfd";
 
-/// Whose faults it catches.
+/// The faults that it catches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Faults {
-    /// The kernel's too: KVM and system calls reach a guest's memory.
+    /// Also the kernel's: KVM and system calls access a guest's memory.
     All,
-    /// User mode's alone, which any user may have, and which is of no use for a guest.
+    /// Only those of user mode, which need no privilege, and do not suffice for a guest.
     UserMode,
 }
 
-/// What allowed it.
+/// The permission that allowed it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     /// The permissions of [`DEVICE`].
@@ -28,10 +28,10 @@ pub(crate) enum Way {
     SystemCall,
 }
 
-/// Opens one that does not block.
+/// Opens a nonblocking userfaultfd.
 ///
 /// # Errors
-/// The kernel's answer to the system call: EPERM for a user who may not, ENOSYS for a kernel without.
+/// The errno of the system call: EPERM without permission, ENOSYS on a kernel without userfaultfd.
 pub(crate) fn open(faults: Faults) -> io::Result<(OwnedFd, Way)> {
     const IOC_NEW: libc::c_ulong = 0xaa00;
     const USER_MODE_ONLY: libc::c_int = 1;
@@ -43,7 +43,7 @@ pub(crate) fn open(faults: Faults) -> io::Result<(OwnedFd, Way)> {
         // SAFETY: an ioctl whose argument is a number.
         let number = unsafe { libc::ioctl(device.as_raw_fd(), IOC_NEW, flags) };
         if number >= 0 {
-            // SAFETY: the kernel has just made it for us.
+            // SAFETY: the descriptor is new and has no other owner.
             return Ok((unsafe { OwnedFd::from_raw_fd(number) }, Way::Device));
         }
     }
@@ -63,7 +63,8 @@ pub(crate) const THREAD_ID: u64 = 1 << 8;
 pub(crate) const MINOR_HUGETLBFS: u64 = 1 << 9;
 pub(crate) const MINOR_SHMEM: u64 = 1 << 10;
 
-/// Agrees on the features with the kernel, which tells all that it has. Once for each userfaultfd.
+/// Agrees on the features with the kernel; returns all features of the kernel. Once for each
+/// userfaultfd.
 ///
 /// # Errors
 /// EINVAL for a feature that the kernel does not have.
@@ -85,10 +86,11 @@ struct Api {
 
 nix::ioctl_readwrite!(ioctl_api, 0xaa, 0x3f, Api);
 
-/// Registers addresses of this process: for missing faults, and for minor ones where pages land in a file.
+/// Registers addresses of this process: for missing faults, and for minor ones if pages land in a
+/// file.
 ///
 /// # Errors
-/// EINVAL for memory that userfaultfd does not know, EBUSY for what another userfaultfd has.
+/// EINVAL for memory that userfaultfd does not support, EBUSY for memory of another userfaultfd.
 pub(crate) fn register(uffd: &OwnedFd, addresses: &Range<u64>, kind: Kind) -> io::Result<()> {
     let minor = if kind.lands_in_file() { MODE_MINOR } else { 0 };
     let len = addresses.end - addresses.start;

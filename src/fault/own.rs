@@ -1,8 +1,8 @@
-//! Userfaultfds for memory of this process: made, registered, and given up again.
+//! Userfaultfds for memory of this process: made, registered, and released.
 //!
-//! [`Guarded`] holds a spare duplicate of the userfaultfd that nothing closes by itself: whatever ends,
-//! a panic included, missing pages are waited for and never read as zeroes, until
-//! [`release`](Guarded::release) is called.
+//! [`Guarded`] holds a spare duplicate of the userfaultfd that is closed only by
+//! [`release`](Guarded::release): whatever ends, also by a panic, accesses to missing pages wait
+//! and never read zeroes.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
@@ -33,21 +33,21 @@ pub(crate) struct Area {
     /// The region's name.
     pub(crate) name: String,
     pub(crate) addresses: Range<u64>,
-    /// What is mapped there, MAP_SHARED; none where it is private and of no file.
+    /// The file that is mapped there, MAP_SHARED; none for private memory without a file.
     pub(crate) file: Option<Mapped>,
 }
 
-/// A file from one of its bytes on.
+/// A file from an offset on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mapped {
-    /// The device and the inode: numbers of inodes repeat on other file systems.
+    /// Device and inode: inode numbers repeat on other file systems.
     pub(crate) file: (u64, u64),
     pub(crate) offset: u64,
 }
 
-/// What [`check`] has found out about an area.
+/// The result of [`check`] for an area.
 struct Checked {
-    /// A forked child would have it.
+    /// Whether a forked child would inherit it.
     forks: bool,
     page_bytes: u64,
 }
@@ -56,19 +56,19 @@ struct Checked {
 pub(crate) struct Guarded {
     areas: Vec<(Area, Checked)>,
     uffd: Uffd,
-    /// Another number of the same, which stays open when this is dropped.
+    /// A duplicate of the same userfaultfd, which stays open when this is dropped.
     spare: RawFd,
 }
 
 impl Guarded {
-    /// Registers the areas with a userfaultfd of ours, or takes over `existing`, which they have to be
-    /// registered with. From here on whoever touches a missing page waits.
+    /// Registers the areas with a new userfaultfd, or takes over `existing`, with which they have
+    /// to be registered already. From here on every access to a missing page waits.
     ///
-    /// The areas must be mapped as they say, hold nothing yet, and stay so until [`Guarded::release`].
+    /// The areas must be mapped as described, be empty, and stay so until [`Guarded::release`].
     ///
     /// # Errors
-    /// No permission for userfaultfd, a kernel that lacks a feature, memory that is not as it should
-    /// be. Nothing is registered then by us.
+    /// No permission for userfaultfd, a kernel that lacks a feature, or memory that differs from
+    /// its description. Nothing has been registered then.
     pub(crate) fn new(areas: Vec<Area>, existing: Option<BorrowedFd<'_>>) -> Result<Guarded> {
         let areas = areas
             .into_iter()
@@ -81,7 +81,7 @@ impl Guarded {
             None => make()?,
         };
         if existing.is_none() {
-            // On an error the descriptor is closed, and with it what has been registered leaves it.
+            // On an error the descriptor is closed, which unregisters all areas.
             areas.iter().try_for_each(|(area, _)| register(&descriptor, area))?;
         }
         let number = fcntl(&descriptor, FcntlArg::F_DUPFD_CLOEXEC(3))
@@ -95,7 +95,8 @@ impl Guarded {
         Ok(guarded)
     }
 
-    /// A child that is forked meanwhile has the memory without the userfaultfd, and would read zeroes.
+    /// A child forked in the meantime has the memory without the userfaultfd, and would read
+    /// zeroes.
     fn take(&self) -> Result<()> {
         self.uffd.set_nonblocking().context(|| "the userfaultfd")?;
         self.areas.iter().try_for_each(|(area, _)| {
@@ -108,21 +109,21 @@ impl Guarded {
         self.areas.iter().map(|(area, checked)| (area, checked.page_bytes))
     }
 
-    /// For those who serve it.
+    /// The userfaultfd, for the threads that serve it.
     pub(crate) fn uffd(&self) -> Uffd {
         self.uffd.clone()
     }
 
-    /// Nobody waits any more: pages that are missing are zeroes from here on.
+    /// Ends all waiting: missing pages are zeroes from here on.
     pub(crate) fn release(self) {
         for (area, checked) in &self.areas {
-            // Fails where the program has unmapped some of it meanwhile, which is its own affair.
+            // Fails if the program has unmapped a part in the meantime, as it may.
             let _ = self.uffd.unregister(area.addresses.start, area.bytes());
             if checked.forks {
                 let _ = area.advise(libc::MADV_DOFORK);
             }
         }
-        // SAFETY: it was made for us in `new`, and nobody else has the number.
+        // SAFETY: `new` made the descriptor, and no other code has its number.
         drop(unsafe { OwnedFd::from_raw_fd(self.spare) });
     }
 }
@@ -132,7 +133,7 @@ impl Area {
         self.addresses.end - self.addresses.start
     }
 
-    /// How its owner maps it.
+    /// The kind of its mapping.
     pub(crate) fn kind(&self) -> Kind {
         if self.file.is_some() { Kind::Shared } else { Kind::Anonymous }
     }
@@ -141,13 +142,13 @@ impl Area {
         let address = usize::try_from(self.addresses.start).expect("64-bit Linux");
         let start = std::ptr::with_exposed_provenance_mut(address);
         let len = usize::try_from(self.bytes()).expect("64-bit Linux");
-        // SAFETY: what a forked child inherits changes, and no content.
+        // SAFETY: changes whether a forked child inherits the range, and no content.
         let result = unsafe { libc::madvise(start, len, advice) };
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 }
 
-/// Of the kernel's faults too, as system calls and KVM reach the guest's memory.
+/// Also for the kernel's faults, as system calls and KVM access the guest's memory.
 fn create() -> Result<OwnedFd> {
     let (uffd, _) = open::open(Faults::All).map_err(|error| {
         Error::Unsupported(format!(
@@ -161,7 +162,8 @@ fn create() -> Result<OwnedFd> {
 /// A userfaultfd with every feature that any kind of memory needs.
 fn make() -> Result<OwnedFd> {
     let wanted = FEATURES.iter().fold(0, |all, (bit, _)| all | bit);
-    // Asking for a feature that the kernel lacks spoils the descriptor, so one is spent on asking.
+    // Asking for a feature that the kernel lacks makes the descriptor unusable, so a separate one
+    // asks.
     let lacking = wanted & !open::handshake(&create()?, 0).context(|| "UFFDIO_API")?;
     if lacking != 0 {
         let names: Vec<_> =
@@ -187,7 +189,7 @@ fn register(uffd: &OwnedFd, area: &Area) -> Result<()> {
     Ok(())
 }
 
-/// Checks that the area is mapped as it says and holds nothing.
+/// Checks that the area is mapped as described and is empty.
 fn check(area: &Area, is_registered: bool) -> Result<Checked> {
     let wrong = |what: &str| Error::Unsupported(format!("RAM {}: {what}", area.name));
     let smaps = File::open("/proc/self/smaps").context(|| "/proc/self/smaps")?;
@@ -236,7 +238,7 @@ fn check(area: &Area, is_registered: bool) -> Result<Checked> {
 /// A mapping of this process, from its entry in smaps (proc_pid_smaps(5)).
 struct Mapping {
     addresses: Range<u64>,
-    /// Where in its file the mapping begins, bytes.
+    /// The mapping's offset in its file, bytes.
     offset: u64,
     /// Device and inode of its file, or [`NO_FILE`].
     file: (u64, u64),
@@ -244,7 +246,7 @@ struct Mapping {
     flags: String,
 }
 
-/// What proc(5) says of memory of no file.
+/// The numbers in proc(5) for memory without a file.
 const NO_FILE: (u64, u64) = (0, 0);
 
 impl Mapping {

@@ -1,4 +1,4 @@
-//! What the kernel has at the addresses of a process, by `/proc/PID/pagemap`
+//! The populated pages of a process, from `/proc/PID/pagemap`
 //! (`Documentation/admin-guide/mm/pagemap.rst`).
 
 use std::fs::File;
@@ -7,16 +7,16 @@ use std::ops::Range;
 
 use crate::memory::small_page_bytes;
 
-/// An entry's page is in memory, or swapped out.
+/// The page of an entry is in memory, or swapped out.
 const POPULATED: u64 = 1 << 63 | 1 << 62;
 
-/// Entries of the page map that are read at a time.
+/// Entries of the page map per read.
 const ENTRIES: usize = 8192;
 
-/// Whether any page of a range of addresses holds something: in the process `pid`, or in this one.
+/// Whether any page of a range of addresses is populated: in the process `pid`, or in this one.
 ///
 /// # Errors
-/// The process has ended, or this one may not look at it.
+/// The process has ended, or this process may not read its page map.
 pub(crate) fn is_populated(pid: Option<u32>, range: &Range<u64>) -> io::Result<bool> {
     let mut map = match pid {
         Some(pid) => File::open(format!("/proc/{pid}/pagemap"))?,

@@ -19,24 +19,25 @@ use crate::memory::small_page_bytes;
 /// Bytes of one event as read from the descriptor.
 pub(crate) const MESSAGE_BYTES: usize = 32;
 
-/// What is unregistered piece by piece where it cannot be as one.
+/// The size of the pieces in which a range is unregistered if it cannot be unregistered as a whole.
 const STEP_BYTES: u64 = 2 << 20;
 
-/// What the kernel reports on a userfaultfd.
+/// An event that the kernel reports on a userfaultfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// A thread of the guest waits at this address (guest side's address space).
-    /// `thread` is its number, or 0 where the userfaultfd was not told to report that.
+    /// A thread of the guest waits at this address (guest side's address space). `thread` is its
+    /// number, or 0 if the userfaultfd was not set up to report it.
     PageFault { address: u64, thread: u32 },
     /// The guest side discarded a range (balloon, MADV_DONTNEED, MADV_REMOVE).
     Remove { start: u64, end: u64 },
-    /// It unmapped one: what was to come there is of no use any more.
+    /// The guest side unmapped a range: pages that were to come there are of no use any more.
     Unmap { start: u64, end: u64 },
-    /// The guest side forked: the child has memory that nobody would fill.
+    /// The guest side forked: the child has memory that is never filled.
     Fork,
-    /// The guest side moved a mapping: pages would be put where the guest no longer has them.
+    /// The guest side moved a mapping: pages would be placed at addresses that the guest no longer
+    /// uses.
     Remap,
-    /// An event that we do not know.
+    /// An unknown event.
     Other { kind: u8 },
 }
 
@@ -94,25 +95,26 @@ nix::ioctl_readwrite!(ioctl_copy, 0xaa, 0x03, CopyOperation);
 nix::ioctl_readwrite!(ioctl_zeropage, 0xaa, 0x04, RangeOperation);
 nix::ioctl_readwrite!(ioctl_continue, 0xaa, 0x07, RangeOperation);
 
-/// How far an attempt to put pages in place got, and what ended it.
+/// The result of an attempt to place pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Placed {
-    /// Bytes that the guest sees now, from the start of the range; who waited for them is awake.
+    /// Bytes that the guest sees now, from the start of the range; their waiters have been woken.
     pub(crate) bytes: u64,
-    /// Why it went no further; none at the end of the range.
+    /// The reason why the attempt stopped; none at the end of the range.
     pub(crate) stop: Option<Stop>,
 }
 
-/// Why pages could not be put in place.
+/// The reason why pages could not be placed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
-    /// The guest sees the next page already; those who wait for it need a wake.
+    /// The guest sees the next page already; its waiters need a wake.
     Already,
     /// The file has no page there yet.
     NotPresent,
-    /// Events are pending that must be read first; try again afterwards.
+    /// Pending events must be read first; then try again.
     Again,
-    /// The guest's process is gone, or the range is not registered (any more), or not all of it lies in one mapping.
+    /// The guest's process is gone, or the range is not registered (any more), or spans several
+    /// mappings.
     Gone,
 }
 
@@ -120,15 +122,17 @@ pub(crate) enum Stop {
 #[derive(Clone)]
 pub(crate) struct Uffd(Arc<Open>);
 
-/// Others may have the same one open, in a program that embeds umem or has handed its memory over.
+/// Other processes may have the same one open: a program that embeds umem or has handed its memory
+/// over.
 struct Open {
     descriptor: Arc<OwnedFd>,
-    /// It waited when we got it, and will again when we are through with it.
+    /// Whether it blocked when umem got it; umem restores that at the end.
     waited: AtomicBool,
-    /// The kernel has said that the address space is gone. Nothing can be put in place then, nor is anything
-    /// missed; who counts pages as there asks before that is told to anybody.
+    /// The kernel has reported that the address space is gone. Then nothing can be placed, and
+    /// nothing is missed. Code that counts pages as present checks this before it reports them.
     is_gone: AtomicBool,
-    /// The same was said of a page that was to be put in place: the guest has ended without it.
+    /// The address space was found gone when a page was to be placed: the guest has ended without
+    /// the page.
     has_missed: AtomicBool,
 }
 
@@ -141,7 +145,7 @@ impl Drop for Open {
 }
 
 impl Open {
-    /// True if that has changed them.
+    /// Changes the flags. True if that had an effect.
     fn change_flags(&self, change: impl FnOnce(OFlag) -> OFlag) -> nix::Result<bool> {
         let before = OFlag::from_bits_retain(fcntl(&*self.descriptor, FcntlArg::F_GETFL)?);
         let after = change(before);
@@ -160,8 +164,8 @@ impl Uffd {
         Uffd(Arc::new(Open { descriptor, waited, is_gone, has_missed }))
     }
 
-    /// A userfaultfd for memory of this process. It catches faults of user mode only, which any
-    /// user may: enough where no guest and no system call ever touches a page that is missing.
+    /// A userfaultfd for memory of this process. It catches only faults of user mode, which need no
+    /// privilege: enough if no guest and no system call ever accesses a missing page.
     pub(crate) fn for_this_process() -> io::Result<Uffd> {
         let (uffd, _) = open::open(Faults::UserMode)?;
         let features = open::MISSING_SHMEM | open::MINOR_SHMEM | open::MISSING_HUGETLBFS;
@@ -191,7 +195,7 @@ impl Uffd {
         (result, operation.done)
     }
 
-    /// Puts zeroes at `start..start + len`: of private memory without allocating it.
+    /// Places zeroes at `start..start + len`; for private memory without allocating pages.
     pub(crate) fn zero(&self, start: u64, len: u64) -> io::Result<Placed> {
         let mut operation = RangeOperation { range: Range { start, len }, mode: 0, done: 0 };
         // SAFETY: as in map.
@@ -199,17 +203,17 @@ impl Uffd {
         self.placed(result, operation.done, len)
     }
 
-    /// Copies our bytes to fresh private pages of the guest at `start`; both are whole pages.
+    /// Copies bytes of umem to fresh private pages of the guest at `start`; both are whole pages.
     pub(crate) fn copy(&self, start: u64, bytes: &[u8]) -> io::Result<Placed> {
         let len = bytes.len() as u64;
         let from = bytes.as_ptr().expose_provenance() as u64;
         let mut operation = CopyOperation { to: start, from, len, mode: 0, done: 0 };
-        // SAFETY: the kernel reads our bytes, which are borrowed for the call, and checks the range.
+        // SAFETY: the kernel reads bytes that are borrowed for the call, and checks the range.
         let result = unsafe { ioctl_copy(self.0.descriptor.as_raw_fd(), &mut operation) };
         self.placed(result, operation.done, len)
     }
 
-    /// Takes events that are pending, as many as fit; 0 bytes when there are none. Needs O_NONBLOCK.
+    /// Reads pending events, as many as fit; 0 bytes when there are none. Needs O_NONBLOCK.
     pub(crate) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         match nix::unistd::read(&*self.0.descriptor, buffer) {
             Ok(count) => Ok(count),
@@ -218,9 +222,9 @@ impl Uffd {
         }
     }
 
-    /// The same, into memory that others may see.
+    /// The same, into memory that other processes may see.
     pub(crate) fn read_into(&self, span: &Span) -> io::Result<usize> {
-        // SAFETY: the span is mapped and so long, and no reference to it exists.
+        // SAFETY: the span is mapped with this length, and no reference to it exists.
         let count =
             unsafe { libc::read(self.0.descriptor.as_raw_fd(), span.as_ptr().cast(), span.len()) };
         match usize::try_from(count) {
@@ -239,8 +243,9 @@ impl Uffd {
         }
     }
 
-    /// Reads, and polls, fail rather than wait from now on, until nobody here has it any more: whoever handed it
-    /// over may not have asked for that, and a userfaultfd that waits cannot be polled.
+    /// Makes reads and polls fail instead of blocking from now on, until umem drops its last
+    /// reference: its former owner may not have set that, and a blocking userfaultfd cannot be
+    /// polled.
     pub(crate) fn set_nonblocking(&self) -> io::Result<()> {
         if self.0.change_flags(|flags| flags | OFlag::O_NONBLOCK)? {
             self.0.waited.store(true, SeqCst);
@@ -248,7 +253,7 @@ impl Uffd {
         Ok(())
     }
 
-    /// Wakes every thread that waits in the range; those whose page is not there fault anew.
+    /// Wakes every thread that waits in the range; those whose page is missing fault again.
     pub(crate) fn wake(&self, start: u64, len: u64) -> io::Result<()> {
         let mut range = Range { start, len };
         // SAFETY: as in mark_cached.
@@ -256,9 +261,9 @@ impl Uffd {
         Ok(())
     }
 
-    /// Takes the range out of the userfaultfd for good and wakes its waiters. Calling it again for
-    /// a part of the same range does nothing, nor does it where the range is not mapped any more. Returns how many
-    /// bytes of it were found to be so: pieces of 2 MiB of which nothing is mapped.
+    /// Unregisters the range for good and wakes its waiters. Without effect on parts that are
+    /// unregistered or unmapped already. Returns how many bytes were found unmapped, in pieces of 2
+    /// MiB.
     pub(crate) fn unregister(&self, start: u64, len: u64) -> io::Result<u64> {
         let mut range = Range { start, len };
         // SAFETY: as in mark_cached.
@@ -268,9 +273,10 @@ impl Uffd {
                 self.0.is_gone.store(true, SeqCst);
                 Ok(0)
             }
-            // The guest's process is gone, and its mappings with it; or the kernel has no memory to split one.
+            // The guest's process is gone with its mappings, or the kernel has no memory to split a
+            // mapping.
             Err(nix::Error::ENOMEM) => {
-                // Which of the two this says, whatever else.
+                // This call finds out which of the two, without other effects.
                 match self.try_map(start, small_page_bytes()).0 {
                     Err(nix::Error::ESRCH) => {
                         self.0.is_gone.store(true, SeqCst);
@@ -279,7 +285,7 @@ impl Uffd {
                     _ => Err(nix::Error::ENOMEM.into()),
                 }
             }
-            // Nothing is mapped there, or in a part of it something that no userfaultfd takes.
+            // The range is unmapped, or a part of it is memory that userfaultfd does not support.
             Err(nix::Error::EINVAL) => {
                 let half = (len / 2).next_multiple_of(STEP_BYTES);
                 if half >= len {
@@ -291,12 +297,12 @@ impl Uffd {
         }
     }
 
-    /// Whether the guest's address space has been found gone by any call so far.
+    /// Whether any call so far has found the guest's address space gone.
     pub(crate) fn is_gone(&self) -> bool {
         self.0.is_gone.load(SeqCst)
     }
 
-    /// Whether a page could not be put in place because the address space was gone.
+    /// Whether a page could not be placed because the address space was gone.
     pub(crate) fn has_missed(&self) -> bool {
         self.0.has_missed.load(SeqCst)
     }
@@ -304,17 +310,18 @@ impl Uffd {
     fn placed(&self, result: nix::Result<i32>, done: i64, len: u64) -> io::Result<Placed> {
         let stop = match result {
             Ok(_) => return Ok(Placed { bytes: len, stop: None }),
-            // Some of it is done; what ended it shows at the next attempt.
+            // A part is done; the cause shows at the next attempt.
             Err(nix::Error::EAGAIN) if done > 0 => {
                 return Ok(Placed { bytes: done.unsigned_abs(), stop: None });
             }
             // The address space is being changed; the change's event is waiting to be read.
             Err(nix::Error::EAGAIN) => Stop::Again,
-            // Somebody else placed it, e.g. two threads that finished at the same time.
+            // Another thread placed it, for example when two threads finish at the same time.
             Err(nix::Error::EEXIST) => Stop::Already,
             Err(nix::Error::EFAULT) => Stop::NotPresent,
-            // No registered mapping at the address: its block has been unregistered already, or nothing is mapped
-            // there any more. Or the range goes on in another mapping (validate_dst_vma in mm/userfaultfd.c).
+            // No registered mapping at the address: its block has been unregistered already, or it
+            // is unmapped. Or the range continues in another mapping (validate_dst_vma in
+            // mm/userfaultfd.c).
             Err(nix::Error::ENOENT) => Stop::Gone,
             // No address space.
             Err(nix::Error::ESRCH) => {
@@ -370,7 +377,7 @@ mod tests {
         assert_eq!(Event::decode(&bytes), Event::Other { kind: 0x77 });
     }
 
-    /// As a monitor does with a DIMM that is unplugged.
+    /// A monitor does so with a DIMM that is unplugged.
     #[test]
     fn what_is_not_mapped_any_more_is_left_alone() {
         use std::num::NonZeroUsize;
@@ -383,26 +390,26 @@ mod tests {
         let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
         file.set_len(BYTES).unwrap();
         let uffd = Uffd::for_this_process().unwrap();
-        // SAFETY: a fresh mapping at an address of the kernel's choice, which nothing refers to.
+        // SAFETY: a fresh mapping at an address of the kernel's choice, without references.
         let start =
             unsafe { mmap(None, len, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, &file, 0) };
         let start = start.unwrap();
         let address = start.as_ptr().expose_provenance() as u64;
         uffd.register(address, BYTES, Kind::Shared).unwrap();
-        // Something that no userfaultfd takes lies in the midst of it now.
+        // The middle of the range is now memory that userfaultfd does not support.
         let other = File::open("/proc/self/exe").unwrap();
         let at = NonZeroUsize::new(address as usize + STEP_BYTES as usize).unwrap();
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
-        // SAFETY: it replaces a part of our own mapping.
+        // SAFETY: replaces a part of this test's own mapping.
         unsafe { mmap(Some(at), step, ProtFlags::PROT_READ, flags, &other, 0) }.unwrap();
         assert_eq!(uffd.unregister(address, BYTES).unwrap(), STEP_BYTES);
-        // What is still there of it is registered no more: this does not wait.
+        // The rest of the range is unregistered: these accesses do not wait.
         for at in [0, 2 * STEP_BYTES, BYTES - 4096] {
             // SAFETY: mapped, and its file is long enough.
             let byte = unsafe { start.as_ptr().cast::<u8>().add(at as usize).read_volatile() };
             assert_eq!(byte, 0);
         }
-        // SAFETY: our own mappings, which nothing refers to.
+        // SAFETY: this test's own mappings, without references.
         unsafe { munmap(start, len.get()) }.unwrap();
         assert_eq!(uffd.unregister(address, BYTES).unwrap(), BYTES);
         assert!(!uffd.is_gone(), "this process is there");

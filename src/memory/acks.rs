@@ -1,9 +1,9 @@
-//! What the destination has acknowledged and the source may free, three bits a page.
+//! Acknowledged pages, which the source may free, three bits a page.
 //!
-//! A page is *sent* from when it is handed to the kernel until it is acknowledged, and *pending* from
-//! then until somebody takes it to free it. So nothing is freed that was not sent, and each page once.
-//! That it has been acknowledged stays known: a destination that misses it later cannot have it again.
-//! Beside them stands a bit for every [`GROUP_PAGES`] pages that says where to look.
+//! A page is *sent* from when it is handed to the kernel until it is acknowledged, and *pending*
+//! from then until a thread takes it to free it. So only sent pages are freed, and each page once.
+//! The acknowledgement stays recorded: a destination that lacks the page later cannot get it again.
+//! One more bit for every [`GROUP_PAGES`] pages marks groups with pending pages.
 
 use std::ops::Range;
 
@@ -12,7 +12,7 @@ use super::sync::AtomicU64;
 use super::sync::Ordering::{AcqRel, Acquire};
 use super::words::AtomicWords;
 
-/// Pages that are looked through at once for pending ones: 64 words.
+/// Pages that are searched at once for pending ones: 64 words.
 const GROUP_PAGES: u64 = 64 * 64;
 
 /// A page was acknowledged that had not been sent, or had been acknowledged before.
@@ -26,7 +26,7 @@ pub(crate) struct Acks {
     pages: u64,
     sent: Box<[AtomicU64]>,
     pending: Box<[AtomicU64]>,
-    /// Known to a process that takes over as well: these may be gone.
+    /// Also visible to a process that takes over: these pages may be gone.
     acknowledged: AtomicWords,
     /// A bit a group, set after the pages' own.
     groups: Box<[AtomicU64]>,
@@ -37,7 +37,7 @@ impl Acks {
         Acks::over(AtomicWords::zeroed(pages.div_ceil(64)), pages)
     }
 
-    /// With what has been acknowledged to a process before this.
+    /// Starts with the pages that were acknowledged to an earlier process.
     pub(crate) fn over(acknowledged: AtomicWords, pages: u64) -> Acks {
         assert_eq!(acknowledged.len() as u64, pages.div_ceil(64));
         Acks {
@@ -49,14 +49,15 @@ impl Acks {
         }
     }
 
-    /// These pages are about to be handed to the kernel.
+    /// Marks pages that are about to be handed to the kernel.
     pub(crate) fn sending(&self, first: u64, pages: u64) {
         for (word, mask) in self.words(first, pages) {
             self.sent[word].fetch_or(mask, AcqRel);
         }
     }
 
-    /// The destination has them. Pages that it cannot have are its fault; those before them are taken.
+    /// Marks pages as acknowledged. An error names a page that was not sent; earlier pages are
+    /// marked.
     pub(crate) fn acknowledge(&self, first: u64, pages: u64) -> Result<(), NotSent> {
         for (word, mask) in self.words(first, pages) {
             let sent = self.sent[word].fetch_and(!mask, AcqRel) & mask;
@@ -69,7 +70,7 @@ impl Acks {
         Ok(())
     }
 
-    /// These pages are the destination's, and were not before.
+    /// Marks newly acknowledged pages as pending.
     fn free(&self, word: usize, pages: u64) {
         self.acknowledged[word].fetch_or(pages, AcqRel);
         self.pending[word].fetch_or(pages, AcqRel);
@@ -77,9 +78,9 @@ impl Acks {
         self.groups[index(group / 64)].fetch_or(1 << (group % 64), AcqRel);
     }
 
-    /// New lanes: of the 64 pages from `first` on the destination has these, which is as good as an
-    /// acknowledgement; the others have not been sent. `Err` names a page that it misses although it
-    /// has acknowledged it: it may be gone here.
+    /// For new lanes: the destination has the pages `has` of the 64 pages from `first` on, which
+    /// counts as an acknowledgement; the others count as not sent. `Err` names a page that it lacks
+    /// although it has acknowledged it: the page may be gone here.
     pub(crate) fn account(&self, first: u64, has: u64) -> Result<(), u64> {
         let word = index(first / 64);
         let acknowledged = self.acknowledged[word].load(Acquire);
@@ -194,7 +195,7 @@ mod tests {
         acks.sending(0, 150);
         acks.acknowledge(10, 20).unwrap();
         assert_eq!(taken(&acks), [10..30; 1]);
-        // It has 0..40 of what was sent, and misses the rest.
+        // The destination has 0..40 of the sent pages, and lacks the rest.
         assert_eq!(acks.account(0, low_bits(40)), Ok(()));
         assert_eq!(acks.account(64, 0), Ok(()));
         assert_eq!(acks.account(128, 0), Ok(()));
@@ -203,7 +204,7 @@ mod tests {
         acks.sending(100, 1);
         acks.acknowledge(100, 1).unwrap();
         assert_eq!(taken(&acks), [100..101; 1]);
-        // What it has acknowledged may have been freed.
+        // Acknowledged pages may have been freed.
         assert_eq!(acks.account(0, low_bits(40) & !(1 << 13)), Err(13));
     }
 

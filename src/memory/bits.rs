@@ -3,7 +3,8 @@
 use super::pages::low_bits;
 use super::sync::{AtomicU64, Ordering};
 
-/// A bit for each page of a region, all clear at first. Threads may set and clear them at once.
+/// A bit for each page of a region, all clear at first. Threads may set and clear bits
+/// concurrently.
 pub(crate) struct Bits {
     pages: u64,
     words: Box<[AtomicU64]>,
@@ -21,7 +22,7 @@ impl Bits {
     /// Sets the bits of `first..first + pages`.
     pub(crate) fn set(&self, first: u64, pages: u64) {
         for (word, mask) in self.words(first, pages) {
-            // Release: whoever takes the bit sees what was written before it was set.
+            // Release: a thread that takes the bit sees all writes before it was set.
             self.words[word].fetch_or(mask, Ordering::AcqRel);
         }
     }
@@ -42,27 +43,26 @@ impl Bits {
         self.words[index(first)].load(Ordering::Acquire)
     }
 
-    /// Takes the bits of the `count` ≤ 64 pages from `first`, which lie in one word of 64: they are clear
-    /// afterwards. A set bit `i` in the answer is page `first + i`.
+    /// Takes and clears the bits of the `count` ≤ 64 pages from `first`, which lie in one word of
+    /// 64. A set bit `i` in the result is page `first + i`.
     pub(crate) fn take_word(&self, first: u64, count: u64) -> u64 {
         let offset = first % 64;
         assert!(count <= 64 - offset && first + count <= self.pages);
         let mask = low_bits(count) << offset;
         let word = &self.words[index(first)];
-        // Most words of a guest that writes little are clear, and stay as they are.
+        // Most words of a guest that writes little are clear, and need no write.
         if word.load(Ordering::Acquire) & mask == 0 {
             return 0;
         }
         (word.fetch_and(!mask, Ordering::AcqRel) & mask) >> offset
     }
 
-    /// How many are set.
+    /// The number of set bits.
     pub(crate) fn count(&self) -> u64 {
         self.words.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum()
     }
 
-    /// Calls `f` with each run of pages, first and count, whose bits are `set`, in order and as long as they
-    /// are.
+    /// Calls `f` with each maximal run of pages, first and count, whose bits equal `set`, in order.
     pub(crate) fn each_run<E>(
         &self,
         set: bool,
@@ -80,7 +80,7 @@ impl Bits {
         Ok(())
     }
 
-    /// The first page from `page` on whose bit is `set`, or the end.
+    /// The first page from `page` on whose bit equals `set`, or the end.
     pub(crate) fn next(&self, mut page: u64, set: bool) -> u64 {
         while page < self.pages {
             let word = self.word(page / 64 * 64);

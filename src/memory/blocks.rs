@@ -1,11 +1,11 @@
-//! Which parts of a region are complete, and when a complete part leaves the userfaultfd.
+//! Complete parts of a region, and when a complete part leaves the userfaultfd.
 //!
-//! A block whose every page is cached needs no userfaultfd any more: unregistered, the kernel
-//! serves its faults alone and maps it with huge pages. But each call splits the guest's mapping,
-//! and a checkerboard of finished blocks would run into `vm.max_map_count` (65,530). So a block
-//! leaves when it touches a part that has left already (the mapping does not split further), or
-//! while the number of islands is below [`ISLANDS_MAX`]; otherwise it stays registered until a
-//! neighbour leaves, and its faults are answered at once meanwhile.
+//! A block whose every page is cached needs no userfaultfd any more: once it is unregistered, the
+//! kernel serves its faults alone and maps it with huge pages. But each call splits the guest's
+//! mapping, and a checkerboard of finished blocks would exceed `vm.max_map_count` (65,530). So a
+//! block leaves when it touches a part that has left already (the mapping does not split further),
+//! or while the number of islands is below [`ISLANDS_MAX`]; otherwise it stays registered until a
+//! neighbour leaves, and its faults are answered at once.
 
 use std::ops::Range;
 
@@ -20,9 +20,9 @@ pub(crate) const ISLANDS_MAX: u32 = 1024;
 pub(crate) struct Blocks {
     pages: u64,
     block_pages: u64,
-    /// Pages that each block still misses.
+    /// Missing pages of each block.
     missing: Box<[AtomicU32]>,
-    /// Set by whoever takes a block out of the userfaultfd.
+    /// Set by the thread that unregisters a block.
     left: Box<[AtomicU64]>,
     islands: AtomicU32,
 }
@@ -60,7 +60,7 @@ impl Blocks {
         }
     }
 
-    /// True when the block of `page` needs no userfaultfd any more.
+    /// Whether the block of `page` needs no userfaultfd any more.
     #[cfg(test)]
     fn has_left(&self, page: u64) -> bool {
         self.is_left(page / self.block_pages)

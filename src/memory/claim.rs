@@ -1,14 +1,15 @@
-//! Whose a RAM file is: two locks that end with whoever has them, and what a file must be like to be used at all.
+//! The use of a RAM file: two locks that end with their holders, and the checks that a file must
+//! pass.
 //!
 //! | lock | held by | from | to |
 //! |---|---|---|---|
 //! | *move*: `flock`, exclusive | at a source, umem's own open file description; at a destination, the one that the guest's process maps | a migration's start | its end; at a destination, until every page has come |
 //! | *guest*: an open file description lock (`F_OFD_SETLK`) on the whole file, for writing | the guest's process at a destination, through the same description | its mapping | its end |
 //!
-//! They are two as a guest that came here may be moved on, by a process that only has the file open for reading,
-//! while nobody may move it on before all of it has come. A description that the guest's process shares with umem
-//! outlives umem: the locks do, too. Both are the kernel's, on the inode: another name of the file is no way around
-//! them. QEMU itself locks no RAM file.
+//! There are two locks because a guest that came here may be moved on, by a process that only has
+//! the file open for reading, but not before all of it has come. The guest's process shares the
+//! description with umem, so the locks outlive umem. Both are the kernel's, on the inode: another
+//! name of the file does not evade them. QEMU itself locks no RAM file.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -21,21 +22,21 @@ use nix::sys::statfs::{PROC_SUPER_MAGIC, statfs};
 
 use crate::error::{Context, Error, Result};
 
-/// How long the kernel may take to end what a process that was killed had open.
+/// How long the kernel may take to close the files of a killed process.
 const DEAD_PATIENCE: Duration = Duration::from_secs(10);
 
 const DEAD_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Who is to use a file.
+/// The user of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum User {
-    /// A source, which reads what somebody has put there.
+    /// A source, which reads existing contents.
     Source,
     /// A destination, whose guest has its memory there.
     Destination,
 }
 
-/// Looks at what a path leads to before anybody opens it. Nothing may be there yet.
+/// Checks the file at a path before it is opened. The file may not exist yet.
 pub(crate) fn check_path(name: &str, path: &Path, user: User) -> Result<()> {
     let wrong = |what: String| Err(Error::Ram { name: name.into(), path: path.into(), what });
     if let (User::Destination, Some(directory)) = (user, path.parent())
@@ -53,7 +54,7 @@ pub(crate) fn check_path(name: &str, path: &Path, user: User) -> Result<()> {
     };
     let metadata = match metadata {
         Ok(metadata) => metadata,
-        // Whoever opens it says why.
+        // The error shows when the file is opened.
         Err(_) => return Ok(()),
     };
     match unfit(&metadata, user) {
@@ -66,13 +67,14 @@ pub(crate) fn check_path(name: &str, path: &Path, user: User) -> Result<()> {
     }
 }
 
-/// Whether a path leads to what a process has open (`/proc/PID/fd/N`): a link that leads to that file and no other.
+/// Whether a path is a link to an open file of a process (`/proc/PID/fd/N`), which leads to no
+/// other file.
 fn is_of_process(path: &Path) -> bool {
     let parent = path.parent().and_then(|parent| statfs(parent).ok());
     parent.is_some_and(|found| found.filesystem_type() == PROC_SUPER_MAGIC)
 }
 
-/// The same of a file that is open, under whatever name.
+/// Checks an open file under any name.
 pub(crate) fn check_file(name: &str, path: &Path, file: &File, user: User) -> Result<()> {
     let metadata = file.metadata().context(|| format!("RAM {name}"))?;
     match unfit(&metadata, user) {
@@ -97,7 +99,7 @@ fn unfit(metadata: &Metadata, user: User) -> Option<String> {
             "is {is} and no file: name a regular file in /dev/shm or on hugetlbfs"
         ));
     }
-    // A memory file has no name, and is whoever's it was handed to.
+    // A memfd has no name, and is used by the processes that got it.
     if metadata.nlink() == 0 {
         return None;
     }
@@ -125,7 +127,7 @@ fn unfit(metadata: &Metadata, user: User) -> Option<String> {
     })
 }
 
-/// Why others can put another file in the place of one that lies in this directory.
+/// Why other users can replace a file in this directory.
 fn unsafe_directory(metadata: &Metadata) -> Option<String> {
     let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
     if ![0, nix::unistd::geteuid().as_raw()].contains(&owner) {
@@ -135,9 +137,10 @@ fn unsafe_directory(metadata: &Metadata) -> Option<String> {
     is_open.then(|| format!("where everybody may replace it (mode {mode:04o})"))
 }
 
-/// Takes the file for a move, through this very description; false if another one has it.
+/// Takes the file for a move, through this very description; false if another description has the
+/// lock.
 pub(crate) fn take_move(file: BorrowedFd<'_>) -> io::Result<bool> {
-    // Network file systems want to write for it.
+    // Network file systems need write access for the lock.
     let lock = |how| {
         // SAFETY: flock(2) takes a descriptor and flags.
         match unsafe { libc::flock(file.as_raw_fd(), how | libc::LOCK_NB) } {
@@ -155,14 +158,14 @@ pub(crate) fn take_move(file: BorrowedFd<'_>) -> io::Result<bool> {
     }
 }
 
-/// The move is over, for everybody who has the description.
+/// Ends the move, for every holder of the description.
 pub(crate) fn end_move(file: BorrowedFd<'_>) {
-    // SAFETY: as above. That it was not locked is as good.
+    // SAFETY: as above. Without effect if it was not locked.
     let _ = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) };
 }
 
-/// Takes the file for a guest, through this very description, which is open for writing; false if another one
-/// has it.
+/// Takes the file for a guest, through this very description, which is open for writing; false if
+/// another description has the lock.
 fn take_guest(file: BorrowedFd<'_>) -> io::Result<bool> {
     // SAFETY: all zeroes is a lock of the whole file.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
@@ -194,18 +197,19 @@ pub(crate) fn take_for_guest(name: &str, file: BorrowedFd<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Looks whether [`take_for_guest`] would work, and leaves the file as it was. Nothing may be there yet.
+/// Checks that [`take_for_guest`] would succeed, without changing the file, which may not exist
+/// yet.
 pub(crate) fn check_unused(name: &str, path: &Path) -> Result<()> {
     let mut options = File::options();
     let follow = if is_of_process(path) { 0 } else { libc::O_NOFOLLOW };
     options.read(true).write(true).custom_flags(follow | libc::O_NONBLOCK);
-    // What else there is to say of it whoever opens it says.
+    // Other errors show when the file is opened.
     let Ok(file) = options.open(path) else { return Ok(()) };
     take_for_guest(name, file.as_fd())
 }
 
-/// Takes a source's file for the move. After a process that was killed the kernel may still have to end what it
-/// had open.
+/// Takes a source's file for the move. The kernel may still have to close the files of a killed
+/// process.
 pub(crate) fn take_for_source(name: &str, file: BorrowedFd<'_>, after_a_dead: bool) -> Result<()> {
     let patience = if after_a_dead { DEAD_PATIENCE } else { Duration::ZERO };
     let deadline = Instant::now() + patience;
@@ -234,7 +238,7 @@ mod tests {
     fn a_move_is_exclusive_and_a_guest_may_be_moved_on() {
         let here = NamedTempFile::new_in("/dev/shm").unwrap();
         take_for_guest("ram0", here.as_file().as_fd()).unwrap();
-        // Whoever has the description has the locks.
+        // Every holder of the description has the locks.
         take_for_guest("ram0", here.as_file().try_clone().unwrap().as_fd()).unwrap();
         let other = reopened(&here);
         assert!(!take_move(other.as_fd()).unwrap(), "not all of it has come");
@@ -257,7 +261,7 @@ mod tests {
         assert!(error.contains("another umem moves the guest"), "{error}");
         drop(source);
         check_unused("ram0", file.path()).unwrap();
-        // It has left nothing.
+        // No lock is left.
         check_unused("ram0", file.path()).unwrap();
     }
 }

@@ -1,8 +1,9 @@
-//! The source's side of exactly once: a bit a page, set by whoever sends it.
+//! The source's side of exactly once: a bit a page, set by the thread that sends it.
 //!
-//! Every page leaves the source once, by the demand lane or by a bulk lane; whoever sets its bit
-//! sends it. Bulk lanes take whole blocks first (a bit a block), so that they do not walk in each
-//! other's steps, and then claim what the demand lane has left of a block, 64 pages at a time.
+//! Every page leaves the source once, by the demand lane or by a bulk lane; the thread that sets
+//! its bit sends it. Bulk lanes first take whole blocks (a bit a block), so that they work on
+//! different memory, and then claim the pages of a block that the demand lane has left, 64 pages at
+//! a time.
 
 use umem_wire::{PageRange, RegionId};
 
@@ -29,14 +30,14 @@ impl Claims {
         }
     }
 
-    /// Claims one page; true when the caller is the one who sends it.
+    /// Claims one page; true if the caller has to send it.
     pub(crate) fn claim(&self, page: u64) -> bool {
         let bit = 1 << (page % 64);
         self.claimed[index(page / 64)].fetch_or(bit, Ordering::AcqRel) & bit == 0
     }
 
-    /// Claims what is left of the `count` ≤ 64 pages from `first`, which lie in one word of 64;
-    /// a set bit `i` in the answer is page `first + i`, now the caller's to send.
+    /// Claims the unclaimed ones of the `count` ≤ 64 pages from `first`, which lie in one word of
+    /// 64; the caller has to send page `first + i` for each set bit `i` of the result.
     pub(crate) fn claim_word(&self, first: u64, count: u64) -> u64 {
         let offset = first % 64;
         assert!(count <= 64 - offset && first + count <= self.pages);
@@ -45,8 +46,8 @@ impl Claims {
         (mask & !before) >> offset
     }
 
-    /// Everything may have been sent, by a process before this. [`account`](Claims::account) says what is
-    /// left then.
+    /// Marks everything as sent, as an earlier process may have. [`account`](Claims::account) then
+    /// sets the remaining pages.
     pub(crate) fn claim_all(&self) {
         for (word, first) in self.claimed.iter().zip((0..self.pages).step_by(64)) {
             word.store(low_bits(self.pages - first), Ordering::Release);
@@ -85,9 +86,9 @@ impl Claims {
         self.pages
     }
 
-    /// New lanes: what is claimed of the 64 pages from `first` on becomes what the destination has of
-    /// them; the rest is to be sent (again). `Err` names a page that cannot be there, as nobody has
-    /// claimed it. Nobody may claim pages meanwhile.
+    /// For new lanes: the claims of the 64 pages from `first` on become the destination's account
+    /// of them; the rest is to be sent (again). `Err` names a page that cannot be present, as it
+    /// was never claimed. No thread may claim pages at the same time.
     pub(crate) fn account(&self, first: u64, has: u64) -> Result<(), u64> {
         assert!(first.is_multiple_of(64) && first < self.pages);
         let word = &self.claimed[index(first / 64)];
@@ -99,7 +100,8 @@ impl Claims {
         Ok(())
     }
 
-    /// After the last [`account`](Claims::account): lanes take blocks anew that have anything left.
+    /// After the last [`account`](Claims::account): lanes take blocks again that have unclaimed
+    /// pages.
     pub(crate) fn free_blocks(&self) {
         for block in 0..self.blocks() {
             let (first, pages) = self.block_range(block);
@@ -130,7 +132,7 @@ impl Claims {
         self.pages.div_ceil(self.block_pages)
     }
 
-    /// The block that `page` lies in.
+    /// The block of `page`.
     pub(crate) fn block_of(&self, page: u64) -> u64 {
         page / self.block_pages
     }
@@ -142,7 +144,7 @@ impl Claims {
     }
 }
 
-/// Where the last demand was, for bulk lanes to go on from.
+/// The last demand, from which bulk lanes go on.
 #[derive(Default)]
 pub(crate) struct LastDemand(AtomicU64);
 
@@ -151,12 +153,12 @@ const PAGE_BITS: u32 = 48;
 
 impl LastDemand {
     pub(crate) fn set(&self, region: RegionId, page: u64) {
-        // Zero means "no demand yet", so that page 0 of region 0 needs another bit.
+        // Zero means "no demand yet", so page 0 of region 0 needs another bit.
         let packed = u64::from(region.0) << PAGE_BITS | page;
         self.0.store(packed.wrapping_add(1), Ordering::Relaxed);
     }
 
-    /// The last demand, when it is another one than `seen`, which is brought up to date.
+    /// The last demand, if it differs from `seen`, which is updated.
     pub(crate) fn moved(&self, seen: &mut u64) -> Option<(RegionId, u64)> {
         let now = self.0.load(Ordering::Relaxed);
         if now == *seen || now == 0 {
@@ -169,25 +171,25 @@ impl LastDemand {
     }
 }
 
-/// How a run of pages crosses the wire.
+/// The form in which a run of pages crosses the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RunKind {
     /// With its bytes.
     Data,
-    /// As a header: the pages are there and all zero.
+    /// As a header: the pages are present and hold zeroes.
     Zero,
-    /// As a header: the file has nothing there.
+    /// As a header: the pages are a hole of the file.
     Hole,
 }
 
-/// Pages that leave together.
+/// Pages that are sent together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Run {
     pub(crate) kind: RunKind,
     pub(crate) range: PageRange,
 }
 
-/// Appends a page to the last run when it continues it, or opens a new run.
+/// Appends a page to the last run if it continues it, or opens a new run.
 pub(crate) fn push_page(runs: &mut Vec<Run>, kind: RunKind, region: RegionId, page: u64, max: u64) {
     if let Some(last) = runs.last_mut() {
         let continues = last.kind == kind

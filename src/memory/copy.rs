@@ -1,11 +1,11 @@
-//! Guest memory that is read here, for its sum or to be encrypted: copied out, as nobody may hold a reference
-//! to it.
+//! Guest memory that umem reads, for its sum or to encrypt it: copied out, as there may be no
+//! reference to it.
 
 use umem_ring::{Memory, Span};
 
 use super::guarded::{self, Gone};
 
-/// Fills `to` from `offset` on of what is sent, one buffer or one piece of a mapping.
+/// Fills `to` with the data of one buffer or one piece of a mapping, from `offset` on.
 pub(crate) fn copy_out(memory: &Memory, offset: usize, to: &mut [u8]) -> Result<(), Gone> {
     match memory {
         Memory::Bytes(bytes) => {
@@ -17,7 +17,8 @@ pub(crate) fn copy_out(memory: &Memory, offset: usize, to: &mut [u8]) -> Result<
     }
 }
 
-/// The same of a piece of a mapping. Bytes that somebody writes meanwhile are copied as whatever they are.
+/// The same for a piece of a mapping. Bytes that are written at the same time are copied in any
+/// state.
 pub(crate) fn copy_out_of_span(span: &Span, offset: usize, to: &mut [u8]) -> Result<(), Gone> {
     assert!(offset + to.len() <= span.len(), "inside the span");
     // SAFETY: the bytes lie inside the span (asserted above), which its owner keeps mapped.

@@ -1,4 +1,4 @@
-//! RAM files that are there because of umem, and go with a guest that does not come.
+//! RAM files that umem has made, and that are removed if no guest arrives.
 
 use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Result;
 use crate::runtime::os_text::{self, absolute};
 
-/// A file that was made, under the name that it had then.
+/// A file that umem made, under the name it had then.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Created {
     #[serde(with = "os_text::path")]
@@ -27,7 +27,7 @@ impl Created {
         Created::new(path.to_owned(), metadata.dev(), metadata.ino())
     }
 
-    /// With a path that means the same in another directory.
+    /// With an absolute path.
     pub(crate) fn absolute(&self) -> Result<Created> {
         Ok(Created { path: absolute(&self.path)?, ..*self })
     }
@@ -38,7 +38,7 @@ impl Created {
         there.is_ok_and(|there| (there.dev(), there.ino()) == (self.device, self.inode))
     }
 
-    /// Removes it. Another file that has taken its name is somebody's.
+    /// Removes the file, unless another file has taken its name.
     pub(crate) fn remove(&self) {
         if self.is_in_place() {
             let _ = fs::remove_file(&self.path);

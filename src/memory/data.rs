@@ -1,8 +1,10 @@
-//! Where a RAM file has data, and where nothing.
+//! Data and holes of a RAM file.
 //!
-//! SEEK_DATA tells, and has two flaws. It moves the position of an open file, which others may share whose
-//! descriptor we were given: it is put back. (To open such a file anew would lose the locks on it.) And hugetlbfs calls all of a file data: there it is read, which fills
-//! no hole, where a touch of a mapping would take a huge page for it. Pages of zeroes count as holes then.
+//! SEEK_DATA finds them, with two flaws. It moves the position of an open file, which other
+//! processes may share: the position is restored. (Opening such a file again would lose the locks
+//! on it.) And hugetlbfs reports all of a file as data: there the file is read, which fills no
+//! hole, whereas touching a mapping would allocate a huge page. Pages of zeroes count as holes
+//! then.
 
 use std::fs::File;
 use std::io;
@@ -11,13 +13,15 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::{Mutex, PoisonError};
 
-/// What is read of a huge page at first, as most have something there; and then at a time.
+/// Bytes that are first read of a huge page, as most pages have data there; and the size of later
+/// reads.
 const PROBE_BYTES: usize = 4096;
 const READ_BYTES: usize = 64 << 10;
 
-/// The first data of the range; none where it is all hole. `is_shared`: others have the same open file.
+/// The first data of the range; none if all of it is a hole. `is_shared`: other processes share the
+/// open file.
 pub(super) fn next(file: &File, range: Range<u64>, is_shared: bool) -> io::Result<Option<u64>> {
-    // One thread at a time: another would take where we have been for what is to be put back.
+    // One thread at a time: another would restore a position in use.
     static TURN: Mutex<()> = Mutex::new(());
     let found = if is_shared {
         let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -35,7 +39,7 @@ pub(super) fn next(file: &File, range: Range<u64>, is_shared: bool) -> io::Resul
     }
 }
 
-/// The same of a file in huge pages of `1 << page_shift` bytes.
+/// The same for a file in huge pages of `1 << page_shift` bytes.
 pub(super) fn next_huge(file: &File, range: Range<u64>, page_shift: u8) -> io::Result<Option<u64>> {
     let metadata = file.metadata()?;
     if range.is_empty() || metadata.blocks() == 0 {
@@ -66,7 +70,7 @@ fn has_data(file: &File, page: Range<u64>, buffer: &mut Vec<u8>) -> io::Result<b
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(error),
         };
-        // With `any` the compiler looks at one byte at a time.
+        // With `any` the compiler would compare one byte at a time.
         if buffer[..count].iter().fold(0, |all, byte| all | byte) != 0 {
             return Ok(true);
         }
@@ -131,13 +135,13 @@ mod tests {
         let file = file();
         assert_eq!(next(&file, 0..16 << 10, false).unwrap(), None);
         assert_eq!(next(&file, 0..20 << 10, false).unwrap(), Some(16 << 10));
-        // As if its pages were large: what is read tells as well.
+        // Treats the pages as large, so that the file is read.
         assert_eq!(next_huge(&file, 0..16 << 10, 13).unwrap(), None);
         assert_eq!(next_huge(&file, 0..64 << 10, 13).unwrap(), Some(16 << 10));
         assert_eq!(next_huge(&file, 18 << 10..64 << 10, 13).unwrap(), Some(18 << 10));
         assert_eq!(next_huge(&file, 24 << 10..64 << 10, 13).unwrap(), Some(40 << 10));
         assert_eq!(next_huge(&file, 48 << 10..64 << 10, 13).unwrap(), None);
-        // What has been allocated and never written reads as zeroes.
+        // Allocated and unwritten pages read as zeroes.
         file.write_all_at(&[0; 4096], 0).unwrap();
         assert_eq!(next_huge(&file, 0..16 << 10, 13).unwrap(), None);
         file.write_all_at(&[0; 64 << 10], 0).unwrap();

@@ -1,4 +1,5 @@
-//! Which pages a running guest has written: what a dirty log marks, and what the source takes from that.
+//! Pages that a running guest writes: the dirty log that marks them, and the map from which the
+//! source takes them.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -9,32 +10,34 @@ use umem_wire::{PageRange, RegionId};
 use super::bits::Bits;
 use crate::error::Result;
 
-/// Knows which pages a running guest writes, whoever writes them: vCPUs, devices, other threads of its monitor.
+/// Tracks the pages that a running guest writes, by any writer: vCPUs, devices, other threads of
+/// its monitor.
 ///
-/// Calls come from one thread, in this order: [`start`](DirtyLog::start) once, [`next`](DirtyLog::next) any number
-/// of times, [`finish`](DirtyLog::finish) at most once. A log that is dropped ends its tracking, and leaves the guest as it
-/// is.
+/// Calls come from one thread, in this order: [`start`](DirtyLog::start) once,
+/// [`next`](DirtyLog::next) any number of times, [`finish`](DirtyLog::finish) at most once.
+/// Dropping a log ends its tracking, and does not change the guest.
 pub(crate) trait DirtyLog: Send {
-    /// Begins to track. From its return on every write is marked sooner or later, before `finish` returns.
+    /// Begins to track. Every write after its return is marked before `finish` returns, at the
+    /// latest.
     fn start(&mut self, marks: Arc<DirtyMap>) -> Result<()>;
 
-    /// Returns once a whole look over the guest is done: every page written before the call is marked, or counted as
-    /// [elsewhere](DirtyMap::set_elsewhere). Also when enough has been marked that has to leave before the look can
-    /// go on: [`is_in_part`](DirtyLog::is_in_part) says so then, and the next call goes on with the same look.
+    /// Returns after a whole pass over the guest: every page written before the call is marked, or counted as
+    /// [elsewhere](DirtyMap::set_elsewhere). Returns earlier when marked pages must be sent before the pass can
+    /// continue: [`is_in_part`](DirtyLog::is_in_part) is true then, and the next call continues the same pass.
     fn next(&mut self) -> Result<()>;
 
-    /// Whether the last look is yet to be finished.
+    /// Whether the last pass is unfinished.
     fn is_in_part(&self) -> bool {
         false
     }
 
-    /// The guest stands still (it has been stopped by the host): the last marks.
+    /// The host has stopped the guest: makes the last marks.
     fn finish(&mut self) -> Result<()>;
 }
 
 /// Pages of all regions, a bit each: written at the source since they were sent.
 ///
-/// [`Bits::take_word`] comes before the page is read: what is written later sets the bit again.
+/// Call [`Bits::take_word`] before reading the page: later writes set the bit again.
 pub(crate) struct DirtyMap {
     regions: Box<[Bits]>,
     /// log2 of the bytes of each region's pages.
@@ -44,7 +47,7 @@ pub(crate) struct DirtyMap {
 }
 
 impl DirtyMap {
-    /// For regions of so many pages of `1 << shift` bytes.
+    /// For regions of this many pages of `1 << shift` bytes.
     pub(crate) fn new(regions: &[(u64, u8)]) -> DirtyMap {
         let bits = regions.iter().map(|&(pages, _)| Bits::new(pages));
         let shifts = regions.iter().map(|&(_, shift)| shift);
@@ -55,8 +58,7 @@ impl DirtyMap {
         &self.regions[usize::from(id.0)]
     }
 
-    /// Somebody has written to these bytes of a region: the pages that they lie in are dirty. False where there are no
-    /// such bytes.
+    /// Marks the pages of a region that these bytes lie in. False if the region has no such bytes.
     #[must_use]
     pub(crate) fn mark_bytes(&self, id: RegionId, offset: u64, len: u64) -> bool {
         let index = usize::from(id.0);
@@ -74,12 +76,12 @@ impl DirtyMap {
         is_there
     }
 
-    /// Pages of a region have been written to, in landing units.
+    /// Marks pages of a region, in landing units.
     pub(crate) fn mark(&self, range: PageRange) {
         self.region(range.region).set(range.first, range.pages);
     }
 
-    /// Every page is dirty.
+    /// Marks every page.
     pub(crate) fn mark_all(&self) {
         self.regions.iter().for_each(|bits| bits.set(0, bits.pages()));
     }

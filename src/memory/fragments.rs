@@ -1,8 +1,8 @@
 //! Parts of a landing unit that the guest has discarded before the unit came.
 //!
-//! Where the source's pages are larger than the destination's, one landing unit is many pages of the
-//! guest, which may discard some of them. What comes for those must not be seen. There is nothing to
-//! keep for units as large as a page: their state says it.
+//! If the source's pages are larger than the destination's, one landing unit is many pages of the
+//! guest, which may discard some of them. The guest must not see the unit's contents of those
+//! pages. Units of one page need no entry: their state records the discard.
 
 use std::collections::BTreeMap;
 
@@ -11,14 +11,14 @@ use super::words::AtomicWords;
 
 /// Discarded pages of units that have not come, for one region.
 ///
-/// Takes memory for the discarded pages only, one bit each for the whole unit they are in.
+/// Allocates only for units with discarded pages, one bit for each page of the unit.
 pub(crate) struct Fragments {
     pages_per_unit: u64,
     /// Never cleared: most guests discard no part of a unit at all.
     any: AtomicBool,
     units: Mutex<BTreeMap<u64, Box<[u64]>>>,
-    /// For a process that takes over: every page that was ever added, a bit each. Those of units that
-    /// have come mean nothing.
+    /// For a process that takes over: every page that was ever added, a bit each. The bits of units
+    /// that have come are meaningless.
     shared: Option<AtomicWords>,
 }
 
@@ -33,8 +33,8 @@ impl Fragments {
         }
     }
 
-    /// Notes from now on in these words as well, and begins with what is noted there of units that have
-    /// not come.
+    /// Records discards also in these words from now on, and starts with their discards of units
+    /// that have not come.
     pub(crate) fn share(&mut self, words: AtomicWords, has_come: impl Fn(u64) -> bool) {
         let bits = words.iter().enumerate().filter_map(|(at, word)| {
             let bits = word.load(SeqCst);
@@ -51,7 +51,7 @@ impl Fragments {
         self.shared = Some(words);
     }
 
-    /// Notes that the pages `first..first + count` of `unit` are discarded.
+    /// Records that the pages `first..first + count` of `unit` are discarded.
     pub(crate) fn add(&self, unit: u64, first: u64, count: u64) {
         debug_assert!(first + count <= self.pages_per_unit);
         if let Some(shared) = &self.shared {
@@ -70,7 +70,7 @@ impl Fragments {
         }
     }
 
-    /// The discarded pages of a unit, forgotten with this call; none for most.
+    /// Removes and returns the discarded pages of a unit; none for most.
     pub(crate) fn take(&self, unit: u64) -> Option<Discarded> {
         if !self.any.load(SeqCst) {
             return None;
@@ -78,7 +78,7 @@ impl Fragments {
         self.lock().remove(&unit).map(|bits| Discarded { bits, pages: self.pages_per_unit })
     }
 
-    /// True when a part of a unit in the range has been discarded.
+    /// Whether a part of a unit in the range has been discarded.
     pub(crate) fn any_in(&self, first: u64, units: u64) -> bool {
         self.any.load(SeqCst) && self.lock().range(first..first + units).next().is_some()
     }
@@ -88,7 +88,7 @@ impl Fragments {
     }
 }
 
-/// Which pages of one unit are discarded.
+/// The discarded pages of one unit.
 pub(crate) struct Discarded {
     bits: Box<[u64]>,
     pages: u64,

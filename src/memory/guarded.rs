@@ -1,43 +1,45 @@
-//! Reads of mapped guest memory that may not be there: a file that has become shorter, a disk that cannot be
-//! read, memory that is broken. The kernel answers such a read with SIGBUS; here that is an error, [`Gone`].
+//! Reads of mapped guest memory that may be gone: a file that has become shorter, a disk that
+//! cannot be read, memory with an error. The kernel raises SIGBUS for such a read; this module
+//! returns an error, [`Gone`].
 //!
-//! Every read of a mapping by this process's own instructions goes through [`copy`], [`is_zero`] or [`touch`]. On
-//! x86-64 they are a few instructions between two known addresses. The handler of SIGBUS compares the address of
-//! the instruction that failed with those, and has the thread return from the function with an error. Nothing is
-//! mapped over, so that no other thread can take zeroes for what was there. Every other SIGBUS is whoever had
-//! the signal before. On other processors the kernel copies, and says so where it cannot.
+//! Every read of a mapping by this process's own instructions goes through [`copy`], [`is_zero`] or
+//! [`touch`]. On x86-64 they are a few instructions between two known addresses. The handler of
+//! SIGBUS compares the address of the failed instruction with those, and makes the thread return
+//! from the function with an error. No replacement is mapped, so no other thread can read zeroes in
+//! place of lost data. Every other SIGBUS goes to the previous handler. On other processors the
+//! kernel copies, and returns an error.
 //!
-//! The handler is installed with the first mapping that is read, in whatever program this is; a program that
-//! embeds umem and installs its own later keeps its own, and has what it had without this one.
+//! The handler is installed with the first mapping that is read, in any program. A program that
+//! embeds umem and installs a handler later keeps its own, and behaves as without this one.
 
 use std::ptr::NonNull;
 
-/// The memory is not there any more.
+/// The memory is not accessible any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Gone;
 
-/// Fills `to` from `from` on. Bytes that somebody writes meanwhile are copied as whatever they are.
+/// Fills `to` from `from` on. Bytes that are written at the same time are copied in any state.
 ///
 /// # Safety
-/// `from` and as many bytes as `to` has lie inside one mapping of this process, which stays mapped; what it is a
-/// mapping of may be gone.
+/// `from` and as many bytes as `to` has lie inside one mapping of this process, which stays mapped;
+/// the mapped file or memory may be gone.
 pub(crate) unsafe fn copy(from: *const u8, to: &mut [u8]) -> Result<(), Gone> {
-    // SAFETY: the caller's promise; `to` is our own.
+    // SAFETY: the caller's contract; `to` belongs to this function.
     let failed = unsafe { raw::copy(to.as_mut_ptr(), from, to.len()) };
     if failed == 0 { Ok(()) } else { Err(Gone) }
 }
 
-/// True when the `len` bytes from `start` are all zero.
+/// True if the `len` bytes from `start` are all zero.
 ///
-/// Most pages that hold data differ from zero within their first cache line, so the scan leaves at
+/// Most pages that hold data differ from zero within their first cache line, so the scan ends at
 /// the first chunk that does.
 ///
 /// # Safety
-/// As for [`copy`]; `start` is 16-byte aligned and `len` is a positive multiple of 64. Nobody needs to hold the
-/// memory still: a racing write gives either answer.
+/// As for [`copy`]; `start` is 16-byte aligned and `len` is a positive multiple of 64. The memory
+/// may change at any time: a racing write gives either result.
 pub(crate) unsafe fn is_zero(start: NonNull<u8>, len: usize) -> Result<bool, Gone> {
     debug_assert!(start.as_ptr().addr().is_multiple_of(16) && len.is_multiple_of(64) && len > 0);
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller's contract.
     match unsafe { raw::is_zero(start.as_ptr(), len) } {
         0 => Ok(false),
         1 => Ok(true),
@@ -50,7 +52,7 @@ pub(crate) unsafe fn is_zero(start: NonNull<u8>, len: usize) -> Result<bool, Gon
 /// # Safety
 /// As for [`copy`].
 pub(crate) unsafe fn touch(at: *const u8) -> Result<(), Gone> {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller's contract.
     unsafe { copy(at, &mut [0]) }
 }
 
@@ -62,7 +64,7 @@ mod raw {
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicPtr, Ordering};
 
-    // Neither function uses the stack, so that a thread can be sent from any of their instructions to the
+    // Neither function uses the stack, so a thread can jump from any of their instructions to the
     // third one, which returns to their caller.
     std::arch::global_asm!(
         ".pushsection .text.umem_guarded, \"ax\", @progbits",
@@ -115,7 +117,7 @@ mod raw {
         fn failed() -> u32;
     }
 
-    /// Who had the signal before, once that is known. Never freed.
+    /// The previous handler of the signal, once it is known. Never freed.
     static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(std::ptr::null_mut());
 
     /// Takes SIGBUS over, once in the life of a process.
@@ -128,7 +130,8 @@ mod raw {
             ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
             // SAFETY: as above.
             let before = Box::leak(Box::new(unsafe { std::mem::zeroed::<libc::sigaction>() }));
-            // SAFETY: both are valid; where this fails a read of what is gone ends the process, as without it.
+            // SAFETY: both are valid. If this fails, a read of lost memory ends the process, as
+            // without it.
             let result = unsafe { libc::sigaction(libc::SIGBUS, &raw const ours, before) };
             if result == 0 {
                 BEFORE.store(before, Ordering::Release);
@@ -136,7 +139,7 @@ mod raw {
         });
     }
 
-    /// Async-signal-safe: it compares, and calls nothing but sigaction and raise.
+    /// Async-signal-safe: only compares, and calls only sigaction and raise.
     extern "C" fn handler(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
         let (first, last) = (copy as *const () as usize, failed as *const () as usize);
         // SAFETY: the kernel gives a handler with SA_SIGINFO the context of the thread, which it resumes from it.
@@ -155,12 +158,12 @@ mod raw {
         match before.filter(|before| !is_default(before)) {
             Some(before) if before.sa_flags & libc::SA_SIGINFO != 0 => {
                 type Handler = extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void);
-                // SAFETY: a handler that was installed with SA_SIGINFO has this type.
+                // SAFETY: a handler installed with SA_SIGINFO has this type.
                 let handler: Handler = unsafe { std::mem::transmute(before.sa_sigaction) };
                 handler(signal, info, context);
             }
             Some(before) => {
-                // SAFETY: one that was installed without has this one.
+                // SAFETY: a handler installed without SA_SIGINFO has this type.
                 let handler: extern "C" fn(c_int) =
                     unsafe { std::mem::transmute(before.sa_sigaction) };
                 handler(signal);
@@ -180,14 +183,14 @@ mod raw {
 mod raw {
     pub(super) use super::portable::{copy, is_zero};
 
-    /// Nothing is taken over here.
+    /// Nothing to install.
     pub(crate) fn install() {}
 }
 
-/// By the kernel, which copies what is there.
+/// The kernel copies the memory.
 #[cfg(any(test, not(target_arch = "x86_64")))]
 mod portable {
-    /// What is looked at as one.
+    /// Bytes that are checked at once.
     const CHUNK_BYTES: usize = 4096;
 
     pub(super) unsafe fn copy(to: *mut u8, from: *const u8, len: usize) -> u32 {
@@ -198,7 +201,8 @@ mod portable {
                 iov_base: from.wrapping_add(done).cast_mut().cast(),
                 iov_len: len - done,
             };
-            // SAFETY: the caller's buffer is written, and our own memory read, by a call that checks both.
+            // SAFETY: the call writes the caller's buffer and reads this process's memory, and
+            // checks both.
             let count = unsafe {
                 let process = libc::getpid();
                 libc::process_vm_readv(process, &raw const local, 1, &raw const remote, 1, 0)
@@ -215,7 +219,7 @@ mod portable {
         let mut chunk = [0; CHUNK_BYTES];
         for offset in (0..len).step_by(CHUNK_BYTES) {
             let part = &mut chunk[..CHUNK_BYTES.min(len - offset)];
-            // SAFETY: the caller's promise.
+            // SAFETY: the caller's contract.
             if unsafe { copy(part.as_mut_ptr(), start.wrapping_add(offset), part.len()) } != 0 {
                 return 2;
             }
@@ -240,7 +244,7 @@ mod tests {
     #[repr(align(64))]
     struct Page([u8; 4096]);
 
-    /// Two pages of a file that has one: a read of the second is answered with SIGBUS.
+    /// Two pages of a file that has one: a read of the second raises SIGBUS.
     struct Half(NonNull<u8>);
 
     impl Half {
@@ -262,7 +266,7 @@ mod tests {
 
     impl Drop for Half {
         fn drop(&mut self) {
-            // SAFETY: our own mapping, as it was made.
+            // SAFETY: this test's own mapping, whole.
             unsafe { munmap(self.0.cast(), 8192) }.unwrap();
         }
     }
@@ -299,7 +303,7 @@ mod tests {
         }
     }
 
-    /// In every thread, whatever it was doing before.
+    /// In every thread, whatever the thread did before.
     #[test]
     fn threads_fail_by_themselves() {
         std::thread::scope(|scope| {

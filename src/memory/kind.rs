@@ -1,9 +1,10 @@
-//! What guest memory is, and what can be done with it: the one place that knows.
+//! Kinds of guest memory and their properties, all in this place.
 //!
-//! Two facts decide how pages get into memory and become visible: the [`Kind`], which is how the guest's process
-//! maps it, and the [`Backing`], which is what its pages are made of. [`RegionMemory`] has both for one region, and
-//! a method for each question that the rest of the program asks. A new kind of memory begins here: its column is
-//! added to these tables, and `tests::table` fails until it is complete.
+//! Two facts decide how pages land and become visible: the [`Kind`], which is how the guest's
+//! process maps the memory, and the [`Backing`], which is the kind of its pages. [`RegionMemory`]
+//! has both for one region, and a method for each property that the rest of the program uses. A new
+//! kind of memory begins here: its column is added to these tables, and `tests::table` fails until
+//! it is complete.
 //!
 //! Of a kind alone:
 //!
@@ -15,7 +16,8 @@
 //! | [`keeps_discarded`](Kind::keeps_discarded) | no | yes | no |
 //! | [`comes_from_owner`](Kind::comes_from_owner) | perhaps | no | always |
 //!
-//! Of a region. *Small*, *huge* and *hugetlb* are the [`Backing`]; private memory of hugetlb is refused:
+//! Of a region. *Small*, *huge* and *hugetlb* are the [`Backing`]; private memory of hugetlb is
+//! refused:
 //!
 //! | | shared, small | shared, huge | shared, hugetlb | private, small | private, huge | anonymous |
 //! |---|---|---|---|---|---|---|
@@ -28,7 +30,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// log2 of the bytes of a small page, which the kernel says.
+/// log2 of the bytes of the kernel's small page.
 fn small_shift() -> u8 {
     super::small_page_bytes().trailing_zeros() as u8
 }
@@ -39,8 +41,8 @@ pub enum Kind {
     /// MAP_SHARED of a file: pages land in the file, and a completed block leaves the userfaultfd.
     #[default]
     Shared,
-    /// MAP_PRIVATE of a file: pages land in the file, the guest side touches them, which makes copies
-    /// of its own, and the file's pages are released.
+    /// MAP_PRIVATE of a file: pages land in the file, the guest side touches them, which makes
+    /// private copies, and the file's pages are released.
     Private,
     /// MAP_PRIVATE | MAP_ANONYMOUS: pages are copied in.
     Anonymous,
@@ -49,7 +51,7 @@ pub enum Kind {
 impl Kind {
     const ALL: [Kind; 3] = [Kind::Shared, Kind::Private, Kind::Anonymous];
 
-    /// As the command line, the hand-over message and the report write it.
+    /// The name on the command line, in the hand-over message and in the report.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Shared => "shared",
@@ -58,9 +60,10 @@ impl Kind {
         }
     }
 
-    /// The memory has a file, into which this process can write pages before the guest sees them; the userfaultfd
-    /// reports minor faults as well as missing ones, and UFFDIO_CONTINUE makes a page of the file visible.
-    /// Otherwise a page waits in a buffer of this process until UFFDIO_COPY copies it into the guest.
+    /// The memory has a file, into which this process can write pages before the guest sees them;
+    /// the userfaultfd reports minor faults as well as missing ones, and UFFDIO_CONTINUE makes a
+    /// page of the file visible. Otherwise a page waits in a buffer of this process until
+    /// UFFDIO_COPY copies it into the guest.
     pub(crate) fn lands_in_file(self) -> bool {
         match self {
             Kind::Shared | Kind::Private => true,
@@ -68,8 +71,8 @@ impl Kind {
         }
     }
 
-    /// The guest maps its file MAP_SHARED: the file is the guest's memory, and a file system with huge pages gives
-    /// them to the guest.
+    /// The guest maps its file MAP_SHARED: the file is the guest's memory, and a file system with
+    /// huge pages provides them to the guest.
     pub(crate) fn is_mapped_shared(self) -> bool {
         match self {
             Kind::Shared => true,
@@ -77,9 +80,9 @@ impl Kind {
         }
     }
 
-    /// A page that has landed is the guest's own only after the guest side has touched it; then the file's page is
-    /// released, and the page's block leaves the userfaultfd. Of other kinds a block leaves when its pages are
-    /// cached. Pages on their way through the file need its room for a moment only.
+    /// The guest has its own copy of a landed page only after the guest side has touched the page;
+    /// then the file's page is released, and the page's block leaves the userfaultfd. With other
+    /// kinds a block leaves when its pages are cached. A page occupies the file only for a moment.
     pub(crate) fn needs_touch(self) -> bool {
         match self {
             Kind::Private => true,
@@ -87,14 +90,14 @@ impl Kind {
         }
     }
 
-    /// What the guest discards stays in the file, which this process has to punch. The kernel does that with a file
-    /// that is mapped MAP_SHARED.
+    /// Pages that the guest discards stay in the file, in which this process has to punch holes.
+    /// With a MAP_SHARED file the kernel does so.
     pub(crate) fn keeps_discarded(self) -> bool {
         self.lands_in_file() && !self.is_mapped_shared()
     }
 
-    /// Whether the process that owns the memory hands it over (`--handoff`), and nobody else can. None where either
-    /// may be so.
+    /// Whether only the process that owns the memory can hand it over (`--handoff`). None if either
+    /// way is possible.
     pub(crate) fn comes_from_owner(self) -> Option<bool> {
         match self {
             Kind::Shared => None,
@@ -120,19 +123,20 @@ impl FromStr for Kind {
     }
 }
 
-/// What the pages of a memory are made of.
+/// The kind of a memory's pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Backing {
     /// Pages of 4 KiB, of tmpfs, of another file system, or anonymous.
     Small,
-    /// A file system that makes huge pages where it can, and has pages of 4 KiB all the same: tmpfs with `huge=`.
+    /// A file system that makes huge pages where it can, and 4 KiB pages otherwise: tmpfs with
+    /// `huge=`.
     Huge,
-    /// Pages of the kernel's pool, which cannot be split (hugetlb).
+    /// Huge pages of the kernel's pool, which cannot be split (hugetlb).
     Hugetlb,
 }
 
 impl Backing {
-    /// Of memory without a file, which says no more than the size of its pages.
+    /// The backing of memory without a file, by the size of its pages.
     pub(crate) fn of_pages(page_shift: u8) -> Backing {
         if page_shift == small_shift() { Backing::Small } else { Backing::Hugetlb }
     }
@@ -143,37 +147,37 @@ impl Backing {
     }
 }
 
-/// What the memory of one region is.
+/// The properties of one region's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RegionMemory {
     pub(crate) kind: Kind,
     pub(crate) backing: Backing,
     /// log2 of the size of the guest's pages.
     pub(crate) page_shift: u8,
-    /// log2 of what lands as one, a page at least.
+    /// log2 of the landing unit, at least a page.
     pub(crate) unit_shift: u8,
 }
 
 impl RegionMemory {
-    /// Pages wait in a buffer, by whatever lane they come, and UFFDIO_COPY copies them into the guest.
+    /// Pages wait in a buffer, on every lane, and UFFDIO_COPY copies them into the guest.
     pub(crate) fn is_copied_in(self) -> bool {
         !self.kind.lands_in_file()
     }
 
-    /// A receive into this process's mapping of the file is the fastest way for a page: one fault makes a huge page.
-    /// A receive into small pages faults on each of them, and has it zeroed first, so that a write to the file is
-    /// faster (`umem-perf floor`).
+    /// Receiving into this process's mapping of the file is the fastest way to land a page: one
+    /// fault makes a huge page. A receive into small pages faults on each of them, and each is
+    /// zeroed first, so that writing to the file is faster (`umem-perf floor`).
     pub(crate) fn is_received_into(self) -> bool {
         self.kind.lands_in_file() && self.backing.has_huge_pages()
     }
 
-    /// splice(2) can move pages from a pipe into the file, and does so as fast as a write: the pages are small.
+    /// splice(2) can move pages from a pipe into the file, as fast as a write: the pages are small.
     pub(crate) fn can_be_spliced(self) -> bool {
         self.kind.lands_in_file() && !self.backing.has_huge_pages()
     }
 
-    /// UFFDIO_COPY makes one page in the file, makes it visible and wakes whoever waits for it. The kernel does that
-    /// with small pages of a file that is mapped MAP_SHARED, and a unit is one page.
+    /// UFFDIO_COPY makes one page in the file, makes it visible and wakes its waiters. The kernel
+    /// does so with small pages of a MAP_SHARED file, and a unit is one page.
     pub(crate) fn can_be_given(self) -> bool {
         self.kind.is_mapped_shared()
             && self.backing == Backing::Small
@@ -181,22 +185,24 @@ impl RegionMemory {
             && self.unit_is_page()
     }
 
-    /// UFFDIO_ZEROPAGE can make a page of zeroes; hugetlb knows no such page, and one has to be copied in.
+    /// UFFDIO_ZEROPAGE can make a page of zeroes; hugetlb has no such page, so one has to be copied
+    /// in.
     pub(crate) fn has_zero_page(self) -> bool {
         self.page_shift == small_shift()
     }
 
-    /// A page of zeroes that the file does not have is allocated there, as UFFDIO_ZEROPAGE cannot make it.
+    /// A page of zeroes that is a hole of the file is allocated there, as UFFDIO_ZEROPAGE cannot
+    /// make it.
     pub(crate) fn allocates_in_file(self) -> bool {
         self.kind.lands_in_file() && self.backing == Backing::Hugetlb
     }
 
-    /// What lands as one is one of the guest's pages.
+    /// The landing unit is one of the guest's pages.
     pub(crate) fn unit_is_page(self) -> bool {
         self.unit_shift == self.page_shift
     }
 
-    /// Asserts what is so of every region that can be made.
+    /// Asserts the invariants of every possible region.
     ///
     /// # Panics
     /// For memory that no hand-over gives.
@@ -221,7 +227,7 @@ impl RegionMemory {
 mod tests {
     use super::*;
 
-    /// Every region that can be made, as the module's tables have them.
+    /// Every possible region, as in the module's tables.
     const MADE: [(Kind, Backing); 7] = [
         (Kind::Shared, Backing::Small),
         (Kind::Shared, Backing::Huge),
@@ -237,7 +243,7 @@ mod tests {
         RegionMemory { kind, backing, page_shift, unit_shift: page_shift }
     }
 
-    /// Those of the regions for which it is true, by their index.
+    /// The indexes of the regions for which it is true.
     fn which(is_so: impl Fn(RegionMemory) -> bool) -> Vec<usize> {
         let regions = MADE.map(region);
         regions.iter().for_each(|region| region.assert_possible());
@@ -266,7 +272,7 @@ mod tests {
         assert!(!RegionMemory { unit_shift: 21, ..page }.can_be_given());
     }
 
-    /// Every page has one way from a lane into memory, and only one.
+    /// Every page has exactly one way from a lane into memory.
     #[test]
     fn each_region_has_one_way_for_pages_that_come_in_the_background() {
         for made in MADE.map(region) {

@@ -1,24 +1,24 @@
-//! Guest memory on this machine: its files and mappings, what of it has come, what of it has gone.
+//! Guest memory on this machine: its files and mappings, and the states of its pages.
 //!
 //! - [`region`]: a RAM file mapped into this process, pointers and lengths only
-//! - [`pages`]: the destination's page states (Missing → Landing → Cached) and who waits
-//! - [`blocks`]: which parts of a region are complete and can leave the userfaultfd
+//! - [`pages`]: the destination's page states (Missing → Landing → Cached) and waiters
+//! - [`blocks`]: complete parts of a region, which can leave the userfaultfd
 //! - [`kind`]: how the guest maps it: shared, private, anonymous
-//! - [`guarded`]: reads of mapped memory that may not be there any more
+//! - [`guarded`]: reads of mapped memory that may be gone
 //! - [`fragments`]: discarded parts of landing units that are larger than the guest's pages
-//! - [`acks`]: what the destination has of the source's pages, so that they may be freed
-//! - [`claim`]: whose a RAM file is, and who moves it
-//! - [`claims`]: the source's claim bitmap and the order in which pages leave
+//! - [`acks`]: pages that the destination has acknowledged, so that the source may free them
+//! - [`claim`]: the locks and checks of a RAM file
+//! - [`claims`]: the source's claim bitmap and the order in which pages are sent
 //! - [`bits`]: a bit a page
-//! - [`dirty`]: which pages a running guest has written, and who knows
-//! - [`data`]: where a RAM file has data, and where holes
-//! - [`copy`]: guest memory that is read here, for its sum or to be encrypted
-//! - [`sequences`]: who will want which pages soon: what the background runs ahead of
-//! - [`sync`]: the atomics of all of these, so that a model checker can take their place
-//! - [`words`]: state that outlives this process, where a session can be taken over
-//! - [`staging`]: contents of memory that is no file of the guest's, until they have left
-//! - [`stamp`]: is a file still as it was
-//! - [`zero`]: is this page all zeroes
+//! - [`dirty`]: pages that a running guest has written
+//! - [`data`]: data and holes of a RAM file
+//! - [`copy`]: guest memory that umem copies out, for its sum or to encrypt it
+//! - [`sequences`]: pages that the guest will want soon, which the background sends first
+//! - [`sync`]: the atomics of all of these, which a model checker can replace
+//! - [`words`]: state that outlives this process, for a takeover
+//! - [`staging`]: contents of memory that is no file of the guest's, until they have been sent
+//! - [`stamp`]: whether a file has changed
+//! - [`zero`]: whether a page is all zeroes
 
 pub(crate) mod acks;
 pub(crate) mod bits;
@@ -44,15 +44,15 @@ pub(crate) mod zero;
 
 use crate::error::{Error, Result};
 
-/// A block is what is completed and unregistered as one, and what a bulk lane takes as one: 2 MiB,
-/// the size of a huge page on x86-64, or one page where pages are larger.
+/// The unit in which memory completes, is unregistered, and is taken by a bulk lane: 2 MiB, the
+/// size of a huge page on x86-64, or one page if pages are larger.
 pub(crate) const BLOCK_BYTES: u64 = 2 << 20;
 
-/// The kernel's pages that umem moves memory on ([`check_pages`]).
+/// The kernel page size that umem supports ([`check_pages`]).
 const PAGE_BYTES: u64 = 4096;
 
-/// Bytes of this kernel's pages, where nothing asks for huge ones: what mincore(2) and the page map count in, and
-/// what a file that is not on hugetlbfs consists of. The kernel is asked once.
+/// Bytes of this kernel's small pages: the unit of mincore(2) and the page map, and of files
+/// outside hugetlbfs. The kernel is asked once.
 pub(crate) fn small_page_bytes() -> u64 {
     static BYTES: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
     *BYTES.get_or_init(|| {
@@ -62,8 +62,9 @@ pub(crate) fn small_page_bytes() -> u64 {
     })
 }
 
-/// Refuses a kernel whose pages are not of 4 KiB (16 or 64 KiB, on other architectures). A landing unit is never
-/// smaller than the kernel's page, and no test has moved memory on such a kernel.
+/// Refuses a kernel with pages of another size than 4 KiB (16 or 64 KiB, on other architectures). A
+/// landing unit is never smaller than the kernel's page, and no test has moved memory on such a
+/// kernel.
 ///
 /// # Errors
 /// The kernel's page size, and the kernel to boot.

@@ -1,53 +1,53 @@
 //! Page states at the destination: Missing → Landing → Cached, two bits a page.
 //!
 //! A page's bytes are received straight into guest memory, so a page that landed twice would
-//! overwrite what the guest has written since. [`PageStates::begin`] is the gate: it moves pages
-//! from Missing to Landing and refuses if any of them is already beyond that, before a byte of them
-//! is received. [`PageStates::finish`] moves them on to Cached, after the last byte.
+//! overwrite later writes of the guest. [`PageStates::begin`] is the gate: it moves pages from
+//! Missing to Landing before a byte of them is received, and refuses if any of them is already
+//! beyond Missing. [`PageStates::finish`] moves them on to Cached, after the last byte.
 //!
-//! A guest may also discard a page that is still missing (balloon, MADV_DONTNEED): it is *Discarded*
-//! then until it has come, and what came is thrown away before the page becomes Cached, as a page of
-//! zeroes. It still has to come: bytes that are on their way would land in it at any later time.
+//! A guest may also discard a page that is still missing (balloon, MADV_DONTNEED): the page is then
+//! *Discarded* until it has come, and its contents are thrown away before it becomes Cached, as a
+//! page of zeroes. It still has to come: bytes in flight could land in it at any later time.
 //!
-//! When lanes are lost, and nothing can land any more, what was landing is Missing again
+//! When lanes are lost, and nothing can land any more, landing pages become Missing again
 //! ([`PageStates::roll_back`]).
 //!
-//! Beside the state stands one bit a page, *wanted*: a vCPU waits for it. The two are read and
-//! written by different threads with this rule: who wants a page sets the bit and then looks at the
-//! state; who completes a page sets the state and then looks at the bit. Both are sequentially
-//! consistent, so at least one of them sees the other and the vCPU is woken.
+//! Beside the state there is one bit a page, *wanted*: a vCPU waits for it. Different threads read
+//! and write the two in this order: a thread that wants a page sets the bit and then reads the
+//! state; a thread that completes a page sets the state and then reads the bit. Both are
+//! sequentially consistent, so at least one of them sees the other and the vCPU is woken.
 
 use super::sync::Ordering::SeqCst;
 use super::words::AtomicWords;
 use crate::error::Error;
 
-/// What the destination knows of a page. The numbers are the two bits in memory.
+/// The destination's state of a page. The numbers are the two bits in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PageState {
-    /// Still at the source, or on its way.
+    /// Still at the source, or in flight.
     Missing = 0b00,
     /// Its bytes are being received into guest memory.
     Landing = 0b01,
-    /// The guest discarded it before it came: what comes must not be seen.
+    /// The guest discarded it before it came: its contents must not become visible.
     Discarded = 0b10,
-    /// Every byte is there (or it is a page of zeroes): the guest may see it.
+    /// Every byte is present (or the page holds zeroes): the guest may see it.
     Cached = 0b11,
 }
 
-/// What is to be done about a fault of a page that has been read.
+/// The action for a fault that has been read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Nobody has asked for the page yet: ask.
+    /// The page has not been requested yet: request it.
     Ask,
-    /// It is on its way, or asked for: whoever lands it sees that it is wanted.
+    /// The page is in flight, or requested: the thread that lands it sees that it is wanted.
     Wait,
-    /// It is here, and nobody else waits for it: show the guest's page that was touched.
+    /// The page is present without other waiters: make the touched page of the guest visible.
     Show,
-    /// It is here, and somebody else may wait for another part of it: wake all who do.
+    /// The page is present, and a vCPU may wait for another part of it: wake all waiters.
     WakeAll,
 }
 
-/// A page that was to land but has landed, or is landing, already.
+/// A page that was to land, and is landing or has landed already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct AlreadyHere {
     pub(crate) page: u64,
@@ -62,7 +62,7 @@ impl From<AlreadyHere> for Error {
 /// The states of one region's pages.
 pub(crate) struct PageStates {
     states: AtomicWords,
-    /// This process's own: whoever waits is woken when another one takes over, and wants anew.
+    /// This process's own: a takeover wakes all waiters, and they fault again.
     wanted: AtomicWords,
     pages: u64,
 }
@@ -98,7 +98,7 @@ impl PageStates {
     pub(crate) fn begin(&self, first: u64, pages: u64) -> Result<(), AlreadyHere> {
         for (word, mask) in self.words(first, pages) {
             let cell = &self.states[index(word)];
-            // The lower bit is set in a page that lands or has come.
+            // The lower bit is set in pages that are landing or cached.
             let begun = cell.fetch_update(SeqCst, SeqCst, |now| {
                 let discarded = (now >> 1) & LOWER_ALL;
                 (now & mask & LOWER_ALL == 0).then_some(now | (mask & LOWER_ALL & !discarded))
@@ -113,16 +113,16 @@ impl PageStates {
         Ok(())
     }
 
-    /// Landing → Missing again. A page that was discarded meanwhile stays so.
+    /// Landing → Missing again. A page that was discarded in the meantime stays so.
     fn undo_begin(&self, first: u64, pages: u64) {
         for (word, mask) in self.words(first, pages) {
             self.states[index(word)].fetch_and(!(mask & LOWER_ALL), SeqCst);
         }
     }
 
-    /// Landing → Cached for `first..first + pages`. Calls `discard` with each page whose bytes must be
-    /// thrown away first; an error of it leaves that page, and those after it, as they are, and so
-    /// does a page that is Cached: a discarded one that came twice.
+    /// Landing → Cached for `first..first + pages`. Calls `discard` first with each page whose bytes
+    /// must be thrown away. An error of `discard` leaves that page and later ones unchanged. So does a
+    /// page that is Cached already: a discarded one that came twice, which is an error.
     pub(crate) fn finish<E: From<AlreadyHere>>(
         &self,
         first: u64,
@@ -156,10 +156,10 @@ impl PageStates {
         Ok(())
     }
 
-    /// Landing → Missing for all pages: their lanes are gone, and no operation that could write to them
-    /// is left. Before that it calls `give_back` with each run of them, whose bytes may have come in
-    /// part: should this process be killed in between they are still known to be there. A page that is
-    /// discarded stays so, and one that has come stays Cached.
+    /// Landing → Missing for all pages: their lanes are gone, and no operation that could write to
+    /// them is left. Calls `give_back` before that with each run of them, as their bytes may have
+    /// come in part: if this process is killed in between, the pages are still known to have
+    /// partial bytes. Discarded pages stay so, and Cached ones too.
     pub(crate) fn roll_back<E>(
         &self,
         mut give_back: impl FnMut(u64, u64) -> Result<(), E>,
@@ -170,13 +170,13 @@ impl PageStates {
             let mut left = landing(cell.load(SeqCst));
             while left != 0 {
                 let slot = left.trailing_zeros();
-                // Bits two apart are neighbours.
+                // Bits two apart belong to neighbours.
                 let pages = (left | left << 1) >> slot;
                 let count = pages.trailing_ones() / 2;
                 give_back(word * STATES_PER_WORD + u64::from(slot / 2), u64::from(count))?;
                 left &= !(low_bits(u64::from(2 * count)) << slot);
             }
-            // Discards may have come meanwhile; nothing else changes a page that lands.
+            // Discards may have come in the meantime; nothing else changes a landing page.
             let _ = cell.fetch_update(SeqCst, SeqCst, |now| Some(now & !landing(now)));
         }
         Ok(())
@@ -213,7 +213,8 @@ impl PageStates {
     /// The guest has discarded these pages: those that have not come are to read as zeroes.
     pub(crate) fn discard(&self, first: u64, pages: u64) {
         for (word, mask) in self.words(first, pages) {
-            // Missing and Landing become Discarded; Cached stays, the kernel has discarded it.
+            // Missing and Landing become Discarded; Cached stays, as the kernel has discarded the
+            // page itself.
             let _ = self.states[index(word)].fetch_update(SeqCst, SeqCst, |now| {
                 let cached = now & (now >> 1) & LOWER_ALL;
                 let cached = cached | cached << 1;
@@ -223,11 +224,13 @@ impl PageStates {
         }
     }
 
-    /// A fault of `page` has been read: notes that a vCPU waits for it, unless it is here.
+    /// Processes a fault of `page` that has been read: records that a vCPU waits for it, unless it
+    /// is present.
     ///
-    /// Where a page is a landing unit of several of the guest's, another vCPU may wait for another part of it,
-    /// and whoever has landed it may not have looked for that yet. A bit that was set already is that vCPU's, so
-    /// clearing it is a promise to wake whoever waits for any part ([`Fault::WakeAll`]).
+    /// If the page is a landing unit of several of the guest's pages, another vCPU may wait for
+    /// another part of it, and the thread that landed it may not have checked for waiters yet. A
+    /// bit that was set already is that vCPU's, so clearing it is a promise to wake the waiters of
+    /// every part ([`Fault::WakeAll`]).
     pub(crate) fn fault(&self, page: u64) -> Fault {
         let is_first = self.want(page);
         match self.get(page) {
@@ -240,19 +243,19 @@ impl PageStates {
         }
     }
 
-    /// Notes that a vCPU waits for `page`; true when it was not noted before.
+    /// Records that a vCPU waits for `page`; true if that was not recorded before.
     pub(crate) fn want(&self, page: u64) -> bool {
         let bit = 1 << (page % BITS_PER_WORD);
         self.wanted[index(page / BITS_PER_WORD)].fetch_or(bit, SeqCst) & bit == 0
     }
 
-    /// Forgets that a vCPU waited for `page`; true when one did.
+    /// Forgets that a vCPU waited for `page`; true if one did.
     pub(crate) fn unwant(&self, page: u64) -> bool {
         let bit = 1 << (page % BITS_PER_WORD);
         self.wanted[index(page / BITS_PER_WORD)].fetch_and(!bit, SeqCst) & bit != 0
     }
 
-    /// A vCPU waits for `page`.
+    /// Whether a vCPU waits for `page`.
     pub(crate) fn is_wanted(&self, page: u64) -> bool {
         self.wanted[index(page / BITS_PER_WORD)].load(SeqCst) >> (page % BITS_PER_WORD) & 1 == 1
     }
@@ -365,7 +368,7 @@ mod tests {
         assert_eq!(states.get(500), PageState::Landing);
     }
 
-    /// Two lanes may begin a discarded page both, as nothing of it will be seen; it comes once.
+    /// Two lanes may both begin a discarded page, as its contents are never visible; it comes once.
     #[test]
     fn a_discarded_page_that_comes_twice_is_an_error() {
         let states = PageStates::new(64);
@@ -412,15 +415,15 @@ mod tests {
             Ok::<(), ()>(())
         });
         assert_eq!((found, &cached[..]), (Ok(()), &[(0, 10), (40, 3)][..]));
-        // They come again.
+        // The pages come again.
         states.begin(20, 20).unwrap();
         states.begin(43, 27).unwrap();
         finish(&states, 43, 27);
         assert_eq!(states.cached_word(64), 0x3f);
     }
 
-    /// Killed while it was giving back, a process leaves pages that land still, and not ones that are
-    /// missing and have bytes.
+    /// A process killed during `give_back` leaves pages Landing, and none that is Missing with
+    /// partial bytes.
     #[test]
     fn pages_are_missing_only_when_what_came_of_them_has_been_given_back() {
         let states = PageStates::new(200);

@@ -1,7 +1,7 @@
 //! A RAM file mapped into this process.
 //!
-//! The bytes belong to a guest that may be writing them, so there is never a reference to them:
-//! only a pointer and a length, which go to the kernel ([`umem_ring::Span`]) or to raw reads.
+//! A guest may write the bytes at any time, so there is never a reference to them: only a pointer
+//! and a length, which go to the kernel ([`umem_ring::Span`]) or to raw reads.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::IoSlice;
@@ -28,11 +28,11 @@ use super::stamp::Stamp;
 use super::{claim, data};
 use crate::error::{Context, Error, Result};
 
-/// A file mapping, unmapped when its last holder (an operation in flight included) is gone.
+/// A file mapping, unmapped when its last holder (an operation in flight included) is dropped.
 pub(crate) struct Mapping {
     start: NonNull<u8>,
     len: usize,
-    /// This one, that has it mapped: kept, as asking is a system call.
+    /// The process that has it mapped: stored, as asking for it is a system call.
     process: Pid,
 }
 
@@ -43,42 +43,44 @@ unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: start and len are those of our own mmap, and the last holder has gone.
+        // SAFETY: start and len are those of the mapping made here, and the last holder has been
+        // dropped.
         let unmapped = unsafe { munmap(self.start.cast(), self.len) };
         debug_assert!(unmapped.is_ok());
     }
 }
 
-/// One region of guest memory: its file and our mapping of it.
+/// One region of guest memory: its file and this process's mapping of it.
 pub(crate) struct RamFile {
     pub(crate) name: String,
-    /// Where in its file the region begins, bytes: offsets here count from there.
+    /// The region's start in its file, bytes: offsets count from there.
     base: u64,
     pub(crate) bytes: u64,
-    /// log2 of the page size: the kernel's (tmpfs, files) or what hugetlbfs gives.
+    /// log2 of the page size: the kernel's (tmpfs, files) or hugetlbfs's.
     pub(crate) page_shift: u8,
     pub(crate) backing: Backing,
-    /// It is on tmpfs, as a memfd is, or hugetlbfs.
+    /// Whether it is on tmpfs (as a memfd is) or hugetlbfs.
     is_memory: bool,
-    /// Its times change when somebody writes, and not when what was written reaches a disk.
+    /// Whether its times change at a write, and not when the data reaches a disk.
     keeps_times: bool,
-    /// Others may have the same open file, whose position is theirs.
+    /// Whether other processes share the open file, and so its position.
     is_shared: bool,
     file: File,
     mapping: Arc<Mapping>,
-    /// What it was like when it was to change no more ([`fix`](RamFile::fix)). None while holes of ours are punched.
-    /// Held for a copy only.
+    /// Its stamp since it must not change any more ([`fix`](RamFile::fix)). None while umem punches
+    /// holes. Locked only for a copy.
     stamp: Mutex<Option<Stamp>>,
 }
 
-/// More than this is written to a file of small pages, and less copied in: a page that is waited for, of 4 KiB,
-/// and not what a bulk lane has read ahead.
+/// More bytes are written to a file of small pages, and fewer copied in: a demand page of 4 KiB is
+/// copied, and the read-ahead of a bulk lane is written.
 const FEW_BYTES: usize = 16 << 10;
 
-/// The least that a pipe holds (`PIPE_BUF` in limits.h): a page, where a user has many of them (pipe(7)).
+/// The least capacity of a pipe (`PIPE_BUF` in limits.h): a page, if a user has many pipes
+/// (pipe(7)).
 const PIPE_BYTES: usize = libc::PIPE_BUF;
 
-/// What a sandbox answers to a system call that it does not know.
+/// Whether a sandbox refused a system call that it does not know.
 fn is_forbidden(error: &std::io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EPERM | libc::ENOSYS | libc::EACCES))
 }
@@ -89,23 +91,24 @@ pub(crate) fn is_memory(file: &File) -> nix::Result<bool> {
     Ok(kind == TMPFS_MAGIC || kind == HUGETLBFS_MAGIC)
 }
 
-/// Whether the file at `path` lies in a tmpfs that makes huge pages of it: one mounted with huge=always, or with
-/// huge=within_size where the file is large enough. This is for advice, so what cannot be looked at does not.
+/// Whether the file at `path` lies in a tmpfs that makes huge pages of it: one mounted with
+/// huge=always, or with huge=within_size if the file is large enough. Only for advice, so false if
+/// it cannot be found out.
 pub(crate) fn is_in_huge_tmpfs(path: &Path) -> bool {
     let is_huge = |metadata: std::fs::Metadata| metadata.blksize() >= super::BLOCK_BYTES;
-    // Other file systems may have blocks as large, of which no huge page is made.
+    // Other file systems may have blocks as large without making huge pages.
     let is_tmpfs = |stat: Statfs| stat.filesystem_type() == TMPFS_MAGIC;
     std::fs::metadata(path).is_ok_and(is_huge) && statfs(path).is_ok_and(is_tmpfs)
 }
 
 impl RamFile {
-    /// Opens a source's RAM file, to be mapped for reading only. It may be any file, a snapshot or
-    /// what QEMU maps; one that is to be freed has to be memory.
+    /// Opens a source's RAM file, to be mapped for reading only. It may be any file, for example a
+    /// snapshot or a file that QEMU maps; a file that is to be freed has to be memory.
     pub(crate) fn open_source(name: &str, path: &Path, to_free: bool) -> Result<RamFile> {
         RamFile::open_part(name, path, None, to_free)
     }
 
-    /// Likewise, of which only a part is the region, where that is given: a range of its bytes.
+    /// The same with a part of the file as the region, if one is given: a range of its bytes.
     pub(crate) fn open_part(
         name: &str,
         path: &Path,
@@ -129,8 +132,8 @@ impl RamFile {
         RamFile::of_opened(name, path, file, part, to_free)
     }
 
-    /// A source's RAM file that is open already, for reading, and for writing if it is to be freed; `path` is for
-    /// people. Only a part of it is the region, where that is given.
+    /// A source's RAM file that is open already, for reading, and for writing if it is to be freed;
+    /// `path` is for messages. Only a part of the file is the region, if one is given.
     pub(crate) fn of_opened(
         name: &str,
         path: &Path,
@@ -164,13 +167,14 @@ impl RamFile {
         RamFile::map(name, file, part, ProtFlags::PROT_READ)
     }
 
-    /// Another region, which is another part of the same open file: locks are on that.
+    /// Another region, which is another part of the same open file, as locks belong to the open
+    /// file.
     pub(crate) fn another_part(&self, name: &str, part: Range<u64>) -> Result<RamFile> {
         let file = self.file.try_clone().context(|| format!("RAM {name}"))?;
         RamFile::of_source_in(name, file, Some(part))
     }
 
-    /// The same file and the same mapping once more, for whoever sends it again.
+    /// The same file and mapping once more, to send it again.
     pub(crate) fn again(&self) -> Result<RamFile> {
         Ok(RamFile {
             name: self.name.clone(),
@@ -181,8 +185,8 @@ impl RamFile {
         })
     }
 
-    /// The same of a descriptor that its owner goes on using. It is opened anew where that can be done, so that neither
-    /// its position nor its locks are touched.
+    /// The same for a descriptor that its owner continues to use. The file is opened again if
+    /// possible, so that its position and its locks are not changed.
     pub(crate) fn of_owner(name: &str, file: File) -> Result<RamFile> {
         let is_file = file.metadata().is_ok_and(|metadata| metadata.is_file());
         let again = is_file.then(|| File::open(format!("/proc/self/fd/{}", file.as_raw_fd())));
@@ -192,21 +196,22 @@ impl RamFile {
         }
     }
 
-    /// Takes over the RAM file that a guest handed to us, for landing pages in it.
+    /// Takes over the RAM file that a guest handed over, to land pages in it.
     pub(crate) fn from_handoff(name: &str, file: File) -> Result<RamFile> {
         let bytes = file.metadata().context(|| format!("RAM {name}"))?.len();
         RamFile::from_handoff_part(name, file, 0..bytes)
     }
 
-    /// Likewise, of which a part is the region: a range of its bytes.
+    /// The same with a part of the file as the region: a range of its bytes.
     pub(crate) fn from_handoff_part(name: &str, file: File, part: Range<u64>) -> Result<RamFile> {
         let ram =
             RamFile::map(name, file, Some(part), ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
         let ram = RamFile { is_shared: true, ..ram };
         if ram.backing.has_huge_pages() {
-            // Only advice: a kernel without huge pages lands small ones. Where a file gets huge pages by advice
-            // alone it stays with small ones, as most of its pages are written to it and not through the mapping.
-            // SAFETY: the range is our own mapping; the advice changes no content.
+            // Only advice: a kernel without huge pages lands small ones. A file that gets huge
+            // pages by advice alone keeps small ones, as most of its pages are written to it and
+            // not through the mapping. SAFETY: the range is this process's own mapping; the advice
+            // changes no content.
             let _ = unsafe {
                 madvise(ram.mapping.start.cast(), ram.mapping.len, MmapAdvise::MADV_HUGEPAGE)
             };
@@ -227,11 +232,11 @@ impl RamFile {
         let is_memory = is_memory(&file).context(what)?;
         let system = fstatfs(&file).context(what)?.filesystem_type();
         let on_hugetlb = system == HUGETLBFS_MAGIC;
-        // They update them as a page is about to be written (page_mkwrite), as memory does.
+        // They update times when a page is about to be written (page_mkwrite), as memory does.
         let local = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC];
         let keeps_times = is_memory || local.contains(&system);
         let page_bytes = if on_hugetlb { metadata.blksize() } else { super::small_page_bytes() };
-        // What lies behind the end of a file is nobody's.
+        // Bytes behind the end of a file belong to no region.
         let part = part.unwrap_or(0..u64::MAX);
         let (base, bytes) = (part.start, part.end.min(metadata.len()).saturating_sub(part.start));
         if !base.is_multiple_of(page_bytes) {
@@ -247,7 +252,7 @@ impl RamFile {
         let len = usize::try_from(bytes).expect("64-bit Linux");
         let length = NonZeroUsize::new(len).expect("checked above");
         let from = i64::try_from(base).expect("file offsets fit");
-        // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing of ours.
+        // SAFETY: a fresh mapping at an address of the kernel's choice overlaps no other mapping.
         let start = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, &file, from) }
             .context(|| format!("mapping RAM {name}, {bytes} bytes"))?
             .cast::<u8>();
@@ -255,7 +260,7 @@ impl RamFile {
         let mapping = Arc::new(Mapping { start, len, process: Pid::this() });
         let backing = match on_hugetlb {
             true => Backing::Hugetlb,
-            // A tmpfs gives the size of its huge pages here when it makes them.
+            // A tmpfs reports the size of its huge pages here if it makes them.
             false if metadata.blksize() >= super::BLOCK_BYTES => Backing::Huge,
             false => Backing::Small,
         };
@@ -274,24 +279,24 @@ impl RamFile {
         })
     }
 
-    /// Where in the file an offset of the region is.
+    /// The offset in the file of an offset in the region.
     pub(crate) fn in_file(&self, offset: u64) -> u64 {
         self.base + offset
     }
 
-    /// The part of the file that is the region.
+    /// The region's range in the file.
     pub(crate) fn part(&self) -> Range<u64> {
         self.base..self.base + self.bytes
     }
 
-    /// Device and inode, by which the file is known again.
+    /// Device and inode, which identify the file.
     pub(crate) fn identity(&self) -> Result<(u64, u64)> {
         let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
         Ok((metadata.dev(), metadata.ino()))
     }
 
-    /// Takes the file for the migration that sends it; no other one may have it. What is open for others as well is not
-    /// taken: they would have the lock, too, and keep it.
+    /// Takes the file for the migration that sends it; no other migration may have it. A file that
+    /// is open in other processes is not taken: they would share the lock, and keep it.
     pub(crate) fn claim_for_source(&self, after_a_dead: bool) -> Result<()> {
         if self.is_shared {
             return Ok(());
@@ -299,19 +304,19 @@ impl RamFile {
         claim::take_for_source(&self.name, self.file.as_fd(), after_a_dead)
     }
 
-    /// Takes the file for the guest that has its memory there, and the migration that brings it.
+    /// Takes the file for the guest that has its memory there, and for its migration.
     pub(crate) fn claim_for_guest(&self) -> Result<()> {
         claim::take_for_guest(&self.name, self.file.as_fd())
     }
 
-    /// All of the guest has come: it may be moved on.
+    /// Ends the move, as all of the guest has come: the guest may be moved on.
     pub(crate) fn end_move(&self) {
         claim::end_move(self.file.as_fd());
     }
 
-    /// From here on the file is not to change any more, and [`check`](RamFile::check) fails when it has. Of a guest's
-    /// file on a network's or an unknown file system nothing is kept: what the guest has written before its stop may
-    /// reach it later, and change its times.
+    /// From here on the file must not change, and [`check`](RamFile::check) fails if it has. Of a
+    /// guest's file on a network's or an unknown file system no stamp is kept: writes of the guest
+    /// before its stop may reach the file later, and change its times.
     pub(crate) fn fix(&self, is_snapshot: bool) -> Result<()> {
         if is_snapshot || self.keeps_times {
             let stamp = self.stamp_now()?;
@@ -320,7 +325,7 @@ impl RamFile {
         Ok(())
     }
 
-    /// What it was like then, or after the last holes of ours.
+    /// The stamp of that time, or after umem's last holes.
     pub(crate) fn stamp(&self) -> Option<Stamp> {
         *self.stamped()
     }
@@ -329,14 +334,15 @@ impl RamFile {
         self.stamp.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// We are about to punch holes. Fails where somebody else has changed the file before. Until
-    /// [`end_holes`](RamFile::end_holes) only its length is looked at.
+    /// Before umem punches holes. Fails if the file has been changed by another process. Until
+    /// [`end_holes`](RamFile::end_holes) only its length is checked.
     pub(crate) fn begin_holes(&self) -> Result<Option<Stamp>> {
         self.check()?;
         Ok(self.stamped().take())
     }
 
-    /// They are there, of so many bytes at most. Fails where more is gone, as each [`check`](RamFile::check) does then.
+    /// After umem has punched holes of at most `bytes`. Fails, as each [`check`](RamFile::check)
+    /// does then, if more is gone.
     pub(crate) fn end_holes(&self, before: Option<Stamp>, bytes: u64) -> Result<()> {
         let Some(before) = before else { return Ok(()) };
         let now = self.stamp_now()?;
@@ -350,19 +356,19 @@ impl RamFile {
         Ok(())
     }
 
-    /// What it is like now.
+    /// The current stamp.
     pub(crate) fn stamp_now(&self) -> Result<Stamp> {
         let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
         Ok(Stamp::of(&metadata, self.is_memory))
     }
 
-    /// Fails where the file has become shorter than the region: then what cannot be found in it is no hole.
+    /// Fails if the file has become shorter than the region: missing data is no hole then.
     pub(crate) fn check_length(&self) -> Result<()> {
         let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
         self.check_length_of(&metadata)
     }
 
-    /// Fails, too, where the file is not as it was when it was fixed.
+    /// Fails also if the file differs from its stamp.
     pub(crate) fn check(&self) -> Result<()> {
         let before = self.stamp();
         let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
@@ -370,7 +376,7 @@ impl RamFile {
         let Some(before) = before else { return Ok(()) };
         match before.difference(&Stamp::of(&metadata, self.is_memory)) {
             None => Ok(()),
-            // Holes of ours were begun meanwhile.
+            // umem has begun to punch holes in the meantime.
             Some(_) if self.stamp() != Some(before) => Ok(()),
             Some(what) => Err(self.failed(&format!("has changed while it was served: {what}"))),
         }
@@ -386,7 +392,7 @@ impl RamFile {
         )))
     }
 
-    /// What of it cannot be read is not there: why.
+    /// The error for data that cannot be read.
     pub(crate) fn gone(&self) -> Error {
         let Err(error) = self.check() else {
             return self.failed(
@@ -409,20 +415,20 @@ impl RamFile {
         assert!(offset + len <= self.bytes);
         let offset = usize::try_from(offset).expect("64-bit Linux");
         let len = usize::try_from(len).expect("64-bit Linux");
-        // SAFETY: inside the mapping (asserted above), which the Arc keeps mapped for as long as
-        // the span or an operation that holds it exists.
+        // SAFETY: inside the mapping (asserted above), which the Arc keeps mapped while the span or
+        // an operation with it exists.
         unsafe {
             let start = self.mapping.start.add(offset);
             Span::new(start, len, self.mapping.clone())
         }
     }
 
-    /// True when the page at `offset` reads as zeroes. It must not lie in a hole: reading a hole of
-    /// a shared memory file through a mapping would allocate it.
+    /// True if the page at `offset` reads as zeroes. It must not lie in a hole: reading a hole of a
+    /// shared memory file through a mapping would allocate it.
     pub(crate) fn page_is_zero(&self, offset: u64) -> Result<bool> {
         let len = 1u64 << self.page_shift;
         assert!(offset + len <= self.bytes);
-        // SAFETY: one page inside our mapping, page aligned.
+        // SAFETY: one page inside this mapping, page aligned.
         let is_zero = unsafe {
             let start = self.mapping.start.add(usize::try_from(offset).expect("64-bit Linux"));
             guarded::is_zero(start, usize::try_from(len).expect("64-bit Linux"))
@@ -430,9 +436,9 @@ impl RamFile {
         is_zero.map_err(|Gone| self.gone())
     }
 
-    /// Where the first data in a range of the file begins; `None` when all of it is a hole, or the file has become
-    /// shorter than that, which the kernel does not tell apart: [`check_length`](RamFile::check_length) does. Of
-    /// hugetlbfs everything up to the data is read, so ask for no more than is wanted.
+    /// The start of the first data in a range of the file; `None` if all of it is a hole, or if the
+    /// file has become shorter, which [`check_length`](RamFile::check_length) finds out. On
+    /// hugetlbfs everything up to the data is read, so keep the range short.
     pub(crate) fn next_data_in(&self, range: Range<u64>) -> Result<Option<u64>> {
         let range = self.in_file(range.start)..self.in_file(range.end);
         match self.backing {
@@ -446,12 +452,12 @@ impl RamFile {
     /// Maps a page that holds data, and with a huge page all that is mapped along with it.
     pub(crate) fn map_in(&self, offset: u64) -> Result<()> {
         let span = self.span(offset, 1);
-        // SAFETY: the byte lies inside our mapping.
+        // SAFETY: the byte lies inside this mapping.
         unsafe { guarded::touch(span.as_ptr()) }.map_err(|Gone| self.gone())
     }
 
-    /// Which of the kernel's pages of a range are in memory: a byte for each of [`small_page_bytes`], its lowest bit
-    /// set if so, in place of what `resident` held.
+    /// Which of the kernel's pages of a range are in memory: a byte for each of
+    /// [`small_page_bytes`], its lowest bit set if so. Replaces the content of `resident`.
     ///
     /// [`small_page_bytes`]: super::small_page_bytes
     pub(crate) fn resident(&self, offset: u64, len: u64, resident: &mut Vec<u8>) -> Result<()> {
@@ -471,7 +477,8 @@ impl RamFile {
         Err(Error::last_os(format!("mincore of RAM {}", self.name)))
     }
 
-    /// The same where a sandbox keeps mincore(2) from us: what the file has of the range, in memory or not.
+    /// The same if a sandbox forbids mincore(2): the data of the file in the range, in memory or
+    /// not.
     fn resident_by_seeking(&self, offset: u64, page_bytes: u64, resident: &mut [u8]) -> Result<()> {
         for (number, is_there) in (0..).zip(resident) {
             let page = offset + number * page_bytes;
@@ -494,7 +501,7 @@ impl RamFile {
         Ok(bytes)
     }
 
-    /// Fills `bytes` from `offset` on, likewise.
+    /// Fills `bytes` from `offset` on, in the same way.
     pub(crate) fn read_into(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
         self.file.read_exact_at(bytes, self.in_file(offset)).map_err(|error| {
             let unread = || self.failed(&format!("cannot be read: {error}"));
@@ -502,12 +509,12 @@ impl RamFile {
         })
     }
 
-    /// Puts bytes into the file. Where there is no memory for a page this is an error.
+    /// Writes bytes into the file. A lack of memory for a page is an error.
     ///
-    /// Written to the file, small pages are made without being zeroed first. Of a huge page all but what is
-    /// written would be zeroed by the same call, slower than a page fault has the whole of it zeroed; and a write
-    /// takes the file's lock, which a bulk thread holds for as long as it writes: a page that is waited for does
-    /// not wait for that.
+    /// A write to the file makes small pages without zeroing them first. For a huge page the same
+    /// call would zero the rest, more slowly than a page fault zeroes the whole; and a write takes
+    /// the file's lock, which a bulk thread holds for as long as it writes. A demand page does not
+    /// wait for that lock.
     pub(crate) fn write_at(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
         if self.backing == Backing::Hugetlb {
             return match self.copy_in(bytes, offset) {
@@ -517,7 +524,7 @@ impl RamFile {
         }
         if self.backing.has_huge_pages() || bytes.len() <= FEW_BYTES {
             match self.copy_in(bytes, offset) {
-                // Not in this container.
+                // The container forbids it.
                 Err(error) if is_forbidden(&error) => {}
                 other => return other,
             }
@@ -525,9 +532,10 @@ impl RamFile {
         self.file.write_all_at(bytes, self.in_file(offset))
     }
 
-    /// Through the mapping; hugetlbfs has no other way. A copy of our own would end this process where there is
-    /// no page left; the kernel's says so. A fork has another process's number here, but nothing that lands: of a
-    /// process only the thread that forks goes on, and a ring is not its child's.
+    /// Through the mapping, the only way on hugetlbfs. A copy by this process would end the process
+    /// when no page is left; the kernel's copy returns an error. A forked child has another pid
+    /// here, but lands nothing: only the forking thread continues in a child, and a ring does not
+    /// belong to the child.
     fn copy_in(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
         let base = self.span(offset, bytes.len() as u64).as_ptr() as usize;
         let mut done = 0;
@@ -539,14 +547,14 @@ impl RamFile {
         Ok(())
     }
 
-    /// The same where a sandbox keeps process_vm_writev(2) from us: reading from a pipe too is a copy of the
-    /// kernel's, which says where there is no page left.
+    /// The same if a sandbox forbids process_vm_writev(2): reading from a pipe is also a copy by
+    /// the kernel, which returns an error when no page is left.
     fn copy_in_by_pipe(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
         let to = self.span(offset, bytes.len() as u64);
         let (output, input) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         let mut done = 0;
         while done < bytes.len() {
-            // Less than an empty pipe holds, so that the write does not wait.
+            // Less than an empty pipe holds, so the write does not block.
             let put = nix::unistd::write(&input, &bytes[done..bytes.len().min(done + PIPE_BYTES)])?;
             let end = done + put;
             while done < end {
@@ -577,7 +585,7 @@ impl RamFile {
         })
     }
 
-    /// Gives memory back: the range reads as zeroes then.
+    /// Frees memory: the range reads as zeroes then.
     pub(crate) fn discard(&self, offset: u64, len: u64) -> Result<()> {
         let flags = nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE
             | nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE;
@@ -586,7 +594,7 @@ impl RamFile {
             .context(|| format!("discarding pages of RAM {}", self.name))
     }
 
-    /// Gives back the memory of the whole region.
+    /// Frees the memory of the whole region.
     pub(crate) fn free(&self) -> Result<()> {
         self.discard(0, self.bytes)
     }
@@ -597,7 +605,7 @@ impl RamFile {
         Ok(Fd::from(OwnedFd::from(file)))
     }
 
-    /// The file, for a call of one's own, likewise.
+    /// The file, for direct calls, with the same offsets.
     pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
@@ -607,15 +615,15 @@ impl RamFile {
         Ok(self.file_bytes()?.min(self.bytes))
     }
 
-    /// The same, of which regions beside this one may have some.
+    /// The same for the whole file, of which other regions may have parts.
     pub(crate) fn file_bytes(&self) -> Result<u64> {
         let metadata = self.file.metadata().context(|| format!("RAM {}", self.name))?;
         // st_blocks counts units of 512 bytes whatever the file system (stat(2)).
         Ok(metadata.blocks() * 512)
     }
 
-    /// Bytes that can still be allocated where the file lives; `None` where that has no limit
-    /// (a memfd).
+    /// Bytes that can still be allocated on the file's file system; `None` if there is no limit (a
+    /// memfd).
     pub(crate) fn free_bytes(&self) -> Result<Option<u64>> {
         let stat = nix::sys::statvfs::fstatvfs(&self.file)
             .context(|| format!("RAM {}: statvfs", self.name))?;
@@ -643,7 +651,7 @@ mod tests {
         ram.copy_in_by_pipe(&bytes, 4096).unwrap();
         assert!(ram.read(4096, 50_000).unwrap() == bytes);
         assert_eq!(ram.read(0, 4096).unwrap(), [0; 4096]);
-        // Where there is no page it is an error and no signal.
+        // Without a free page it returns an error, and raises no signal.
         file.set_len(8192).unwrap();
         let error = ram.copy_in_by_pipe(&bytes, 4096).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
@@ -663,7 +671,7 @@ mod tests {
         ram.resident_by_seeking(4096, 4096, &mut found).unwrap();
         assert_eq!(found, asked);
         assert_eq!(found, [1, 1, 0, 0, 0, 0, 1, 0]);
-        // Of a kernel with larger pages.
+        // As on a kernel with larger pages.
         let mut found = [9; 4];
         ram.resident_by_seeking(0, 16 << 10, &mut found).unwrap();
         assert_eq!(found, [1, 1, 0, 0]);
@@ -680,7 +688,7 @@ mod tests {
         ram.check().unwrap();
         ram.end_holes(before, 8192).unwrap();
         ram.check().unwrap();
-        // Somebody else's at the same time.
+        // Another process punches at the same time.
         let before = ram.begin_holes().unwrap();
         ram.discard(8192, 8192).unwrap();
         assert!(ram.end_holes(before, 4096).unwrap_err().to_string().contains("has changed"));
@@ -691,7 +699,7 @@ mod tests {
         assert!(ram.begin_holes().is_err());
     }
 
-    /// From now on the file can be written through mappings alone, which shows what goes that way.
+    /// From now on only mappings can write the file, which shows the bytes that take this way.
     #[test]
     fn few_bytes_do_not_take_the_file_s_lock() {
         let file = memfd_create(c"ram", MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_CLOEXEC);

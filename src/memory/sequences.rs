@@ -1,10 +1,11 @@
-//! Pre-paging: sequences of accesses, recognised in what a guest asks for, so that the background runs
+//! Pre-paging: recognises sequences of accesses in a guest's requests, so that the background sends
 //! ahead of them.
 //!
-//! A guest that reads through its memory, upwards, downwards or with a stride, asks for a page, then for the
-//! first one beyond what has been sent ahead, and so on. Each time its sequence goes on, twice as much is
-//! sent ahead of it, as a kernel's readahead does; what is sent has to be sent anyway. The demand thread
-//! recognises ([`Detector`]), bulk lanes follow ([`Followed`]), several sequences in turns.
+//! A guest that reads through its memory, upwards, downwards or with a stride, requests a page,
+//! then the first one beyond the pages sent ahead, and so on. Each time its sequence continues,
+//! twice as much is sent ahead of it, as a kernel's readahead does; these pages have to be sent
+//! anyway. The demand thread recognises sequences ([`Detector`]), bulk lanes follow them
+//! ([`Followed`]), several in turns.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Release};
@@ -12,39 +13,39 @@ use std::sync::{Mutex, PoisonError, TryLockError};
 
 use umem_wire::RegionId;
 
-/// Sequences, and demands that may become some, that are remembered at a time.
+/// Sequences, and demands that may become sequences, that are remembered at a time.
 const SLOTS: usize = 8;
 
-/// A demand this near to the last one continues it page by page.
+/// A demand within this distance of the last one continues it page by page.
 const NEAR_BYTES: u64 = 256 << 10;
 
-/// Demands further apart than this are not taken for a stride.
+/// Demands further apart than this do not make a stride.
 const STRIDE_BYTES_MAX: u64 = 16 << 20;
 
-/// What is sent ahead of a sequence at first, twice that.
+/// Bytes sent ahead of a new sequence, before the first doubling.
 const AHEAD_BYTES: u64 = 256 << 10;
 
-/// The same in pages, where there are others in between.
+/// Pages sent ahead of a new sequence with a stride, before the first doubling.
 const AHEAD_STRIDES: u64 = 16;
 
-/// How often what is sent ahead doubles: up to 64 MiB, or 4096 pages of a stride.
+/// How often the amount sent ahead doubles: up to 64 MiB, or 4096 pages of a stride.
 const DOUBLINGS_MAX: u32 = 8;
 
-/// A sequence that has not gone on for as many demands makes room for another one.
+/// A sequence that has not continued for this many demands makes room for another one.
 const STALE_DEMANDS: u64 = 64;
 
-/// Pages that somebody will want soon: `last + step`, `last + 2 * step` and so on, `ahead` of them.
+/// Pages that a vCPU will want soon: `last + step`, `last + 2 * step` and so on, `ahead` of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sequence {
     id: u64,
     region: RegionId,
     last: u64,
-    /// In pages; 1 or -1 for all of them.
+    /// In pages; 1 or -1 for consecutive pages.
     step: i64,
     ahead: u64,
 }
 
-/// What the demand thread shows to the bulk lanes.
+/// The sequences that the demand thread shows to the bulk lanes.
 #[derive(Default)]
 pub(crate) struct Sequences {
     version: AtomicU64,
@@ -60,22 +61,22 @@ pub(crate) struct Detector {
     is_news: bool,
 }
 
-/// A demand, and what has followed it.
+/// A demand, and the sequence that followed it.
 #[derive(Clone, Copy)]
 struct Slot {
     id: u64,
     region: RegionId,
     last: u64,
-    /// To the demand before it; 0 if there was none.
+    /// Distance to the demand before it; 0 without one.
     step: i64,
-    /// How often the sequence has gone on; 0 for what is none yet.
+    /// How often the sequence has continued; 0 if it is none yet.
     hits: u32,
-    /// When it last did, in demands.
+    /// When it last continued, in demands.
     at: u64,
 }
 
 impl Detector {
-    /// Somebody waits for a page of a region whose landing units are `unit` bytes.
+    /// Processes a demand for a page of a region whose landing units are `unit` bytes.
     pub(crate) fn demand(&mut self, region: RegionId, page: u64, unit: u64) {
         self.demands += 1;
         let at = self.demands;
@@ -121,7 +122,7 @@ impl Detector {
         }
     }
 
-    /// Shows what has changed to the bulk lanes; later, if one of them is looking.
+    /// Shows changes to the bulk lanes; later, if one of them is reading.
     pub(crate) fn show(&mut self, shared: &Sequences, unit: impl Fn(RegionId) -> u64) {
         if !self.is_news {
             return;
@@ -147,13 +148,13 @@ impl Detector {
 }
 
 impl Slot {
-    /// Pages that are sent ahead of it.
+    /// Pages to send ahead of it.
     fn ahead(&self, unit: u64) -> u64 {
         let first = if self.step.unsigned_abs() == 1 { AHEAD_BYTES / unit } else { AHEAD_STRIDES };
         first.max(1) << self.hits.min(DOUBLINGS_MAX)
     }
 
-    /// Whether a demand belongs to this sequence: within what was sent ahead, or just behind it.
+    /// Whether a demand belongs to this sequence: within the pages sent ahead, or just behind them.
     fn is_continued_by(&self, page: u64, unit: u64) -> bool {
         if self.hits == 0 || self.step == 0 {
             return false;
@@ -166,7 +167,7 @@ impl Slot {
     }
 }
 
-/// Pages to look at next.
+/// The next pages to process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Piece {
     pub(crate) region: RegionId,
@@ -175,7 +176,7 @@ pub(crate) struct Piece {
     pub(crate) pages: u64,
 }
 
-/// The sequences that one bulk lane follows, and how far it is.
+/// The sequences that one bulk lane follows, and its progress.
 #[derive(Default)]
 pub(crate) struct Followed {
     version: u64,
@@ -186,13 +187,13 @@ pub(crate) struct Followed {
 #[derive(Clone, Copy)]
 struct Cursor {
     sequence: Sequence,
-    /// Pages of it that have been looked at, counted from its `last`.
+    /// Processed pages of it, counted from its `last`.
     done: u64,
 }
 
 impl Followed {
-    /// What to look at next; none if the lanes are ahead of every sequence. `limits` gives the number of a
-    /// region's pages, and how many of them to look at at most.
+    /// The next pages to process; none if the lanes are ahead of every sequence. `limits` gives the
+    /// number of a region's pages, and the most pages to process at once.
     pub(crate) fn next(
         &mut self,
         shared: &Sequences,
@@ -230,7 +231,7 @@ impl Followed {
 }
 
 impl Cursor {
-    /// How much of a later state of the same sequence has been looked at.
+    /// How many pages of a later state of the same sequence have been processed.
     fn done_of(&self, later: &Sequence) -> u64 {
         let moved = later.last.wrapping_sub(self.sequence.last).cast_signed() / later.step;
         self.done.saturating_sub(moved.max(0).cast_unsigned())
@@ -271,8 +272,8 @@ mod tests {
     const PAGES: u64 = 1 << 18;
     const REGION: RegionId = RegionId(0);
 
-    /// A guest that waits for what has not come, and a lane that is always ahead of it: returns how
-    /// many accesses had to wait.
+    /// Simulates a guest that waits for missing pages, and a lane that is always ahead of it:
+    /// returns how many accesses had to wait.
     fn waits(accesses: impl Iterator<Item = u64>) -> usize {
         let (shared, mut detector, mut lane) =
             (Sequences::default(), Detector::default(), Followed::default());

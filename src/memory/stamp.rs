@@ -1,25 +1,27 @@
-//! Is a file still as it was when its guest stopped?
+//! Detects changes of a file since its guest stopped.
 //!
-//! A stopped guest's RAM file, and a snapshot, change no more. What shows that one has: its length, the time of
-//! its last modification, and, in memory, how much of it there is. A write through a mapping shows only where its page
-//! was not mapped for writing: that is the guest's own way, which stands still. What QEMU gives back for a balloon,
-//! and a hole that somebody else punches, look the same; from the guest's stop on neither is right. Holes that umem
-//! punches itself (`--release-ram`) are told apart by when they are punched, and by their size.
+//! A stopped guest's RAM file, and a snapshot, must not change. A change shows in the file's
+//! length, its modification time, and, for memory, its allocated size. A write through a mapping
+//! shows only if its page was not mapped for writing: the guest's own mapping is the exception, and
+//! the guest is stopped. Memory that QEMU frees for a balloon, and a hole that another process
+//! punches, look the same; neither is right after the guest's stop. Holes that umem punches itself
+//! (`--release-ram`) are recognised by their time and size.
 //!
-//! When a file's name, owner or mode change, so does the time of its last change (ctime), which is not looked at: all
-//! of those are right. Whoever sets the time of its last modification back hides what he has done.
+//! Changes of a file's name, owner or mode also change its change time (ctime), which is not
+//! compared: all of those are allowed. A process that resets the modification time hides its
+//! writes.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 
 use serde::{Deserialize, Serialize};
 
-/// What a file said of itself.
+/// The attributes of a file at one time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Stamp {
     /// Seconds and nanoseconds.
     modified: (i64, i64),
-    /// Units of 512 bytes that it holds, where it is memory: a disk's file system may count as it likes.
+    /// Allocated units of 512 bytes, for memory only: a disk's file system may count differently.
     blocks: Option<u64>,
 }
 
@@ -31,8 +33,8 @@ impl Stamp {
         }
     }
 
-    /// How a later one shows that the file is not what it was; it may hold more than before, as reading a hole
-    /// through a mapping allocates it.
+    /// How a later stamp shows a change of the file. The file may hold more than before, as reading
+    /// a hole through a mapping allocates it.
     pub(crate) fn difference(&self, now: &Stamp) -> Option<String> {
         if let (Some(before), Some(now)) = (self.blocks, now.blocks)
             && now < before
@@ -44,7 +46,7 @@ impl Stamp {
         is_modified.then(|| "it was written to, truncated or punched".to_owned())
     }
 
-    /// Whether more was given back until a later one than so many bytes.
+    /// Whether the file lost more than `bytes` until the later stamp `now`.
     pub(crate) fn lost_more_than(&self, bytes: u64, now: &Stamp) -> bool {
         let (Some(before), Some(now)) = (self.blocks, now.blocks) else { return false };
         before.saturating_sub(now).saturating_mul(512) > bytes

@@ -1,5 +1,5 @@
-//! Sums of pages, as `--checksum` has them: of buffers of our own, and of guest memory, which is copied out
-//! piece by piece, as nobody may hold a reference to it.
+//! Sums of pages for `--checksum`: of umem's own buffers, and of guest memory, which is copied out
+//! piece by piece, as there may be no reference to it.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
@@ -12,17 +12,18 @@ use umem_wire::{PageRange, RegionId};
 use super::copy::copy_out_of_span;
 use super::guarded::Gone;
 
-/// log2 of what one sum is of.
+/// log2 of the bytes that one sum covers.
 const SUMMED_SHIFT: u8 = 12;
 const _: () = assert!(1 << SUMMED_SHIFT == SUMMED_BYTES);
 
-/// Puts the sum of each 4 KiB of a buffer into `sums`, in place of what was there.
+/// Replaces the content of `sums` by the sum of each 4 KiB of a buffer.
 pub(crate) fn of_slice(bytes: &[u8], sums: &mut Vec<u32>) {
     sums.clear();
     sums.extend(bytes.as_chunks::<SUMMED_BYTES>().0.iter().map(|page| checksum::page_sum(page)));
 }
 
-/// The same for a piece of a mapping. Where somebody writes to it meanwhile a sum is of no moment's contents.
+/// The same for a piece of a mapping. With concurrent writes a sum may match no state of the
+/// memory.
 pub(crate) fn of_span(span: &Span, sums: &mut Vec<u32>) -> Result<(), Gone> {
     sums.clear();
     let mut page = [0; SUMMED_BYTES];
@@ -33,7 +34,7 @@ pub(crate) fn of_span(span: &Span, sums: &mut Vec<u32>) -> Result<(), Gone> {
     Ok(())
 }
 
-/// The same for what is sent or has been received, one buffer or one piece of a mapping.
+/// The same for data to send or received, one buffer or one piece of a mapping.
 pub(crate) fn of_memory(memory: &Memory, sums: &mut Vec<u32>) -> Result<(), Gone> {
     match memory {
         Memory::Bytes(bytes) => {
@@ -45,17 +46,17 @@ pub(crate) fn of_memory(memory: &Memory, sums: &mut Vec<u32>) -> Result<(), Gone
     }
 }
 
-/// The number, among pages of 4 KiB, of the first page of a range that counts units of `unit_shift`.
+/// The index, in pages of 4 KiB, of the first page of a range that counts units of `unit_shift`.
 pub(crate) fn first_summed(range: PageRange, unit_shift: u8) -> u64 {
     range.first << (unit_shift - SUMMED_SHIFT)
 }
 
-/// How many pages of 4 KiB such a range has.
+/// The number of pages of 4 KiB in such a range.
 pub(crate) fn pages_summed(range: PageRange, unit_shift: u8) -> u64 {
     range.pages << (unit_shift - SUMMED_SHIFT)
 }
 
-/// What has been added up of each region.
+/// The digest of each region so far.
 #[derive(Default)]
 pub(crate) struct Digests(Box<[AtomicU64]>);
 
@@ -64,12 +65,12 @@ impl Digests {
         Digests((0..regions).map(|_| AtomicU64::new(0)).collect())
     }
 
-    /// Pages with these sums are to count, for good: from this one on, counted in 4 KiB.
+    /// Adds pages with these sums for good, from page `first` on, counted in 4 KiB.
     pub(crate) fn add(&self, region: RegionId, first: u64, sums: &[u32]) {
         self.add_digest(region, checksum::digest(first, sums));
     }
 
-    /// The same for pages of zeroes and holes: so many from this one on, counted in 4 KiB.
+    /// Adds `pages` pages of zeroes or holes from page `first` on, counted in 4 KiB.
     pub(crate) fn add_zeroes(&self, region: RegionId, first: u64, pages: u64) {
         self.add_digest(region, checksum::digest_of_zeroes(first, pages));
     }
@@ -83,20 +84,20 @@ impl Digests {
     }
 }
 
-/// A region's digest as both sides have it, in a report.
+/// A region's digest at both sides, in a report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegionDigest {
     /// The region's name.
     pub region: String,
-    /// What its pages come to at this side, 16 hexadecimal digits: at the destination as they arrived, at
-    /// the source as its file has them.
+    /// The digest of its pages at this side, 16 hexadecimal digits: at the destination as they
+    /// arrived, at the source as its file has them.
     pub digest: String,
-    /// The same at the other side; null where it did not say.
+    /// The same at the other side; null if unknown.
     pub peer: Option<String>,
 }
 
 impl RegionDigest {
-    /// Region by region, in the order of the source's table.
+    /// The digests in the order of the source's table.
     pub(crate) fn all<'a>(
         names: impl Iterator<Item = &'a str>,
         ours: &[u64],
@@ -111,7 +112,7 @@ impl RegionDigest {
         names.enumerate().map(of).collect()
     }
 
-    /// Both sides have said what they have, and it is not the same.
+    /// Whether both sides' digests are known and differ.
     pub(crate) fn differs(&self) -> bool {
         self.peer.as_ref().is_some_and(|peer| *peer != self.digest)
     }
@@ -128,7 +129,7 @@ mod tests {
         let bytes: Vec<u8> = (0..3 * SUMMED_BYTES).map(|at| ((at * 7) >> 3) as u8).collect();
         let owner = Arc::new(bytes.clone());
         let start = NonNull::new(owner.as_ptr().cast_mut()).unwrap();
-        // SAFETY: the vector is not touched again, and lives as long as the span.
+        // SAFETY: the vector is not accessed again, and lives as long as the span.
         let span = unsafe { Span::new(start, bytes.len(), owner) };
         let (mut here, mut there) = (vec![7], Vec::new());
         of_slice(&bytes, &mut here);

@@ -1,7 +1,7 @@
-//! What the state of pages is made of: atomics and locks, in one place.
+//! The atomics and locks of page states, in one place.
 //!
-//! Here they are the standard library's. `tests/models` compiles the files that use them with loom's in this
-//! module's place, and has every order of their threads' steps tried.
+//! Here they are the standard library's. `tests/models` compiles the files that use them with
+//! loom's in this module's place, and checks every interleaving of their threads.
 
 pub(crate) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 pub(crate) use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,36 +1,37 @@
-//! Words of state that many threads change, and, where a session can be taken over, the next process
-//! too: on the heap, or in a memory file that outlives this process.
+//! Words of state that many threads change, and after a takeover the next process too: on the heap,
+//! or in a memory file that outlives this process.
 //!
 //! # The memory file of a destination
 //!
-//! The guest's side holds it (`session` on the hand-over socket), so that it lives exactly as long as
-//! the guest whose pages it speaks of. Its layout follows from the regions alone ([`Extent`]):
+//! The guest's side holds it (`session` on the hand-over socket), so that it lives exactly as long
+//! as the guest whose pages it describes. Its layout follows from the regions alone ([`Extent`]):
 //!
 //! ```text
-//! counters  8 words          what has come, and the page that is being given
-//! events    4 KiB a source   what the kernel reports on each userfaultfd is read into here
+//! counters  8 words          totals received, the page that is being given, how far the switchover has come
+//! events    4 KiB a source   the buffer for the kernel's events of each userfaultfd
 //! per region:
 //!   states  2 bits a page    as in pages.rs
-//!   parts   1 bit a guest page, where a landing unit is several: what of it has been discarded
+//!   parts   1 bit a guest page, where a landing unit is several: its discarded pages
 //! ```
 //!
 //! # Killed at any moment
 //!
 //! | killed | what the next process finds and does |
 //! |---|---|
-//! | while a page lands | Landing: what came in part goes back, *then* the page is Missing ([`PageStates::roll_back`]) |
-//! | after the page was copied in (UFFDIO_COPY), before Cached | Landing, so Missing: it comes again, and EEXIST keeps what the guest has written |
+//! | while a page lands | Landing: partial bytes are freed, *then* the page is Missing ([`PageStates::roll_back`]) |
+//! | after the page was copied in (UFFDIO_COPY), before Cached | Landing, so Missing: it comes again, and EEXIST keeps the guest's writes |
 //! | after a page of a file was given (UFFDIO_COPY), before Cached | the page is named in the counters, and the file has it: Cached |
 //! | before it was given, or as the kernel refused | the page is named, and the file does not have it: Landing, as above |
-//! | after Cached, before whoever waits was woken | all waiters are woken: they fault again, and are shown the page |
-//! | after a block's last page, before it left the userfaultfd | every complete block leaves again, which does nothing the second time |
-//! | after a fault was read, before it was asked for | all waiters are woken, and fault again |
-//! | after a discard was read, before it was noted | the event lies in the file: it is noted then. Noting it twice is noting it once |
-//! | after a discarded page came, before it was given back | Discarded: it comes again, and is given back before it is Cached |
-//! | private: anywhere between Cached and released | shown, touched and released again: what the guest has made its own is not changed by any of that |
+//! | after Cached, before its waiters were woken | all waiters are woken: they fault again, and the page becomes visible |
+//! | after a block's last page, before it left the userfaultfd | every complete block leaves again, without effect the second time |
+//! | after a fault was read, before the page was requested | all waiters are woken, and fault again |
+//! | after a discard was read, before it was recorded | the event is in the file: it is recorded then, twice without harm |
+//! | after a discarded page came, before it was freed | Discarded: it comes again, and is freed before it is Cached |
+//! | private: anywhere between Cached and released | made visible, touched and released again: none of that changes the guest's private copies |
 //!
-//! The kernel takes an event from its queue and copies it in one system call, which a signal does not
-//! divide; the pages that it copies to are there already and locked, as far as that is allowed.
+//! The kernel takes an event from its queue and copies it in one system call, which a signal does
+//! not interrupt; the pages of the buffer are present already, and locked as far as that is
+//! allowed.
 //!
 //! [`PageStates::roll_back`]: super::pages::PageStates::roll_back
 
@@ -50,7 +51,7 @@ use umem_ring::Span;
 use super::sync::AtomicU64;
 use crate::error::{Context, Error, Result};
 
-/// Bytes of a userfaultfd's events in the file: those of one read, at most.
+/// Bytes of a userfaultfd's events in the file: at most those of one read.
 pub(crate) const EVENTS_BYTES: usize = 4096;
 
 /// Bytes before the events: the counters.
@@ -59,7 +60,7 @@ const HEAD_BYTES: usize = 4096;
 /// Words of counters.
 pub(crate) const COUNTERS: usize = 8;
 
-/// Some words, all of them zero at first.
+/// Words, all zero at first.
 pub(crate) enum AtomicWords {
     /// This process's own.
     Heap(Box<[AtomicU64]>),
@@ -71,11 +72,11 @@ pub(crate) enum AtomicWords {
 pub(crate) struct SharedWords {
     start: NonNull<AtomicU64>,
     len: usize,
-    /// Keeps them mapped.
+    /// Keeps the mapping.
     _mapping: Arc<Mapping>,
 }
 
-// SAFETY: an address of atomics that the mapping keeps in place; they are shared by nature.
+// SAFETY: the address of atomics that the mapping keeps in place; atomics may be shared.
 unsafe impl Send for SharedWords {}
 // SAFETY: as above.
 unsafe impl Sync for SharedWords {}
@@ -86,7 +87,7 @@ impl AtomicWords {
         AtomicWords::Heap((0..words).map(|_| AtomicU64::new(0)).collect())
     }
 
-    /// In a file, which is made if it is not there, for this user alone.
+    /// In a file, which is made if it does not exist, private to this user.
     pub(crate) fn in_file(path: &Path, words: u64) -> Result<AtomicWords> {
         let what = || format!("{}", path.display());
         let mut options = OpenOptions::new();
@@ -104,8 +105,8 @@ impl Deref for AtomicWords {
     fn deref(&self) -> &[AtomicU64] {
         match self {
             AtomicWords::Heap(words) => words,
-            // SAFETY: the mapping has so many words there, aligned, for as long as it is held; whoever
-            // else has it mapped is another process, and accesses to atomics may race with anything.
+            // SAFETY: the mapping has this many words there, aligned, while it is held; other
+            // holders are other processes, and accesses to atomics may race.
             AtomicWords::Shared(words) => unsafe {
                 std::slice::from_raw_parts(words.start.as_ptr(), words.len)
             },
@@ -119,7 +120,7 @@ struct Mapping {
     len: usize,
 }
 
-// SAFETY: an address and a length; what is there is reached through atomics and raw pointers alone.
+// SAFETY: an address and a length; its bytes are accessed only through atomics and raw pointers.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
@@ -128,13 +129,13 @@ impl Mapping {
     fn of(file: &File, len: usize) -> Result<Arc<Mapping>> {
         let length = NonZeroUsize::new(len).expect("a file of state has a head");
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a fresh mapping at an address of the kernel's choice overlaps nothing of ours.
+        // SAFETY: a fresh mapping at an address of the kernel's choice overlaps no other mapping.
         let start = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, file, 0) }
             .context(|| "mapping the state of the guest's pages")?;
         Ok(Arc::new(Mapping { start: start.cast(), len }))
     }
 
-    /// Words from this byte on.
+    /// `len` words from byte `offset` on.
     fn words(self: &Arc<Mapping>, offset: usize, len: usize) -> AtomicWords {
         assert!(offset.is_multiple_of(8) && offset + len * 8 <= self.len);
         // SAFETY: inside the mapping, as asserted, which begins at a page.
@@ -145,12 +146,12 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: our own mapping, and its last holder has gone.
+        // SAFETY: the mapping made here, and its last holder has been dropped.
         let _ = unsafe { munmap(self.start.cast(), self.len) };
     }
 }
 
-/// What a region needs: its pages (landing units), and how many of the guest's pages each is.
+/// The size of a region: its pages (landing units), and the number of the guest's pages in each.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Extent {
     pub(crate) pages: u64,
@@ -185,12 +186,12 @@ pub(crate) struct State {
 /// A region's share of the file.
 pub(crate) struct RegionWords {
     pub(crate) states: AtomicWords,
-    /// None where a page is one of the guest's.
+    /// None if a landing unit is one of the guest's pages.
     pub(crate) parts: Option<AtomicWords>,
 }
 
 impl State {
-    /// A new one, all zeroes, whose length nobody can change.
+    /// A new file, all zeroes, whose length is sealed.
     pub(crate) fn new(extents: Vec<Extent>, sources: usize) -> Result<State> {
         let what = || "a memory file for the state of the guest's pages";
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
@@ -201,7 +202,7 @@ impl State {
         State::of(file, extents, sources)
     }
 
-    /// One that another process has made.
+    /// A file that another process has made.
     pub(crate) fn found(file: File, extents: Vec<Extent>, sources: usize) -> Result<State> {
         let bytes = file.metadata().context(|| "the state of the guest's pages")?.len();
         let expected = length(&extents, sources) as u64;
@@ -217,12 +218,12 @@ impl State {
     fn of(file: File, extents: Vec<Extent>, sources: usize) -> Result<State> {
         let mapping = Mapping::of(&file, length(&extents, sources))?;
         let state = State { file, mapping, extents, sources };
-        // There from now on, so that no copy of an event has to wait for a page. A user who may lock
-        // nothing has them in memory all the same, unless it runs out.
+        // Faulted in now, so that no copy of an event has to wait for a page. For a user who may
+        // not lock memory they are present as well, unless memory runs out.
         for source in 0..sources {
             let events = state.events(source);
             events.touch();
-            // SAFETY: inside our own mapping.
+            // SAFETY: inside this mapping.
             let _ =
                 unsafe { mlock(NonNull::new_unchecked(events.0.as_ptr()).cast(), EVENTS_BYTES) };
         }
@@ -233,7 +234,7 @@ impl State {
         self.mapping.words(0, COUNTERS)
     }
 
-    /// Where the events of a userfaultfd are read into.
+    /// The buffer for the events of a userfaultfd.
     pub(crate) fn events(&self, source: usize) -> Events {
         assert!(source < self.sources);
         let offset = HEAD_BYTES + source * EVENTS_BYTES;
@@ -264,7 +265,7 @@ fn length(extents: &[Extent], sources: usize) -> usize {
     (HEAD_BYTES + sources * EVENTS_BYTES + bytes).next_multiple_of(4096)
 }
 
-/// Where the events of one userfaultfd are read into: all zeroes where nothing is to be carried out.
+/// The buffer for the events of one userfaultfd: all zeroes if no event is to be carried out.
 #[derive(Clone)]
 pub(crate) struct Events(Span);
 
@@ -277,11 +278,11 @@ impl Events {
     /// A copy of the first bytes.
     pub(crate) fn copy(&self, into: &mut [u8]) {
         assert!(into.len() <= self.0.len());
-        // SAFETY: inside the span, which is mapped, and into a buffer of our own.
+        // SAFETY: inside the span, which is mapped, and into the caller's buffer.
         unsafe { std::ptr::copy_nonoverlapping(self.0.as_ptr(), into.as_mut_ptr(), into.len()) };
     }
 
-    /// The first so many bytes have been carried out.
+    /// Marks the first `bytes` bytes as carried out.
     pub(crate) fn clear(&self, bytes: usize) {
         assert!(bytes <= self.0.len());
         // SAFETY: inside the span, which is mapped writable. No operation writes there now: the next
@@ -289,7 +290,7 @@ impl Events {
         unsafe { std::ptr::write_bytes(self.0.as_ptr(), 0, bytes) };
     }
 
-    /// Has its page in memory, and changes nothing.
+    /// Faults its page in without changing it.
     fn touch(&self) {
         // SAFETY: one byte of the span, by an atomic operation.
         unsafe { std::sync::atomic::AtomicU8::from_ptr(self.0.as_ptr()) }
@@ -319,7 +320,7 @@ mod tests {
             assert_eq!(word.swap(value, SeqCst), 0);
         }
         state.counters()[7].store(9, SeqCst);
-        // SAFETY: inside the span, which nobody else has.
+        // SAFETY: inside the span, which has no other user.
         unsafe { state.events(1).span().as_ptr().add(EVENTS_BYTES - 1).write(3) };
 
         let file = state.file.try_clone().unwrap();

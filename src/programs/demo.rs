@@ -1,8 +1,8 @@
-//! `umem demo`: source, destination and a guest of ours, as separate processes on this machine.
+//! `umem demo`: source, destination and a demo guest, as separate processes on this machine.
 //!
-//! The processes are those of a real migration, over TCP on the loopback address: two guests
-//! (`umem guest`), `umem migrate` and `umem incoming`. The guest reads and writes its memory on both
-//! sides and checks every word; the verdict is its own.
+//! The processes are those of a real migration, over TCP on the loopback address: two guests (`umem guest`), `umem
+//! migrate` and `umem incoming`. The guest reads and writes its memory on both sides, checks every word and gives the
+//! verdict.
 
 mod commands;
 mod process;
@@ -29,20 +29,20 @@ use process::{PATIENCE, Process, wait};
 pub(crate) use ram::huge_tmpfs_file;
 use ram::{DemoRam, memfd_ram, shared_ram};
 
-/// What the demo moves.
+/// The options of the demo.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// MiB of guest RAM.
     pub size_mib: u64,
-    /// What the destination's memory is.
+    /// The kind of the destination's memory.
     pub kind: Kind,
-    /// `--postcopy-flags` of `umem incoming`; none for its own default.
+    /// `--postcopy-flags` of `umem incoming`; None for its default.
     pub postcopy_flags: Option<u8>,
     /// Parts of anonymous memory that have a userfaultfd each.
     pub shards: usize,
     /// Anonymous memory has pages of 2 MiB.
     pub huge: bool,
-    /// The guest that arrives discards pages as well.
+    /// The arriving guest also discards pages.
     pub discard: bool,
     /// Accesses of the guest that write, percent.
     pub write_percent: u32,
@@ -54,19 +54,19 @@ pub struct Options {
     pub threads: usize,
     /// Bulk lanes.
     pub lanes: u16,
-    /// Check what is sent.
+    /// Verify checksums.
     pub checksum: bool,
-    /// Postcopy, or everything before the switchover.
+    /// Postcopy, or all pages before the switchover.
     pub postcopy: bool,
-    /// Send pages while the guest runs at the source, too.
+    /// Also send pages while the guest runs at the source.
     pub precopy: bool,
     /// `--tls-creds` of both sides.
     pub tls_creds: Option<PathBuf>,
     /// `--secret-file` of both sides.
     pub secret_file: Option<PathBuf>,
-    /// What the guest's memory is derived from; none for a new one.
+    /// The seed of the guest's memory; None for a new one.
     pub seed: Option<u64>,
-    /// The most that is sent in the background after the switchover, bytes a second.
+    /// The bandwidth limit of the background after the switchover, bytes/s.
     pub max_postcopy_bandwidth: Option<u64>,
     /// A file for a report of both sides.
     pub report: Option<PathBuf>,
@@ -78,10 +78,10 @@ pub struct Options {
     pub json: bool,
 }
 
-/// Runs the demo; the exit status is 0 when every page was right.
+/// Runs the demo; the exit status is 0 if every page was right.
 ///
 /// # Errors
-/// Anything that kept the guest from moving.
+/// Any reason that kept the guest from moving.
 pub fn run(options: &Options) -> Result<i32> {
     let inbox = Inbox::new()?;
     let output = Output::new(options.json);
@@ -110,7 +110,7 @@ pub fn run(options: &Options) -> Result<i32> {
     let mut incoming = demo.start_incoming()?;
     incoming.progress = progress;
     let listening = incoming.event(&demo.inbox, "listening")?;
-    // A guest that has arrived is nobody's but ours to end.
+    // An arrived guest outlives umem, so the demo ends it.
     let pid = listening["guest_pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
     incoming.guest = pid.map(ProcessHandle::open).transpose()?;
     let uri = listening["uri"].as_str().unwrap_or_default().to_owned();
@@ -131,7 +131,7 @@ fn now_nanos() -> u64 {
     now.map_or(0, |now| u64::from(now.subsec_nanos()) ^ now.as_secs())
 }
 
-/// Waits for the reports of both sides, and for neither when the other fails.
+/// Waits for the reports of both sides; stops at the first failure.
 fn completed(
     inbox: &Inbox<()>,
     migrate: &mut Process,
@@ -174,7 +174,7 @@ struct Demo<'a> {
 }
 
 impl Demo<'_> {
-    /// The report of both sides, from the figures that they have left.
+    /// Writes the report of both sides from their figures.
     fn write_report(&self) -> Result<()> {
         let Some(path) = &self.options.report else { return Ok(()) };
         let read = |name: &str| -> Result<Recording> {
@@ -184,7 +184,7 @@ impl Demo<'_> {
         observe::write(path, &[read("source.json")?, read("destination.json")?])
     }
 
-    /// Lets the guest that arrived check all of its memory.
+    /// Has the arrived guest check all of its memory.
     fn verdict(&self) -> Result<Verdict> {
         let verdict = self.ask("destination.qmp", "umem-verify")?;
         serde_json::from_value(verdict).map_err(|error| Error::Host(error.to_string()))
@@ -194,7 +194,7 @@ impl Demo<'_> {
         self.ask(socket, "quit").map(drop)
     }
 
-    /// Has a guest's monitor execute a command, which may take its time.
+    /// Has a guest's monitor execute a command, which may take a while.
     fn ask(&self, socket: &str, command: &'static str) -> Result<Value> {
         let path = PathBuf::from(self.directory.file(socket));
         self.inbox.wait_for_work("the demo's processes have been ended", None, move || {
@@ -217,8 +217,8 @@ impl Demo<'_> {
         destination.downtime_ms = source.downtime_ms;
         destination.zero_copy.clone_from(&source.zero_copy);
         let file_bytes = self.destination_ram.as_ref().map(DemoRam::allocated_bytes).transpose()?;
-        // Private memory ends as the guest's own, and nothing stays in its file. Only what the guest
-        // discards is the file's again, where reading it makes pages of zeroes.
+        // Private memory becomes anonymous, and its file is left empty. Discarded pages go back to the file; reading
+        // them there allocates zero pages.
         let is_released =
             !self.options.kind.needs_touch() || self.options.discard || file_bytes == Some(0);
         let good = verdict.bad_pages == 0

@@ -1,4 +1,4 @@
-//! For the fuzz targets (`tests/fuzz`): parsers that are no part of the interface, with real sockets.
+//! For the fuzz targets (`tests/fuzz`): parsers outside the public interface, over real sockets.
 
 use crate::runtime::hex;
 use std::fs::File;
@@ -18,11 +18,10 @@ use crate::runtime::bandwidth::Bandwidth;
 use crate::runtime::role::Role;
 use crate::session::{self, DestinationRecord, SourceRecord};
 
-/// Hands these pieces over, descriptors with the first, and closes the socket. Returns what is understood,
-/// in words.
+/// Sends these pieces, descriptors with the first, and closes the socket. Returns the parsed messages in words.
 ///
 /// # Errors
-/// What umem would say of it.
+/// The error that umem would report.
 pub fn handoff<'a>(
     descriptors: usize,
     pieces: impl Iterator<Item = &'a [u8]>,
@@ -57,7 +56,7 @@ fn in_words(message: &Message) -> String {
             let pieces: Vec<_> = pieces
                 .iter()
                 .map(|piece| {
-                    // What the others rely on.
+                    // Other code relies on this.
                     assert!(piece.bytes > 0 && piece.bytes.is_multiple_of(1 << piece.page_shift));
                     assert!(piece.address.checked_add(piece.bytes).is_some());
                     assert!(piece.offset.checked_add(piece.bytes).is_some());
@@ -70,10 +69,10 @@ fn in_words(message: &Message) -> String {
     }
 }
 
-/// Opens a monitor that says `replies` whatever it is asked, and asks it a few things.
+/// Opens a monitor that sends `replies` to every command, and sends it a few commands.
 pub fn qmp(replies: &[u8]) {
     let (mut monitor, ours) = UnixStream::pair().expect("a socket pair");
-    // What does not fit is left out: nobody reads meanwhile.
+    // Surplus replies are dropped: nothing reads them meanwhile.
     monitor.set_nonblocking(true).expect("a socket");
     let _ = monitor.write(replies);
     monitor.shutdown(std::net::Shutdown::Write).expect("a socket");
@@ -83,7 +82,7 @@ pub fn qmp(replies: &[u8]) {
     let _ = qmp.execute("query-status", serde_json::json!({}));
 }
 
-/// Looks for a range of memory in what a process's `maps` says.
+/// Looks for a range of memory in the text of a process's `maps`.
 pub fn maps(text: &[u8], address: u64, bytes: u64) {
     let maps = Maps::read(1, text);
     if let Some(file) = maps.file(address, bytes) {
@@ -91,7 +90,7 @@ pub fn maps(text: &[u8], address: u64, bytes: u64) {
     }
 }
 
-/// Reads a session file as who takes over does, of either side.
+/// Reads a session file as a takeover of either side does.
 pub fn session(text: &[u8]) {
     if let Ok(record) = serde_json::from_slice::<SourceRecord>(text) {
         let _ = session::check(&record);
@@ -105,18 +104,18 @@ pub fn session(text: &[u8]) {
     }
 }
 
-/// Sends this to a control socket, and takes what is answered.
+/// Sends this to a control socket, and reads the answer.
 pub fn control(input: &[u8]) {
     control::fuzz(input, watch());
 }
 
-/// Asks for metrics with this request.
+/// Requests metrics with this text.
 pub fn metrics(request: &[u8]) {
     let answer = metrics::answer(request, &watch());
     assert!(answer.starts_with(b"HTTP/1.0 "));
 }
 
-/// Seals, spoils and opens TLS records as this says.
+/// Seals, damages and opens TLS records as directed by the input.
 pub fn records(input: &[u8]) {
     crate::transport::tls::fuzz_records(input);
 }
@@ -124,6 +123,6 @@ pub fn records(input: &[u8]) {
 fn watch() -> std::sync::Arc<Watch> {
     let watch = Watch::new(Role::Source, false, Some(std::sync::Arc::new(Bandwidth::new(None))));
     // A `cancel` would be a signal to this process.
-    watch.commit("").expect("nobody has cancelled");
+    watch.commit("").expect("no cancel has arrived");
     watch
 }

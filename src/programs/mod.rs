@@ -1,4 +1,4 @@
-//! The programs of the command line that use all the rest.
+//! Programs of the command line, which use all other folders.
 
 pub(crate) mod bench;
 pub mod demo;

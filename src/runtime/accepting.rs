@@ -1,31 +1,32 @@
-//! What accept(2) says, and how a listener waits for room for one more connection.
+//! Results of accept(2), and the pause of a listener that has no room for one more connection.
 //!
-//! A connection for which the process has no descriptor or the machine no memory stays in its listener's queue, and
-//! the listener stays readable: a loop that polled it again would do nothing else. No event tells when there is room,
-//! because descriptors and memory may be anybody's. So such a listener is left alone for [`ROOM_INTERVAL`].
+//! A connection for which the process has no descriptor or the machine no memory stays in its
+//! listener's queue, and the listener stays readable: a loop that polled it again would spin. No
+//! event reports free room, because any process may use up descriptors and memory. So such a
+//! listener pauses for [`ROOM_INTERVAL`].
 
 use std::io;
 use std::time::{Duration, Instant};
 
-/// How often it is tried whether there is room.
+/// How often a pausing listener is tried again.
 pub(crate) const ROOM_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What has become of a connection that waited.
+/// The result for a waiting connection.
 pub(crate) enum Accepted<T> {
     One(T),
-    /// Whoever has dialled has gone again.
+    /// The peer has closed it.
     Gone,
     /// There is no descriptor or no memory for it. It still waits.
     NoRoom(io::Error),
 }
 
 impl<T> Accepted<T> {
-    /// Sorts what accept(2) has returned.
+    /// Sorts the result of accept(2).
     ///
     /// # Errors
-    /// What tells of the listener: it is none, or none any more.
+    /// Errors of the listener itself: it is not listening, or no longer.
     pub(crate) fn of(accepted: io::Result<T>) -> io::Result<Accepted<T>> {
-        /// What accept(2) returns of a connection that has failed before it was accepted.
+        /// Errors of accept(2) that concern a connection that failed before it was accepted.
         const OF_CONNECTION: [i32; 14] = [
             libc::EAGAIN,
             libc::EINTR,
@@ -54,20 +55,20 @@ impl<T> Accepted<T> {
     }
 }
 
-/// Whether a listener is to be listened to.
+/// Whether a listener pauses.
 #[derive(Debug, Default)]
 pub(crate) struct Room {
-    /// It is left alone until then.
+    /// The end of its pause.
     until: Option<Instant>,
 }
 
 impl Room {
-    /// There was none at this moment.
+    /// Notes a lack of room at this moment.
     pub(crate) fn lacked(&mut self, now: Instant) {
         self.until = Some(now + ROOM_INTERVAL);
     }
 
-    /// When it is worth another try; none if it is now.
+    /// The end of the pause; none if there is no pause.
     pub(crate) fn deadline(&self, now: Instant) -> Option<Instant> {
         self.until.filter(|until| *until > now)
     }
@@ -82,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lack_of_room_ends_no_listener_and_what_is_wrong_with_it_does() {
+    fn only_errors_of_the_listener_itself_are_errors() {
         for errno in [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM] {
             assert!(matches!(of(errno), Ok(Accepted::NoRoom(_))), "errno {errno}");
         }
@@ -96,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_without_room_is_left_alone_for_a_while() {
+    fn listener_without_room_pauses_for_the_interval() {
         let (mut room, now) = (Room::default(), Instant::now());
         assert_eq!(room.deadline(now), None);
         room.lacked(now);

@@ -1,23 +1,26 @@
-//! The limit of the background, which all bulk lanes share and which may change at any time.
+//! The bandwidth limit of background pages, which all bulk lanes share and which may change at any
+//! time.
 //!
-//! A lane asks before it claims pages and says afterwards what it has sent, so that no page is claimed
-//! and then held back: somebody might wait for it. What a batch exceeds the limit by is made up for by
-//! waiting before the next one. Demand pages neither ask nor count.
+//! A lane asks before it claims pages and reports afterwards how many bytes it has sent, so no page
+//! is claimed and then held back while a vCPU may wait for it. If a batch exceeds the limit, the
+//! lane waits before the next one. Demand pages neither ask nor count.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-/// A lane that waits looks again after this at the latest, so that a changed limit is soon felt.
+/// A waiting lane checks again after this time at the latest, so that a changed limit takes effect
+/// soon.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// What a lane that was late may make up for: timers are, by some 100 µs.
+/// How much a late lane may catch up: timers are late by some 100 µs.
 const CATCH_UP: Duration = Duration::from_millis(5);
 
 /// Bytes a second for the background.
 pub(crate) struct Bandwidth {
-    /// 0 for no limit.
+    /// 0 without a limit.
     bytes_per_s: AtomicU64,
-    /// Until when what has been sent takes, at the limit; nanoseconds since the origin.
+    /// Until when the limit occupies the background with the bytes sent; nanoseconds since the
+    /// origin.
     busy_until: AtomicU64,
     origin: Instant,
 }
@@ -36,7 +39,7 @@ impl Bandwidth {
         Some(self.bytes_per_s.load(Relaxed)).filter(|&limit| limit > 0)
     }
 
-    /// From now on. What was sent before is forgotten.
+    /// Sets the limit from now on. Bytes sent before are not counted.
     pub(crate) fn set(&self, bytes_per_s: Option<u64>) {
         self.bytes_per_s.store(bytes_per_s.unwrap_or(0), Relaxed);
         self.busy_until.store(self.now(), Relaxed);
@@ -49,7 +52,7 @@ impl Bandwidth {
         (left > 0).then(|| Duration::from_nanos(left).min(LOOK_INTERVAL))
     }
 
-    /// A lane sends so much.
+    /// Counts bytes that a lane sends.
     pub(crate) fn sent(&self, bytes: u64) {
         let Some(limit) = self.limit() else { return };
         let takes = u128::from(bytes) * 1_000_000_000 / u128::from(limit);
@@ -73,14 +76,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn without_a_limit_nobody_waits() {
+    fn lane_without_a_limit_never_waits() {
         let bandwidth = Bandwidth::new(None);
         bandwidth.sent(u64::MAX);
         assert_eq!((bandwidth.wait(), bandwidth.limit()), (None, None));
     }
 
     #[test]
-    fn what_was_sent_takes_its_time_until_the_limit_changes() {
+    fn bytes_sent_delay_the_next_batch_until_the_limit_changes() {
         let bandwidth = Bandwidth::new(Some(1000));
         assert_eq!(bandwidth.wait(), None);
         bandwidth.sent(1_000_000);
@@ -96,7 +99,7 @@ mod tests {
 
     /// All lanes together send no more than the limit allows in the time that passes.
     #[test]
-    fn lanes_share_the_limit() {
+    fn lanes_together_stay_within_the_limit() {
         const LIMIT: u64 = 64 << 20;
         const BATCH: u64 = 256 << 10;
         let bandwidth = Bandwidth::new(Some(LIMIT));

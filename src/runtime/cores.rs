@@ -1,4 +1,4 @@
-//! Which thread runs on which core.
+//! The cores of threads.
 
 use core_affinity::CoreId;
 use nix::sched::{sched_getaffinity, sched_setaffinity};
@@ -6,26 +6,27 @@ use nix::unistd::Pid;
 
 use super::role::Role;
 
-/// Where a bulk thread runs.
+/// The core of a bulk thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// Where the scheduler has it.
+    /// Any core, as the scheduler decides.
     Anywhere,
-    /// It begins on this core, and the scheduler may move it.
+    /// This core at first; the scheduler may move the thread.
     ///
-    /// A bulk thread that had to stay would wait for its core however busy that is and whatever the others do. Beside
-    /// one thread of real-time priority that does not sleep (another migration's pump, a demand lane that carries
-    /// the background) ordinary threads of a core share a twentieth of it. On two cores with 20 busy threads and
-    /// one of those a bulk thread that was bound to its core waited for up to 1.0 s at a time, and one that was not for
-    /// 0.4 s, with 1.7 to 2.5 times the processor time. With 34 ordinary ones alone (0.3 to 0.4 s) being bound
-    /// made no difference, nor did yields; nice −10 had ten times an ordinary thread's share.
+    /// A bound bulk thread would wait for its core however busy that is. Beside one thread of
+    /// real-time priority that does not sleep (another migration's pump, a demand lane that carries
+    /// the background), the ordinary threads of a core share a twentieth of it. On two cores with
+    /// 20 busy threads and one of those, a bound bulk thread waited for up to 1.0 s at a time, and
+    /// an unbound one for 0.4 s, with 1.7 to 2.5 times the processor time. With 34 ordinary threads
+    /// alone (0.3 to 0.4 s) binding made no difference, nor did yields; nice −10 had ten times an
+    /// ordinary thread's share.
     From(usize),
-    /// On this core, which was named.
+    /// This core only, as the user named it.
     At(usize),
 }
 
 impl Place {
-    /// Takes the calling thread there. Returns the core that it, and its ring, have to be bound to.
+    /// Moves the calling thread there. Returns the core that it, and its ring, have to be bound to.
     pub(crate) fn enter(self) -> Option<usize> {
         match self {
             Place::Anywhere => None,
@@ -35,7 +36,7 @@ impl Place {
                 if let Ok(allowed) = sched_getaffinity(this)
                     && core_affinity::set_for_current(CoreId { id: core })
                 {
-                    // It cannot fail: the thread was allowed there before.
+                    // It cannot fail: the thread was allowed on these cores before.
                     let _ = sched_setaffinity(this, &allowed);
                 }
                 None
@@ -43,7 +44,7 @@ impl Place {
         }
     }
 
-    /// The same for a thread that has been there: it is not taken back to where it began.
+    /// The place for a thread that has been started before: it does not return to its first core.
     pub(crate) fn again(self) -> Place {
         match self {
             Place::From(_) => Place::Anywhere,
@@ -52,8 +53,8 @@ impl Place {
     }
 }
 
-/// The cores of one side's threads: the demand lane's first, then those of the bulk lanes, which go
-/// round when there are more lanes than cores.
+/// The cores of one side's threads: the demand lane's, then those of the bulk lanes, which share
+/// cores in turn when there are more lanes than cores.
 pub(crate) struct Cores {
     demand: Option<usize>,
     bulk: Vec<usize>,
@@ -62,7 +63,7 @@ pub(crate) struct Cores {
 
 impl Cores {
     /// `named` as the user gave them, or a choice among the cores this process may use. Source and
-    /// destination choose from opposite ends, so that they do not meet when both run on one machine.
+    /// destination choose from opposite ends, so that they use different cores on one machine.
     pub(crate) fn choose(named: &[usize], role: Role) -> Cores {
         if let [demand, bulk @ ..] = named {
             let bulk = if bulk.is_empty() { vec![*demand] } else { bulk.to_vec() };
@@ -75,7 +76,7 @@ impl Cores {
             available.reverse();
         }
         match available.as_slice() {
-            // Nothing to choose from: the scheduler knows better.
+            // With at most one core there is no choice; the scheduler places the threads.
             [] | [_] => Cores { demand: None, bulk: Vec::new(), are_named: false },
             [demand, bulk @ ..] => {
                 Cores { demand: Some(*demand), bulk: bulk.to_vec(), are_named: false }
@@ -87,18 +88,18 @@ impl Cores {
         self.demand
     }
 
-    /// How many cores there are to choose from; one where there is no choice.
+    /// The number of cores to choose from; one without a choice.
     pub(crate) fn count(&self) -> usize {
         usize::from(self.demand.is_some()).max(1) + self.bulk.len()
     }
 
-    /// The core of the `index`th of some threads that share all cores.
+    /// The core of thread `index` among threads that share all cores.
     pub(crate) fn any(&self, index: usize) -> Option<usize> {
         let all: Vec<usize> = self.bulk.iter().copied().chain(self.demand).collect();
         (!all.is_empty()).then(|| all[index % all.len()])
     }
 
-    /// Where bulk lane `index` runs, counted from 0.
+    /// The place of bulk lane `index`, counted from 0.
     pub(crate) fn bulk(&self, index: usize) -> Place {
         match self.bulk.as_slice() {
             [] => Place::Anywhere,
@@ -113,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn named_cores_are_taken_in_their_order() {
+    fn named_cores_are_used_in_their_order() {
         let cores = Cores::choose(&[3, 1, 2], Role::Source);
         assert_eq!(cores.demand(), Some(3));
         assert_eq!(
@@ -124,19 +125,19 @@ mod tests {
     }
 
     #[test]
-    fn threads_stay_on_cores_that_were_named_alone() {
+    fn threads_are_bound_only_to_named_cores() {
         let allowed = || sched_getaffinity(Pid::from_raw(0)).unwrap();
         let before = allowed();
         for index in 0..3 {
             assert_eq!(Cores::choose(&[], Role::Source).bulk(index).enter(), None);
-            assert_eq!(allowed(), before, "it may go elsewhere");
+            assert_eq!(allowed(), before, "the thread is not bound");
         }
         assert_eq!(Place::At(3).enter(), Some(3));
         assert_eq!([Place::At(3).again(), Place::From(3).again()], [Place::At(3), Place::Anywhere]);
     }
 
     #[test]
-    fn both_ends_on_one_machine_choose_apart() {
+    fn both_sides_on_one_machine_choose_different_cores() {
         let (source, destination) =
             (Cores::choose(&[], Role::Source), Cores::choose(&[], Role::Destination));
         if source.demand().is_some() {

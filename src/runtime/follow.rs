@@ -1,10 +1,10 @@
-//! A demand thread follows those who wake it.
+//! A demand thread moves to the core of the thread that wakes it.
 //!
-//! Waking a thread on a core that sleeps takes several times as long as switching to it on the core of
-//! the one that waits: some 40 µs on a virtual machine, where the core has been given back to the host.
-//! A vCPU that waits for a page leaves its core idle, so the thread that answers it runs best there. At the
-//! destination that is the core of the vCPU, at the source the one that the requests arrive on. A guest
-//! whose faults come from all over keeps the thread where it is.
+//! Waking a thread on a sleeping core takes several times as long as switching to it on the core of
+//! the waiting thread: some 40 µs on a virtual machine, where the core has been given back to the
+//! host. A vCPU that waits for a page leaves its core idle, so the thread that answers runs best
+//! there. At the destination that is the core of the vCPU, at the source the one on which the
+//! requests arrive. With faults from many cores the thread stays where it is.
 
 use std::ffi::{CStr, OsStr};
 use std::fs::File;
@@ -15,16 +15,16 @@ use std::os::unix::ffi::OsStrExt;
 
 use core_affinity::CoreId;
 
-/// What happens in between passes without a look at where it came from: finding out takes up to 10 µs.
+/// Events for each look at their origin: a look takes up to 10 µs.
 const EVERY: u32 = 16;
 
-/// Looks in a row that have to agree before the thread moves.
+/// Consecutive looks that have to agree before the thread moves.
 const VOTES: u32 = 3;
 
-/// Moves the thread that owns it.
+/// Moves its thread.
 #[derive(Debug)]
 pub(crate) struct AffinityFollower {
-    /// The cores it may go to; none when the user has named one.
+    /// The cores it may move to; none when the user has named one.
     allowed: Vec<usize>,
     at: Option<usize>,
     candidate: usize,
@@ -33,15 +33,15 @@ pub(crate) struct AffinityFollower {
 }
 
 impl AffinityFollower {
-    /// Follows among the process's cores if `chosen` says that nobody has named one. `at` is where the
-    /// thread is bound to now.
+    /// Follows among the process's cores if `chosen`, that is if the user has named none. `at` is
+    /// the core to which the thread is bound now.
     pub(crate) fn new(chosen: bool, at: Option<usize>) -> AffinityFollower {
         let cores = if chosen { core_affinity::get_core_ids() } else { None };
         let allowed = cores.unwrap_or_default().into_iter().map(|core| core.id).collect();
         AffinityFollower { allowed, at, candidate: 0, votes: 0, since_look: 0 }
     }
 
-    /// Something has woken the thread: is it worth a look where it came from?
+    /// Counts a wake-up of the thread. Whether its origin should be looked up.
     pub(crate) fn is_due(&mut self) -> bool {
         self.since_look += 1;
         if self.allowed.len() < 2 || self.since_look < EVERY {
@@ -51,14 +51,14 @@ impl AffinityFollower {
         true
     }
 
-    /// It came from this core.
+    /// Records the core of a wake-up's origin.
     pub(crate) fn saw(&mut self, core: usize) {
         if let Some(core) = self.vote(core) {
             core_affinity::set_for_current(CoreId { id: core });
         }
     }
 
-    /// The core to move to, if it is time.
+    /// The core to move to, once enough looks agree.
     fn vote(&mut self, core: usize) -> Option<usize> {
         self.votes = if core == self.candidate { self.votes + 1 } else { 1 };
         self.candidate = core;
@@ -70,9 +70,9 @@ impl AffinityFollower {
     }
 }
 
-/// The core that a thread of this machine is on, or was last.
+/// The core that a thread of this machine runs on, or last ran on.
 pub(crate) fn core_of_thread(thread: u32) -> Option<usize> {
-    // Asked again and again by threads that allocate nothing: 17 bytes and the number at most.
+    // Called repeatedly by threads that allocate nothing: 17 bytes and the number at most.
     let mut path = [0; 32];
     write!(&mut path[..], "/proc/{thread}/stat").ok()?;
     let path = CStr::from_bytes_until_nul(&path).ok()?;
@@ -82,7 +82,7 @@ pub(crate) fn core_of_thread(thread: u32) -> Option<usize> {
     processor(std::str::from_utf8(&stat[..len]).ok()?)
 }
 
-/// Field 39 of proc_pid_stat(5). The second one is a name that may hold anything, in parentheses.
+/// Field 39 of proc_pid_stat(5). Field 2 is a name in parentheses that may hold any character.
 fn processor(stat: &str) -> Option<usize> {
     let (_, from_third) = stat.rsplit_once(')')?;
     from_third.split_ascii_whitespace().nth(39 - 3)?.parse().ok()
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn it_moves_when_several_looks_agree() {
+    fn thread_moves_after_several_looks_agree() {
         let mut follower = follower();
         let moves = [2, 2, 1, 2, 2, 2, 2, 0, 0, 0].map(|core| follower.vote(core));
         let mut expected = [None; 10];
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn it_stays_among_its_own_cores() {
+    fn thread_moves_only_among_allowed_cores() {
         let mut follower = follower();
         assert!((0..10).all(|_| follower.vote(3).is_none()));
         let mut named = AffinityFollower::new(false, Some(1));
@@ -138,14 +138,14 @@ mod tests {
     }
 
     #[test]
-    fn a_look_is_rare() {
+    fn origin_is_looked_up_only_every_nth_event() {
         let mut follower = follower();
         let looks = (0..160).filter(|_| follower.is_due()).count();
         assert_eq!(looks, 160 / EVERY as usize);
     }
 
     #[test]
-    fn the_processor_is_found_behind_any_name() {
+    fn processor_is_parsed_after_any_thread_name() {
         let fields: Vec<String> = (3..=52).map(|field| field.to_string()).collect();
         let stat = format!("77 (a) R (b c)) {}\n", fields.join(" "));
         assert_eq!(processor(&stat), Some(39));
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_tells_where_this_thread_is() {
+    fn core_of_this_thread_is_found() {
         // SAFETY: no memory is involved.
         let this = unsafe { libc::gettid() };
         let cores = core_affinity::get_core_ids().unwrap();

@@ -1,12 +1,12 @@
 //! Keeps the machine's idle cores awake while a guest waits for pages.
 //!
-//! Each fault wakes two threads here, the one that serves it and the vCPU, and each of them may find its
-//! core asleep. Waking a core takes longer than all else that is done for a page: in a virtual machine the
-//! core was given back to the host: on one of two cores a fault took 185 µs with sleeping cores and 44 to
-//! 52 µs with polling ones. The kernel's interface against that is PM QoS, `/dev/cpu_dma_latency`
-//! (Documentation/power/pm_qos_interface.rst): whoever holds it open bounds how deeply cores sleep, and the
-//! bound ends with the descriptor, whatever becomes of its process. It is for all cores, so it is held only
-//! while faults come, and [`CALM`] longer.
+//! Each fault wakes two threads, the one that serves it and the vCPU, and each may find its core
+//! asleep. Waking a core takes longer than all other work for a page, as in a virtual machine the
+//! core was given back to the host: on one of two cores a fault took 185 µs with sleeping cores and
+//! 44 to 52 µs with polling ones. The kernel's interface is PM QoS, `/dev/cpu_dma_latency`
+//! (Documentation/power/pm_qos_interface.rst): an open descriptor bounds how deeply cores sleep,
+//! and the bound ends with the descriptor, also when its process dies. The bound affects all cores,
+//! so it is held only while faults come, and [`CALM`] longer.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -16,26 +16,27 @@ use umem_ring::{Op, Ring};
 
 use crate::error::{Error, Result};
 
-/// Without a fault for as long as this, to twice as long, cores may sleep again.
+/// Cores may sleep again after one to two such periods without a fault.
 const CALM: Duration = Duration::from_millis(100);
 
-/// Takes a 32-bit number of µs for as long as it is open.
+/// Takes a 32-bit number of µs; the bound holds while it is open.
 pub(crate) const DEVICE: &str = "/dev/cpu_dma_latency";
 
-/// What a virtual machine's cores ask for: they poll. Any other number lets them halt, and the kernel
-/// does not know what that costs.
+/// In a virtual machine: cores poll. Any other number lets them halt, and the kernel does not know
+/// the cost of that.
 const LATENCY_VIRTUAL_US: i32 = 0;
 
-/// On bare metal: the lightest sleep (C1), which ends within 2 µs, and spares a core's other thread.
+/// On bare metal: the lightest sleep (C1), which ends within 2 µs and spares the core's sibling
+/// thread.
 const LATENCY_BARE_US: i32 = 2;
 
-/// What idle cores are to do while faults come.
+/// The state of idle cores while faults come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum IdleCores {
     /// Stay awake.
     #[default]
     Poll,
-    /// Sleep as they always do.
+    /// Sleep as usual.
     Sleep,
 }
 
@@ -51,7 +52,7 @@ impl std::str::FromStr for IdleCores {
     }
 }
 
-/// Keeps cores awake on behalf of one thread, which owns a ring.
+/// Keeps cores awake for one thread, which owns a ring.
 #[derive(Debug)]
 pub(crate) struct CpuLatencyHold {
     /// Not wanted, or not allowed.
@@ -68,7 +69,7 @@ impl CpuLatencyHold {
         CpuLatencyHold { is_off: idle == IdleCores::Sleep, held: None, is_busy: false, token }
     }
 
-    /// Somebody waits for a page. Opening takes some µs, so call it when the page has been asked for.
+    /// A vCPU waits for a page. Opening takes some µs, so call this after requesting the page.
     pub(crate) fn fault(&mut self, ring: &mut Ring) -> Result<()> {
         self.is_busy = true;
         if self.is_off || self.held.is_some() {
@@ -76,7 +77,7 @@ impl CpuLatencyHold {
         }
         self.held = hold(DEVICE).ok();
         if self.held.is_none() {
-            // Not allowed, or there is no such thing here: nothing is lost but time.
+            // Not allowed, or no such device: faults only take longer.
             self.is_off = true;
             return Ok(());
         }
@@ -100,20 +101,20 @@ impl CpuLatencyHold {
     }
 }
 
-/// Cores stay awake for as long as this is there.
+/// Cores stay awake while this exists.
 #[derive(Debug)]
 pub(crate) struct Awake {
     _bound: File,
 }
 
-/// For the time in which a guest stands still, and two monitors and their umems wake each other a dozen
-/// times. None where that is not wanted, or not allowed.
+/// For the time in which a guest is stopped and two monitors and their umems wake each other a
+/// dozen times. None if not wanted or not allowed.
 pub(crate) fn stay_awake(idle: IdleCores) -> Option<Awake> {
     let bound = (idle == IdleCores::Poll).then(|| hold(DEVICE).ok()).flatten();
     bound.map(|bound| Awake { _bound: bound })
 }
 
-/// Keeps cores awake for as long as what it returns is there.
+/// Keeps cores awake while the returned file is open.
 pub(crate) fn hold(device: &str) -> io::Result<File> {
     let latency = if is_virtual() { LATENCY_VIRTUAL_US } else { LATENCY_BARE_US };
     let mut file = OpenOptions::new().write(true).open(device)?;
@@ -121,7 +122,7 @@ pub(crate) fn hold(device: &str) -> io::Result<File> {
     Ok(file)
 }
 
-/// Whether this is a virtual machine: its processors say so (the CPUID bit that Linux calls
+/// Whether this is a virtual machine, by its processors' flags (the CPUID bit that Linux calls
 /// `hypervisor`).
 fn is_virtual() -> bool {
     #[cfg(target_arch = "x86_64")]
@@ -136,13 +137,13 @@ mod tests {
     use umem_ring::{Config, Wait};
 
     #[test]
-    fn the_bound_is_held_while_faults_come_and_no_longer() {
+    fn latency_bound_is_held_only_while_faults_come() {
         const TOKEN: u64 = 7;
         let mut ring = Ring::new(&Config::default()).unwrap();
         let mut vigil = CpuLatencyHold::new(IdleCores::Poll, TOKEN);
         vigil.fault(&mut ring).unwrap();
         if vigil.is_off {
-            assert!(hold(DEVICE).is_err(), "it was off only because it may not be opened");
+            assert!(hold(DEVICE).is_err(), "off only if the device may not be opened");
             return;
         }
         vigil.fault(&mut ring).unwrap();
@@ -159,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_opened_where_it_is_not_wanted_or_not_there() {
+    fn latency_device_is_not_opened_when_unwanted_or_missing() {
         let mut ring = Ring::new(&Config::default()).unwrap();
         let mut vigil = CpuLatencyHold::new(IdleCores::Sleep, 0);
         vigil.fault(&mut ring).unwrap();

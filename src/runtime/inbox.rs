@@ -1,16 +1,17 @@
-//! What wakes a control thread: messages of its worker threads, signals, other descriptors, time.
+//! The events that wake a control thread: messages of its worker threads, signals, other
+//! descriptors, time.
 //!
-//! Workers (rings, the host's thread) post messages; a bell (an eventfd) makes them visible to
-//! `poll`, beside signals, which are blocked in every thread and read from a signalfd. In a process whose
-//! signals are not ours a [`Canceller`] stands for them.
+//! Workers (rings, the host's thread) post messages; an eventfd makes them visible to `poll`,
+//! beside signals, which are blocked in every thread and read from a signalfd. In an embedding
+//! program, whose signals umem leaves alone, a [`Canceller`] takes their place.
 //!
-//! Every signal that would end the process means the same: somebody wants umem to stop ([`Wake::Signal`]).
+//! Every signal that would end the process is a request that umem stop ([`Wake::Signal`]).
 //! Exceptions:
-//! - SIGKILL cannot be caught; what it leaves behind is for `--resume`.
-//! - SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS and SIGTRAP tell of a fault in umem itself.
+//! - SIGKILL cannot be caught; `--resume` continues what it interrupts.
+//! - SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS and SIGTRAP indicate a fault in umem itself.
 //! - SIGPIPE and SIGXFSZ are ignored: the write fails, and its error is handled.
-//! - A signal that was ignored when umem started stays ignored, as nohup(1) wants it; but SIGINT and SIGTERM,
-//!   which are always somebody's wish.
+//! - A signal that was ignored when umem started stays ignored, as nohup(1) requires, except SIGINT
+//!   and SIGTERM, which are always a user's request.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
@@ -28,19 +29,19 @@ use super::panics;
 use super::polling::poll;
 use crate::error::{Context, Error, Result};
 
-/// What [`block_signals`] has found and done.
+/// The result of [`block_signals`].
 struct Signals {
-    /// What is read from signalfds.
+    /// Signals that are read from signalfds.
     ours: SigSet,
-    /// What was blocked before.
+    /// Signals that were blocked before.
     before: SigSet,
-    /// SIGXFSZ is ignored since then.
+    /// Whether SIGXFSZ is ignored since then.
     ignores_file_size: bool,
 }
 
 static SIGNALS: OnceLock<Signals> = OnceLock::new();
 
-/// Blocks the signals that end umem, in this thread and in all that it starts. Call it first.
+/// Blocks the signals that end umem, in this thread and in all that it starts. Call this first.
 pub(crate) fn block_signals() -> Result<()> {
     let ours = ours();
     let ignores_file_size = is_default(libc::SIGXFSZ);
@@ -61,7 +62,7 @@ pub(crate) fn unblock_signals() -> nix::Result<()> {
     signals.before.thread_set_mask()
 }
 
-/// The signals that end this process unless they are caught, as the module's text says.
+/// The signals that end this process unless they are caught; see the module.
 fn ours() -> SigSet {
     let mut mask = SigSet::empty();
     mask.add(Signal::SIGINT);
@@ -90,16 +91,16 @@ fn ours() -> SigSet {
     unsafe { SigSet::from_sigset_t_unchecked(raw) }
 }
 
-/// Nobody has said that the signal is to be ignored, or caught.
+/// Whether the signal is neither ignored nor caught.
 fn is_default(signal: i32) -> bool {
     // SAFETY: a zeroed sigaction is a valid value of that type, which consists of integers.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
-    // SAFETY: asks only; `action` outlives the call.
+    // SAFETY: only reads the action; `action` outlives the call.
     let result = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) };
     result == 0 && action.sa_sigaction == libc::SIG_DFL
 }
 
-/// Has a signal ignored, or not any more.
+/// Ignores a signal, or restores its default.
 pub(crate) fn dispose(signal: i32, disposition: libc::sighandler_t) -> nix::Result<()> {
     // SAFETY: SIG_IGN or SIG_DFL, so that no handler runs.
     match unsafe { libc::signal(signal, disposition) } {
@@ -108,12 +109,12 @@ pub(crate) fn dispose(signal: i32, disposition: libc::sighandler_t) -> nix::Resu
     }
 }
 
-/// What a signalfd reads.
+/// The signals of a signalfd.
 fn mask() -> SigSet {
     SIGNALS.get().map_or_else(ours, |signals| signals.ours)
 }
 
-/// Where workers post to.
+/// The sending end for workers.
 pub(crate) struct Post<T> {
     sender: Sender<T>,
     bell: Arc<EventFd>,
@@ -126,7 +127,7 @@ impl<T> Clone for Post<T> {
 }
 
 impl<T> Post<T> {
-    /// Posts a message. When the control thread has gone nobody needs it any more.
+    /// Posts a message. Does nothing once the control thread has ended.
     pub(crate) fn send(&self, message: T) {
         if self.sender.send(message).is_ok() {
             let _ = self.bell.write(1);
@@ -134,19 +135,19 @@ impl<T> Post<T> {
     }
 }
 
-/// A descriptor and what to wait for at it.
+/// A descriptor and the events to wait for.
 pub(crate) type Interest<'a> = (BorrowedFd<'a>, PollFlags);
 
-/// Waits until one of the descriptors is ready for what is asked of it: false when none is in time, an
-/// error when waiting is over for another reason, such as a signal.
+/// Waits until one of the descriptors is ready: false after the timeout, an error when the wait
+/// ends for another reason, such as a signal.
 pub(crate) type Wait<'a> = &'a dyn Fn(&[Interest<'_>], Option<Duration>) -> Result<bool>;
 
-/// Whether it can be read from.
+/// Waits for data to read.
 pub(crate) fn readable(socket: &impl AsFd) -> Interest<'_> {
     (socket.as_fd(), PollFlags::POLLIN)
 }
 
-/// Whether it takes something.
+/// Waits for room to write.
 pub(crate) fn writable(socket: &impl AsFd) -> Interest<'_> {
     (socket.as_fd(), PollFlags::POLLOUT)
 }
@@ -155,11 +156,11 @@ pub(crate) fn writable(socket: &impl AsFd) -> Interest<'_> {
 pub(crate) enum Wake<T> {
     /// A worker posted this.
     Message(T),
-    /// A signal that wants umem to stop, or what stands for one.
+    /// A signal that asks umem to stop, or its replacement.
     Signal,
-    /// `extra[i]` is ready for what was asked, or was closed.
+    /// `extra[i]` is ready, or was closed.
     Ready(usize),
-    /// The time is up.
+    /// The timeout has passed.
     Timeout,
 }
 
@@ -173,11 +174,11 @@ pub(crate) struct Inbox<T> {
     last_signal: AtomicI32,
 }
 
-/// What tells umem to stop.
+/// The source of requests to stop.
 enum Interrupts {
-    /// Those that [`block_signals`] has blocked.
+    /// The signals that [`block_signals`] has blocked.
     Signals(SignalFd),
-    /// The program that umem is a part of.
+    /// The embedding program.
     Host(Canceller),
 }
 
@@ -189,7 +190,7 @@ impl Interrupts {
         }
     }
 
-    /// Takes one, if there is one, and says its number.
+    /// Takes one request, if there is one, and returns its signal's number.
     fn take(&self) -> Result<Option<i32>> {
         match self {
             Interrupts::Signals(signals) => {
@@ -203,7 +204,7 @@ impl Interrupts {
         }
     }
 
-    /// Waiting goes on.
+    /// Fails if the wait must not go on.
     fn check(&self) -> Result<()> {
         match self {
             Interrupts::Signals(_) => Ok(()),
@@ -224,12 +225,13 @@ impl Canceller {
         Ok(Canceller { bell: bell()?, is_abandoned: Arc::default() })
     }
 
-    /// As Ctrl-C does: without effect where stopping is no longer possible.
+    /// Requests a stop, as Ctrl-C does: without effect where stopping is no longer possible.
     pub(crate) fn cancel(&self) {
         let _ = self.bell.write(1);
     }
 
-    /// Nobody is interested any more: every wait fails from now on, whatever phase it is in.
+    /// Ends every wait with an error from now on, in any phase: the embedding program has dropped
+    /// the migration.
     pub(crate) fn abandon(&self) {
         self.is_abandoned.store(true, SeqCst);
         self.cancel();
@@ -251,7 +253,7 @@ fn bell() -> Result<Arc<EventFd>> {
 }
 
 impl<T> Inbox<T> {
-    /// For a process whose signals are ours.
+    /// For a program of its own, which handles its signals.
     pub(crate) fn new() -> Result<Inbox<T>> {
         let signals = SignalFd::with_flags(&mask(), SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .context(|| "signalfd")?;
@@ -269,12 +271,12 @@ impl<T> Inbox<T> {
         Ok(Inbox { sender, receiver, bell: bell()?, interrupts, last_signal })
     }
 
-    /// The last [`Wake::Signal`] was Ctrl-C: somebody at the terminal, or who speaks as one.
+    /// Whether the last [`Wake::Signal`] was SIGINT: Ctrl-C, or a process that sent it.
     pub(crate) fn was_ctrl_c(&self) -> bool {
         self.last_signal.load(SeqCst) == libc::SIGINT
     }
 
-    /// Whether it belongs to a part of another program, which has a way of its own to end it.
+    /// Whether umem is a part of another program, which has its own way to end the migration.
     pub(crate) fn is_embedded(&self) -> bool {
         matches!(self.interrupts, Interrupts::Host(_))
     }
@@ -293,7 +295,7 @@ impl<T> Inbox<T> {
         self.wait_for(&extra, timeout)
     }
 
-    /// The same, with what each of `extra` is to be ready for.
+    /// The same, with the events for each of `extra`.
     pub(crate) fn wait_for(
         &self,
         extra: &[(BorrowedFd<'_>, PollFlags)],
@@ -337,8 +339,9 @@ impl<T> Inbox<T> {
         }
     }
 
-    /// Waits until one of `extra` is ready: false when none is in time. A signal ends it, and `meanwhile` says
-    /// what has become of the guest then. For as long as nobody posts: a message is taken and lost.
+    /// Waits until one of `extra` is ready: false after the timeout. A signal ends the wait;
+    /// `meanwhile` then describes the guest's state in the error. Only while no worker posts: a
+    /// message would be lost.
     pub(crate) fn wait_ready(
         &self,
         extra: &[(BorrowedFd<'_>, PollFlags)],
@@ -354,10 +357,11 @@ impl<T> Inbox<T> {
 }
 
 impl<T> Inbox<T> {
-    /// Runs what may have to wait for others (a monitor that does not answer, who writes to a FIFO) on a thread
-    /// of its own, so that a signal ends the waiting; `meanwhile` says what has become of the guest then. The
-    /// thread is left to itself, and ends with the process. With `first` two signals are needed, and the first
-    /// one has that said. For as long as nobody posts, as [`Inbox::wait_ready`].
+    /// Runs work that may block (a monitor that does not answer, a FIFO without a writer) on a
+    /// thread of its own, so that a signal ends the wait; `meanwhile` then describes the guest's
+    /// state in the error. The thread continues until the process ends. With `first` two signals
+    /// are needed, and the first prints `first`. Only while no worker posts, as for
+    /// [`Inbox::wait_ready`].
     pub(crate) fn wait_for_work<R: Send + 'static>(
         &self,
         meanwhile: &str,
@@ -385,7 +389,9 @@ impl<T> Inbox<T> {
                     None => return Err(Error::Interrupted(meanwhile.into())),
                 },
                 Wake::Ready(_) => {
-                    return receiver.recv().map_err(|_| Error::Internal("no answer".into()))?;
+                    return receiver
+                        .recv()
+                        .map_err(|_| Error::Internal("the work ended without a result".into()))?;
                 }
                 Wake::Message(_) | Wake::Timeout => {}
             }
@@ -393,7 +399,7 @@ impl<T> Inbox<T> {
     }
 }
 
-/// Rounded up to whole milliseconds, so that a wait does not turn into a busy loop at its end.
+/// Rounded up to whole milliseconds, so that the end of a wait is not a busy loop.
 fn poll_timeout(left: Option<Duration>) -> PollTimeout {
     match left {
         None => PollTimeout::NONE,
@@ -409,7 +415,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cancelled_wait_is_interrupted_once_and_an_abandoned_one_for_good() {
+    fn cancel_interrupts_one_wait_and_abandon_interrupts_all() {
         let canceller = Canceller::new().unwrap();
         let inbox = Inbox::embedded(canceller.clone()).unwrap();
         canceller.cancel();

@@ -1,5 +1,5 @@
-//! What a process and its threads need, whatever they do: a control thread's inbox, workers, panics, cores and
-//! priorities, printing. Nothing here knows of a migration but [`role`].
+//! Services for processes and threads: a control thread's inbox, workers, panics, cores and
+//! priorities, printing. Only [`role`] refers to migrations.
 
 pub(crate) mod accepting;
 pub(crate) mod bandwidth;

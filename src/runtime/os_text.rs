@@ -1,9 +1,9 @@
-//! Names of files that need not be UTF-8, as text: the parser of the command line and session files take nothing
-//! else.
+//! File names that need not be UTF-8, as text, for the parser of the command line and for session
+//! files.
 //!
-//! Each byte that is no part of UTF-8 becomes a character at the end of the last private use area, and so do the
-//! bytes of those characters themselves, should a name have them. So every name has a text, and every text leads
-//! back to its name.
+//! Each byte outside UTF-8 becomes a character at the end of the last private use area. The bytes
+//! of those characters, if a name has them, are replaced as well. So every name has a text, and
+//! every text converts back to its name.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result};
 
-/// What stands for a byte: this and the byte, which is never ASCII.
+/// Replaces a byte: the sum of this and the byte, which is never ASCII.
 const ESCAPES: u32 = 0x10_ff00;
 
 pub(crate) fn encode(name: &OsStr) -> String {
@@ -42,7 +42,7 @@ pub(crate) fn decode(text: &str) -> OsString {
     OsString::from_vec(name)
 }
 
-/// The byte that it stands for.
+/// The byte that a character replaces.
 fn escaped(character: char) -> Option<u8> {
     let byte = u8::try_from(u32::from(character).checked_sub(ESCAPES)?).ok()?;
     (!byte.is_ascii()).then_some(byte)
@@ -63,7 +63,7 @@ pub(crate) mod path {
     }
 }
 
-/// A path that means the same in another directory.
+/// The absolute path, which is valid in every working directory.
 pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).context(|| path.display().to_string())
 }
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_name_comes_back() {
+    fn every_name_decodes_to_itself() {
         let lone = [
             &b"/dev/shm/\xff\xfe \xc3"[..],
             b"\x80",
@@ -86,7 +86,7 @@ mod tests {
             assert_eq!(decode(&encode(name)), name);
         }
         assert_eq!(encode(OsStr::new("/dev/shm/gäst")), "/dev/shm/gäst", "UTF-8 stays as it is");
-        // A name that looks like the text of another one.
+        // A name that looks like the text of another name.
         let text = encode(OsStr::from_bytes(b"a\xffb"));
         let looks_alike = OsStr::new(&text);
         assert_eq!(decode(&encode(looks_alike)), looks_alike);

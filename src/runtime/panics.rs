@@ -1,9 +1,10 @@
-//! What becomes of a panic: an error with its message.
+//! Turns a panic into an error with its message.
 //!
-//! A program of its own prints it as well, as every Rust program does, but never waits for whoever reads that
-//! ([`print_panics`](crate::runtime::print::print_panics)). As a part of another program umem prints nothing: [`keep_quiet`] then makes the panics of its threads, and of the calls into it,
-//! end in the error alone. A panic hook is the whole process's; those of all other threads still go to
-//! the hook that was there before.
+//! The umem program prints the panic as well, as every Rust program does, but never blocks on a
+//! full stderr ([`print_panics`](crate::runtime::print::print_panics)). Inside another program umem
+//! prints nothing: with [`keep_quiet`] the panics of umem's threads, and of calls into umem, end in
+//! the error alone. A panic hook is global to the process; panics of all other threads still go to
+//! the hook that was installed before.
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -16,13 +17,13 @@ use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
 
-/// What the names of umem's threads begin with.
+/// The prefix of the names of umem's threads.
 pub(crate) const THREAD_PREFIX: &str = "umem-";
 
 thread_local! {
     /// The last panic of this thread, with its place.
     static LAST: RefCell<Option<String>> = const { RefCell::new(None) };
-    /// The thread is inside a call into umem.
+    /// Whether the thread is inside a call into umem.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -36,17 +37,17 @@ fn message(payload: &(dyn Any + Send)) -> &str {
     match (payload.downcast_ref::<&str>(), payload.downcast_ref::<String>()) {
         (Some(text), _) => text,
         (None, Some(text)) => text,
-        (None, None) => "a panic without words",
+        (None, None) => "a panic without a message",
     }
 }
 
-/// What `call` returns, or the error that its panic becomes. The caller undoes what was begun.
+/// The result of `call`, or the error of its panic. The caller undoes partial work.
 pub(crate) fn caught<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|payload| Err(error(&*payload)))
 }
 
-/// A place at which a test has a thread panic, as [`PANIC_VARIABLE`] says. Only builds with debug assertions, as tests
-/// are, have any.
+/// A place at which a test can make a thread panic, as [`PANIC_VARIABLE`] says. Only in builds with
+/// debug assertions, which tests use.
 #[cfg(debug_assertions)]
 pub(crate) fn point(place: std::fmt::Arguments<'_>) {
     static WANTED: OnceLock<Option<(String, PathBuf)>> = OnceLock::new();
@@ -56,20 +57,21 @@ pub(crate) fn point(place: std::fmt::Arguments<'_>) {
         Some((place.to_owned(), file.into()))
     };
     let Some((wanted, file)) = WANTED.get_or_init(read) else { return };
-    // Whoever removes it panics, and nobody after that.
+    // The thread that removes the file panics, and no other.
     if place.to_string() == *wanted && std::fs::remove_file(file).is_ok() {
-        panic!("as a test wants it, at {place}");
+        panic!("requested by a test, at {place}");
     }
 }
 
 #[cfg(not(debug_assertions))]
 pub(crate) fn point(_: std::fmt::Arguments<'_>) {}
 
-/// `PLACE=FILE`: whoever comes by that place while the file is there removes it and panics.
+/// `PLACE=FILE`: the first thread that reaches the place while the file exists removes the file and
+/// panics.
 #[cfg(debug_assertions)]
 const PANIC_VARIABLE: &str = "UMEM_TEST_PANIC";
 
-/// From here on umem's own panics are not printed.
+/// Stops printing umem's own panics.
 pub(crate) fn keep_quiet() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -89,7 +91,7 @@ fn is_ours() -> bool {
         || std::thread::current().name().is_some_and(|name| name.starts_with(THREAD_PREFIX))
 }
 
-/// Runs a call into umem, on whatever thread that comes.
+/// Runs a call into umem, on any thread.
 pub(crate) fn inside<T>(call: impl FnOnce() -> T) -> T {
     struct Leave(bool);
     impl Drop for Leave {

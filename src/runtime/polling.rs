@@ -1,22 +1,23 @@
-//! poll(2), also where it polls more descriptors than the process may open now.
+//! poll(2), also for more descriptors than the process may open now.
 //!
-//! It answers EINVAL then, and ENOMEM where the machine has no memory for the call. An administrator may lower the
-//! limit of a process that runs, and neither says anything of the descriptors: no migration may end by it.
+//! poll(2) fails with EINVAL then, and with ENOMEM if the machine has no memory for the call. An
+//! administrator may lower the limit of a running process, and neither error concerns the
+//! descriptors, so no migration may end by them.
 
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollTimeout};
 
-/// How often descriptors are looked at one by one.
+/// How often descriptors are polled one by one.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Waits until a descriptor is ready: how many are, 0 when none was in time.
+/// Waits until a descriptor is ready: the number of ready descriptors, 0 after the timeout.
 ///
 /// # Errors
 /// EINTR after a signal.
 pub(crate) fn poll(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> nix::Result<i32> {
-    #[expect(clippy::disallowed_methods, reason = "it is what everybody else calls")]
+    #[expect(clippy::disallowed_methods, reason = "all other code calls this function")]
     let asked = nix::poll::poll(fds, timeout);
     match asked {
         Err(Errno::EINVAL | Errno::ENOMEM) => Ok(poll_each(fds, timeout)),
@@ -24,15 +25,15 @@ pub(crate) fn poll(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> nix::Result<
     }
 }
 
-/// The same, one descriptor a call. One that cannot be polled is not ready.
+/// The same with one call a descriptor. A descriptor that cannot be polled is not ready.
 fn poll_each(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> i32 {
-    // Negative: none.
+    // Negative: no limit.
     let millis = u64::try_from(i32::from(timeout)).ok();
     let deadline = millis.map(|millis| Instant::now() + Duration::from_millis(millis));
     loop {
         let mut ready = 0;
         for fd in fds.chunks_mut(1) {
-            #[expect(clippy::disallowed_methods, reason = "it is what everybody else calls")]
+            #[expect(clippy::disallowed_methods, reason = "all other code calls this function")]
             let asked = nix::poll::poll(fd, PollTimeout::ZERO);
             ready += asked.unwrap_or(0);
         }
@@ -54,9 +55,9 @@ mod tests {
 
     use super::*;
 
-    /// What it does below a limit; a limit itself would be that of the tests beside this one as well.
+    /// The fallback itself: a lowered limit would affect the tests beside this one as well.
     #[test]
-    fn descriptors_are_polled_one_by_one() {
+    fn poll_each_finds_ready_descriptors() {
         let (mut here, there) = UnixStream::pair().unwrap();
         let (quiet, _other) = UnixStream::pair().unwrap();
         let mut fds = [&quiet, &there].map(|end| PollFd::new(end.as_fd(), PollFlags::POLLIN));

@@ -1,9 +1,9 @@
-//! What is printed, by whomever: everything that umem writes to its standard output and error goes through here.
+//! All output of umem to its standard output and error.
 //!
-//! Nothing that is printed may end a migration, or fail or delay it. So nothing here panics, errors are remembered
-//! rather than returned, and a stream that does not take what is written at once (nobody reads the pipe, the
-//! terminal is stopped) gets a thread that waits for it; there is room for [`WAITING_BYTES_MAX`], and what does not
-//! fit is lost. [`finish`] waits for the rest at the end, and says what could not be written.
+//! Output must not end, fail or delay a migration. So nothing here panics, errors are remembered
+//! instead of returned, and a thread takes over a stream that blocks (a pipe without a reader, a
+//! stopped terminal). Up to [`WAITING_BYTES_MAX`] bytes wait; further output is lost. [`finish`]
+//! waits for the rest at the end, and reports output that could not be written.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::borrow::Cow;
@@ -24,34 +24,34 @@ use nix::unistd::write;
 use super::panics::{self, THREAD_PREFIX};
 use super::polling::poll;
 
-/// What may wait for a stream that takes nothing, bytes.
+/// Most bytes that wait for a blocked stream.
 const WAITING_BYTES_MAX: usize = 1 << 20;
 
-/// A pipe that takes something takes as much without waiting (PIPE_BUF).
+/// A ready pipe takes this many bytes without blocking (PIPE_BUF).
 const AT_ONCE_BYTES_MAX: usize = 4096;
 
-/// How often it is looked whether somebody does not want to wait at the end.
+/// How often the wait at the end checks for a signal.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 static STDOUT: Stream = Stream::new(libc::STDOUT_FILENO);
 static STDERR: Stream = Stream::new(libc::STDERR_FILENO);
 
-/// The standard library opens /dev/null in the place of a stream that is closed when a program begins.
+/// Whether stdout was closed at the start, as the standard library opens /dev/null in its place.
 static STDOUT_WAS_CLOSED: AtomicBool = AtomicBool::new(false);
 
 thread_local! {
-    /// This thread is about to write something.
+    /// Whether this thread is writing.
     static IS_PUTTING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// To be called before the standard library begins, so that it does nothing but a system call.
+/// Called before the standard library starts, so it only makes a system call.
 pub(crate) fn look_at_stdout() {
     // SAFETY: numbers only.
     let is_closed = unsafe { libc::fcntl(libc::STDOUT_FILENO, libc::F_GETFD) } < 0;
     STDOUT_WAS_CLOSED.store(is_closed, Relaxed);
 }
 
-/// On the standard output, as it is.
+/// Writes to the standard output, unchanged.
 pub(crate) fn out(text: &str) {
     if STDOUT_WAS_CLOSED.load(Relaxed) {
         STDOUT.state().failure.get_or_insert_with(|| "it was closed when umem started".into());
@@ -60,17 +60,18 @@ pub(crate) fn out(text: &str) {
     STDOUT.put(text.as_bytes());
 }
 
-/// A line on the standard output, [`visible`].
+/// Writes a line to the standard output, [`visible`].
 pub(crate) fn out_line(text: &str) {
     out(&format!("{}\n", visible(text)));
 }
 
-/// A line on the standard error, [`visible`].
+/// Writes a line to the standard error, [`visible`].
 pub(crate) fn err_line(text: &str) {
     STDERR.put(format!("{}\n", visible(text)).as_bytes());
 }
 
-/// The text as nothing but text: what monitors, peers and files say may hold sequences that a terminal would obey.
+/// The text without control sequences for a terminal, which texts of monitors, peers and files may
+/// hold.
 fn visible(text: &str) -> Cow<'_, str> {
     let obeys = |character: char| character.is_control() && character != '\n' && character != '\t';
     if !text.contains(obeys) {
@@ -83,12 +84,12 @@ fn visible(text: &str) -> Cow<'_, str> {
     text.chars().map(escape).collect::<String>().into()
 }
 
-/// Whether the standard error takes something at once.
+/// Whether the standard error takes data without blocking.
 pub(crate) fn stderr_is_ready() -> bool {
     STDERR.is_ready()
 }
 
-/// The standard error, for who wants to write there.
+/// The standard error as a writer.
 #[derive(Clone, Copy)]
 pub(crate) struct Stderr;
 
@@ -103,8 +104,8 @@ impl Write for Stderr {
     }
 }
 
-/// From here on panics are printed as everything else is: the standard library would wait for a standard error that
-/// nobody reads, and the thread that has panicked would tell nobody that it has.
+/// Prints panics through this module from now on: the standard library would block on a standard
+/// error without a reader, and the panicking thread could not report its error.
 pub(crate) fn print_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let thread = std::thread::current();
@@ -117,8 +118,8 @@ pub(crate) fn print_panics() {
     }));
 }
 
-/// Waits until everything is written, or `is_over` says that nobody waits for it any more. Why something that was
-/// meant for the standard output is not there, if that is so.
+/// Waits until everything is written, or `is_over` ends the wait. Returns why output meant for the
+/// standard output is missing, if it is.
 pub(crate) fn finish(mut is_over: impl FnMut(Duration) -> bool) -> Option<String> {
     while STDOUT.is_behind() || STDERR.is_behind() {
         if is_over(LOOK_INTERVAL) {
@@ -127,7 +128,7 @@ pub(crate) fn finish(mut is_over: impl FnMut(Duration) -> bool) -> Option<String
     }
     let mut state = STDOUT.state();
     if state.is_behind() {
-        state.failure.get_or_insert_with(|| "its reader does not read".into());
+        state.failure.get_or_insert_with(|| "its reader has stopped reading".into());
     }
     state.failure.clone()
 }
@@ -142,7 +143,7 @@ struct Stream {
 struct State {
     waiting: VecDeque<Vec<u8>>,
     waiting_bytes: usize,
-    /// The thread has something that is not written yet.
+    /// The stream's thread has unwritten data.
     is_writing: bool,
     has_thread: bool,
     /// The first error.
@@ -180,7 +181,8 @@ impl Stream {
     }
 
     fn fd(&self) -> BorrowedFd<'static> {
-        // SAFETY: a standard stream is open from before `main` until the process ends, and nobody owns it.
+        // SAFETY: a standard stream is open from before `main` until the process ends, and has no
+        // owner.
         unsafe { BorrowedFd::borrow_raw(self.number) }
     }
 
@@ -190,12 +192,12 @@ impl Stream {
 
     fn poll(&self, limit: PollTimeout) -> bool {
         let mut fds = [PollFd::new(self.fd(), PollFlags::POLLOUT)];
-        // An error shows as soon as something is written.
+        // An error shows at the next write.
         poll(&mut fds, limit).is_ok_and(|count| count > 0)
     }
 
     fn put(&'static self, bytes: &[u8]) {
-        // A panic in here would have the panic's own message wait for this thread's lock.
+        // A panic in here would make the panic's own message wait for this thread's lock.
         if IS_PUTTING.replace(true) {
             return;
         }
@@ -211,7 +213,7 @@ impl Stream {
                 match write(self.fd(), &rest[..rest.len().min(AT_ONCE_BYTES_MAX)]) {
                     Ok(count) => rest = &rest[count..],
                     Err(Errno::EINTR) => {}
-                    // A QEMU sets a terminal that it shares with us so.
+                    // A QEMU that shares the terminal makes it nonblocking.
                     Err(Errno::EAGAIN) => break,
                     Err(errno) => return state.fail(errno.desc()),
                 }
@@ -221,7 +223,7 @@ impl Stream {
             return;
         }
         if state.waiting_bytes + rest.len() > WAITING_BYTES_MAX {
-            return state.fail("its reader does not read");
+            return state.fail("its reader has stopped reading");
         }
         if !state.has_thread {
             let thread = std::thread::Builder::new().name(format!("{THREAD_PREFIX}print"));
@@ -235,7 +237,8 @@ impl Stream {
         self.more.notify_one();
     }
 
-    /// Writes what waits, for as long as the process lives. After a panic nothing waits for it any more.
+    /// Writes waiting data until the process ends. After a panic of this thread no data waits for
+    /// it.
     fn write_or_fail(&self) {
         let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.write_on()));
         let mut state = self.state();
@@ -244,7 +247,7 @@ impl Stream {
         state.waiting.clear();
     }
 
-    /// Writes what waits, for as long as the process lives.
+    /// Writes waiting data until the process ends.
     fn write_on(&self) -> Infallible {
         let mut state = self.state();
         loop {

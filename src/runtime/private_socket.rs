@@ -1,4 +1,4 @@
-//! Unix sockets that are one user's alone.
+//! Unix sockets that are private to one user.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -7,10 +7,10 @@ use std::path::Path;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
 
-/// Makes a listening unix socket that is the owner's alone.
+/// Makes a listening unix socket that is private to its owner.
 ///
-/// The file that bind makes has the socket's own mode, so that no mask of the whole process has to
-/// change for it, whose other threads may make files meanwhile.
+/// The file that bind makes has the socket's own mode. So the process's umask need not change,
+/// which would affect files that other threads make at the same time.
 pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
     use nix::sys::socket::{Backlog, bind, listen};
     use nix::sys::stat::{Mode, fchmod};
@@ -21,7 +21,8 @@ pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
     Ok(socket.into())
 }
 
-/// Connects to a unix socket without waiting: [`io::ErrorKind::WouldBlock`] where its queue of connections is full.
+/// Connects to a unix socket without waiting: [`io::ErrorKind::WouldBlock`] if its queue of
+/// connections is full.
 pub(crate) fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -31,7 +32,7 @@ pub(crate) fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Nobody listens at this socket any more: its process was killed.
+/// Whether no process listens at this socket any more, as after a kill.
 pub(crate) fn is_deserted(path: &Path) -> bool {
     connect_at_once(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }

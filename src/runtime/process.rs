@@ -1,15 +1,15 @@
-//! Processes: a handle that stays on its process, and what proc(5) says of one.
+//! Processes: a handle that stays on its process, and their entries in proc(5).
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process::Child;
 
 use crate::error::{Error, Result};
 
-/// A handle on a process, which stays on that process when its pid is used again.
+/// A handle on a process, which stays on that process when its pid is reused.
 pub(crate) struct ProcessHandle(OwnedFd, u32);
 
 impl ProcessHandle {
-    /// Of a child. Without a handle nobody would end it, so it ends now.
+    /// For a child. A child without a handle is ended, as it could not be ended later.
     pub(crate) fn of_child(child: &mut Child) -> Result<ProcessHandle> {
         ProcessHandle::of_child_by(child, ProcessHandle::open)
     }
@@ -24,7 +24,7 @@ impl ProcessHandle {
         })
     }
 
-    /// Of a process that is known to be there: a child, or one that a child of ours waits for.
+    /// For a process that is known to exist: a child, or a process that a child waits for.
     pub(crate) fn open(pid: u32) -> Result<ProcessHandle> {
         // SAFETY: pidfd_open(2) takes a pid and flags; no memory is involved.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0) };
@@ -32,7 +32,7 @@ impl ProcessHandle {
         if fd < 0 {
             return Err(Error::last_os(format!("pidfd_open of process {pid}")));
         }
-        // SAFETY: the kernel has just made it for us.
+        // SAFETY: the descriptor is new and has no other owner.
         Ok(ProcessHandle(unsafe { OwnedFd::from_raw_fd(fd) }, pid))
     }
 
@@ -46,12 +46,12 @@ impl ProcessHandle {
         self.0.as_fd()
     }
 
-    /// Ends the process; one that has ended already stays so.
+    /// Kills the process; without effect if it has ended.
     pub(crate) fn kill(&self) {
         self.signal(libc::SIGKILL);
     }
 
-    /// Sends a signal; a process that has ended already does not mind.
+    /// Sends a signal; without effect if the process has ended.
     pub(crate) fn signal(&self, number: i32) {
         let info = std::ptr::null::<libc::siginfo_t>();
         // SAFETY: pidfd_send_signal(2) with no siginfo; the descriptor is ours.
@@ -61,24 +61,24 @@ impl ProcessHandle {
     }
 }
 
-/// When a process began, in the kernel's ticks since boot (proc(5), field 22): with its pid that is the
-/// process and no other. None if there is no such process, or it has ended and only waits to be noticed.
+/// A process's start time, in the kernel's ticks since boot (proc(5), field 22): with the pid it
+/// identifies the process. None if there is no such process, or it is a zombie.
 pub(crate) fn began(pid: u32) -> Option<u64> {
     let (state, rest) = stat(pid)?;
     let is_alive = !matches!(state, 'Z' | 'X' | 'x');
     rest.split_whitespace().nth(18).filter(|_| is_alive)?.parse().ok()
 }
 
-/// Why a process does not run, though it would.
+/// Why a runnable process does not run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Standstill {
-    /// By a signal: SIGCONT lets it go on.
+    /// Stopped by a signal; SIGCONT continues it.
     Stopped,
-    /// By whoever traces it.
+    /// Stopped by its tracer.
     Traced,
 }
 
-/// Whether somebody has stopped the process, as far as its main thread shows.
+/// Whether the process is stopped, as far as its main thread shows.
 pub(crate) fn standstill(pid: u32) -> Option<Standstill> {
     match stat(pid)?.0 {
         'T' => Some(Standstill::Stopped),
@@ -87,20 +87,20 @@ pub(crate) fn standstill(pid: u32) -> Option<Standstill> {
     }
 }
 
-/// Of a process: its state (proc(5), field 3), and the fields after that.
+/// A process's state (proc(5), field 3), and the fields after it.
 fn stat(pid: u32) -> Option<(char, String)> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name before it, in parentheses, may hold anything.
+    // The name before it, in parentheses, may hold any character.
     let mut rest = stat.rsplit_once(')')?.1.trim_start().chars();
     Some((rest.next()?, rest.collect()))
 }
 
-/// Before a command that takes root's rights.
+/// The prefix of a command that needs root.
 pub(crate) fn sudo() -> &'static str {
     if nix::unistd::geteuid().is_root() { "" } else { "sudo " }
 }
 
-/// A small file of the kernel's, without the white space around it.
+/// A small file of the kernel's, without surrounding white space.
 pub(crate) fn read(path: &str) -> Option<String> {
     std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
 }
@@ -113,13 +113,13 @@ mod tests {
 
     /// A sandbox may have no pidfd_open(2).
     #[test]
-    fn a_child_without_a_handle_is_ended() {
+    fn child_without_a_handle_is_ended() {
         let mut child = Command::new("sleep").arg("1000").spawn().expect("a sleep");
         let refused = |pid| Err(Error::Host(format!("no handle on {pid}")));
         assert!(ProcessHandle::of_child_by(&mut child, refused).is_err());
         assert!(stat(child.id()).is_none(), "it has ended, and has been waited for");
         let mut child = Command::new("sleep").arg("1000").spawn().expect("a sleep");
         ProcessHandle::of_child(&mut child).expect("a handle").kill();
-        child.wait().expect("it is ours");
+        child.wait().expect("a child of this process");
     }
 }

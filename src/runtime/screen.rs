@@ -13,17 +13,17 @@ fn on_screen() -> MutexGuard<'static, Option<ProgressBar>> {
     ON_SCREEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// From here on this bar is there.
+/// Shows a bar from now on.
 pub(crate) fn show(bar: ProgressBar) {
     *on_screen() = Some(bar);
 }
 
-/// There is no bar from here on.
+/// Removes the bar.
 pub(crate) fn clear() {
     on_screen().take();
 }
 
-/// A line on stderr, above the bar if there is one.
+/// Prints a line to stderr, above the bar if there is one.
 pub(crate) fn say(line: &str) {
     let bar = on_screen().clone();
     match bar {

@@ -1,4 +1,4 @@
-//! The threads that serve lanes: how they are started, how they say that they could not go on.
+//! The threads that serve lanes: their start and their failures.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -12,22 +12,22 @@ use super::panics;
 use crate::error::{Context, Error, Result, lane_name};
 use umem_ring::{Mailbox, Waker};
 
-/// How far the demand lane may be behind a bulk lane when a peer gives up.
+/// How far the demand lane may lag behind a bulk lane when a peer gives up.
 const CAUSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long the reason of a failure may take to leave.
+/// How long sending the reason of a failure may take.
 const PARTING_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A note that can carry a worker's failure.
+/// A message that can carry a worker's failure.
 pub(crate) trait Failure: Send + 'static {
-    /// The note that says why a worker could not go on.
+    /// The message with a worker's error.
     fn failed(error: Error) -> Self;
-    /// The failure in a note, a worker's or the peer's, if that is what it is.
+    /// The failure in a message, a worker's or the peer's, if it has one.
     fn into_failure(self) -> Option<Error>;
 }
 
-/// Starts `body` on a thread of its own and waits until it has said that it runs; what it says then
-/// is returned. A failure at any time, a panic included, is posted to the inbox.
+/// Starts `body` on a thread of its own and waits until the thread reports that it runs; returns
+/// the report. A failure at any time, a panic included, is posted to the inbox.
 pub(crate) fn start<N: Failure, S: Send + 'static, T: Send + 'static>(
     name: &str,
     inbox: &Inbox<N>,
@@ -54,23 +54,23 @@ fn current_name() -> String {
     std::thread::current().name().unwrap_or_default().to_owned()
 }
 
-/// What a worker says once, when it can be reached.
+/// Takes a worker's report that it runs, once.
 pub(crate) struct Started<S>(Sender<S>);
 
 impl<S> Started<S> {
-    /// For work that nobody has to reach.
+    /// For a worker whose report is not needed.
     pub(crate) fn unheard() -> Started<S> {
         Started(channel().0)
     }
 
     pub(crate) fn with(self, reach: S) {
-        // The control thread waits for this; where it has gone nobody needs it.
+        // The control thread waits for this; if it has ended, the report is not needed.
         let _ = self.0.send(reach);
     }
 }
 
-/// A worker that panics must not leave the control thread waiting for ever: what it served stands
-/// still, and whoever depends on it is told.
+/// A worker that panics must not leave the control thread waiting forever: its lane has stopped,
+/// and the panic is posted as an error.
 fn run<N: Failure, T>(post: &Post<N>, body: impl FnOnce() -> Result<T>) -> Option<T> {
     match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(value)) => Some(value),
@@ -99,8 +99,8 @@ fn started_or_failed<N: Failure, S>(started: &Receiver<S>, inbox: &Inbox<N>) -> 
     }
 }
 
-/// Waits for a thread's end. After a failure it gets [`PARTING_TIMEOUT`] to send what is left, as the other side
-/// may not read it; then `sever` has to end what it waits for.
+/// Waits for a thread's end. After a failure the thread gets [`PARTING_TIMEOUT`] to send its data,
+/// which the peer may not read; then `sever` has to end its wait.
 pub(crate) fn part<T>(
     thread: JoinHandle<T>,
     has_failed: bool,
@@ -116,8 +116,8 @@ pub(crate) fn part<T>(
     thread.join()
 }
 
-/// Why a bulk lane was lost: a peer that gives up says so on the demand lane and closes them all, and
-/// lanes are not ordered against each other. Other errors are causes already.
+/// Finds why a bulk lane was lost: a peer that gives up sends its reason on the demand lane and
+/// closes all lanes, and lanes are not ordered against each other. Other errors are causes already.
 pub(crate) fn first_cause<N: Failure>(inbox: &Inbox<N>, error: Error) -> Error {
     let demand = lane_name(LaneRole::Demand, 0);
     let is_effect = |error: &Error| matches!(error, Error::Lost { lane, .. } if *lane != demand);
@@ -136,7 +136,7 @@ pub(crate) fn first_cause<N: Failure>(inbox: &Inbox<N>, error: Error) -> Error {
     }
 }
 
-/// How others reach a thread that waits for its ring.
+/// The address of a thread that waits for its ring.
 pub(crate) struct ThreadHandle {
     pub(crate) waker: Waker,
     pub(crate) mailbox: Mailbox,
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_bulk_lane_has_the_cause_that_the_demand_lane_brings() {
+    fn lost_bulk_lane_takes_its_cause_from_the_demand_lane() {
         let inbox = Inbox::new().unwrap();
         inbox.post().send(Note(None));
         inbox.post().send(Note(Some(lost("bulk lane 2"))));
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cause_of_its_own_is_not_waited_for() {
+    fn error_with_its_own_cause_is_returned_at_once() {
         let inbox = Inbox::<Note>::new().unwrap();
         inbox.post().send(Note(Some(Error::Internal("why".into()))));
         let cause = first_cause(&inbox, lost("demand lane"));

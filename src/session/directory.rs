@@ -1,4 +1,5 @@
-//! The directory of session files: who may use it, whose session is locked, and what nobody needs any more.
+//! The directory of session files: its permissions, the locks of sessions, and the removal of
+//! leftovers.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::ErrorKind;
@@ -13,14 +14,14 @@ use nix::unistd::AccessFlags;
 use crate::error::{Error, Result};
 use crate::runtime::role::Role;
 
-/// Where session files are.
+/// The directory of session files.
 #[derive(Clone, Debug)]
 pub(crate) struct Directory(pub(super) PathBuf);
 
 impl Directory {
-    /// The one that is named; else one of this user's that ends with the machine: `umem` in
-    /// `$XDG_RUNTIME_DIR`, if that is this user's, or `/run/umem` for root. None where there is no such
-    /// place. It is made if it is missing, and tidied up.
+    /// The named directory; otherwise one of this user's that is cleared at reboot: `umem` in
+    /// `$XDG_RUNTIME_DIR`, if that is this user's, or `/run/umem` for root. None if there is
+    /// neither. A missing directory is made, and leftovers are removed.
     pub(crate) fn find(named: Option<&Path>) -> Result<Option<Directory>> {
         let Some(path) = named.map(Path::to_owned).or_else(usual) else { return Ok(None) };
         let failed = |source| Error::System {
@@ -38,20 +39,20 @@ impl Directory {
         if !metadata.is_dir() || metadata.uid() != own || metadata.permissions().mode() & 0o077 != 0
         {
             return Err(Error::Environment(format!(
-                "{} must be a directory of this user's, with mode 0700, as session files say how to get \
-                 at a guest: name another one with --session-dir",
+                "{} must be a directory of this user's, with mode 0700, as session files give \
+                 access to a guest: give another one with --session-dir",
                 path.display()
             )));
         }
-        // On a file system that cannot be written nothing can be left.
+        // On a read-only file system there is nothing to lock or write.
         nix::unistd::access(&path, AccessFlags::W_OK).map_err(|errno| failed(errno.into()))?;
         let directory = Directory(path);
         directory.sweep();
         Ok(Some(directory))
     }
 
-    /// The same, for a side that can do without: what is wrong with a directory that nobody has named
-    /// is only said.
+    /// The same for a side that can run without a directory: a fault of the default directory is
+    /// only reported through `remark`.
     pub(crate) fn find_or_remark(
         named: Option<&Path>,
         remark: impl FnOnce(&str),
@@ -69,7 +70,7 @@ impl Directory {
         self.0.join(format!("{session}.{what}"))
     }
 
-    /// The session of this side whose number begins so.
+    /// The session of this side whose number begins with `beginning`.
     pub(super) fn complete(&self, beginning: &str, role: Role) -> Result<String> {
         let suffix = format!(".{}", role.name());
         let all: Vec<String> =
@@ -88,7 +89,7 @@ impl Directory {
             ))),
         }
     }
-    /// Locks a session for this process, as long as it lives.
+    /// Locks a session for this process, until the process ends.
     pub(super) fn lock(&self, session: &str, role: Role) -> Result<Flock<File>> {
         let path = self.lock_path(session, role);
         let failed = |source| Error::System {
@@ -101,7 +102,8 @@ impl Directory {
             let options = options.write(true).create(true).truncate(false).mode(0o600);
             match Flock::lock(options.open(&path).map_err(failed)?, NOW_OR_NEVER) {
                 Ok(lock) if is_in_place(&lock) => return Ok(lock),
-                // It was removed before we had it: whoever comes next makes another one.
+                // The lock was removed before this process had it; the next attempt makes another
+                // one.
                 Ok(_) => {}
                 Err((_, Errno::EWOULDBLOCK)) if attempts.next().is_some() => {
                     std::thread::sleep(LOCK_INTERVAL);
@@ -116,8 +118,8 @@ impl Directory {
         }
     }
 
-    /// Removes what belongs to one side of a session, whose lock the caller has. The lock goes last, as it
-    /// keeps others from what is being removed.
+    /// Removes the files of one side of a session whose lock the caller holds. The lock goes last,
+    /// as it keeps other processes from the files being removed.
     pub(super) fn remove(&self, session: &str, role: Role) {
         let prefix = format!("{session}.");
         let of_session =
@@ -128,8 +130,9 @@ impl Directory {
         let _ = fs::remove_file(self.lock_path(session, role));
     }
 
-    /// Removes what processes have left that were killed before their first record: nobody can go on with
-    /// that. Who has just made a lock, and not locked it yet, finds that it has gone, and makes another one.
+    /// Removes the files of processes that were killed before their first record, which no process
+    /// can resume. A process that has just made a lock, and not locked it yet, finds it removed and
+    /// makes another one.
     fn sweep(&self) {
         for name in self.names() {
             let side = |role: Role| Some((name.strip_suffix(&lock_suffix(role))?, role));
@@ -159,8 +162,8 @@ impl Directory {
 
 const NOW_OR_NEVER: FlockArg = FlockArg::LockExclusiveNonblock;
 
-/// Who tidies up has a lock for as long as it takes to remove a few files: a process that lives has it for
-/// longer than these attempts take.
+/// A process that sweeps holds a lock for as long as it takes to remove a few files; a running
+/// session holds it for longer than these attempts take.
 const LOCK_ATTEMPTS_MAX: u32 = 20;
 const LOCK_INTERVAL: Duration = Duration::from_millis(5);
 
@@ -168,12 +171,12 @@ fn lock_suffix(role: Role) -> String {
     format!(".{}.lock", role.name())
 }
 
-/// The file still has its name.
+/// Whether the file still has its name.
 fn is_in_place(file: &File) -> bool {
     file.metadata().is_ok_and(|metadata| metadata.nlink() > 0)
 }
 
-/// Whether a file `SESSION.what` is of that side of the session, its lock aside.
+/// Whether a file `SESSION.what`, the lock excepted, belongs to that side of the session.
 pub(super) fn belongs_to(role: Role, what: &str) -> bool {
     let is_record = what.strip_prefix(role.name()).is_some_and(|rest| matches!(rest, "" | ".new"));
     is_record
@@ -190,11 +193,11 @@ fn listed(sessions: &[String]) -> String {
     }
 }
 
-/// The directory that nobody has to name.
+/// The default directory.
 pub(super) fn usual() -> Option<PathBuf> {
     let own = nix::unistd::geteuid();
     let of_user = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    // Another user's, where the environment has come through sudo.
+    // Another user's, if the environment came through sudo.
     let is_own = |path: &PathBuf| fs::metadata(path).is_ok_and(|m| m.uid() == own.as_raw());
     let base = of_user.filter(|path| path.is_absolute() && is_own(path));
     base.or_else(|| own.is_root().then(|| "/run".into())).map(|base| base.join("umem"))
@@ -220,16 +223,16 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_process_has_left_goes_and_what_somebody_needs_stays() {
+    fn sweep_removes_leftovers_and_keeps_records_and_locked_sessions() {
         let (_scratch, directory) = directory();
         let write = |name: &str| fs::write(directory.0.join(name), "").unwrap();
         // Killed before their first record.
         let left = ["a.source.lock", "a.freed.0", "a.source.new", "b.destination.lock", "b.guest"];
         left.into_iter().for_each(write);
-        // Killed afterwards, and something else.
+        // Killed afterwards, and an unrelated file.
         let kept = ["c.destination", "c.destination.lock", "c.guest", "notes.txt"];
         kept.into_iter().for_each(write);
-        // Both sides of one session, one of them at work.
+        // Both sides of one session, one of them running.
         let lock = directory.lock("d", Role::Source).unwrap();
         ["d.freed.0", "d.destination.lock", "d.guest"].into_iter().for_each(write);
         assert!(Directory::find(Some(&directory.0)).unwrap().is_some());
@@ -241,9 +244,9 @@ mod tests {
         assert_eq!(names(&directory), kept);
     }
 
-    /// However close one process begins beside another one that tidies up.
+    /// However close together one process begins and another one sweeps.
     #[test]
-    fn who_begins_while_others_tidy_up_has_its_lock_and_its_files() {
+    fn session_begun_during_a_sweep_keeps_its_lock_and_files() {
         let (_scratch, directory) = directory();
         let has_ended = AtomicBool::new(false);
         std::thread::scope(|scope| {

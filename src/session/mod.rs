@@ -1,22 +1,23 @@
-//! What one side of a migration leaves for a process that takes over from it, should it be killed.
+//! The files that one side of a migration keeps so that another process can take over after a kill.
 //!
-//! A side writes a *session file* before the moment from which on nobody else could end its migration
-//! well: the source before it stops its guest, the destination before it says that its guest could run.
-//! `--resume SESSION` reads it ([at the source](crate::source::session::takeover),
-//! [at the destination](crate::destination::session::takeover)). The file is gone when the migration has ended.
+//! A side writes a *session file* before the moment from which on no other process could end its
+//! migration well: the source before it stops its guest, the destination before it reports that its
+//! guest could run. `--resume SESSION` reads it ([at the source](crate::source::session::takeover),
+//! [at the destination](crate::destination::session::takeover)). The file is removed when the
+//! migration has ended.
 //!
-//! Three files a side, in a directory that is its user's alone ([`Directory`]):
+//! Up to three files a side, in a directory that is private to its user ([`Directory`]):
 //!
 //! | file | |
 //! |---|---|
 //! | `SESSION.source`, `SESSION.destination` | the record, JSON, replaced whole by rename |
-//! | the same with `.lock` | locked (flock) by the process that serves the session, as long as it lives |
+//! | the same with `.lock` | locked (flock) by the process that serves the session, until it ends |
 //! | `SESSION.freed.N` | source, `--release-ram`: which pages of region N may be gone, a bit each |
 //! | `SESSION.guest` | destination: a socket on which the guest's side hands over again |
 //!
-//! A lock ends with its process: when somebody else has it no thread of the dead one is left, and so no
-//! operation of its rings. What was left by a process that was killed before its first record, which nobody
-//! can go on with, goes when the next umem looks into the directory.
+//! A lock ends with its process: when another process has it, no thread of the dead process is
+//! left, and so no operation of its rings. Files of a process that was killed before its first
+//! record, which no process can resume, are removed when the next umem opens the directory.
 
 mod clock;
 mod directory;
@@ -48,25 +49,25 @@ pub use resume::Options as ResumeOptions;
 #[cfg(feature = "fuzz")]
 pub(crate) use resume::check;
 
-/// A session's number as it is written.
+/// A session's number as text.
 pub(crate) fn name(session: SessionId) -> String {
     hex(&session.0)
 }
 
-/// The number that [`name`] has written.
+/// The number that [`name`] wrote.
 pub(crate) fn parse(name: &str) -> Option<SessionId> {
     unhex(name)?.try_into().ok().map(SessionId)
 }
 
-/// Bytes of a record at most. One of a guest with many regions has a few ten thousand.
+/// Most bytes of a record. The record of a guest with many regions has a few ten thousand.
 const RECORD_BYTES_MAX: u64 = 4 << 20;
 
-/// Reads a record. It waits for nobody, whatever lies there in its place.
+/// Reads a record. Never blocks, whatever kind of file is in its place.
 fn read(path: &Path) -> io::Result<Vec<u8>> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let mut bytes = Vec::new();
     if !file.metadata()?.is_file() {
-        return Err(io::Error::other("it is no regular file"));
+        return Err(io::Error::other("not a regular file"));
     }
     file.take(RECORD_BYTES_MAX + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > RECORD_BYTES_MAX {
@@ -75,7 +76,7 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A record that lies in a file of its own while a session needs it. Clones share it.
+/// A record that is kept in a file while a session needs it. Clones share it.
 pub(crate) struct SessionFile<R>(Arc<Mutex<Kept<R>>>);
 
 impl<R> Clone for SessionFile<R> {
@@ -90,14 +91,14 @@ struct Kept<R> {
     session: String,
     role: Role,
     is_written: bool,
-    /// Nothing of it is there any more, and what is may be somebody else's.
+    /// The files have been removed; a file of that name may now belong to another session.
     is_removed: bool,
-    /// Held as long as this is.
+    /// Held as long as this exists.
     _lock: Flock<File>,
 }
 
 impl<R: Serialize + DeserializeOwned> SessionFile<R> {
-    /// For a session that begins. Nothing but the lock is written before the first [`edit`](SessionFile::edit).
+    /// For a new session. Before the first [`edit`](SessionFile::edit) only the lock is written.
     pub(crate) fn new(
         directory: &Directory,
         session: SessionId,
@@ -109,7 +110,7 @@ impl<R: Serialize + DeserializeOwned> SessionFile<R> {
         Ok(SessionFile::of(record, directory, session, role, false, lock))
     }
 
-    /// Takes a session over whose process is gone.
+    /// Takes over a session whose process has ended.
     pub(crate) fn take_over(
         directory: &Directory,
         beginning: &str,
@@ -124,7 +125,10 @@ impl<R: Serialize + DeserializeOwned> SessionFile<R> {
         let what = || format!("the session file {}", path.display());
         let text = read(&path).context(what)?;
         let record: R = serde_json::from_slice(&text).map_err(|error| {
-            Error::Environment(format!("{} is not one of this umem's: {error}", what()))
+            Error::Environment(format!(
+                "{} was not written by this version of umem: {error}",
+                what()
+            ))
         })?;
         Ok((SessionFile::of(record.clone(), directory, session, role, true, lock), record))
     }
@@ -148,8 +152,8 @@ impl<R: Serialize + DeserializeOwned> SessionFile<R> {
         self.kept().session.clone()
     }
 
-    /// What a command line that resumes needs beside the number: where the files are, unless that is the
-    /// usual place. Begins with a blank.
+    /// The option that a resuming command line needs beside the number: the directory, unless it is
+    /// the default. Begins with a blank.
     pub(crate) fn directory_option(&self) -> String {
         let path = self.kept().directory.0.clone();
         match directory::usual().as_ref() == Some(&path) {
@@ -161,19 +165,19 @@ impl<R: Serialize + DeserializeOwned> SessionFile<R> {
     /// The path of another file of the session, which is removed with the record.
     pub(crate) fn file(&self, what: &str) -> PathBuf {
         let kept = self.kept();
-        assert!(directory::belongs_to(kept.role, what), "nobody would remove {what}");
+        assert!(directory::belongs_to(kept.role, what), "{what} would never be removed");
         kept.directory.path(&kept.session, what)
     }
 
-    /// Changes the record, and has the file say so when this returns.
+    /// Changes the record; the file has the change when this returns.
     pub(crate) fn edit(&self, change: impl FnOnce(&mut R)) -> Result<()> {
         let mut kept = self.kept();
         change(&mut kept.record);
-        // What has ended is not written again.
+        // The record of an ended session is not written again.
         if kept.is_removed { Ok(()) } else { kept.write() }
     }
 
-    /// What is known, as it was written last.
+    /// The record as it was written last.
     pub(crate) fn record(&self) -> R
     where
         R: Clone,
@@ -181,7 +185,7 @@ impl<R: Serialize + DeserializeOwned> SessionFile<R> {
         self.kept().record.clone()
     }
 
-    /// The migration has ended: nobody has to take over any more.
+    /// The migration has ended: no takeover is possible or needed any more.
     pub(crate) fn remove(&self) {
         let mut kept = self.kept();
         kept.directory.remove(&kept.session, kept.role);
@@ -194,7 +198,7 @@ impl<R: Serialize + DeserializeOwned> SessionFile<R> {
 }
 
 impl<R: Serialize> Kept<R> {
-    /// Whole or not at all: whoever reads finds this record or the one before it.
+    /// Writes atomically: a reader finds this record or the one before it.
     fn write(&mut self) -> Result<()> {
         let path = self.directory.path(&self.session, self.role.name());
         let next = self.directory.path(&self.session, &format!("{}.new", self.role.name()));
@@ -216,7 +220,7 @@ impl<R: Serialize> Kept<R> {
 
 impl<R> Drop for Kept<R> {
     fn drop(&mut self) {
-        // There is nothing to take over.
+        // Nothing can be taken over.
         if !self.is_written && !self.is_removed {
             self.directory.remove(&self.session, self.role);
         }
@@ -246,7 +250,7 @@ mod tests {
     const ID: SessionId = SessionId([0xab; 16]);
 
     #[test]
-    fn a_number_is_read_as_it_is_written() {
+    fn session_number_is_parsed_as_it_is_written() {
         let id = SessionId(std::array::from_fn(|at| at as u8 * 16 + 1));
         assert_eq!(parse(&name(id)), Some(id));
         for wrong in ["", "abc", &"g".repeat(32), &"1".repeat(33), &"ä".repeat(16)] {
@@ -255,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_is_taken_over_by_one_process_once_the_other_is_gone() {
+    fn session_is_taken_over_only_after_its_process_has_ended() {
         let (_scratch, directory) = directory();
         let keeper = SessionFile::new(&directory, ID, Role::Source, Record(1)).unwrap();
         let take = |beginning: &str, role| {
@@ -280,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_record_is_refused_and_not_waited_for() {
+    fn invalid_record_is_refused_without_blocking() {
         let (_scratch, directory) = directory();
         let path = directory.path(&name(ID), Role::Source.name());
         let refused = || {
@@ -290,17 +294,17 @@ mod tests {
             error
         };
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR).unwrap();
-        assert!(refused().contains("no regular file"));
+        assert!(refused().contains("not a regular file"));
         std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
-        assert!(refused().contains("no regular file"));
+        assert!(refused().contains("not a regular file"));
         File::create(&path).unwrap().set_len(RECORD_BYTES_MAX + 1).unwrap();
         assert!(refused().contains("more than"));
         fs::write(&path, b"\xff").unwrap();
-        assert!(refused().contains("is not one of this umem's"));
+        assert!(refused().contains("was not written by this version of umem"));
     }
 
     #[test]
-    fn a_session_that_came_to_nothing_leaves_nothing() {
+    fn session_without_a_record_leaves_no_files() {
         let (_scratch, directory) = directory();
         let keeper = SessionFile::new(&directory, ID, Role::Destination, Record(1)).unwrap();
         fs::write(keeper.file("guest"), "").unwrap();
@@ -309,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_others_can_read_is_refused() {
+    fn directory_readable_by_others_is_refused() {
         let (_scratch, directory) = directory();
         fs::set_permissions(&directory.0, fs::Permissions::from_mode(0o755)).unwrap();
         let error = Directory::find(Some(&directory.0)).unwrap_err().to_string();

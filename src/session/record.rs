@@ -1,4 +1,4 @@
-//! What is in a session file.
+//! The contents of a session file.
 
 use std::path::PathBuf;
 
@@ -13,10 +13,10 @@ use crate::memory::stamp::Stamp;
 use crate::runtime::os_text::{self, absolute};
 use crate::transport::secure::Security;
 
-/// Of the records below. A umem that takes over has to know it.
+/// The version of the records below. A umem that takes over has to support it.
 pub(crate) const VERSION: u32 = 3;
 
-/// How lanes are secured: files that are read again.
+/// The means of securing lanes: files that are read again.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct SecurityRecord {
     tls_creds: Option<PathBuf>,
@@ -46,15 +46,15 @@ impl SecurityRecord {
     }
 }
 
-/// How far a source had come.
+/// The state of a source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum SourceState {
-    /// Its guest stood still, or was about to, and may be resumed: no switchover has left.
+    /// The guest was stopped, or about to be, and may be resumed: no switchover has been sent.
     Stopped,
-    /// A switchover may have left: the guest may run at the destination, and never again here.
+    /// A switchover may have been sent: the guest may run at the destination, and never again here.
     Committed,
-    /// The destination has said that it has everything: nobody needs what is here.
+    /// The destination has reported that it has everything: the pages here are not needed any more.
     Completed,
 }
 
@@ -64,15 +64,15 @@ pub(crate) struct RamRecord {
     pub(crate) name: String,
     #[serde(with = "os_text::path")]
     pub(crate) path: PathBuf,
-    /// Where in the file it begins.
+    /// The region's offset in the file.
     pub(crate) offset: u64,
     pub(crate) bytes: u64,
-    /// By these two it is known to be the same file.
+    /// These two identify the file.
     pub(crate) device: u64,
     pub(crate) inode: u64,
-    /// log2 of the landing unit's size; 0 while the destination has not named it.
+    /// log2 of the landing unit's size; 0 before the destination has sent it.
     pub(crate) unit_shift: u8,
-    /// What it was like when the guest had stopped, where it was to change no more.
+    /// The file's stamp when the guest had stopped, if the file must not change after that.
     #[serde(default)]
     pub(crate) stamp: Option<Stamp>,
     /// It is umem's own, with what its guest's private memory had that was not sent: it goes with the session. It has
@@ -88,17 +88,17 @@ impl SourceRecord {
     }
 }
 
-/// What a source has to know to go on.
+/// The data that a source needs to resume.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct SourceRecord {
     pub(crate) version: u32,
     pub(crate) state: SourceState,
     pub(crate) uri: String,
     pub(crate) bulk_lanes: u16,
-    /// As the lanes' hello has them.
+    /// As in the lanes' hellos.
     pub(crate) capabilities: u64,
-    /// The highest that any attempt to open lanes has had, and more than any that a process before has
-    /// used: it is written before the attempt.
+    /// The highest epoch of any attempt to open lanes, in this and all earlier processes: it is
+    /// written before the attempt.
     pub(crate) epoch: u32,
     pub(crate) ram: Vec<RamRecord>,
     pub(crate) qmp: Option<PathBuf>,
@@ -107,37 +107,39 @@ pub(crate) struct SourceRecord {
     pub(crate) background: bool,
     pub(crate) max_postcopy_bandwidth: Option<u64>,
     pub(crate) security: SecurityRecord,
-    /// The destination has said that the guest runs there.
+    /// The destination has reported that the guest runs there.
     pub(crate) running: bool,
-    /// Bytes of the guest's that it had when it said so last.
+    /// Bytes of the guest's memory at the destination's last report.
     pub(crate) heard_bytes: u64,
-    /// When the guest was stopped, and when the switchover left, nanoseconds since boot.
+    /// When the guest was stopped, and when the switchover was sent, nanoseconds since boot.
     pub(crate) stopped_at: u64,
     pub(crate) switched_at: u64,
-    /// Bytes that the RAM files held at the switchover, where they are freed.
+    /// Bytes that the RAM files held at the switchover, if they are freed.
     pub(crate) allocated_bytes: u64,
-    /// A RAM file was found changed, and it was said so: whoever resumes the session then has put it right.
+    /// A RAM file was found changed, and that was reported: resuming the session then means that it
+    /// has been repaired.
     #[serde(default)]
     pub(crate) file_failed: bool,
 }
 
-/// How far a destination had come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The state of a destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum DestinationState {
     /// The guest could run, and must not before the switchover.
     Loaded,
-    /// The switchover has come: the guest is this side's, and may run.
+    /// The switchover has come: the guest belongs to this side, and may run.
     Switched,
-    /// It runs.
+    /// The guest runs.
     Running,
-    /// It has all of its memory. Its side may have to hear of it, and the source has to.
+    /// The guest has all of its memory. The source, and perhaps the guest's side, are still to be
+    /// told.
     Complete,
-    /// The source has said goodbye: nobody but its side may have to hear of it.
+    /// The source has said goodbye: at most the guest's side is still to be told.
     Parted,
 }
 
-/// What has come in all.
+/// Totals received.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct TotalsRecord {
     data_bytes: u64,
@@ -162,20 +164,20 @@ impl From<TotalsRecord> for Totals {
     }
 }
 
-/// Who runs the guest.
+/// The process of the guest.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct GuestRecord {
     pub(crate) pid: u32,
-    /// When it began, in the kernel's ticks: another process with that pid began later.
+    /// Its start time, in the kernel's ticks: another process with that pid started later.
     pub(crate) began: u64,
-    /// The process whose memory it is, where that is another one.
+    /// The process that owns the memory, if it is another one.
     pub(crate) owner: Option<u32>,
-    /// RAM files that umem has made for it.
+    /// RAM files that umem has made for the guest.
     pub(crate) created: Vec<Created>,
-    /// Where it listens for commands, if it was started with a socket of its own for that; otherwise its
-    /// side has kept umem's end.
+    /// The socket on which it listens for commands, if it was started with one of its own;
+    /// otherwise its side has kept umem's end.
     pub(crate) qmp: Option<PathBuf>,
-    /// It has a monitor that has to be told to run.
+    /// A monitor has to be told to run the guest.
     pub(crate) has_monitor: bool,
     /// The guest ran at the source.
     pub(crate) runs: bool,
@@ -190,16 +192,17 @@ pub(crate) struct RegionRecord {
     pub(crate) unit_shift: u8,
 }
 
-/// What a destination has to know to go on; the pages' states are in memory that the guest's side keeps.
+/// The data that a destination needs to resume; the pages' states are in memory that the guest's
+/// side keeps.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct DestinationRecord {
     pub(crate) version: u32,
     pub(crate) state: DestinationState,
-    /// Where it listened; none where there was one connection.
+    /// The address on which it listened; none for a single connection.
     pub(crate) uri: Option<String>,
     pub(crate) bulk_lanes: u16,
     pub(crate) capabilities: u64,
-    /// Whose lanes they were, with TLS: the certificate, in hexadecimal digits.
+    /// With TLS: the source's certificate, in hexadecimal digits.
     pub(crate) certificate: Option<String>,
     pub(crate) regions: Vec<RegionRecord>,
     pub(crate) postcopy: bool,
@@ -213,6 +216,6 @@ pub(crate) struct DestinationRecord {
     /// When the switchover came and when the guest ran, nanoseconds since boot.
     pub(crate) switched_at: Option<u64>,
     pub(crate) running_at: Option<u64>,
-    /// Once it is complete.
+    /// Set once the guest is complete.
     pub(crate) totals: TotalsRecord,
 }

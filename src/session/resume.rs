@@ -1,4 +1,4 @@
-//! How `--resume SESSION` begins, on either side.
+//! The start of `--resume SESSION` on either side.
 
 use std::path::PathBuf;
 
@@ -15,16 +15,16 @@ use crate::runtime::role::Role;
 use crate::transport::secure::Security;
 use crate::transport::uri::Uri;
 
-/// What a process is asked to do that takes over.
+/// The options of a process that takes over.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The session's number, or how it begins.
+    /// The session's number, or its beginning.
     pub session: String,
-    /// Where session files are; none for the usual place.
+    /// The directory of session files; none for the default.
     pub session_dir: Option<PathBuf>,
-    /// Where the other side is to be found, or to come, if not where it was.
+    /// A new address of the other side, or for it, if it has changed.
     pub uri: Option<Uri>,
-    /// How lanes are secured, where that is not to be as it was.
+    /// New security options, if they have changed.
     pub security: Option<Security>,
     /// Cores for the demand lane and the bulk lanes, in this order; empty to choose.
     pub cores: Vec<usize>,
@@ -32,7 +32,7 @@ pub struct Options {
     pub idle_cores: IdleCores,
     /// JSON events on stdout.
     pub json: bool,
-    /// What others may see.
+    /// Options of progress, metrics and control.
     pub observe: observe::Options,
 }
 
@@ -42,10 +42,10 @@ pub(crate) trait Record: Clone + Serialize + DeserializeOwned {
 
     fn version(&self) -> u32;
 
-    /// Of its session.
+    /// The number of its session's bulk lanes.
     fn bulk_lanes(&self) -> u16;
 
-    /// How its lanes were secured.
+    /// The security options of its lanes.
     fn security(&self) -> Security;
 }
 
@@ -82,10 +82,11 @@ impl Record for DestinationRecord {
 }
 
 impl Options {
-    /// Makes the session this process's, and reads what is known of it.
+    /// Takes the session over for this process, and reads its record.
     ///
     /// # Errors
-    /// No such session, one that is served by a process which lives, or the record of another umem.
+    /// No such session, one that a running process serves, or the record of another version of
+    /// umem.
     pub(crate) fn take_over<R: Record>(&self) -> Result<(SessionFile<R>, R)> {
         let directory = Directory::find(self.session_dir.as_deref())?.ok_or_else(no_directory)?;
         let (keeper, record) = SessionFile::<R>::take_over(&directory, &self.session, R::ROLE)?;
@@ -93,22 +94,22 @@ impl Options {
         Ok((keeper, record))
     }
 
-    /// How lanes are to be secured.
+    /// The security options of the lanes.
     pub(crate) fn security(&self, record: &impl Record) -> Security {
         self.security.clone().unwrap_or_else(|| record.security())
     }
 }
 
-/// There is nowhere to look.
+/// Without a directory there are no sessions.
 fn no_directory() -> Error {
     Error::Usage(
-        "there is no usual place for session files, as $XDG_RUNTIME_DIR is not set: name their directory \
+        "there is no default directory for session files, as $XDG_RUNTIME_DIR is not set: give one \
          with --session-dir"
             .into(),
     )
 }
 
-/// A record of another umem is not guessed at, nor is one that no umem writes.
+/// Refuses records of another version of umem, and invalid ones.
 pub(crate) fn check(record: &impl Record) -> Result<()> {
     let (version, lanes) = (record.version(), record.bulk_lanes());
     if version == VERSION && lanes > LANES_MAX {
@@ -120,7 +121,7 @@ pub(crate) fn check(record: &impl Record) -> Result<()> {
         return Ok(());
     }
     Err(Error::Environment(format!(
-        "the session file has version {version}, and this umem knows {VERSION}: resume with the umem \
+        "the session file has version {version}, and this umem supports {VERSION}: resume with the umem \
          that began the session"
     )))
 }

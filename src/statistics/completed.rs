@@ -1,4 +1,4 @@
-//! What a migration has come to, at its end.
+//! The result of a migration.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,7 +6,7 @@ use super::latency::{FaultStages, Latency};
 use crate::error::{Error, Result};
 use crate::memory::sums::RegionDigest;
 
-/// The last object of `--json`; §10 of the design.
+/// The last object of `--json` (docs/observing.md).
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Completed {
     /// Always `completed`.
@@ -15,7 +15,7 @@ pub struct Completed {
     pub role: String,
     /// Memory kind, `shared`.
     pub kind: String,
-    /// Bytes of a page as it moves (the larger of the two sides' pages), the smallest among the
+    /// Bytes of a page as it is sent (the larger of the two sides' pages), the smallest among the
     /// regions.
     pub page_size: u64,
     /// Bulk lanes.
@@ -24,67 +24,68 @@ pub struct Completed {
     pub total_bytes: u64,
     /// Bytes of pages that crossed the wire with their contents. Each page counts once.
     pub data_bytes: u64,
-    /// Bytes of pages that were all zero and crossed as a header.
+    /// Bytes of pages of zeroes, which crossed the wire as a header.
     pub zero_bytes: u64,
-    /// Bytes of pages that the source's file did not have.
+    /// Bytes of holes of the source's file.
     pub hole_bytes: u64,
-    /// Pages that were asked for.
+    /// Pages sent for a request.
     pub pages_demand: u64,
-    /// Pages that came unasked.
+    /// Pages sent without a request.
     pub pages_background: u64,
     /// Source stopped → destination running, milliseconds. The source measures all of it; the
-    /// destination's figure lacks the switchover message's way through the network.
+    /// destination's figure lacks the network delay of the switchover frame.
     pub downtime_ms: f64,
-    /// Destination running → last page cached, seconds; 0 when all came before.
+    /// Destination running → last page cached, seconds; 0 if all pages came before.
     pub drain_s: f64,
     /// Source stopped → last page cached, seconds.
     pub total_s: f64,
-    /// First page → source stopped, seconds; 0 without `--precopy`.
+    /// First page → source stopped, seconds; 0 without passes while the guest ran.
     #[serde(default)]
     pub precopy_s: f64,
-    /// Bytes of page contents that crossed the wire while the guest ran at the source, each time they did.
+    /// Bytes of page contents that crossed the wire while the guest ran at the source, counted each
+    /// time.
     #[serde(default)]
     pub precopy_bytes: u64,
-    /// Page contents that crossed the wire, each time they did, over the time from the first page to the last,
-    /// Gbit/s.
+    /// Page contents that crossed the wire, counted each time, over the time from the first page to
+    /// the last, Gbit/s.
     pub gbps: f64,
     /// From reading a fault to waking the guest, at the destination; null at the source.
     pub fault_latency_us: Option<Latency>,
-    /// The same by stage, of faults whose pages were asked for; null at the source.
+    /// The same by stage, for faults whose pages were requested; null at the source.
     #[serde(default)]
     pub fault_stages_us: Option<FaultStages>,
     /// Processor time of the process that umem runs in.
     pub cpu_s: CpuTime,
-    /// How the pages left the source without being copied; at the destination, how they landed.
+    /// At the source: how pages were sent without copies; at the destination: how they landed.
     pub zero_copy: String,
     /// Bytes of guest memory that this side has freed: at the source the guest's RAM, with
     /// `--release-ram`; at the destination spare copies, of which kind `shared` has none.
     pub release_bytes: u64,
-    /// Kind `private`: the most that was in the destination's file at a time beside the guest's own
-    /// pages, bytes.
+    /// Kind `private`: the largest amount of spare data in the destination's file beside the
+    /// guest's own pages, bytes.
     #[serde(default)]
     pub spare_bytes_max: u64,
     /// Congestion control of the lanes, or `none` on unix sockets.
     pub congestion: String,
-    /// How often the lanes were lost and the migration went on over new ones.
+    /// How often all lanes were lost and replaced.
     #[serde(default)]
     pub recoveries: u32,
-    /// How long there were none in all, seconds.
+    /// The total time without lanes, seconds.
     #[serde(default)]
     pub disconnected_s: f64,
-    /// Whether what came was checked (`--checksum`).
+    /// Whether received data was checked (`--checksum`).
     #[serde(default)]
     pub checksum: bool,
-    /// What this side got that was not what had been sent, and was sent again.
+    /// Checksum errors at this side; the data was sent again.
     #[serde(default)]
     pub checksum_errors: u64,
-    /// What all pages of each region come to, with `--checksum`; empty where that is not known.
+    /// The digest of each region, with `--checksum`; empty if unknown.
     #[serde(default)]
     pub digests: Vec<RegionDigest>,
 }
 
 impl Completed {
-    /// Whether both sides have the same memory, as far as they have said.
+    /// Whether both sides have the same memory, as far as their digests are known.
     pub(crate) fn check_digests(&self) -> Result<()> {
         let differ = self.digests.iter().filter(|digest| digest.differs());
         let regions = differ.map(|digest| digest.region.as_str()).collect::<Vec<_>>().join(", ");
@@ -108,14 +109,14 @@ impl Completed {
         );
         if self.precopy_bytes > 0 {
             text += &format!(
-                "{:.0} MiB of it in {:.2} s while the guest ran at the source\n",
+                "{:.0} MiB of data in {:.2} s while the guest ran at the source\n",
                 mib(self.precopy_bytes),
                 self.precopy_s,
             );
         }
         if let Some(latency) = self.fault_latency_us.as_ref().filter(|latency| latency.count > 0) {
             text += &format!(
-                "a fault took {} µs in the middle, {} µs at p99, {} µs at worst ({} faults)\n",
+                "fault latency: median {} µs, p99 {} µs, maximum {} µs ({} faults)\n",
                 latency.p50, latency.p99, latency.max, latency.count
             );
         }
@@ -123,17 +124,17 @@ impl Completed {
         text + &self.integrity()
     }
 
-    /// Where the middle fault's time went, a line or none.
+    /// The stages of the median fault, a line or none.
     fn stages(&self) -> String {
         let Some(stages) = self.fault_stages_us.as_ref().filter(|s| s.asked_to_arrived.count > 0)
         else {
             return String::new();
         };
         let medians = stages.each().map(|(name, stage)| format!("{name} {:.1} µs", stage.p50));
-        format!("of it in the middle: {}\n", medians.join(", "))
+        format!("medians of its stages: {}\n", medians.join(", "))
     }
 
-    /// What the checksums have said, a line or none.
+    /// The result of the checksums, a line or none.
     fn integrity(&self) -> String {
         if !self.checksum {
             return String::new();

@@ -1,11 +1,11 @@
-//! What the threads that move pages count.
+//! Counters of the threads that move pages.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::faults::AllFaults;
 use super::map::Map;
 
-/// Counters that worker threads keep and the control thread reads.
+/// Counters that worker threads update and the control thread reads.
 #[derive(Default)]
 pub(crate) struct Counters {
     pub(crate) data_bytes: AtomicU64,
@@ -13,22 +13,23 @@ pub(crate) struct Counters {
     pub(crate) hole_bytes: AtomicU64,
     pub(crate) pages_demand: AtomicU64,
     pub(crate) pages_background: AtomicU64,
-    /// Pages that are where they belong: cached at the destination, sent at the source.
+    /// Pages that are done: cached at the destination, sent at the source.
     pub(crate) pages_done: AtomicU64,
-    /// Bytes that zero-copy sends put on the wire without copying, and with.
+    /// Bytes that zero-copy sends sent without a copy, and bytes that the kernel copied.
     pub(crate) zero_copied_bytes: AtomicU64,
     pub(crate) copied_bytes: AtomicU64,
-    /// Bytes of page contents that were moved while the guest ran, each time they were.
+    /// Bytes of page contents that were moved while the guest ran, counted each time.
     pub(crate) rounds_bytes: AtomicU64,
-    /// Of [`data_bytes`](Counters::data_bytes): those whose last copy was moved while the guest ran.
+    /// The part of [`data_bytes`](Counters::data_bytes) whose last copy was moved while the guest
+    /// ran.
     pub(crate) settled_bytes: AtomicU64,
-    /// At the destination: of the device state, as it comes.
+    /// At the destination: bytes of the device state received.
     pub(crate) state_bytes: AtomicU64,
-    /// What came and was not what had been sent, where there are checksums.
+    /// Received data with a wrong checksum.
     pub(crate) checksum_errors: AtomicU64,
-    /// How each part of the guest's memory came.
+    /// The origin of each part of the guest's memory.
     pub(crate) map: Map,
-    /// At the destination.
+    /// At the destination: faults.
     pub(crate) faults: AllFaults,
 }
 
@@ -38,12 +39,13 @@ impl Counters {
         Counters { map: Map::new(regions), ..Counters::default() }
     }
 
-    /// Bytes of the guest that are where they belong.
+    /// Bytes of the guest's memory that are done.
     pub(crate) fn done_bytes(&self) -> u64 {
         self.totals().bytes()
     }
 
-    /// Bytes of page contents that crossed the wire, each time they did, where so many of the guest's pages are data.
+    /// Bytes of page contents that crossed the wire, counted each time, if `data_bytes` of the
+    /// guest's memory are data.
     pub(crate) fn crossed_bytes(&self, data_bytes: u64) -> u64 {
         let once = data_bytes.saturating_sub(self.settled_bytes.load(Relaxed));
         once.saturating_add(self.rounds_bytes.load(Relaxed))
@@ -63,7 +65,7 @@ impl Counters {
         }
     }
 
-    /// What has been moved in all, as the other side counts it.
+    /// Sets the totals that the other side has counted.
     pub(crate) fn set(&self, totals: &umem_wire::Totals) {
         self.data_bytes.store(totals.data_bytes, Relaxed);
         self.zero_bytes.store(totals.zero_bytes, Relaxed);
@@ -73,7 +75,7 @@ impl Counters {
         self.pages_done.store(totals.pages(), Relaxed);
     }
 
-    /// How the pages left this process, in words.
+    /// How the pages were sent, in words.
     pub(crate) fn zero_copy(&self) -> String {
         let (zero_copied, copied) =
             (self.zero_copied_bytes.load(Relaxed), self.copied_bytes.load(Relaxed));
@@ -89,9 +91,9 @@ impl Counters {
 mod tests {
     use super::*;
 
-    /// The other side counts what it likes.
+    /// A peer may send any counts.
     #[test]
-    fn totals_of_a_peer_are_summed_without_overflow() {
+    fn totals_of_a_peer_saturate_when_summed() {
         let counters = Counters::of([1 << 20].into_iter());
         counters.set(&umem_wire::Totals {
             data_bytes: u64::MAX,

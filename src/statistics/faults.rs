@@ -1,19 +1,19 @@
-//! Faults as they are served: how many wait, and how long they took, for who looks on.
+//! Live figures of faults: how many wait, and how long served ones took.
 //!
-//! Each thread that serves faults writes a [`FaultCounts`] of its own with plain stores; whoever looks
-//! adds them up.
+//! Each thread that serves faults writes a [`FaultCounts`] of its own with plain stores; readers
+//! add them up.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Buckets an octave: a bucket's upper edge is 19 % above its lower one in the middle.
+/// Buckets an octave: a bucket's upper edge is 19 % above its lower one on average.
 const PER_OCTAVE: usize = 4;
-/// From 1 µs to 2^32 µs, over an hour; what takes longer is in the last one.
+/// From 1 µs to 2^32 µs, over an hour; longer latencies count in the last bucket.
 const OCTAVES: usize = 32;
 const BUCKETS: usize = PER_OCTAVE * OCTAVES;
 
-/// One thread's. Nobody else writes.
+/// One thread's counts, which only that thread writes.
 pub(crate) struct FaultCounts {
     waiting: AtomicU64,
     sum_us: AtomicU64,
@@ -21,12 +21,12 @@ pub(crate) struct FaultCounts {
 }
 
 impl FaultCounts {
-    /// So many faults wait for their pages.
+    /// Sets how many faults wait for their pages.
     pub(crate) fn waiting(&self, count: usize) {
         self.waiting.store(count as u64, Relaxed);
     }
 
-    /// One has been served.
+    /// Counts a served fault.
     pub(crate) fn served(&self, latency: Duration) {
         let us = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX).max(1);
         add(&self.sum_us, us);
@@ -34,17 +34,17 @@ impl FaultCounts {
     }
 }
 
-/// For the only writer.
+/// Adds, for the only writer.
 fn add(counter: &AtomicU64, value: u64) {
     counter.store(counter.load(Relaxed).wrapping_add(value), Relaxed);
 }
 
-/// All threads'.
+/// The counts of all threads.
 #[derive(Default)]
 pub(crate) struct AllFaults(Mutex<Vec<Arc<FaultCounts>>>);
 
 impl AllFaults {
-    /// For a thread that begins to serve faults.
+    /// New counts for a thread that begins to serve faults.
     pub(crate) fn join(&self) -> Arc<FaultCounts> {
         let counts = Arc::new(FaultCounts {
             waiting: AtomicU64::new(0),
@@ -55,7 +55,7 @@ impl AllFaults {
         counts
     }
 
-    /// As things stand.
+    /// The current figures.
     pub(crate) fn look(&self) -> FaultView {
         let mut view = FaultView { waiting: 0, sum_us: 0, buckets: [0; BUCKETS] };
         for counts in self.0.lock().unwrap_or_else(PoisonError::into_inner).iter() {
@@ -68,23 +68,23 @@ impl AllFaults {
         view
     }
 
-    /// How many wait.
+    /// How many faults wait.
     pub(crate) fn waiting(&self) -> u64 {
         let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         counts.iter().map(|counts| counts.waiting.load(Relaxed)).sum()
     }
 
-    /// How long all that have been served waited together, µs: another number with each of them.
+    /// The sum of all served latencies, µs: changes with each served fault.
     pub(crate) fn sum_us(&self) -> u64 {
         let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         counts.iter().fold(0, |sum, counts| sum.wrapping_add(counts.sum_us.load(Relaxed)))
     }
 }
 
-/// What [`AllFaults::look`] saw.
+/// The figures of [`AllFaults::look`].
 pub(crate) struct FaultView {
     pub(crate) waiting: u64,
-    /// All latencies together, µs.
+    /// Sum of all latencies, µs.
     pub(crate) sum_us: u64,
     buckets: [u64; BUCKETS],
 }
@@ -94,7 +94,8 @@ impl FaultView {
         self.buckets.iter().sum()
     }
 
-    /// The faults below each power of two, µs: (2, …), (4, …) …; a bucket of a Prometheus histogram each.
+    /// The faults below each power of two, µs: (2, …), (4, …) …; one bucket of a Prometheus
+    /// histogram each.
     pub(crate) fn octaves(&self) -> impl Iterator<Item = (u64, u64)> {
         self.buckets.chunks(PER_OCTAVE).enumerate().scan(0, |below, (octave, buckets)| {
             *below += buckets.iter().sum::<u64>();
@@ -102,7 +103,8 @@ impl FaultView {
         })
     }
 
-    /// The buckets from the first to the last that hold anything: lower and upper edge, µs, and count.
+    /// The buckets from the first to the last that are not empty: lower and upper edge, µs, and
+    /// count.
     pub(crate) fn buckets(&self) -> Vec<(f64, f64, u64)> {
         let holds = |&index: &usize| self.buckets[index] > 0;
         let (Some(first), Some(last)) = ((0..BUCKETS).find(holds), (0..BUCKETS).rev().find(holds))
@@ -116,7 +118,7 @@ impl FaultView {
 /// The bucket of a latency of 1 µs or more.
 fn bucket(us: u64) -> usize {
     let octave = us.ilog2() as usize;
-    // The two bits below the highest; of small numbers they are zeroes.
+    // The two bits below the highest; zeroes for small numbers.
     let quarter = ((us << 2) >> octave) as usize & (PER_OCTAVE - 1);
     (octave * PER_OCTAVE + quarter).min(BUCKETS - 1)
 }
@@ -132,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_latency_is_between_the_edges_of_its_bucket() {
+    fn latency_lies_between_the_edges_of_its_bucket() {
         for us in (1..5000).chain([65_535, 65_536, 1 << 31]) {
             let bucket = bucket(us);
             assert!(edge(bucket) <= us as f64 && (us as f64) < edge(bucket + 1), "{us} µs");
@@ -141,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn all_threads_are_added_up() {
+    fn look_sums_the_counts_of_all_threads() {
         let faults = AllFaults::default();
         let (one, other) = (faults.join(), faults.join());
         one.waiting(3);

@@ -35,20 +35,20 @@ impl Latency {
     }
 }
 
-/// Where the time of a fault goes at the destination.
+/// The stages of a fault's time at the destination.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct FaultStages {
-    /// From reading the fault until its request has been handed to the kernel; of a guest in shards: until
-    /// the demand thread has been told of it.
+    /// From reading the fault until its request has been handed to the kernel; for a guest in
+    /// shards: until the demand thread has the request.
     pub read_to_asked: Stage,
-    /// From then until the page has come: the network, and the source.
+    /// From then until the page has come: the network and the source.
     pub asked_to_arrived: Stage,
-    /// From then until the page is visible and whoever waited has been woken.
+    /// From then until the page is visible and its waiters have been woken.
     pub arrived_to_continued: Stage,
 }
 
 impl FaultStages {
-    /// In the order in which they follow each other, with what they are called.
+    /// The stages in order, with their names.
     pub fn each(&self) -> [(&'static str, &Stage); 3] {
         [
             ("read → asked", &self.read_to_asked),
@@ -74,7 +74,7 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Of a histogram of nanoseconds.
+    /// The distribution of a histogram of nanoseconds.
     pub(crate) fn of(histogram_ns: &Histogram<u64>) -> Stage {
         let us = |ns: u64| ns as f64 / 1e3;
         Stage {

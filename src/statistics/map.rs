@@ -1,8 +1,9 @@
-//! How each part of the guest's memory came, in a bounded number of cells whatever the guest's size.
+//! The origin of each part of the guest's memory, in a number of cells that does not grow with the
+//! guest.
 //!
-//! The threads that move pages count them here with one relaxed addition for each cell that a run
-//! touches: a run is 2 MiB at most, so it touches two cells of a guest beyond 8 GiB, and 32 of the
-//! smallest.
+//! The threads that move pages count here with one relaxed addition for each cell that a run
+//! touches: a run is 2 MiB at most, so it touches two cells of a guest beyond 8 GiB, and 32 cells
+//! of the smallest size.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -10,16 +11,16 @@ use umem_wire::PageRange;
 
 use crate::memory::claims::RunKind;
 
-/// The most cells, all regions together: as many as a picture has room for. A cell takes 16 bytes.
+/// Most cells of all regions together: enough for a picture. A cell takes 16 bytes.
 pub(crate) const CELLS_MAX: u64 = 4096;
 
-/// The smallest cell, 64 KiB, for a run not to touch too many of them.
+/// The smallest cell, 64 KiB, which limits the cells that a run touches.
 const CELL_SHIFT_MIN: u32 = 16;
 
-/// What is counted: the unit of all sizes of pages.
+/// The unit of the counts, which divides all page sizes.
 const SMALL_PAGE_SHIFT: u32 = 12;
 
-/// Of one cell, in small pages: those that somebody waited for, and the others by what they held.
+/// Counts of one cell, in small pages: requested ones, and the others by content.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Came {
     pub(crate) demand: u32,
@@ -34,24 +35,24 @@ impl Came {
     }
 }
 
-/// The whole guest, its regions one behind the other.
+/// The whole guest, one region after the other.
 #[derive(Default)]
 pub(crate) struct Map {
-    /// Where each region begins, bytes.
+    /// The start of each region, bytes.
     starts: Vec<u64>,
     total_bytes: u64,
     cell_shift: u32,
     cells: Box<[Cell]>,
 }
 
-/// Two numbers each: pages on demand and in the background; of zeroes and of holes.
+/// Two counts in each number: pages on demand and in the background; of zeroes and of holes.
 #[derive(Default)]
 struct Cell {
     data: AtomicU64,
     empty: AtomicU64,
 }
 
-/// The first number of a pair is in the upper half.
+/// The first count of a pair is in the upper half.
 const FIRST: u64 = 1 << 32;
 
 impl Map {
@@ -71,7 +72,7 @@ impl Map {
         Map { starts, total_bytes, cell_shift, cells }
     }
 
-    /// A run has come, or has been sent, of pages of `1 << page_shift` bytes.
+    /// Counts a run that has come, or has been sent, of pages of `1 << page_shift` bytes.
     pub(crate) fn count(&self, range: PageRange, page_shift: u8, kind: RunKind, demanded: bool) {
         self.each_cell(range.region.0, range.first, range.pages, page_shift, |cell, pages| {
             match (demanded, kind) {
@@ -83,7 +84,7 @@ impl Map {
         });
     }
 
-    /// Somebody waited for this page of a run that has been counted as not demanded.
+    /// Counts a page of a run as demanded that has been counted as not demanded.
     pub(crate) fn was_demanded(&self, region: u16, page: u64, page_shift: u8, kind: RunKind) {
         self.each_cell(region, page, 1, page_shift, |cell, pages| {
             match kind {
@@ -133,7 +134,7 @@ impl Map {
         self.total_bytes.saturating_sub(start).min(self.cell_bytes()) >> SMALL_PAGE_SHIFT
     }
 
-    /// What every cell has, in the order of addresses. Cells change meanwhile.
+    /// The counts of every cell, in the order of addresses. Cells may change during the iteration.
     pub(crate) fn cells(&self) -> impl ExactSizeIterator<Item = Came> {
         let halves = |pair: u64| {
             let half = |value: u64| u32::try_from(value).expect("32 bits remain");
@@ -157,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn every_page_is_in_one_cell_and_counts_once() {
+    fn every_page_counts_once_in_one_cell() {
         // 3 cells of 64 KiB and a page; the second region begins in the middle of the first cell.
         let map = Map::new([8 * 4096, 41 * 4096].into_iter());
         assert_eq!(map.cells().len(), 4);
@@ -175,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_was_waited_for_moves_from_its_kind() {
+    fn demanded_page_moves_from_its_kind_to_demand() {
         let map = Map::new([16 * 4096].into_iter());
         for (page, kind) in [(0, RunKind::Data), (4, RunKind::Zero), (8, RunKind::Hole)] {
             map.count(range(0, page, 4), 12, kind, false);
@@ -186,18 +187,18 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_cells_is_bounded() {
+    fn number_of_cells_is_bounded_for_any_guest_size() {
         for gib in [1, 5, 1000, 100_000_u64] {
             let map = Map::new([gib << 30].into_iter());
             let cells = map.cells().len() as u64;
             assert!((CELLS_MAX / 2..=CELLS_MAX).contains(&cells), "{gib} GiB: {cells}");
         }
         let map = Map::new([64 << 30].into_iter());
-        // A 1 GiB page is in many.
+        // A 1 GiB page covers many cells.
         map.count(range(0, 1, 1), 30, RunKind::Data, true);
         let pages: u64 = map.cells().map(Came::pages).sum();
         assert_eq!(pages, 1 << 18);
-        // Nothing is counted where there is no map.
+        // An empty map counts nothing.
         Map::default().count(range(0, 0, 1), 12, RunKind::Data, true);
     }
 }

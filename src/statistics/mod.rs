@@ -1,4 +1,4 @@
-//! Figures of a migration: counters and histograms that everybody may use, and what they come to at its end.
+//! Figures of a migration: shared counters and histograms, and the result at its end.
 
 mod completed;
 pub(crate) mod counters;

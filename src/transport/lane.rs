@@ -1,8 +1,8 @@
 //! Lanes: the connections between source and destination, up to the point where a ring takes over.
 //!
 //! The source dials, or both sides were given one connection that all lanes share. Each lane opens
-//! with its hello and the destination's welcome, which nobody waits for alone: signals end the wait.
-//! From then on the lane's descriptor belongs to the ring of the thread that serves it.
+//! with its hello and the destination's welcome; a signal ends the wait for either. From then on
+//! the lane's descriptor belongs to the ring of the thread that serves it.
 
 mod greeting;
 mod hearing;
@@ -39,14 +39,15 @@ pub(crate) use tuning::{
     CONGESTION_CONTROL, SHARED_QUEUE_BYTES, choose_congestion, setsockopt_raw,
 };
 
-/// How long either side waits for the other's hello. A peer that says nothing is not umem.
+/// How long either side waits for the other's hello. A silent peer is not umem.
 ///
-/// Over a connection that is there already the other end may come into a umem's hands at any time, so that its first
-/// byte is waited for without a limit; from then on it has this long as well.
+/// On an existing connection the other end may be handed to a umem at any time, so its first byte
+/// is awaited without a limit. This limit holds from the first byte on.
 pub(crate) const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a lost bulk lane leaves open whether the peer has given up: it says so on the demand lane
-/// before it closes any, and lanes are not ordered against each other.
+/// How long after the loss of a bulk lane the peer's reason may still come: a peer that gives up
+/// sends it on the demand lane before it closes any lane, and lanes are not ordered against each
+/// other.
 pub(crate) const CAUSE_PATIENCE: Duration = Duration::from_millis(250);
 
 /// A connected lane.
@@ -55,17 +56,17 @@ pub(crate) struct Lane {
     socket: Arc<OwnedFd>,
     /// Named in errors: `demand lane`, `bulk lane 2`.
     pub(crate) name: String,
-    /// The congestion control that the kernel uses for its connection; none for unix sockets.
+    /// The congestion control that the kernel uses for the connection; none for unix sockets.
     pub(crate) congestion: Option<String>,
-    /// Unsent bytes that the kernel is to queue of it.
+    /// Unsent bytes that the kernel may queue for the lane.
     pub(crate) queue_bytes: u32,
-    /// What both sides can do; known once it is open.
+    /// The capabilities of both sides; known once the lane is open.
     pub(crate) capabilities: Capabilities,
-    /// With TLS: what became of its connection …
+    /// With TLS: the fate of the connection …
     fate: Option<Arc<Fate>>,
-    /// … and the connection, which is the pump's.
+    /// … and the connection, which the pump owns.
     connection: Option<Weak<OwnedFd>>,
-    /// With TLS that the lane's own thread does: what is between, until that thread takes it.
+    /// With TLS in the lane's own thread: the TLS state, until that thread takes it.
     channel: Option<Arc<Mutex<Option<Box<Channel>>>>>,
 }
 
@@ -74,27 +75,28 @@ impl Lane {
         self.socket.clone()
     }
 
-    /// Unsent bytes that the kernel queues of a TCP lane before it stops feeding it.
+    /// Sets the unsent bytes that the kernel queues for a TCP lane before the socket reports itself
+    /// full.
     pub(crate) fn set_queue_bytes(&self, bytes: u32) -> nix::Result<()> {
         setsockopt_raw(self.socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, bytes)
     }
 
-    /// The same socket for reads and writes, which wait where it blocks.
+    /// The same socket for blocking reads and writes.
     pub(crate) fn blocking(&self) -> Result<File> {
         Ok(File::from(self.socket.try_clone().context(|| self.name.clone())?))
     }
 
-    /// Both sides check what comes over it.
+    /// Whether both sides check the lane's data.
     pub(crate) fn is_checked(&self) -> bool {
         self.capabilities.contains(Capabilities::CHECKSUM)
     }
 
-    /// The same lane, behind a handshake of TLS.
+    /// The same lane, after a TLS handshake.
     pub(crate) fn secured(self, channel: Channel) -> Lane {
         Lane { channel: Some(Arc::new(Mutex::new(Some(Box::new(channel))))), ..self }
     }
 
-    /// With TLS: what is between the socket and who serves the lane, for good.
+    /// With TLS: takes the TLS state for the thread that serves the lane from now on.
     pub(crate) fn take_channel(&self) -> Option<Box<Channel>> {
         self.channel()?.take()
     }
@@ -104,7 +106,7 @@ impl Lane {
         Some(channel.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// What is said before a thread serves the lane, as it is sent.
+    /// Bytes as they are sent before a thread serves the lane: TLS records if there is TLS.
     pub(crate) fn sealed(&self, bytes: &[u8]) -> io::Result<Vec<u8>> {
         match self.channel().as_deref_mut() {
             Some(Some(channel)) => channel.sealed(bytes),
@@ -112,14 +114,15 @@ impl Lane {
         }
     }
 
-    /// Says something before a thread serves the lane. It waits for room.
+    /// Sends bytes before a thread serves the lane. Waits for room.
     pub(crate) fn say(&self, bytes: &[u8]) -> Result<()> {
         let what = || self.name.clone();
         let bytes = self.sealed(bytes).context(what)?;
         send_all(&self.socket, &bytes).context(what)
     }
 
-    /// Hears what there is, before a thread serves the lane, without waiting: no bytes at the end.
+    /// Receives the bytes available, before a thread serves the lane, without waiting: none at the
+    /// end.
     fn hear(&self, into: &mut [u8]) -> io::Result<usize> {
         match self.channel().as_deref_mut() {
             Some(Some(channel)) => channel.hear(&self.socket, into),
@@ -127,13 +130,13 @@ impl Lane {
         }
     }
 
-    /// The same lane, behind a pump of TLS: `socket` leads there.
+    /// The same lane, behind a TLS pump: `socket` leads to the pump.
     pub(crate) fn behind(self, socket: OwnedFd, fate: Arc<Fate>) -> Lane {
         let connection = Some(Arc::downgrade(&self.socket));
         Lane { socket: Arc::new(socket), fate: Some(fate), connection, channel: None, ..self }
     }
 
-    /// With TLS: why its connection broke, if it did, until a thread serves the lane.
+    /// With TLS: the reason why the connection broke, if it did, until a thread serves the lane.
     pub(crate) fn cause(&self) -> Option<String> {
         match self.channel().as_deref() {
             Some(Some(channel)) => channel.cause(),
@@ -141,13 +144,13 @@ impl Lane {
         }
     }
 
-    /// The same lane, now that it is known what it is for.
+    /// The same lane, with its role.
     pub(crate) fn assign(self, role: LaneRole, index: u16) -> Lane {
         let name = lane_name(role, index);
         if let Some(fate) = &self.fate {
             fate.assign(&name, role);
         }
-        // One that a source has dialled knew it from the beginning.
+        // A lane that a source has dialled had its role from the beginning.
         if role == LaneRole::Demand && self.congestion.is_some() && self.name != name {
             let behind = self.connection.as_ref().and_then(Weak::upgrade);
             let connection = behind.as_ref().unwrap_or(&self.socket);
@@ -157,7 +160,8 @@ impl Lane {
         Lane { name, ..self }
     }
 
-    /// A lane with a connection of its own, which is ours: splice(2) waits for it, so it blocks from now on.
+    /// A lane with a connection of its own, owned by umem. The socket blocks from now on, as
+    /// splice(2) has to wait for it.
     pub(crate) fn new(socket: OwnedFd, name: String) -> Result<Lane> {
         let flags = fcntl(&socket, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
         let flags = flags.context(|| name.clone())?;
@@ -174,8 +178,8 @@ impl Lane {
         Ok(lane)
     }
 
-    /// The one lane of a connection that everything shares. Others may have the socket, too (`fd:N`), so it stays
-    /// as it is, blocking or not: rings wait for it in either case.
+    /// The one lane of a connection that everything shares. Other processes may have the socket,
+    /// too (`fd:N`), so its blocking mode is not changed; rings wait for it in either mode.
     pub(crate) fn shared(socket: OwnedFd) -> Result<Lane> {
         let name = lane_name(LaneRole::Demand, 0);
         let lane = Lane::tuned(socket, name, SHARED_QUEUE_BYTES, BACKGROUND_TIMEOUT_MS)?;
@@ -206,7 +210,7 @@ impl AsFd for Lane {
     }
 }
 
-/// Sends all of it, and waits for room, also where the socket does not block.
+/// Sends all bytes. Waits for room, also on a nonblocking socket.
 pub(crate) fn send_all(socket: &OwnedFd, mut bytes: &[u8]) -> nix::Result<()> {
     while !bytes.is_empty() {
         match nix::sys::socket::send(socket.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
@@ -227,13 +231,13 @@ pub(crate) fn send_all(socket: &OwnedFd, mut bytes: &[u8]) -> nix::Result<()> {
     Ok(())
 }
 
-/// Sends the reason why we give up on a lane that no ring serves (any more), and that is `checked` or not.
-/// It never waits: a peer that does not read, or has gone, finds out by the lane's end.
+/// Sends the reason for giving up on a lane that no ring serves (any more), `checked` or not. Never
+/// waits: a peer that does not read, or has closed, learns it from the lane's end.
 pub(crate) fn tell(socket: &OwnedFd, checked: bool, error: &Error) {
     tell_fault(socket, checked, error.to_fault());
 }
 
-/// The same, of a reason as the peer is told it.
+/// Sends a fault in the same way.
 pub(crate) fn tell_fault(socket: &OwnedFd, checked: bool, fault: Fault) {
     let mut bytes = Vec::new();
     transmit::encode(&Frame::Error(fault), &mut bytes);

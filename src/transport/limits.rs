@@ -1,4 +1,5 @@
-//! What a migration takes of what this process may have: descriptors, rings, locked memory, mappings.
+//! The resources of a migration against this process's limits: descriptors, rings, locked memory,
+//! mappings.
 
 use nix::sys::resource::{Resource, getrlimit};
 use umem_ring::{Config, Ring};
@@ -10,21 +11,22 @@ use crate::memory::blocks::ISLANDS_MAX;
 use crate::memory::{BLOCK_BYTES, check_pages};
 use crate::runtime::process::{read, sudo};
 
-/// Descriptors beside those of the lanes: standard streams, bells, QMP, regions and their
-/// userfaultfds, and room for what libraries open for a moment.
+/// Descriptors beside those of the lanes: standard streams, eventfds, QMP, regions and their
+/// userfaultfds, and room for descriptors that libraries open for a moment.
 const DESCRIPTORS: u64 = 64;
 
-/// Descriptors of a lane: its socket, one for blocking writes, and its ring's: the ring, a duplicate,
-/// an eventfd, the demand ring's mailbox. With TLS the connection and the pump's end of the pair too.
+/// Descriptors of a lane: its socket, one for blocking writes, and its ring's: the ring, a
+/// duplicate, an eventfd, the demand ring's mailbox. With TLS the connection and the pump's end of
+/// the pair too.
 const DESCRIPTORS_PER_LANE: u64 = 8;
 
-/// Descriptors that `lanes` bulk lanes and a demand lane take.
+/// Descriptors that `lanes` bulk lanes and a demand lane need.
 pub(crate) fn descriptors(lanes: u16) -> u64 {
     DESCRIPTORS + DESCRIPTORS_PER_LANE * (u64::from(lanes) + 1)
 }
 
-/// Refuses what would fail later, with the guest stopped: more bulk lanes than there may be descriptors
-/// or rings for, and a kernel whose pages are not ours.
+/// Checks before the guest stops that there may be descriptors and rings for all lanes, and that
+/// the kernel's page size is supported.
 ///
 /// # Errors
 /// The limit, and the command that raises it.
@@ -43,7 +45,7 @@ pub(crate) fn check(lanes: u16) -> Result<()> {
     if locked.soft >= rings * RING_BYTES {
         return Ok(());
     }
-    // It depends on the kernel and on capabilities whether they count.
+    // Whether rings count as locked memory depends on the kernel and on capabilities.
     let made: std::result::Result<Vec<Ring>, umem_ring::Error> =
         (0..rings).map(|_| Ring::new(&Config::default())).collect();
     made.map(drop).map_err(|error| {
@@ -59,13 +61,14 @@ pub(crate) fn check(lanes: u16) -> Result<()> {
 /// Rings beside those of bulk lanes: the demand lane's, and one that frees or touches memory.
 const RINGS: u64 = 2;
 
-/// What a ring's queues take; some kernels count it as locked memory (Linux 6.18 does).
+/// Bytes of a ring's queues; some kernels count them as locked memory (Linux 6.18 does).
 const RING_BYTES: u64 = 32 << 10;
 
-/// Zero-copy sends of a lane that the receiver has not acknowledged yet: 4 MiB are 3 ms at 10 Gbit/s.
+/// Zero-copy sends of a lane that the receiver has not acknowledged yet: 4 MiB are 3 ms at 10
+/// Gbit/s.
 pub(crate) const LOCKED_BYTES: u64 = 4 << 20;
 
-/// Refuses regions whose blocks, as they become complete one by one, could split the guest's memory into
+/// Refuses regions whose blocks, as they complete one by one, could split the guest's memory into
 /// more mappings than its process may have.
 ///
 /// # Errors
@@ -73,7 +76,7 @@ pub(crate) const LOCKED_BYTES: u64 = 4 << 20;
 pub(crate) fn check_mappings(region_bytes: impl Iterator<Item = u64>) -> Result<()> {
     match read("/proc/sys/vm/max_map_count").and_then(|text| text.parse().ok()) {
         Some(limit) => mappings_within(limit, region_bytes),
-        // Unlimited, as far as can be seen.
+        // The limit cannot be read: taken as unlimited.
         None => Ok(()),
     }
 }
@@ -92,28 +95,29 @@ fn mappings_within(limit: u64, region_bytes: impl Iterator<Item = u64>) -> Resul
     )))
 }
 
-/// What islands of complete blocks make of one region, at most: each splits its mapping in two places
-/// (`src/memory/blocks.rs`), and only each second block can be one.
+/// Most mappings that complete blocks can make of one region: each island of them splits the
+/// mapping in two places (`src/memory/blocks.rs`), and at most every second block can be one.
 const MAPPINGS_PER_REGION: u64 = 2 * ISLANDS_MAX as u64;
 
-/// What a monitor has beside its guest's memory: a QEMU with a graphical console some hundred.
+/// A monitor's mappings beside its guest's memory: a QEMU with a graphical console has some
+/// hundred.
 const MAPPINGS_OF_MONITOR: u64 = 1024;
 
-/// `RLIM_INFINITY` is none.
+/// A resource limit. `RLIM_INFINITY` is no limit.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limit {
     pub(crate) soft: u64,
     pub(crate) hard: u64,
 }
 
-/// What this process may have of it.
+/// This process's limit of a resource.
 pub(crate) fn limit(resource: Resource) -> Limit {
     let (soft, hard) = getrlimit(resource).expect("a process may read its own limits");
     Limit { soft, hard }
 }
 
 impl Limit {
-    /// The command that raises it in the shell in which it is typed; `unit` is that of ulimit.
+    /// The shell command that raises the limit; `unit` is that of ulimit.
     fn raise(self, name: &str, letter: char, unit: u64, to: u64) -> String {
         if self.hard >= to {
             return format!("ulimit -{letter} {}", to.div_ceil(unit));
@@ -121,12 +125,12 @@ impl Limit {
         format!("{}prlimit --pid $$ --{name}={to}:{to}", sudo())
     }
 
-    /// The command that lets it open `to` files.
+    /// The command that raises the limit to `to` open files.
     pub(crate) fn raise_files(self, to: u64) -> String {
         self.raise("nofile", 'n', 1, to)
     }
 
-    /// The command that lets it lock `to` bytes.
+    /// The command that raises the limit to `to` locked bytes.
     pub(crate) fn raise_locked(self, to: u64) -> String {
         self.raise("memlock", 'l', 1 << 10, to)
     }
@@ -137,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_limit_is_raised_by_whoever_may() {
+    fn command_to_raise_a_limit_uses_prlimit_above_the_hard_limit() {
         let limit = |soft, hard| Limit { soft, hard };
         assert_eq!(limit(10, 500).raise_files(500), "ulimit -n 500");
         assert_eq!(limit(0, libc::RLIM_INFINITY).raise_locked(4 << 20), "ulimit -l 4096");
@@ -148,10 +152,10 @@ mod tests {
     }
 
     #[test]
-    fn memory_of_more_mappings_than_there_may_be_is_refused() {
+    fn memory_that_may_exceed_the_mapping_limit_is_refused() {
         let within = |limit, regions: &[u64]| mappings_within(limit, regions.iter().copied());
         assert!(within(65_530, &[1 << 40; 16]).is_ok(), "the kernel's default");
-        // 4 GiB are 2,048 blocks; more of them split no more.
+        // 4 GiB are 2,048 blocks; more blocks split no further.
         assert!(within(1024 + 2049, &[4 << 30]).is_ok());
         assert!(within(1024 + 2049, &[8 << 30]).is_ok());
         assert!(within(1024 + 3, &[4 << 20]).is_ok());
@@ -161,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn the_most_lanes_fit_into_the_usual_limit() {
+    fn maximum_of_lanes_fits_the_usual_descriptor_limit() {
         assert!(descriptors(LANES_MAX) <= 1024);
     }
 }

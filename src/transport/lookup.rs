@@ -1,5 +1,5 @@
-//! Names of hosts, looked up in a thread of its own: a resolver takes as long as it likes, and the control
-//! thread has more to listen to.
+//! Look-ups of host names in a thread of their own: a resolver may take any time, and the control
+//! thread has other events to handle.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
@@ -13,15 +13,16 @@ use crate::error::{Context, Result};
 use crate::runtime::inbox::Wait;
 use crate::runtime::panics;
 
-/// What the thread is called: it shows in /proc while a resolver does not answer.
+/// The thread's name, visible in /proc while a resolver does not answer.
 const THREAD: &str = "umem-lookup";
 
-/// Look-ups at a time: of those that were begun in vain nobody knows when they end.
+/// Most look-ups at a time; abandoned ones count until their resolver ends, which may take any
+/// time.
 const AT_ONCE_MAX: usize = 8;
 
 static AT_ONCE: AtomicUsize = AtomicUsize::new(0);
 
-/// A look-up that goes on.
+/// A look-up in progress.
 struct OneOfFew;
 
 impl OneOfFew {
@@ -40,14 +41,15 @@ impl Drop for OneOfFew {
 /// The addresses of a host, in the resolver's order, with this port.
 ///
 /// # Errors
-/// What ended the waiting. The thread goes on then until the resolver has given up, and ends.
+/// The error that ended the wait. The thread then goes on until the resolver has given up, and
+/// ends.
 pub(crate) fn addresses(
     host: &str,
     port: u16,
     wait: Wait<'_>,
 ) -> Result<io::Result<Vec<SocketAddr>>> {
     let (sender, receiver) = channel();
-    // Its end shows that there is an answer, and also that there will be none.
+    // The pipe's end signals that there is an answer, or that there will be none.
     let (end, open) = io::pipe().context(|| "pipe")?;
     begin(host, port, move |found| {
         let _ = sender.send(found);
@@ -66,11 +68,11 @@ pub(crate) fn addresses(
     }
 }
 
-/// The same for who goes on with something else: `tell` gets them, in another thread unless `host` is an
-/// address itself.
+/// Looks addresses up for a caller that does not wait: `tell` gets them, in another thread unless
+/// `host` is an address itself.
 ///
 /// # Errors
-/// No such thread could be started.
+/// The thread could not be started.
 pub(crate) fn begin(
     host: &str,
     port: u16,
@@ -108,7 +110,7 @@ mod tests {
     use crate::error::Error;
 
     #[test]
-    fn an_address_needs_nobody_and_a_name_is_waited_for() {
+    fn address_needs_no_resolver_and_name_is_awaited() {
         let waits = Cell::new(0);
         let wait: Wait<'_> = &|fds, _| {
             waits.set(waits.get() + 1);
@@ -127,8 +129,8 @@ mod tests {
     }
 
     #[test]
-    fn who_stops_waiting_does_not_wait_for_the_resolver() {
-        // The answer may have come before anybody waits.
+    fn interrupted_wait_returns_before_the_resolver_ends() {
+        // The answer may have come before the wait begins.
         let wait: Wait<'_> = &|_, _| Err(Error::Interrupted("the guest goes on here".into()));
         match addresses("localhost", 7, wait) {
             Ok(found) => assert!(!found.unwrap().is_empty()),

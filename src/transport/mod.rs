@@ -1,5 +1,6 @@
-//! How the two sides reach each other: addresses ([`uri`]), look-ups, connections that are given ([`single`]), lanes
-//! until a ring takes over ([`lane`]), TLS below them ([`tls`]) and who may connect above them ([`secure`]).
+//! How the two sides connect: addresses ([`uri`]), look-ups, inherited connections ([`single`]),
+//! lanes until a ring takes over ([`lane`]), TLS below lanes ([`tls`]) and authentication above
+//! them ([`secure`]).
 
 pub(crate) mod lane;
 pub(crate) mod limits;

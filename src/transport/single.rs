@@ -1,8 +1,8 @@
-//! Addresses that are one connection: `fd:N`, a socket that umem has inherited, and `exec:COMMAND`, a
-//! command whose standard input and output lead to the other side.
+//! Addresses that are one connection: `fd:N`, a socket that umem has inherited, and `exec:COMMAND`,
+//! a command whose standard input and output lead to the other side.
 //!
-//! A command's only connection to us is a socket: it ends when that closes, as `socat`, `nc` and `ssh`
-//! do, or is ended a moment later. Ctrl-C is for umem alone, which may have to go on.
+//! A command's connection to umem is a socket. The command ends when that closes, as `socat`, `nc`
+//! and `ssh` do, or is ended a moment later. Ctrl-C reaches only umem, which may have to go on.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -22,19 +22,19 @@ use crate::runtime::inbox::{dispose, unblock_signals};
 use crate::runtime::polling::poll;
 use crate::runtime::process::ProcessHandle;
 
-/// How long a command may take to end when its connection has closed, and once more when it was asked
-/// to end; then it is killed.
+/// How long a command may take to exit after its connection has closed, and again after SIGTERM;
+/// then it is killed.
 const EXIT_PATIENCE: Duration = Duration::from_secs(1);
 
-/// The connection of a [`Uri::is_one_connection`], and the command behind it if there is one.
+/// The connection of a [`Uri::is_one_connection`], and its command if there is one.
 pub(crate) struct SharedConnection {
     pub(crate) socket: OwnedFd,
     pub(crate) command: Option<Running>,
 }
 
 impl SharedConnection {
-    /// Takes over the connection that `uri` names; nothing where it is no single one. To be called
-    /// before this process makes descriptors of its own, which `fd:N` could name by mistake.
+    /// Takes over the connection that `uri` names; none for an address to dial. To be called before
+    /// this process opens descriptors of its own, which `fd:N` could name by mistake.
     pub(crate) fn open(uri: &Uri) -> Result<Option<SharedConnection>> {
         match uri {
             Uri::Tcp { .. } | Uri::Unix { .. } => Ok(None),
@@ -49,16 +49,16 @@ impl SharedConnection {
     }
 }
 
-/// Whether `fd:N` is no connection but a socket where connections are to be accepted, as systemd hands
-/// them to a service.
+/// Whether `fd:N` is a listening socket, as systemd hands them to a service.
 pub(crate) fn is_listening(uri: &Uri) -> bool {
     let Uri::Fd { number } = uri else { return false };
-    // SAFETY: only borrowed for the question; nothing here closes it.
+    // SAFETY: only borrowed for the check; nothing here closes it.
     let socket = unsafe { BorrowedFd::borrow_raw(*number) };
     getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false)
 }
 
-/// A connected stream socket that was open when this process started; nothing that it starts gets it.
+/// A connected stream socket that was open when this process started; closed in all child
+/// processes.
 fn inherited(number: i32) -> Result<OwnedFd> {
     let wrong = |what: &str| {
         Error::Usage(format!("fd:{number} {what}: give the number of a connected stream socket"))
@@ -75,7 +75,7 @@ fn inherited(number: i32) -> Result<OwnedFd> {
     match getpeername::<SockaddrStorage>(number) {
         Ok(_) => {}
         Err(Errno::ENOTCONN) if is_listening(&Uri::Fd { number }) => {
-            return Err(wrong("waits for connections, which is for umem incoming"));
+            return Err(wrong("is a listening socket, which only `umem incoming` takes"));
         }
         Err(Errno::ENOTCONN) => return Err(wrong("is not connected (any more)")),
         Err(errno) => return Err(errno).context(|| format!("fd:{number}")),
@@ -86,12 +86,12 @@ fn inherited(number: i32) -> Result<OwnedFd> {
         // SAFETY: open, and inherited: nothing else in this process owns it.
         return Ok(unsafe { OwnedFd::from_raw_fd(number) });
     }
-    // A standard stream stays open, on nothing, for what this process starts.
+    // A standard stream is replaced by /dev/null, as child processes need one.
     let moved = fcntl(socket, FcntlArg::F_DUPFD_CLOEXEC(libc::STDERR_FILENO + 1)).context(what)?;
     let nothing = File::options().read(true).write(true).open("/dev/null").context(what)?;
     // SAFETY: both are open; what is closed here is the inherited socket, which has been moved.
     Errno::result(unsafe { libc::dup2(nothing.as_raw_fd(), number) }).context(what)?;
-    // SAFETY: made just now by the kernel for us.
+    // SAFETY: the descriptor is new and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(moved) })
 }
 
@@ -106,8 +106,8 @@ fn start(text: &str) -> Result<(OwnedFd, Running)> {
     // SAFETY: between fork and exec only sigaction and sigprocmask run, both async-signal-safe.
     unsafe {
         command.pre_exec(|| {
-            // The terminal's are umem's to answer. The command stays in the terminal's session, where it
-            // may ask for a password.
+            // umem handles the terminal's signals. The command stays in the terminal's session,
+            // where it may ask for a password.
             for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGHUP] {
                 dispose(signal, libc::SIG_IGN)?;
             }
@@ -115,13 +115,14 @@ fn start(text: &str) -> Result<(OwnedFd, Running)> {
         });
     }
     let mut child = command.spawn().context(|| format!("starting /bin/sh for exec:{text}"))?;
-    // With it goes our share in the other end, so that ours closes with the command.
+    // Closes this process's copy of the command's end, so that the connection closes with the
+    // command.
     drop(command);
     let handle = ProcessHandle::of_child(&mut child)?;
     Ok((ours.into(), Running { text: text.into(), child, handle }))
 }
 
-/// A command that runs; ended and waited for when dropped.
+/// A running command; ended and waited for on drop.
 pub(crate) struct Running {
     text: String,
     child: Child,
@@ -129,7 +130,7 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Adds to the error of a lost connection that the command has ended, and how.
+    /// Adds to the error of a lost connection that the command has exited, and its status.
     pub(crate) fn explain(&mut self, error: Error) -> Error {
         let Error::Lost { side, lane, what } = error else {
             return error;
@@ -153,7 +154,7 @@ impl Running {
             }
             let mut fds = [PollFd::new(self.handle.exited(), PollFlags::POLLIN)];
             let millis = left.as_micros().div_ceil(1000);
-            // Interrupted or not, the loop looks again.
+            // Interrupted or not, the loop checks again.
             let _ = poll(&mut fds, PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX));
         }
     }

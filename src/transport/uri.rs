@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Where a destination and a source meet. At the first two a destination listens and each lane is a
+/// The address of a migration. At the first two kinds a destination listens and each lane is a
 /// connection of its own; each of the others is one connection, which all lanes share.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Uri {
@@ -29,7 +29,7 @@ pub enum Uri {
     },
     /// `exec:COMMAND`: a command whose standard input and output lead to the other side.
     Exec {
-        /// What `/bin/sh -c` runs.
+        /// The command line for `/bin/sh -c`.
         command: String,
     },
 }
@@ -37,7 +37,7 @@ pub enum Uri {
 const FORMS: &str = "write tcp:HOST:PORT, unix:PATH, fd:N or exec:COMMAND";
 
 impl Uri {
-    /// Whether this is one connection, shared by all lanes, and nothing to listen at.
+    /// Whether this is one connection, shared by all lanes, without a listener.
     pub fn is_one_connection(&self) -> bool {
         matches!(self, Uri::Fd { .. } | Uri::Exec { .. })
     }
@@ -58,7 +58,7 @@ impl FromStr for Uri {
         if let Some(number) = text.strip_prefix("fd:") {
             return match number.parse() {
                 Ok(number) if number >= 0 => Ok(Uri::Fd { number }),
-                _ => Err(format!("{number:?} in {text:?} is no descriptor's number: {FORMS}")),
+                _ => Err(format!("{number:?} in {text:?} is not a descriptor number: {FORMS}")),
             };
         }
         if let Some(command) = text.strip_prefix("exec:") {
@@ -68,7 +68,7 @@ impl FromStr for Uri {
             };
         }
         let Some(rest) = text.strip_prefix("tcp:") else {
-            return Err(format!("{text:?} is not an address umem knows: {FORMS}"));
+            return Err(format!("{text:?} is not an address that umem supports: {FORMS}"));
         };
         let Some((host, port)) = rest.rsplit_once(':') else {
             return Err(format!("{text:?} has no port: {FORMS}"));
@@ -82,7 +82,7 @@ impl FromStr for Uri {
         }
         let host = bracketed.unwrap_or(host);
         if host.contains(['[', ']']) {
-            return Err(format!("{host:?} in {text:?} is no host's name or address: {FORMS}"));
+            return Err(format!("{host:?} in {text:?} is not a host name or address: {FORMS}"));
         }
         Ok(Uri::Tcp { host: host.to_owned(), port })
     }
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_what_qemu_writes() {
+    fn addresses_in_qemu_syntax_are_parsed() {
         for text in [
             "tcp:localhost:4444",
             "tcp:0:4444",
@@ -121,19 +121,19 @@ mod tests {
     }
 
     #[test]
-    fn says_what_to_write_instead() {
+    fn error_of_an_invalid_address_names_the_fault_and_the_forms() {
         let long = format!("unix:/{}", "x".repeat(200));
         for (text, hint) in [
             ("localhost:4444", "tcp:HOST:PORT"),
             ("tcp:localhost", "no port"),
             ("tcp:localhost:http", "not a port"),
             ("tcp:::1:4444", "brackets"),
-            ("tcp:[[]]:4444", "no host's name"),
-            ("tcp:a]:4444", "no host's name"),
+            ("tcp:[[]]:4444", "not a host name"),
+            ("tcp:a]:4444", "not a host name"),
             ("unix:", "names no socket"),
-            ("fd:", "no descriptor's number"),
-            ("fd:-1", "no descriptor's number"),
-            ("fd:99999999999", "no descriptor's number"),
+            ("fd:", "not a descriptor number"),
+            ("fd:-1", "not a descriptor number"),
+            ("fd:99999999999", "not a descriptor number"),
             ("exec: ", "names no command"),
             ("rdma:x:1", "unix:PATH"),
             (long.as_str(), "107 bytes"),

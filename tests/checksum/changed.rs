@@ -1,6 +1,6 @@
-//! RAM files that change while they are served: truncated, punched, written over. Whatever it is, no page of it is
-//! taken for the guest's, nothing is called complete, the destination hears why, and the session goes on once the
-//! file is as it was.
+//! RAM files that change while they are served: truncated, punched, overwritten. In every case no changed page reaches
+//! the guest, the migration is not reported complete, the destination gets the reason, and the session continues once
+//! the file is restored.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -16,7 +16,7 @@ use super::{COMPLETION, Still, UNTIL_RUNNING};
 
 const BYTES: u64 = 8 << 20;
 
-/// What the source's file holds, and what it holds of a guest that nobody meant.
+/// The contents of the source's file, and the contents after a change.
 fn contents(number: u8) -> Vec<u8> {
     (0..BYTES).map(|at| ((at / 4096 * 31 + at) as u8) ^ number).collect()
 }
@@ -32,7 +32,7 @@ fn punch(path: &Path, offset: i64, length: i64) {
 
 type Change = fn(&Path);
 
-/// Each way in which a file stops being what it was, with what is said of it.
+/// Each kind of change, with its error message.
 const CHANGES: [(&str, Change); 6] = [
     ("truncated", |path| open(path).set_len(0).unwrap()),
     ("truncated", |path| open(path).set_len(BYTES / 2).unwrap()),
@@ -45,7 +45,7 @@ const CHANGES: [(&str, Change); 6] = [
     ("has changed", |path| open(path).write_all_at(&contents(77), 0).unwrap()),
 ];
 
-/// A snapshot that is served to a guest which touches nothing.
+/// A snapshot that is served to an idle guest.
 struct Served {
     still: Still,
     snapshot: PathBuf,
@@ -55,7 +55,7 @@ struct Served {
 }
 
 impl Served {
-    /// Its guest runs at the destination, and has nothing of it.
+    /// Its guest runs at the destination, without any page.
     fn start(on_disk: bool, options: &[&str]) -> Served {
         let mut still = Still::start_checked(options.contains(&"--checksum"));
         let disk = on_disk.then(|| tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
@@ -78,10 +78,10 @@ impl Served {
         Umem::start(["migrate", "--json", "--resume", &self.session])
     }
 
-    /// What it held is put back, and everything comes.
+    /// The old contents are restored, and all pages arrive.
     fn complete(mut self, mut resumed: Umem) {
         resumed.event("resumed");
-        // Nobody has asked for them.
+        // Pages without a demand.
         resumed.signal(Signal::SIGINT);
         resumed.event("completed");
         resumed.succeeds();
@@ -107,7 +107,7 @@ fn a_change_is_no_end(on_disk: bool, options: &[&str]) {
         assert!(reason.contains("the source gave up: RAM ram0"), "{reason}");
         assert!(reason.contains(word), "{reason}");
         let there = std::fs::read(served.still.scratch.ram("destination")).unwrap();
-        assert!(there.iter().all(|&byte| byte == 0), "no page has come");
+        assert!(there.iter().all(|&byte| byte == 0), "no page has arrived");
         open(&served.snapshot).write_all_at(&contents(0), 0).unwrap();
         let resumed = served.resume();
         served.complete(resumed);
@@ -115,18 +115,18 @@ fn a_change_is_no_end(on_disk: bool, options: &[&str]) {
 }
 
 #[test]
-fn a_snapshot_in_memory_that_changes_is_served_once_it_is_as_it_was() {
+fn changed_snapshot_in_memory_is_served_after_it_is_restored() {
     a_change_is_no_end(false, &[]);
 }
 
 #[test]
-fn a_snapshot_on_a_disk_that_changes_is_served_once_it_is_as_it_was() {
+fn changed_snapshot_on_disk_is_served_after_it_is_restored() {
     a_change_is_no_end(true, &["--checksum"]);
 }
 
-/// Nobody looked meanwhile: whoever takes over does, and takes the second resume for an answer.
+/// The file was not watched meanwhile: the takeover checks it, and takes the second resume for confirmation.
 #[test]
-fn a_file_that_changed_while_no_umem_was_there_is_noticed() {
+fn file_changed_between_two_umems_is_detected() {
     let mut served = Served::start(false, &[]);
     served.migrate.kill();
     open(&served.snapshot).write_all_at(b"another", 5 * 4096).unwrap();
@@ -137,9 +137,9 @@ fn a_file_that_changed_while_no_umem_was_there_is_noticed() {
     served.complete(resumed);
 }
 
-/// Pages are on their way, and the kernel and umem read what is not there any more: no signal ends umem.
+/// Pages are in flight, and the kernel and umem read a truncated range: no signal ends umem.
 #[test]
-fn truncation_in_full_flight_is_an_error_and_no_signal() {
+fn truncated_file_gives_an_error_instead_of_a_signal() {
     for options in [&["-p"][..], &["-p", "--checksum"], &["-p", "--lanes", "4"], &[]] {
         let scratch = Scratch::new();
         let snapshot = scratch.ram("source");
@@ -164,9 +164,9 @@ fn truncation_in_full_flight_is_an_error_and_no_signal() {
     }
 }
 
-/// Everything has come, and whether it was right cannot be known: neither side says that it is complete.
+/// All pages have arrived, and their correctness is unknown: neither side reports completion.
 #[test]
-fn a_change_before_the_end_is_not_called_complete() {
+fn file_changed_before_the_end_is_not_reported_complete() {
     let mut still = Still::start_checked(false);
     let cutter = Cutter::to(&still.uri);
     cutter.limit_answers(Some(UNTIL_RUNNING));

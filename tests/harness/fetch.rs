@@ -1,5 +1,4 @@
-//! tests/lib/fetch on machines of all kinds: with archives made here, whose packages are as large as they have
-//! to be, and without a network.
+//! tests/lib/fetch on machines of all kinds: with minimal archives made here, and without a network.
 
 use std::fmt::Write;
 use std::fs;
@@ -15,7 +14,7 @@ struct Machine {
     directory: TempDir,
 }
 
-/// A package without contents, but for a program that says its version and a library.
+/// A package with nothing but a program that prints its version and a library.
 struct Package<'a> {
     name: &'a str,
     version: &'a str,
@@ -29,7 +28,7 @@ const fn package<'a>(name: &'a str, version: &'a str, fields: &'a str) -> Packag
 }
 
 impl Machine {
-    /// With nothing installed, no sources and no lists, and archives of Debian and of somebody else.
+    /// With nothing installed, no sources and no lists, and archives of Debian and of another vendor.
     fn new() -> Machine {
         let directory = tempfile::Builder::new().prefix("umem-test-").tempdir_in("/tmp").unwrap();
         let machine = Machine { directory };
@@ -143,7 +142,7 @@ impl Machine {
         fs::write(dists.join("Release"), release).unwrap();
     }
 
-    /// Runs the script: what it says.
+    /// Runs the script; returns its output.
     fn fetch(&self) -> Result<String, String> {
         let output = Command::new(tool("fetch"))
             .env("APT_CONFIG", self.path("apt.conf"))
@@ -155,7 +154,7 @@ impl Machine {
         if output.status.success() { Ok(said) } else { Err(said) }
     }
 
-    /// Fetches, and everything is there, from Debian, with all that it depends on but for the C library.
+    /// A fetch that succeeds: everything is there, from Debian, with all dependencies except the C library.
     fn has_everything(&self, chromium: &str) {
         let said = self.fetch().unwrap_or_else(|said| panic!("{said}"));
         let cache = self.path("cache");
@@ -189,7 +188,7 @@ const fn chromium(version: &str) -> Package<'_> {
 }
 
 impl Package<'_> {
-    /// Makes the file, and returns what is said of it.
+    /// Writes the file, and returns the script's message about it.
     fn build(&self, pool: &Path) -> String {
         let Package { name, version, fields, files } = self;
         let mut control = format!(
@@ -229,9 +228,9 @@ fn sha256(bytes: &[u8]) -> String {
     digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Chromium of the security archive, a library that is newer than the archive's, and sources of others.
+/// Chromium from the security archive, a library that is newer than the archive's, and sources of other vendors.
 #[test]
-fn what_is_installed_changes_nothing() {
+fn installed_packages_do_not_change_the_fetched_set() {
     let machine = Machine::new();
     let installed = "Status: install ok installed\nArchitecture: amd64\nDescription: for a test\n\
                      Maintainer: nobody <x@example.org>\n";
@@ -257,9 +256,9 @@ fn what_is_installed_changes_nothing() {
     machine.has_everything("chromium-headless-shell 2");
 }
 
-/// Another release, another form of its sources, a mirror that does not answer, and no security archive.
+/// Another release, another format of its sources, a mirror that does not answer, and no security archive.
 #[test]
-fn another_debian_has_the_mirror_too() {
+fn fetch_uses_the_mirror_of_another_debian_release() {
     let machine = Machine::new();
     machine.write(
         "sources.list",
@@ -272,7 +271,7 @@ fn another_debian_has_the_mirror_too() {
 }
 
 #[test]
-fn a_machine_without_debian_is_told_what_to_give() {
+fn fetch_without_debian_names_the_variables_to_set() {
     let machine = Machine::new();
     machine.write("sources/vendor.list", "deb [trusted=yes] file:ROOT/vendor bookworm main\n");
     let said = machine.fetch().expect_err("nothing of Debian's");
@@ -280,18 +279,18 @@ fn a_machine_without_debian_is_told_what_to_give() {
     assert!(!machine.path("cache/apt").exists(), "{said}");
 }
 
-/// A signature is asked for, whatever the machine says of other sources.
+/// A signature is required, whatever the machine's options for other sources.
 #[test]
-fn an_archive_that_nobody_has_signed_is_refused() {
+fn unsigned_archive_is_refused() {
     let machine = Machine::new();
     machine.write("sources/debian.list", "deb file:ROOT/debian bookworm main\n");
     let said = machine.fetch().expect_err("nobody vouches for it");
     assert!(said.contains("not signed"), "{said}");
 }
 
-/// Where packages come from is the machine's affair.
+/// The machine decides where packages come from.
 #[test]
-fn no_mirror_is_written_in() {
+fn fetch_contains_no_mirror_address() {
     let script = fs::read_to_string(tool("fetch")).unwrap();
     assert!(!script.contains("http:") && !script.contains("https:"), "{script}");
 }

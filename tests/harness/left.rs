@@ -1,4 +1,4 @@
-//! tests/lib/alone: what a run of the tests leaves behind is told, and what others do meanwhile is not.
+//! tests/lib/alone reports the leftovers of a test run, and ignores other programs.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use crate::tool;
 
-/// A directory whose name is in the names of all that a test makes.
+/// A directory whose name is part of the names of everything that a test makes.
 fn scratch() -> TempDir {
     tempfile::Builder::new().prefix("umem-test-").tempdir_in("/tmp").unwrap()
 }
@@ -23,7 +23,7 @@ fn alone(script: &str, directory: &Path) -> Command {
     command
 }
 
-/// What a test may leave: a process that has left its session, its parents and its environment, a RAM file, a
+/// Possible leftovers of a test: a process that has left its session, its parents and its environment, a RAM file, a
 /// session, a name of a network and a mount.
 const LEAVES: &str = r#"
     set -e
@@ -35,9 +35,9 @@ const LEAVES: &str = r#"
     mkdir "$1/mount" && mount -t tmpfs none "$1/mount"
 "#;
 
-/// Whether the command succeeds or fails, and then it is gone.
+/// Whether the command succeeds or fails; afterwards the leftovers are gone.
 #[test]
-fn what_is_left_behind_is_told() {
+fn leftovers_are_reported() {
     for (end, status) in [("", 3), ("exit 7", 7)] {
         let scratch = scratch();
         let directory = scratch.path();
@@ -63,7 +63,7 @@ fn what_is_left_behind_is_told() {
 }
 
 #[test]
-fn nothing_is_told_where_nothing_is_left() {
+fn clean_run_reports_no_leftovers() {
     let scratch = scratch();
     let script =
         "sleep 0.01 & ip netns add x && ip netns del x; touch /dev/shm/x && rm /dev/shm/x; wait";
@@ -72,9 +72,9 @@ fn nothing_is_told_where_nothing_is_left() {
     assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// A QEMU and a umem that begin meanwhile, files, sessions and mounts: neither seen nor told.
+/// A QEMU and a umem that start meanwhile, files, sessions and mounts: neither seen nor reported.
 #[test]
-fn what_others_do_meanwhile_is_not_told() {
+fn objects_of_other_programs_are_not_reported() {
     let scratch = scratch();
     let token = scratch.path().file_name().unwrap().to_str().unwrap();
     let script =
@@ -137,7 +137,7 @@ impl Drop for Unmounted {
     }
 }
 
-/// Programs of the directory that run.
+/// Running programs of the directory.
 fn processes_of(directory: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir("/proc").unwrap().flatten();
     let programs = entries.filter_map(|entry| fs::read_link(entry.path().join("exe")).ok());

@@ -1,4 +1,4 @@
-//! The tests' own tools: what fetches (tests/lib/fetch), and what finds what tests leave (tests/lib/alone).
+//! The tests' own tools: the fetcher (tests/lib/fetch), and the detector of leftovers (tests/lib/alone).
 
 mod fetch;
 mod left;

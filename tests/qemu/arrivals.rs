@@ -1,4 +1,4 @@
-//! Guests that arrive, by each way there is, and check all of their memory there.
+//! Arriving guests, in every mode; they check all of their memory at the destination.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -13,12 +13,12 @@ use crate::support::{Cutter, Ends, Machine, QemuVersion, Qmp, Ram, Scratch, Tap,
 use crate::{boot, booted, migrate};
 
 #[test]
-fn a_guest_under_load_moves_by_postcopy_with_qemu_7_2() {
+fn loaded_guest_moves_by_postcopy_with_qemu_7_2() {
     moves_by_postcopy(QemuVersion::V7_2);
 }
 
 #[test]
-fn a_guest_under_load_moves_by_postcopy_with_qemu_10_0() {
+fn loaded_guest_moves_by_postcopy_with_qemu_10_0() {
     moves_by_postcopy(QemuVersion::V10_0);
 }
 
@@ -33,7 +33,7 @@ fn moves_by_postcopy(version: QemuVersion) {
 }
 
 #[test]
-fn without_background_pages_the_rest_comes_after_an_interrupt() {
+fn remaining_pages_come_after_an_interrupt_without_background() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -41,9 +41,9 @@ fn without_background_pages_the_rest_comes_after_an_interrupt() {
     let tap = Tap::to(&destination.uri, None);
     let mut moving = Moved::start_through(&tap, source, destination, &["-p", "-n"]);
     moving.umem.event("running");
-    // The guest fetches all that it checks by itself, and checks it.
+    // The guest demands all of its checked memory, and checks it.
     moving.is_whole_at_the_destination();
-    assert_eq!(tap.bulk_bytes(), HELLO_BYTES as u64, "a page nobody asked for has left");
+    assert_eq!(tap.bulk_bytes(), HELLO_BYTES as u64, "a page without a demand was sent");
     assert!(moving.umem.is_running());
 
     moving.umem.signal(Signal::SIGINT);
@@ -53,21 +53,21 @@ fn without_background_pages_the_rest_comes_after_an_interrupt() {
 }
 
 #[test]
-fn without_postcopy_all_pages_come_before_the_switchover() {
+fn all_pages_come_before_the_switchover_with_stop_first() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V7_2);
     let source = boot(&machine, &scratch);
     let destination = Destination::start(&machine, &scratch);
-    let moved = Moved::start(source, destination, &[]).complete();
+    let moved = Moved::start(source, destination, &["--stop-first"]).complete();
     assert_eq!(moved.report["pages_demand"], 0);
     assert_eq!(moved.report["fault_latency_us"]["count"], 0);
     moved.end();
 }
 
-/// Every connection is cut, and none can be made for ten seconds: the guest goes on with what it has,
-/// and with all of it afterwards.
+/// Every connection is cut, and new ones fail for ten seconds: the guest runs on with the pages that it has, and with
+/// all of them afterwards.
 #[test]
-fn a_guest_under_load_survives_ten_seconds_without_a_connection() {
+fn loaded_guest_survives_ten_seconds_without_a_connection() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -84,7 +84,7 @@ fn a_guest_under_load_survives_ten_seconds_without_a_connection() {
     cutter.wait_for_cuts(1);
     moving.umem.event("recovering");
     moving.destination.umem.event("recovering");
-    // What is tested is this time itself; nothing that happens in it tells when it is over.
+    // The test is about this duration itself; no event marks its end.
     std::thread::sleep(Duration::from_secs(10));
     assert!(moving.umem.is_running() && moving.destination.umem.is_running());
     cutter.admit();
@@ -97,9 +97,9 @@ fn a_guest_under_load_survives_ten_seconds_without_a_connection() {
     moved.end();
 }
 
-/// Both umems are killed, one after the other and at once; others take over.
+/// Both umems are killed, one after the other and together; others take over.
 #[test]
-fn a_guest_under_load_survives_the_death_of_its_umems() {
+fn loaded_guest_survives_the_death_of_both_umems() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -113,9 +113,9 @@ fn a_guest_under_load_survives_the_death_of_its_umems() {
     let resume = |command| {
         Umem::start([command, "--json", "--session-dir", &sessions, "--resume", &session])
     };
-    // Whether the switchover has come there nobody knows, nor whether the guest runs.
+    // Whether the switchover has arrived there is unknown, and so is whether the guest runs.
     moving.destination.umem.kill();
-    // The relay's lanes begin anew.
+    // The relay's lane numbers restart.
     cutter.cut(Ends::Both, false);
     moving.destination.umem = resume("incoming");
     moving.umem.event("running");
@@ -135,7 +135,7 @@ fn a_guest_under_load_survives_the_death_of_its_umems() {
         }
     }
     let mut moved = moving.complete();
-    // Who has taken over is not the QEMU's parent, and has ended.
+    // The process that has taken over is not QEMU's parent, and has ended.
     assert!(moved.destination.umem.wait().success());
     Qmp::connect(&moved.destination.qmp).quit();
     moved.source.qmp.quit();
@@ -143,11 +143,11 @@ fn a_guest_under_load_survives_the_death_of_its_umems() {
 }
 
 #[test]
-fn two_guests_move_at_once() {
+fn two_guests_move_concurrently() {
     let scratch = Scratch::new();
     let old = Machine { name: "old", ..Machine::linux(QemuVersion::V7_2) };
     let new = Machine { name: "new", ..Machine::linux(QemuVersion::V10_0) };
-    // Every pair is at the same stage before either goes on.
+    // Every pair reaches the same stage before either continues.
     let mut sources = [old.start(&scratch), new.start(&scratch)];
     sources.iter_mut().for_each(|source| booted(&mut source.serial));
     let machines = [&old, &new];
@@ -161,7 +161,7 @@ fn two_guests_move_at_once() {
 }
 
 #[test]
-fn a_guest_moves_over_unix_sockets_and_two_bulk_lanes() {
+fn guest_moves_over_unix_sockets_and_two_bulk_lanes() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -175,12 +175,12 @@ fn a_guest_moves_over_unix_sockets_and_two_bulk_lanes() {
 }
 
 #[test]
-fn every_ram_backend_moves_whatever_their_order() {
+fn ram_backends_move_in_any_order() {
     let scratch = Scratch::new();
     let [main, dimm] = [Ram { id: "ram0", mib: 256 }, Ram { id: "ram1", mib: 256 }];
     let sender = Machine {
         ram: vec![main, dimm],
-        // More than the main memory has, so that the DIMM is in use.
+        // More than the main memory, so that the DIMM is in use.
         guest: "umem.mib=288 memhp_default_state=online".into(),
         ..Machine::linux(QemuVersion::V7_2)
     };
@@ -192,14 +192,14 @@ fn every_ram_backend_moves_whatever_their_order() {
     moved.end();
 }
 
-/// The RFC's own shape: RAM ends as the guest's own anonymous memory, and the file empty.
+/// The RFC's design: RAM becomes anonymous memory of the guest, and the file is empty.
 #[test]
-fn a_guests_memory_becomes_its_own_with_qemu_10_0() {
+fn private_ram_becomes_anonymous_with_qemu_10_0() {
     becomes_private(QemuVersion::V10_0, "1");
 }
 
 #[test]
-fn a_guests_memory_becomes_its_own_at_the_end_with_qemu_7_2() {
+fn private_ram_becomes_anonymous_at_the_end_with_qemu_7_2() {
     becomes_private(QemuVersion::V7_2, "0");
 }
 

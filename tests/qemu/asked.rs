@@ -1,5 +1,5 @@
-//! A destination's QEMU is asked which memory its guest has, however it came to be started; what it needs of umem is
-//! added wherever in a chain of wrappers it is, or its lack is told before a source comes.
+//! umem asks a destination's QEMU for its guest's memory, however that QEMU was started; umem adds its preload object
+//! anywhere in a chain of wrappers, or reports its absence before a source connects.
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
@@ -19,7 +19,7 @@ fn words(line: &str) -> Vec<String> {
     line.split_ascii_whitespace().map(str::to_owned).collect()
 }
 
-/// A source that runs, and its memory.
+/// A running source, and its memory.
 fn source(machine: &Machine, scratch: &Scratch) -> (Qemu, File) {
     let source = machine.start(scratch);
     let name = machine.ram_file(scratch, Side::Source, "ram0");
@@ -28,11 +28,11 @@ fn source(machine: &Machine, scratch: &Scratch) -> (Qemu, File) {
 }
 
 #[test]
-fn a_qemu_behind_any_wrapper_gets_what_it_needs() {
+fn qemu_behind_a_wrapper_gets_the_preload_object() {
     let scratch = Scratch::new();
     let machine = small(QemuVersion::V10_0);
     let script = scratch.path("script");
-    // It does other things before, and is there afterwards.
+    // The wrapper runs other commands before, and stays afterwards.
     let qemu = machine.command_line(&scratch, Side::Destination).join(" ");
     let program = machine.version.program().display().to_string();
     let text = format!("#!/bin/sh\n{program} -version >/dev/null\n{qemu}\nexit $?\n");
@@ -59,9 +59,9 @@ fn a_qemu_behind_any_wrapper_gets_what_it_needs() {
     }
 }
 
-/// Whose memory it is, says QEMU: what has started it is another process, which may have more to do.
+/// QEMU reports the owner of the memory: its parent is another process, which may have other work.
 #[test]
-fn the_end_of_qemu_is_noticed_though_the_script_goes_on_that_started_it() {
+fn end_of_qemu_is_detected_while_its_wrapper_script_runs() {
     for has_come in [false, true] {
         let scratch = Scratch::new();
         let machine = small(QemuVersion::V10_0);
@@ -104,7 +104,7 @@ fn children(pid: u32) -> Vec<u32> {
     listed.split_ascii_whitespace().map(|pid| pid.parse().expect("a pid")).collect()
 }
 
-/// A network namespace with a name, which goes with this.
+/// A named network namespace, removed when dropped.
 struct Namespace {
     name: String,
 }
@@ -128,7 +128,7 @@ impl Drop for Namespace {
     }
 }
 
-/// Words that say in other ways what [`small`] says, without the memory.
+/// Options equivalent to [`small`]'s in other forms, without the memory.
 fn plain(machine: &Machine, scratch: &Scratch) -> Vec<String> {
     let test = machine.socket(scratch, Side::Destination, "test");
     let program = machine.version.program().display().to_string();
@@ -141,7 +141,7 @@ fn plain(machine: &Machine, scratch: &Scratch) -> Vec<String> {
 }
 
 #[test]
-fn memory_is_found_however_it_is_configured() {
+fn memory_is_found_in_every_configuration() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -179,7 +179,7 @@ fn memory_is_found_however_it_is_configured() {
 }
 
 #[test]
-fn memory_that_is_none_of_the_guests_is_let_go() {
+fn memory_outside_the_guest_is_released() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let mut machine = small(version);
@@ -195,7 +195,7 @@ fn memory_that_is_none_of_the_guests_is_let_go() {
         );
         machine.extra = words(&more);
         let destination = Destination::start(&machine, &scratch);
-        // Nothing of it is registered any more, so that nobody waits there.
+        // Nothing of it is registered any more, so no thread waits there.
         wait_for("the end of the registration", || {
             let smaps = fs::read_to_string(format!("/proc/{}/smaps", destination.guest_pid));
             let smaps = smaps.expect("it runs");
@@ -210,7 +210,7 @@ fn memory_that_is_none_of_the_guests_is_let_go() {
 }
 
 #[test]
-fn a_disk_that_is_memory_to_the_guest_cannot_be_filled() {
+fn nvdimm_disk_cannot_be_filled() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let mut machine = small(version);
@@ -226,13 +226,13 @@ fn a_disk_that_is_memory_to_the_guest_cannot_be_filled() {
         says(&text, "RAM backend nv has its memory in");
         says(&text, "files of tmpfs and hugetlbfs");
         assert_eq!(scratch.ram_files(), Vec::<std::path::PathBuf>::new());
-        assert!(image.exists(), "somebody's disk has been removed");
+        assert!(image.exists(), "a foreign disk has been removed");
         fs::remove_file(image).expect("it is there");
     }
 }
 
 #[test]
-fn a_file_longer_than_the_guests_memory_is_filled_as_far_as_it_is_the_guests() {
+fn longer_file_is_filled_up_to_the_guests_memory() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -247,7 +247,7 @@ fn a_file_longer_than_the_guests_memory_is_filled_as_far_as_it_is_the_guests() {
 }
 
 #[test]
-fn what_umem_cannot_ask_is_told_before_a_source_comes() {
+fn unusable_command_is_reported_before_a_source_connects() {
     let scratch = Scratch::new();
     let machine = small(QemuVersion::V10_0);
     let given = machine.command_line(&scratch, Side::Destination);
@@ -275,7 +275,7 @@ fn what_umem_cannot_ask_is_told_before_a_source_comes() {
     says(&text, "RAM backend ram0 has its memory in");
     assert_eq!(running.qmp.status(), "running");
 
-    // Not all of the guest's memory, or more.
+    // Not all of the guest's memory, or too much.
     let ram = |name: &str, id: &str| {
         format!("{name}={}", machine.ram_file(&scratch, Side::Destination, id).display())
     };
@@ -293,9 +293,9 @@ fn what_umem_cannot_ask_is_told_before_a_source_comes() {
     assert_eq!(other.qmp.status(), "inmigrate");
 }
 
-/// Nothing locks the file of a QEMU that no umem has started, and an empty one looks like nobody's.
+/// The file of a QEMU without a umem has no lock, and an empty file looks unused.
 #[test]
-fn a_file_that_another_qemu_has_mapped_is_refused_though_it_is_empty() {
+fn empty_file_mapped_by_another_qemu_is_refused() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -320,7 +320,7 @@ fn a_file_that_another_qemu_has_mapped_is_refused_though_it_is_empty() {
         says(&text, &format!("RAM ram0: process {} has mapped the same file", before.pid()));
         drop(before);
 
-        // One that comes while umem waits.
+        // A QEMU that starts while umem waits.
         let destination = Destination::start(&machine, &scratch);
         let meanwhile = start();
         let mut source = machine.start(&scratch);
@@ -332,9 +332,9 @@ fn a_file_that_another_qemu_has_mapped_is_refused_though_it_is_empty() {
     }
 }
 
-/// What QEMU maps in the way of RAM once umem knows the guest's memory is nobody's to fill.
+/// Memory that QEMU maps like RAM after umem knows the guest's memory is not filled.
 #[test]
-fn memory_that_is_plugged_in_later_is_qemus_own() {
+fn memory_plugged_in_later_is_left_to_qemu() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let mut machine = small(version);
@@ -367,9 +367,9 @@ fn memory_that_is_plugged_in_later_is_qemus_own() {
     }
 }
 
-/// Only the file goes that was made for the guest, not the one that has its name by then.
+/// Only the file made for the guest is removed, not the file that has its name by then.
 #[test]
-fn a_file_that_took_the_name_of_the_guests_stays_when_the_guest_does_not_come() {
+fn file_that_replaced_the_ram_file_is_kept() {
     let scratch = Scratch::new();
     let machine = small(QemuVersion::V10_0);
     let name = machine.ram_file(&scratch, Side::Destination, "ram0");

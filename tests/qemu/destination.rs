@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use crate::incoming;
 use crate::support::{Machine, Ram, Scratch, Serial, Side, Umem};
 
-/// A `umem incoming` that waits for a source, and the QEMU that it has started.
+/// A `umem incoming` that waits for a source, and its QEMU.
 pub(super) struct Destination {
     pub(super) umem: Umem,
     pub(super) uri: String,
@@ -34,7 +34,7 @@ impl Destination {
         Destination::by(&words, machine, scratch, options, uri)
     }
 
-    /// By way of these words, which come to start this machine's QEMU.
+    /// Through a wrapper command that starts this machine's QEMU.
     pub(super) fn by(
         words: &[String],
         machine: &Machine,
@@ -72,11 +72,11 @@ impl Destination {
 
     pub(super) fn kill_guest(&self) {
         let pid = nix::unistd::Pid::from_raw(self.guest_pid.try_into().expect("pids are small"));
-        // umem, its parent, has not waited for it: the pid is its own.
+        // umem, its parent, has not reaped it: the pid is its own.
         nix::sys::signal::kill(pid, Signal::SIGKILL).expect("it runs");
     }
 
-    /// A umem that was killed cannot tidy up: its QEMU ends by itself, its empty RAM files stay.
+    /// A killed umem cannot clean up: its QEMU ends by itself, its empty RAM files stay.
     pub(super) fn left_by_its_umem(&self, scratch: &Scratch) {
         scratch.wait_until_gone("destination");
         for path in &self.ram_files {

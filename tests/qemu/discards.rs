@@ -1,4 +1,4 @@
-//! Guests that give memory back to their host while they arrive.
+//! Guests that discard memory while they arrive.
 
 use crate::destination::Destination;
 use crate::moving::{Moved, Moving};
@@ -6,22 +6,22 @@ use crate::support::{Machine, QemuVersion, Scratch, Side};
 use crate::{boot, migrate};
 
 #[test]
-fn pages_that_go_into_the_balloon_read_as_zeroes_with_qemu_7_2() {
+fn ballooned_pages_read_as_zeroes_with_qemu_7_2() {
     gives_back(QemuVersion::V7_2, false);
 }
 
 #[test]
-fn pages_that_go_into_the_balloon_read_as_zeroes_with_qemu_10_0() {
+fn ballooned_pages_read_as_zeroes_with_qemu_10_0() {
     gives_back(QemuVersion::V10_0, false);
 }
 
 #[test]
-fn pages_of_private_memory_that_go_into_the_balloon_read_as_zeroes() {
+fn ballooned_pages_of_private_memory_read_as_zeroes() {
     gives_back(QemuVersion::V10_0, true);
 }
 
-/// The guest puts pages into its balloon, and reports others as free, all the while. It checks that they read as
-/// zeroes then, and others as it has written them.
+/// The guest puts pages into its balloon, and reports others as free, all the while. It checks that they read as zeroes
+/// then, and other pages as written.
 fn gives_back(version: QemuVersion, becomes_private: bool) {
     let scratch = Scratch::new();
     let machine = Machine {
@@ -35,7 +35,7 @@ fn gives_back(version: QemuVersion, becomes_private: bool) {
     let kind = if becomes_private { "private" } else { "shared" };
     let destination =
         Destination::start_with(&machine, &scratch, &["--kind", kind], "tcp:127.0.0.1:0");
-    // Slowly, so that most pages are given back before they come.
+    // Slowly, so that most pages are discarded before they arrive.
     let umem = migrate(&source, &destination.uri, &["-p", "--max-postcopy-bandwidth", "32M"]);
     let mut moving = Moving { source, umem, destination };
     moving.umem.event("running");
@@ -49,16 +49,16 @@ fn gives_back(version: QemuVersion, becomes_private: bool) {
 }
 
 #[test]
-fn a_guest_with_virtio_mem_moves_with_qemu_7_2() {
+fn guest_with_virtio_mem_moves_with_qemu_7_2() {
     has_virtio_mem(QemuVersion::V7_2);
 }
 
 #[test]
-fn a_guest_with_virtio_mem_moves_with_qemu_10_0() {
+fn guest_with_virtio_mem_moves_with_qemu_10_0() {
     has_virtio_mem(QemuVersion::V10_0);
 }
 
-/// The device discards its memory as QEMU starts (7.2), and what is not plugged as its state is loaded.
+/// The device discards its memory as QEMU starts (7.2), and the unplugged part as its state is loaded.
 fn has_virtio_mem(version: QemuVersion) {
     let scratch = Scratch::new();
     let machine = |side| {
@@ -68,7 +68,7 @@ fn has_virtio_mem(version: QemuVersion) {
         let device = "virtio-mem-pci,id=vmem,memdev=mem1,requested-size=64M";
         let words = ["-m", "256M,maxmem=1G", "-object", &backend, "-device", device];
         let extra = words.map(str::to_owned).into();
-        // Room for what may be plugged takes some of its memory.
+        // The pluggable range takes some of its memory.
         Machine { guest: "umem.mib=64".into(), extra, ..Machine::linux(version) }
     };
     let source = boot(&machine(Side::Source), &scratch);

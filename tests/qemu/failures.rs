@@ -1,4 +1,4 @@
-//! Failures before the switchover: the guest goes on where it is, and nothing is left of the attempt.
+//! Failures before the switchover: the guest continues at its place, and the attempt leaves nothing behind.
 
 use std::fs;
 use std::io::Read;
@@ -15,16 +15,16 @@ use crate::support::{Machine, Qemu, QemuVersion, Qmp, Ram, Scratch, Side, Umem, 
 use crate::{NOBODY, boot, incoming, migrate, says};
 
 #[test]
-fn what_fails_before_the_switchover_leaves_the_guest_running_with_qemu_7_2() {
+fn failure_before_the_switchover_leaves_the_guest_running_with_qemu_7_2() {
     survives_failures(QemuVersion::V7_2);
 }
 
 #[test]
-fn what_fails_before_the_switchover_leaves_the_guest_running_with_qemu_10_0() {
+fn failure_before_the_switchover_leaves_the_guest_running_with_qemu_10_0() {
     survives_failures(QemuVersion::V10_0);
 }
 
-/// One guest goes through every failure, and moves at last.
+/// One guest goes through every failure, and then moves.
 fn survives_failures(version: QemuVersion) {
     let scratch = Scratch::new();
     let machine = Machine::linux(version);
@@ -111,7 +111,7 @@ fn the_destination_is_interrupted_while_a_stranger_is_silent(
     says(&destination.umem.fails(), "interrupted; no guest had arrived");
 }
 
-/// Something listens that is no umem.
+/// The listener is not a umem.
 fn the_destination_says_nothing(_: &Machine, _: &Scratch, source: &mut Qemu) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let uri = format!("tcp:{}", listener.local_addr().expect("it is bound"));
@@ -141,7 +141,7 @@ fn the_source_is_interrupted_when_stopped(machine: &Machine, scratch: &Scratch, 
     says(&halted.destination.umem.fails(), "the source gave up: interrupted");
 }
 
-/// The guest ran when its device state was saved, so that a QEMU would have it run as soon as it has loaded that.
+/// The guest ran when its device state was saved, so a QEMU would start it as soon as it has loaded that.
 fn the_source_is_interrupted_when_loaded(machine: &Machine, scratch: &Scratch, source: &mut Qemu) {
     let mut halted = Halted::when_loaded(machine, scratch, source);
     let destination = Qmp::connect(&halted.destination.qmp).status();
@@ -159,7 +159,7 @@ fn the_destination_is_interrupted_when_connected(
     let mut halted = Halted::when_connected(machine, scratch, source);
     halted.destination.umem.signal(Signal::SIGINT);
     says(&halted.destination.umem.fails(), "interrupted; ");
-    // What the destination says of it is held back with the rest.
+    // The destination's report about it is held back with the rest.
     halted.tap.cut();
     says(&halted.umem.fails(), "the connection to the destination was lost");
 }
@@ -196,8 +196,8 @@ fn the_destination_is_killed_when_stopped(machine: &Machine, scratch: &Scratch, 
     halted.destination.left_by_its_umem(scratch);
 }
 
-/// QEMU gives its migration up by itself; whoever takes over from umem has the guest run, if it does not by then,
-/// and puts back what was changed.
+/// QEMU cancels its migration by itself; the umem that takes over lets the guest run, if it does not by then, and
+/// restores the settings.
 fn the_source_is_killed_when_stopped(machine: &Machine, scratch: &Scratch, source: &mut Qemu) {
     let mut halted = Halted::when_stopped(machine, scratch, source);
     halted.umem.kill();
@@ -205,7 +205,7 @@ fn the_source_is_killed_when_stopped(machine: &Machine, scratch: &Scratch, sourc
     wait_for("QEMU to have its guest run", || (source.qmp.status() == "running").then_some(()));
     let uri = &halted.destination.uri;
     Umem::start(["migrate", "--json", "--resume", &halted.session, uri]).succeeds();
-    // It hears of it, or has given up before as nothing was loaded yet.
+    // The destination is notified, or has given up before, because nothing was loaded yet.
     halted.destination.umem.fails();
 }
 

@@ -1,5 +1,5 @@
-//! The guest's memory is what its QEMU has mapped, wherever names lead by now: it arrives, or the move is refused
-//! before the guest stops, and says why.
+//! The guest's memory is the memory that its QEMU has mapped, whatever its paths name by now: it arrives, or the move
+//! is refused before the guest stops, with the reason.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -19,15 +19,15 @@ use crate::{NOBODY, boot, migrate, says};
 
 pub(super) const VERSIONS: [QemuVersion; 2] = [QemuVersion::V7_2, QemuVersion::V10_0];
 
-/// Where a test marks a guest's memory, which its firmware leaves alone.
+/// The place of a test's mark in guest memory, which the firmware does not touch.
 const MARK_OFFSET: u64 = 32 << 20;
 
-/// A machine with 64 MiB of memory and nothing to boot.
+/// A machine with 64 MiB of memory and no system to boot.
 pub(super) fn small(version: QemuVersion) -> Machine {
     Machine { ram: vec![Ram { id: "ram0", mib: 64 }], ..Machine::bare(version) }
 }
 
-/// What a process has mapped at the only place where it maps a file of this name.
+/// The mapping of a file of this name in a process, which has exactly one.
 pub(super) fn mapped(pid: u32, name: &str) -> File {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("it runs");
     let line = maps.lines().find(|line| line.contains(name)).expect("it has mapped the file");
@@ -42,7 +42,7 @@ fn arrives(source: Qemu, memory: &[File], machine: &Machine, scratch: &Scratch) 
     arrives_at(destination, source, memory);
 }
 
-/// Likewise, at a destination that waits already.
+/// Likewise, with a destination that waits already.
 pub(super) fn arrives_at(mut destination: Destination, mut source: Qemu, memory: &[File]) {
     source.qmp.execute("stop", json!({}));
     for (index, file) in memory.iter().enumerate() {
@@ -73,13 +73,13 @@ fn is_refused(source: &mut Qemu, options: &[&str], expected: &[&str]) {
     assert_eq!(source.qmp.status(), "running");
 }
 
-/// The source finds nothing wrong with the guest, and only nobody to take it.
+/// The source accepts the guest, and fails only because no destination answers.
 fn is_taken(source: &mut Qemu, options: &[&str]) {
     is_refused(source, options, &["cannot connect to tcp:127.0.0.1:1"]);
 }
 
 #[test]
-fn a_file_that_took_the_name_is_not_the_guests() {
+fn mapped_file_is_moved_although_its_path_was_replaced() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -94,7 +94,7 @@ fn a_file_that_took_the_name_is_not_the_guests() {
 }
 
 #[test]
-fn a_file_without_a_name_is_the_guests_all_the_same() {
+fn unlinked_ram_file_is_moved() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -106,9 +106,9 @@ fn a_file_without_a_name_is_the_guests_all_the_same() {
     }
 }
 
-/// As a manager may give it: to anybody else its path leads elsewhere.
+/// As a manager may pass it: in any other process its path leads elsewhere.
 #[test]
-fn a_memory_file_that_qemu_was_given_is_the_guests() {
+fn inherited_memfd_is_moved() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -120,14 +120,14 @@ fn a_memory_file_that_qemu_was_given_is_the_guests() {
         let words = machine.command_line(&scratch, Side::Source);
         let words: Vec<String> = words.iter().map(|word| word.replace(&name, &given)).collect();
         let source = start_by(&words, &machine, &scratch);
-        // umem is not given it.
+        // umem does not get the descriptor.
         fcntl(&memory, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("it is open");
         arrives(source, &[memory], &machine, &scratch);
     }
 }
 
 #[test]
-fn a_file_in_another_mount_namespace_is_found() {
+fn ram_file_in_another_mount_namespace_is_found() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -142,14 +142,14 @@ fn a_file_in_another_mount_namespace_is_found() {
     }
 }
 
-/// A source, by way of a program that becomes it.
+/// A source, through a program that becomes it.
 fn start_under(wrapper: &[&str], machine: &Machine, scratch: &Scratch) -> Qemu {
     let wrapper = wrapper.iter().map(|&word| word.to_owned());
     let words: Vec<String> = wrapper.chain(machine.command_line(scratch, Side::Source)).collect();
     start_by(&words, machine, scratch)
 }
 
-/// A source, by these words.
+/// A source with this command line.
 fn start_by(words: &[String], machine: &Machine, scratch: &Scratch) -> Qemu {
     let [test, umem] =
         ["test", "umem"].map(|monitor| machine.socket(scratch, Side::Source, monitor));
@@ -157,7 +157,7 @@ fn start_by(words: &[String], machine: &Machine, scratch: &Scratch) -> Qemu {
 }
 
 #[test]
-fn a_socket_that_somebody_else_has_made_for_qemu_leads_to_its_memory() {
+fn monitor_socket_made_by_a_parent_leads_to_qemu() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let mut machine = small(version);
@@ -179,12 +179,12 @@ fn a_socket_that_somebody_else_has_made_for_qemu_leads_to_its_memory() {
 }
 
 #[test]
-fn a_guest_with_numa_nodes_moves_with_qemu_7_2() {
+fn guest_with_numa_nodes_moves_with_qemu_7_2() {
     numa_moves(QemuVersion::V7_2);
 }
 
 #[test]
-fn a_guest_with_numa_nodes_moves_with_qemu_10_0() {
+fn guest_with_numa_nodes_moves_with_qemu_10_0() {
     numa_moves(QemuVersion::V10_0);
 }
 
@@ -198,7 +198,7 @@ fn numa_moves(version: QemuVersion) {
 }
 
 #[test]
-fn a_file_longer_than_the_guests_memory_is_moved_as_far_as_it_is_the_guests() {
+fn longer_file_is_moved_up_to_the_guests_memory() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -212,7 +212,7 @@ fn a_file_longer_than_the_guests_memory_is_moved_as_far_as_it_is_the_guests() {
     }
 }
 
-/// A file of that length, its owner's alone.
+/// A file of this length, accessible to its owner only.
 fn file_of(path: &Path, mib: u64) -> File {
     let mut options = File::options();
     let options = options.read(true).write(true).create_new(true).mode(0o600);
@@ -221,7 +221,7 @@ fn file_of(path: &Path, mib: u64) -> File {
     file
 }
 
-/// The words of a command line, the files of whose backends are one, each at an offset of its own, MiB.
+/// A command line whose backends share one file, each at an offset of its own, MiB.
 fn in_one_file(words: &[String], path: &Path, offsets: &[(&str, u64)]) -> Vec<String> {
     let place = |word: &String| {
         let place = offsets.iter().find(|(id, _)| word.contains(&format!(",id={id},")));
@@ -256,14 +256,14 @@ fn at_one_file(
     destination
 }
 
-/// QEMU knows offset= from 8.1 on.
+/// QEMU supports offset= since 8.1.
 #[test]
 fn numa_nodes_in_one_file_move_into_one_file_with_other_offsets() {
     let scratch = Scratch::new();
     let ram = vec![Ram { id: "ram-node0", mib: 128 }, Ram { id: "ram-node1", mib: 128 }];
     let machine = Machine { ram, ..Machine::linux(QemuVersion::V10_0) };
     let [from, to] = ["from", "to"].map(|name| scratch.ram(name));
-    // QEMU makes the file as long as the first backend that it opens needs it.
+    // QEMU makes the file as long as its first backend needs.
     let mut source =
         source_in_one_file(&machine, &scratch, &from, &[("ram-node0", 128), ("ram-node1", 0)]);
     crate::booted(&mut source.serial);
@@ -277,8 +277,8 @@ fn numa_nodes_in_one_file_move_into_one_file_with_other_offsets() {
 }
 
 #[test]
-fn memory_that_begins_inside_of_its_file_is_moved_and_what_lies_around_it_is_left_alone() {
-    for options in [&["-p"][..], &["-p", "--release-ram"], &[]] {
+fn memory_at_a_file_offset_is_moved_and_bytes_around_it_are_kept() {
+    for options in [&["-p"][..], &["-p", "--release-ram"], &["--stop-first"]] {
         let scratch = Scratch::new();
         let machine = small(QemuVersion::V10_0);
         let [from, to] = ["from", "to"].map(|name| scratch.ram(name));
@@ -304,7 +304,7 @@ fn memory_that_begins_inside_of_its_file_is_moved_and_what_lies_around_it_is_lef
             there.read_exact_at(&mut around, at).expect("it is as long");
             assert!(around.iter().all(|byte| *byte == 0), "something lies around the memory");
         }
-        // The two pages of the others' are all that is left.
+        // Only the two pages of other owners are left.
         let is_freed = fs::metadata(&from).expect("it is there").blocks() * 512 <= 2 * 4096;
         assert_eq!(is_freed, options.contains(&"--release-ram"), "{options:?}");
         for (bytes, at) in others {
@@ -318,9 +318,9 @@ fn memory_that_begins_inside_of_its_file_is_moved_and_what_lies_around_it_is_lef
     }
 }
 
-/// A process that takes over finds each part where it is.
+/// A takeover finds each part at its place.
 #[test]
-fn memory_in_one_file_is_served_by_who_takes_over() {
+fn shared_file_of_several_backends_is_served_after_a_takeover() {
     let scratch = Scratch::new();
     let ram = vec![Ram { id: "ram-node0", mib: 64 }, Ram { id: "ram-node1", mib: 64 }];
     let machine = Machine { ram, ..Machine::bare(QemuVersion::V10_0) };
@@ -355,7 +355,7 @@ fn memory_in_one_file_is_served_by_who_takes_over() {
 }
 
 #[test]
-fn backends_that_have_the_same_bytes_of_a_file_are_refused() {
+fn backends_with_overlapping_file_ranges_are_refused() {
     let scratch = Scratch::new();
     let name = scratch.ram("both");
     file_of(&name, 128);
@@ -382,7 +382,7 @@ fn backends_that_have_the_same_bytes_of_a_file_are_refused() {
 }
 
 #[test]
-fn memory_with_a_name_that_is_too_long_is_refused() {
+fn overlong_memory_name_is_refused() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let id = "m".repeat(64);
@@ -402,7 +402,7 @@ fn plain_source(version: QemuVersion, scratch: &Scratch, options: &str) -> Qemu 
 }
 
 #[test]
-fn files_that_a_user_names_are_compared_with_what_qemu_has_mapped() {
+fn named_files_are_compared_with_qemus_mappings() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = small(version);
@@ -429,7 +429,7 @@ fn files_that_a_user_names_are_compared_with_what_qemu_has_mapped() {
 }
 
 #[test]
-fn a_user_who_may_not_see_the_mappings_is_told() {
+fn user_without_access_to_the_mappings_gets_an_error() {
     let scratch = Scratch::new();
     let machine = small(QemuVersion::V10_0);
     let mut source = machine.start(&scratch);
@@ -448,7 +448,7 @@ fn a_user_who_may_not_see_the_mappings_is_told() {
 }
 
 #[test]
-fn names_of_devices_and_memory_that_no_device_uses_mean_nothing() {
+fn device_names_and_unused_memory_are_ignored() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let mut machine = small(version);
@@ -465,7 +465,7 @@ fn names_of_devices_and_memory_that_no_device_uses_mean_nothing() {
 }
 
 #[test]
-fn a_disk_that_is_memory_to_the_guest_is_left_alone_or_refused_at_once() {
+fn nvdimm_disk_is_left_alone_or_refused_at_once() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let image = on_a_disk(&scratch);
@@ -494,7 +494,7 @@ fn a_disk_that_is_memory_to_the_guest_is_left_alone_or_refused_at_once() {
     }
 }
 
-/// An image of 16 MiB that lies on no tmpfs.
+/// An image of 16 MiB outside tmpfs.
 pub(super) fn on_a_disk(scratch: &Scratch) -> PathBuf {
     let name = scratch.path("image");
     let name = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!(

@@ -1,4 +1,4 @@
-//! Migrations that stand still where a test wants them to.
+//! Migrations that a test stops at a known place.
 
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -48,8 +48,8 @@ impl Halted {
         halted
     }
 
-    /// The destination's QEMU has loaded the device state, and may have asked for pages, but the source has
-    /// not heard that it has.
+    /// The destination's QEMU has loaded the device state, and may have demanded pages, but the source has not been
+    /// notified.
     pub(super) fn when_loaded(machine: &Machine, scratch: &Scratch, source: &Qemu) -> Halted {
         let tap = |uri: &str| Tap::holding(uri, UNTIL_READY, Kind::Loaded);
         let mut halted = Halted::with(tap, machine, scratch, source);
@@ -62,7 +62,7 @@ impl Halted {
         halted
     }
 
-    /// Is interrupted, so that the guest goes on at the source.
+    /// Interrupts the source, so that the guest continues there.
     pub(super) fn ends_at_the_source(mut self) {
         self.umem.signal(Signal::SIGINT);
         says(&self.umem.fails(), "interrupted; the guest goes on here");

@@ -1,9 +1,9 @@
-//! Where the guest's RAM could have huge pages and QEMU keeps it from them, both sides say how to change that.
+//! If the guest's RAM could have huge pages and QEMU's options prevent them, both sides print the remedy.
 
 use crate::support::{Machine, Qemu, QemuVersion, Scratch, Side, Umem};
 use crate::{NOBODY, incoming, says};
 
-/// /dev/shm as `umem doctor` wants it, for one program alone.
+/// /dev/shm as `umem doctor` recommends it, for one program alone.
 const IN_HUGE_TMPFS: [&str; 6] = [
     "unshare",
     "--mount",
@@ -15,8 +15,7 @@ const IN_HUGE_TMPFS: [&str; 6] = [
 
 const ADVICE: &str = "RAM backend ram0 could have huge pages";
 
-/// What follows the backend's options, and whether that keeps it from huge pages. QEMU takes a size in each of
-/// these ways.
+/// The backend's further options, and whether they prevent huge pages. QEMU accepts a size in each of these forms.
 const ALIGNED: [(&str, bool); 5] = [
     ("", true),
     (",align=4K", true),
@@ -26,7 +25,7 @@ const ALIGNED: [(&str, bool); 5] = [
 ];
 
 #[test]
-fn a_destination_says_how_its_guest_gets_huge_pages() {
+fn destination_prints_huge_page_advice() {
     for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
         for (align, is_advised) in ALIGNED {
             let scratch = Scratch::new();
@@ -37,7 +36,7 @@ fn a_destination_says_how_its_guest_gets_huge_pages() {
             judge(&umem.stderr(), is_advised.then_some("here and at the source"));
         }
     }
-    // As JSON, and without huge pages to be had.
+    // As JSON, on a machine without huge pages.
     let scratch = Scratch::new();
     let path = Machine::bare(QemuVersion::V10_0).ram_file(&scratch, Side::Destination, "ram0");
     let json = |align: &str| {
@@ -68,7 +67,7 @@ fn a_destination_says_how_its_guest_gets_huge_pages() {
 }
 
 #[test]
-fn a_source_says_how_its_guest_gets_huge_pages() {
+fn source_prints_huge_page_advice() {
     for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
         for (align, is_advised) in ALIGNED {
             let scratch = Scratch::new();
@@ -84,7 +83,7 @@ fn a_source_says_how_its_guest_gets_huge_pages() {
             let arguments = ["migrate", "--json", "-p", "--qmp", &qmp, NOBODY];
             let pid = source.pid().to_string();
             let mut umem = Umem::start_under(&["nsenter", "--target", &pid, "--mount"], arguments);
-            assert_eq!(umem.wait().code(), Some(1), "nobody listens there");
+            assert_eq!(umem.wait().code(), Some(1), "no destination listens there");
             let text = umem.stderr();
             says(&text, "tcp:127.0.0.1:1");
             judge(&text, is_advised.then_some("here and at the destination"));
@@ -101,7 +100,7 @@ fn aligned(version: QemuVersion, scratch: &Scratch, side: Side, align: &str) -> 
     words
 }
 
-/// There is the advice, once and with these words, or there is none.
+/// The advice is printed once and with these words, or not at all.
 fn judge(stderr: &str, expected: Option<&str>) {
     let advice: Vec<_> = stderr.lines().filter(|line| line.contains("huge pages")).collect();
     match (&advice[..], expected) {

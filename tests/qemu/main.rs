@@ -1,8 +1,7 @@
-//! Unmodified QEMUs and a real Linux guest: moved under load, left alone by failures, refused where
-//! they cannot be moved.
+//! Unmodified QEMUs and a real Linux guest: moved under load, unaffected by failures, refused if they cannot be moved.
 //!
-//! The guest (tests/guest) checks every word of its memory again and again, on both sides. Run by
-//! `tests/run`, which provides two versions of QEMU, a kernel and the guest.
+//! The guest (tests/guest) checks every word of its memory continuously, on both sides. Run by `tests/run`, which
+//! provides two versions of QEMU, a kernel and the guest.
 
 mod arrivals;
 mod asked;
@@ -26,7 +25,7 @@ mod vhost_user;
 
 use support::{Machine, Qemu, Scratch, Serial, Umem};
 
-/// Where nobody listens: the port for tcpmux, which only root could have taken.
+/// An address without a listener: the port of tcpmux, which only root could bind.
 const NOBODY: &str = "tcp:127.0.0.1:1";
 
 /// Starts a source and waits until its Linux guest is busy.

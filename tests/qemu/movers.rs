@@ -1,5 +1,5 @@
-//! One guest, one mover: whoever else moves the guest, lets it run or has set up its QEMU's migration. What
-//! umem finds it leaves as it was, and what it cannot be sure of it does not give away.
+//! One guest, one mover: other clients that move the guest, let it run or have set up its QEMU's migration. umem
+//! restores the settings that it found, and does not hand a guest over in an uncertain state.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ use crate::{NOBODY, boot, migrate, says};
 
 const VERSIONS: [QemuVersion; 2] = [QemuVersion::V7_2, QemuVersion::V10_0];
 
-/// A machine with nothing to boot and a third QMP socket, for somebody else.
+/// A machine without a system to boot and with a third QMP socket, for another client.
 fn machine(version: QemuVersion, scratch: &Scratch) -> (Machine, PathBuf) {
     let other = scratch.path("other.qmp");
     let mut machine = Machine::bare(version);
@@ -21,12 +21,12 @@ fn machine(version: QemuVersion, scratch: &Scratch) -> (Machine, PathBuf) {
     (machine, other)
 }
 
-/// The machine of its destination, which has no such socket.
+/// The machine of its destination, without such a socket.
 fn bare(version: QemuVersion) -> Machine {
     Machine::bare(version)
 }
 
-/// All that a umem might have changed in a QEMU.
+/// Every setting that a umem might change in a QEMU.
 fn set_up(qmp: &mut Qmp) -> [Value; 3] {
     let devices = qmp.execute("query-chardev", json!({}));
     let labels = devices.as_array().expect("a list").iter().map(|device| device["label"].clone());
@@ -38,9 +38,9 @@ fn set_up(qmp: &mut Qmp) -> [Value; 3] {
     [capabilities, parameters, labels.into()]
 }
 
-/// What QEMU leaves out of its stream has to be what umem moves, which it asks for before.
+/// The memory that QEMU leaves out of its stream must be the memory that umem moves; umem checks that before.
 #[test]
-fn a_guest_that_is_given_memory_meanwhile_is_not_given_away() {
+fn memory_added_during_a_move_ends_the_move() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let mut machine = Machine::bare(version);
@@ -59,9 +59,9 @@ fn a_guest_that_is_given_memory_meanwhile_is_not_given_away() {
     }
 }
 
-/// The usual place for session files may be on a file system that cannot be written: nobody has asked for one.
+/// The default directory of session files may be on a read-only file system; the option was not given.
 #[test]
-fn a_guest_moves_without_a_session_file_where_none_can_be_written() {
+fn guest_moves_without_a_writable_session_directory() {
     let scratch = Scratch::new();
     let machine = Machine::bare(QemuVersion::V10_0);
     let source = machine.start(&scratch);
@@ -83,16 +83,16 @@ fn a_guest_moves_without_a_session_file_where_none_can_be_written() {
     destination.umem.succeeds();
 }
 
-/// `cont` has a QEMU that waits for its guest let it run as soon as it is loaded, and the source may yet go on with it.
+/// `cont` makes a waiting QEMU run its guest as soon as it is loaded, while the source may still continue it.
 #[test]
-fn a_guest_that_another_client_lets_run_where_it_arrives_goes_on_at_the_source() {
+fn early_cont_at_the_destination_leaves_the_guest_at_the_source() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = Machine::bare(version);
         let mut source = machine.start(&scratch);
         let halted = Halted::when_connected(&machine, &scratch, &mut source);
         let mut guest = Qmp::connect(&halted.destination.qmp);
-        wait_for("umem to have told it to stop, and then to leave shared memory out", || {
+        wait_for("umem's stop, and then its x-ignore-shared", || {
             let list = guest.execute("query-migrate-capabilities", json!({}));
             let is_on = |item: &Value| {
                 item["capability"] == "x-ignore-shared" && item["state"] == json!(true)
@@ -107,9 +107,9 @@ fn a_guest_that_another_client_lets_run_where_it_arrives_goes_on_at_the_source()
     }
 }
 
-/// A umem that was killed has put nothing back. Its session may be nowhere, or another user's.
+/// A killed umem has restored nothing. Its session may be lost, or another user's.
 #[test]
-fn what_a_killed_umem_has_changed_is_not_taken_for_the_users() {
+fn settings_of_a_killed_umem_are_not_taken_for_the_users() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = Machine::bare(version);
@@ -153,14 +153,14 @@ fn set_capability(qmp: &mut Qmp, name: &str) {
     qmp.execute("migrate-set-capabilities", json!({ "capabilities": list }));
 }
 
-/// What QEMU says of its own migration.
+/// QEMU's report on its own migration.
 fn migration(qmp: &mut Qmp) -> String {
     let migration = qmp.execute("query-migrate", json!({}));
     migration["status"].as_str().unwrap_or("none").to_owned()
 }
 
 #[test]
-fn a_second_umem_is_refused_while_a_first_moves_the_guest() {
+fn second_umem_is_refused_during_a_move() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let (machine, other) = machine(version, &scratch);
@@ -182,7 +182,7 @@ fn a_second_umem_is_refused_while_a_first_moves_the_guest() {
         let mut halted = Halted::when_stopped(&bare, &scratch, &mut source);
         second();
         assert_eq!(source.qmp.status(), "finish-migrate");
-        // A claim that was left is nobody's.
+        // A stale claim has no owner.
         halted.umem.kill();
         halted.tap.cut();
         halted.destination.umem.fails();
@@ -193,7 +193,7 @@ fn a_second_umem_is_refused_while_a_first_moves_the_guest() {
 }
 
 #[test]
-fn nobody_lets_a_guest_run_that_is_about_to_be_given_away() {
+fn commands_of_other_clients_are_refused_before_the_switchover() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = Machine::linux(version);
@@ -209,7 +209,7 @@ fn nobody_lets_a_guest_run_that_is_about_to_be_given_away() {
             assert!(refused.contains("migration") || refused.contains("Migration"), "{refused}");
         }
         assert_eq!(source.qmp.status(), "finish-migrate");
-        // Of the destination everything is as it was, whoever takes over there.
+        // The destination is unchanged, whichever umem takes over there.
         let mut guest = Qmp::connect(&halted.destination.qmp);
         wait_for("the destination's capabilities to be put back", || {
             let list = guest.execute("query-migrate-capabilities", json!({}));
@@ -217,7 +217,7 @@ fn nobody_lets_a_guest_run_that_is_about_to_be_given_away() {
             list.as_array().expect("a list").iter().all(is_off).then_some(())
         });
 
-        // Its end leaves the guest to go on, by itself unless umem had to have it stopped.
+        // Its end lets the guest continue: QEMU does that itself, unless umem had stopped the guest.
         let stopped = halted.umem.event("stopped");
         let session = stopped["session"].as_str().expect("text");
         halted.umem.kill();
@@ -236,7 +236,7 @@ fn nobody_lets_a_guest_run_that_is_about_to_be_given_away() {
     }
 }
 
-/// QEMU ends its migration when the umem does for which it waits.
+/// QEMU ends its migration when the umem that it waits for ends.
 fn ends_by_itself(source: &mut Qemu) {
     wait_for("QEMU to give its migration up", || {
         (migration(&mut source.qmp) == "failed").then_some(())
@@ -247,7 +247,7 @@ fn ends_by_itself(source: &mut Qemu) {
 }
 
 #[test]
-fn a_migration_of_qemus_own_is_left_alone() {
+fn qemus_own_migration_is_not_disturbed() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = Machine::bare(version);
@@ -273,7 +273,7 @@ fn a_migration_of_qemus_own_is_left_alone() {
         assert_eq!(set_up(&mut source.qmp), before);
         goes_on(&mut source);
 
-        // One that begins when umem has looked.
+        // A migration that begins after umem's check.
         let halted = Halted::when_connected(&machine, &scratch, &mut source);
         begin(&mut source);
         let before = set_up(&mut source.qmp);
@@ -285,9 +285,9 @@ fn a_migration_of_qemus_own_is_left_alone() {
     }
 }
 
-/// Of those that QEMU itself sets together.
+/// Parameters that QEMU sets together.
 #[test]
-fn capabilities_and_parameters_of_the_source_are_there_again_after_the_move() {
+fn source_capabilities_and_parameters_are_restored_after_the_move() {
     for (version, sets) in [
         (
             QemuVersion::V7_2,
@@ -323,7 +323,7 @@ fn capabilities_and_parameters_of_the_source_are_there_again_after_the_move() {
             if version == QemuVersion::V10_0 {
                 source.qmp.execute("migrate-set-parameters", json!({ "mode": "cpr-reboot" }));
             }
-            // QEMU itself does not let these two be together.
+            // QEMU itself refuses the combination of these two.
             let credentials = if set.contains(&"zero-copy-send") { "" } else { "tls0" };
             let parameters = json!({ "tls-creds": credentials, "max-bandwidth": 12345 });
             source.qmp.execute("migrate-set-parameters", parameters);
@@ -350,9 +350,9 @@ fn capabilities_and_parameters_of_the_source_are_there_again_after_the_move() {
     }
 }
 
-/// What is left on there would have the next migration, or `virsh save`, leave the guest's memory out.
+/// Capabilities left on would make the next migration, or `virsh save`, leave out the guest's memory.
 #[test]
-fn nothing_of_the_move_is_left_set_up_at_the_destination() {
+fn destination_settings_are_restored_after_the_move() {
     for version in VERSIONS {
         let scratch = Scratch::new();
         let machine = Machine::bare(version);
@@ -373,7 +373,7 @@ fn nothing_of_the_move_is_left_set_up_at_the_destination() {
 }
 
 #[test]
-fn what_cannot_be_moved_as_it_is_set_up_is_refused_by_name() {
+fn unmovable_settings_are_refused_by_name() {
     let scratch = Scratch::new();
     let mut source = Machine::bare(QemuVersion::V7_2).start(&scratch);
     set_capability(&mut source.qmp, "block");
@@ -384,7 +384,7 @@ fn what_cannot_be_moved_as_it_is_set_up_is_refused_by_name() {
 }
 
 #[test]
-fn a_guest_that_has_gone_is_not_moved_again() {
+fn moved_guest_is_not_moved_again() {
     let scratch = Scratch::new();
     let machine = Machine::bare(QemuVersion::V10_0);
     let source = machine.start(&scratch);
@@ -397,15 +397,15 @@ fn a_guest_that_has_gone_is_not_moved_again() {
     destination.umem.succeeds();
 }
 
-/// How a guest gets into a state, by what its QEMU is told, and with which options.
+/// The commands that bring a guest into a state, and the options.
 struct State {
     name: &'static str,
     options: &'static [&'static str],
-    /// To the human monitor; `stop` is QMP's.
+    /// For the human monitor; `stop` is QMP's.
     lines: &'static [&'static str],
 }
 
-/// Writes to a panic device, and to the register that puts a machine to sleep or switches it off.
+/// Writes to a panic device, and to the register that suspends a machine or switches it off.
 const STATES: [State; 5] = [
     State { name: "paused", options: &[], lines: &["stop"] },
     State { name: "prelaunch", options: &["-S"], lines: &[] },
@@ -451,8 +451,8 @@ impl State {
     }
 }
 
-/// Has the machine go to that sleep, as its firmware or a guest does: a write to the power management's control
-/// register, which the firmware has put there.
+/// Suspends the machine, as its firmware or a guest does: a write to the power management's control register, which the
+/// firmware has placed there.
 fn sleep_type(source: &mut Qemu, kind: u32) {
     wait_for("the firmware to have set up power management", || {
         let line = json!({ "command-line": format!("o /w 0x604 {}", 0x2000 | kind << 10) });
@@ -462,7 +462,7 @@ fn sleep_type(source: &mut Qemu, kind: u32) {
 }
 
 #[test]
-fn guests_arrive_as_what_they_were_and_are_that_again_after_a_failure() {
+fn run_state_is_carried_and_restored_after_a_failure() {
     for version in VERSIONS {
         for state in STATES {
             let scratch = Scratch::new();
@@ -471,7 +471,7 @@ fn guests_arrive_as_what_they_were_and_are_that_again_after_a_failure() {
             state.bring_about(&mut source);
             let halted = Halted::when_stopped(&machine, &scratch, &mut source);
             halted.ends_at_the_source();
-            // QEMU 7.2 has no way back after its migration has failed.
+            // QEMU 7.2 cannot return to this state after a failed migration.
             let name = if version == QemuVersion::V7_2 { "postmigrate" } else { state.name };
             assert_eq!(source.qmp.status(), name, "{version:?} after a failure");
             drop(source);
@@ -493,7 +493,7 @@ fn guests_arrive_as_what_they_were_and_are_that_again_after_a_failure() {
 
 /// Asleep (S3), from which a guest is woken.
 #[test]
-fn a_guest_that_sleeps_sleeps_on_where_qemu_can_carry_it() {
+fn suspended_guest_stays_suspended_where_qemu_supports_it() {
     let scratch = Scratch::new();
     let machine = Machine::bare(QemuVersion::V10_0);
     let mut source = machine.start(&scratch);
@@ -503,7 +503,7 @@ fn a_guest_that_sleeps_sleeps_on_where_qemu_can_carry_it() {
     halted.ends_at_the_source();
     assert_eq!(source.qmp.status(), "suspended");
     drop(source);
-    for options in [&["-p"][..], &[]] {
+    for options in [&["-p"][..], &["--stop-first"]] {
         let scratch = Scratch::new();
         let mut source = machine.start(&scratch);
         sleep_type(&mut source, 1);

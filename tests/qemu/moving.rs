@@ -1,4 +1,4 @@
-//! A guest on its way, and what must be true of it once it has arrived.
+//! A guest during its move, and the checks after its arrival.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use crate::destination::Destination;
 use crate::migrate;
 use crate::support::{Qemu, Qmp, Tap, Umem};
 
-/// A migration on its way.
+/// A migration in progress.
 pub(super) struct Moving {
     pub(super) source: Qemu,
     pub(super) umem: Umem,
@@ -23,7 +23,7 @@ impl Moving {
         let serial = &mut self.destination.serial;
         let first = serial.beat("a number after the source's last", |_| true);
         assert!(first.number > last.number, "{first:?} at the destination after {last:?}");
-        // One sweep was under way when the guest was moved, the next one is the destination's alone.
+        // One sweep was in progress when the guest was moved; the next one runs at the destination alone.
         serial.beat("two more sweeps", |beat| beat.passes >= first.passes + 2);
         serial.beat("further reads and writes", |beat| {
             beat.reads > first.reads && beat.writes > first.writes
@@ -46,7 +46,7 @@ impl Moving {
     }
 }
 
-/// A guest that has arrived, with the destination's report.
+/// An arrived guest, with the destination's report.
 pub(super) struct Moved {
     pub(super) source: Qemu,
     pub(super) destination: Destination,
@@ -120,13 +120,13 @@ fn check_reports(source: &Value, destination: &Value) {
     let quantiles =
         ["p50", "p90", "p99", "p999", "max"].map(|name| latency[name].as_u64().expect(name));
     assert!(quantiles.is_sorted(), "{latency}");
-    // Where pages were asked for somebody waited; where none were, nobody did.
+    // If pages were demanded, a vCPU waited; otherwise none did.
     let count = latency["count"].as_u64().expect("count");
     let asked = destination["pages_demand"].as_u64().expect("pages_demand");
     assert_eq!(count > 0, asked > 0, "{destination}");
 }
 
-/// The guest's process is as if it had never been a destination.
+/// The guest's process shows no trace of having been a destination.
 fn is_free_of_userfaultfd(pid: u32) {
     let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the guest runs");
     let registered = |line: &&str| {

@@ -111,7 +111,7 @@ fn guest_moves_into_the_default_ram_of_qemu_7_2() {
 
 #[test]
 fn guest_moves_into_default_ram_with_the_source_stopped_first() {
-    arrives(&Machine::linux(QemuVersion::V10_0), &["--checksum"]);
+    arrives(&Machine::linux(QemuVersion::V10_0), &["--stop-first", "--checksum"]);
 }
 
 #[test]
@@ -377,7 +377,7 @@ fn a_guest_with_virtio_mem_moves_into_memory_without_files() {
     for (version, options) in [
         (QemuVersion::V7_2, &["-p"][..]),
         (QemuVersion::V10_0, &["-p"]),
-        (QemuVersion::V10_0, &["--checksum"]),
+        (QemuVersion::V10_0, &["--stop-first", "--checksum"]),
     ] {
         let scratch = Scratch::new();
         let machine = |side| {

@@ -1,4 +1,4 @@
-//! Refusals: what cannot be moved, or cannot receive, is told so in one line, and left as it is.
+//! Refusals: a guest that cannot be moved, or a QEMU that cannot receive, is refused in one line, and left unchanged.
 
 use std::fs;
 use std::io::Write;
@@ -11,7 +11,7 @@ use crate::vhost_user::VhostUser;
 use crate::{NOBODY, incoming, migrate, says};
 
 #[test]
-fn a_source_that_cannot_be_moved_is_refused_and_runs_on() {
+fn unmovable_source_is_refused_and_keeps_running() {
     for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
         let scratch = Scratch::new();
         let path = scratch.ram("source");
@@ -48,7 +48,7 @@ fn a_source_that_cannot_be_moved_is_refused_and_runs_on() {
 }
 
 #[test]
-fn a_command_that_cannot_receive_is_refused_and_leaves_nothing() {
+fn command_unable_to_receive_is_refused_without_leftovers() {
     let scratch = Scratch::new();
     let ram = scratch.ram("ram0").display().to_string();
     let file = format!("-object memory-backend-file,id=ram0,size=64M,mem-path={ram}");
@@ -92,7 +92,7 @@ fn a_command_that_cannot_receive_is_refused_and_leaves_nothing() {
             format!(r#"{good} -netdev {{"type":"vhost-user","id":"n","chardev":"c"}} {given}"#),
             "n, a netdev of type vhost-user, lets",
         ),
-        // There is no such device here: QEMU says so, before a source comes.
+        // There is no such device here: QEMU reports that before a source connects.
         (
             format!("{good} -netdev type=vhost-vdpa,id=n,vhostdev=/nonexistent/vdpa"),
             "its own messages say why",
@@ -106,7 +106,7 @@ fn a_command_that_cannot_receive_is_refused_and_leaves_nothing() {
         (format!("{good} -daemonize"), "-daemonize hides QEMU from umem"),
         (format!("{good} -incoming tcp:127.0.0.1:0"), "QEMU's own -incoming"),
         (good.replace(&ram, "/dev/shm"), "RAM backend ram0 has a directory as its mem-path"),
-        // QEMU's own refusals: its message, and one line of ours.
+        // QEMU's own refusals: its message, and one line of umem's.
         (format!("{good} -device no-such-device"), "the guest's monitor: it"),
         (
             format!("{good} -no-such-option"),
@@ -123,7 +123,7 @@ fn a_command_that_cannot_receive_is_refused_and_leaves_nothing() {
 }
 
 #[test]
-fn what_else_keeps_a_destination_from_waiting_is_told() {
+fn further_obstacles_of_a_destination_are_reported() {
     let scratch = Scratch::new();
     let machine = Machine::bare(QemuVersion::V10_0);
     let words = machine.command_line(&scratch, Side::Destination);
@@ -152,14 +152,14 @@ fn what_else_keeps_a_destination_from_waiting_is_told() {
     let _busy = UnixListener::bind(&socket).expect("a socket");
     let umem = Umem::start(incoming(&words, &[], &format!("unix:{}", socket.display())));
     refused(umem, &["cannot listen on unix:", "Address already in use"]);
-    assert!(socket.exists(), "somebody else's socket is removed");
+    assert!(socket.exists(), "a foreign socket is removed");
 
-    // A user who may do nothing special but read this repository, wherever it lies.
+    // A user whose only capability is to read this repository.
     let nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups \
                   --inh-caps=-all,+dac_read_search --ambient-caps=-all,+dac_read_search \
                   --bounding-set=-all,+dac_read_search";
     let nobody: Vec<&str> = nobody.split_ascii_whitespace().collect();
-    // Without the sockets and logs of `words`, for which nobody has no place.
+    // Without the sockets and logs of `words`, for which that user has no directory.
     let ram = scratch.ram("ram0");
     let options = format!(
         "-machine memory-backend=ram0 -object \
@@ -180,14 +180,14 @@ fn what_else_keeps_a_destination_from_waiting_is_told() {
 }
 
 #[test]
-fn a_command_without_the_preload_object_is_refused() {
+fn command_without_the_preload_object_is_refused() {
     let scratch = Scratch::new();
     let ram = format!("ram0={}", scratch.ram("ram0").display());
     let uri = "tcp:127.0.0.1:0";
     for (command, expected) in [
-        // Loads it and maps nothing.
+        // Loads it and maps no RAM.
         (&["true"][..], "it exited before it mapped RAM ram0"),
-        // Static, as it has to repair the dynamic linker's files: it loads nothing.
+        // Static, because it must be able to repair the dynamic linker's files: it loads nothing.
         (&["/sbin/ldconfig", "--version"], "the preload object was not loaded into COMMAND"),
     ] {
         let words = [&["incoming", "--json", "--ram", &ram, uri, "--"], command].concat();
@@ -198,7 +198,7 @@ fn a_command_without_the_preload_object_is_refused() {
 }
 
 #[test]
-fn a_wrong_command_line_is_one_line_and_exit_status_2() {
+fn wrong_command_line_gives_one_line_and_exit_status_2() {
     let qemu = QemuVersion::V10_0.program().display().to_string();
     for (line, expected) in [
         ("incoming tcp:127.0.0.1:0", "no COMMAND"),
@@ -219,14 +219,14 @@ fn a_wrong_command_line_is_one_line_and_exit_status_2() {
 }
 
 #[test]
-fn a_monitor_that_cannot_be_asked_is_told() {
+fn missing_or_busy_monitor_is_reported() {
     let scratch = Scratch::new();
     let missing = scratch.path("missing").display().to_string();
     let text = Umem::start(["migrate", "-p", "--qmp", &missing, NOBODY]).fails();
     says(&text, "cannot connect to the QMP socket");
     says(&text, &format!("-qmp unix:{missing},server=on,wait=off"));
 
-    // QEMU serves one client at a time: a second one never hears a greeting.
+    // QEMU serves one client at a time: a second one never gets a greeting.
     let machine = Machine::bare(QemuVersion::V7_2);
     let mut source = machine.start(&scratch);
     let taken = machine.socket(&scratch, Side::Source, "test").display().to_string();
@@ -236,12 +236,12 @@ fn a_monitor_that_cannot_be_asked_is_told() {
 }
 
 fn nothing_is_left(scratch: &Scratch) {
-    // A process that umem has killed and waited for is gone when umem is.
+    // A process that umem has killed and reaped is gone when umem is.
     assert_eq!(scratch.processes(""), []);
     assert_eq!(scratch.ram_files(), Vec::<PathBuf>::new());
 }
 
-/// A QEMU with nothing to boot and just these options.
+/// A QEMU without a system to boot and with these options only.
 fn plain_command(version: QemuVersion, options: &str) -> Vec<String> {
     let program = version.program().display().to_string();
     let words = format!("-accel tcg -machine q35 -m 64M -nodefaults -display none {options}");
@@ -262,7 +262,7 @@ pub(super) fn plain_source(version: QemuVersion, scratch: &Scratch, options: &st
 }
 
 #[test]
-fn half_a_line_of_a_qemu_is_not_umems() {
+fn partial_line_of_qemu_is_kept_apart_from_umems_output() {
     let expected = "umem: RAM ram0: it is gone";
     for half in ["", "qemu-system-x86_64:", "qemu-system-x86_64: "] {
         assert_eq!(Umem::without_half_a_line(&format!("{half}{expected}")), expected);

@@ -314,14 +314,13 @@ fn a_stream_that_would_not_tell_all_is_refused_before_anything_is_changed() {
     source.serial.goes_on();
 }
 
-/// Moves a guest with rounds before the switchover, by umem's own two sides.
+/// Moves a guest with passes while it runs, by umem's own two sides.
 pub(crate) fn moves(machine: &Machine, options: &[&str]) {
     let scratch = Scratch::new();
     let mut source = boot(machine, &scratch);
     let before = settings(&mut source.qmp);
     let destination = destination::Destination::start(machine, &scratch);
-    let mut moving =
-        Moved::start(source, destination, &[&["--precopy", "--checksum"], options].concat());
+    let mut moving = Moved::start(source, destination, &[&["--checksum"], options].concat());
     let pass = moving.umem.event("pass");
     assert_eq!(pass["pass"], 1);
     let reports = [moving.umem.event("completed"), moving.destination.umem.event("completed")];
@@ -338,7 +337,7 @@ pub(crate) fn moves(machine: &Machine, options: &[&str]) {
 
 #[test]
 fn a_guest_is_moved_in_rounds_and_then_by_postcopy() {
-    moves(&machine(QemuVersion::V10_0), &["-p", "--downtime-limit", "0"]);
+    moves(&machine(QemuVersion::V10_0), &["--precopy", "-p", "--downtime-limit", "0"]);
 }
 
 #[test]
@@ -358,9 +357,12 @@ fn rounds_are_refused_where_the_log_loses_writes() {
         (two, "except to its first RAM block, and node1 is another one"),
     ] {
         let mut source = boot(&machine, &scratch);
-        let umem = migrate(&source, crate::NOBODY, &["--precopy", "-p"]);
-        says(&umem.fails(), why);
-        assert_eq!(source.qmp.status(), "running");
+        for mode in [&["--precopy", "-p"][..], &["--precopy"], &[]] {
+            let error = migrate(&source, crate::NOBODY, mode).fails();
+            says(&error, why);
+            says(&error, "use -p without --precopy (postcopy), or --stop-first");
+            assert_eq!(source.qmp.status(), "running");
+        }
     }
 }
 

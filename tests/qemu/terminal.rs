@@ -1,4 +1,4 @@
-//! A QEMU that `umem incoming` has started in a terminal: whose the terminal's signals are, and what is typed.
+//! A QEMU that `umem incoming` has started in a terminal: the owner of the terminal's signals, and of its input.
 
 use std::fs::File;
 use std::io::Write;
@@ -15,14 +15,14 @@ use crate::moving::Moving;
 use crate::support::{Cutter, Machine, Qemu, QemuVersion, Qmp, Scratch, wait_for};
 use crate::{boot, migrate};
 
-/// What Ctrl-C and Ctrl-\ send, unless a program has switched that off.
+/// The characters of Ctrl-C and Ctrl-\, unless a program has switched their signals off.
 const CTRL_C: u8 = 0x03;
 const CTRL_BACKSLASH: u8 = 0x1c;
 
-/// A terminal: the side that types, and the one that programs have.
+/// A terminal: the side that types, and the side of programs.
 fn terminal() -> (File, OwnedFd) {
     let pty = openpty(None, None).expect("a terminal");
-    // Who inherited the side that types would keep the terminal open.
+    // A process that inherited the typing side would keep the terminal open.
     fcntl(&pty.master, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("it is open");
     fcntl(&pty.slave, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("it is open");
     (File::from(pty.master), pty.slave)
@@ -37,9 +37,9 @@ fn switched(source: Qemu, mut destination: Destination) -> (Moving, Cutter) {
     (Moving { source, umem, destination }, cutter)
 }
 
-/// Each of them would end a QEMU that has it, and with it the guest.
+/// Each of them would end a QEMU that receives it, and with it the guest.
 #[test]
-fn the_terminals_signals_and_its_end_are_no_end_of_a_guest_that_misses_memory() {
+fn terminal_signals_and_hangup_do_not_end_an_incomplete_guest() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -50,7 +50,7 @@ fn the_terminals_signals_and_its_end_are_no_end_of_a_guest_that_misses_memory() 
     assert_eq!(getsid(Some(guest)), Ok(guest), "a session of its own");
     let (moving, cutter) = switched(source, destination);
     let told = |count: usize| {
-        let told = moving.destination.umem.stderr().matches("so this goes on until").count();
+        let told = moving.destination.umem.stderr().matches("so umem continues until").count();
         (told == count).then_some(())
     };
     keyboard.write_all(&[CTRL_C]).expect("the terminal takes it");
@@ -65,13 +65,13 @@ fn the_terminals_signals_and_its_end_are_no_end_of_a_guest_that_misses_memory() 
     moving.complete().end();
 }
 
-/// A QMP monitor in the terminal, to which Ctrl-C is a character like others, as `-nographic` has it. Not one
-/// for people: its prompt would be part of umem's next line.
+/// A QMP monitor in the terminal, to which Ctrl-C is an ordinary character, as with `-nographic`. Not the human
+/// monitor, whose prompt would be part of umem's next line.
 const MONITOR: [&str; 4] =
     ["-chardev", "stdio,id=terminal,signal=off", "-mon", "chardev=terminal,mode=control"];
 
 #[test]
-fn a_monitor_in_the_terminal_is_typed_to_before_and_after() {
+fn terminal_monitor_takes_input_before_and_after_the_move() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -84,7 +84,7 @@ fn a_monitor_in_the_terminal_is_typed_to_before_and_after() {
     moving.umem.event("completed");
     moving.destination.umem.event("completed");
     moving.is_whole_at_the_destination();
-    assert!(!moving.destination.umem.stderr().contains("goes on until"), "it was no signal");
+    assert!(!moving.destination.umem.stderr().contains("continues until"), "it was no signal");
     let quit = b"{\"execute\": \"qmp_capabilities\"}\n{\"execute\": \"quit\"}\n";
     keyboard.write_all(quit).expect("the terminal takes it");
     moving.destination.umem.succeeds();
@@ -92,9 +92,9 @@ fn a_monitor_in_the_terminal_is_typed_to_before_and_after() {
     moving.source.qmp.quit();
 }
 
-/// Ctrl-C in its terminal ends a QEMU whose guest is complete, as if it had been started there.
+/// Ctrl-C in its terminal ends a QEMU whose guest is complete, as if the user had started it there.
 #[test]
-fn ctrl_c_ends_a_guest_that_is_complete() {
+fn ctrl_c_ends_a_complete_guest() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -110,9 +110,9 @@ fn ctrl_c_ends_a_guest_that_is_complete() {
     moved.source.qmp.quit();
 }
 
-/// What it did not set back when it was killed: here the guest that was to come does not.
+/// Settings that QEMU did not restore when it was killed: here the guest does not arrive.
 #[test]
-fn the_terminal_is_as_it_was_when_a_monitor_in_it_is_ended() {
+fn terminal_settings_are_restored_after_its_monitor_ends() {
     let scratch = Scratch::new();
     let machine = Machine::bare(QemuVersion::V10_0);
     let (_keyboard, theirs) = terminal();

@@ -1,4 +1,4 @@
-//! Memory that is unplugged at the destination, or plugged in there, while the guest's pages come.
+//! Memory that is unplugged at the destination, or plugged in there, while the guest's pages arrive.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -15,25 +15,25 @@ use crate::{boot, migrate};
 const DIMM_MIB: u64 = 128;
 
 #[test]
-fn a_dimm_that_is_unplugged_while_its_pages_come_keeps_nobody() {
+fn dimm_unplugged_during_a_move_does_not_block_it() {
     for options in [&[][..], &["--checksum"]] {
         is_unplugged(QemuVersion::V10_0, false, options);
     }
 }
 
 #[test]
-fn a_dimm_of_private_memory_may_be_unplugged_while_its_pages_come() {
+fn private_dimm_may_be_unplugged_during_a_move() {
     is_unplugged(QemuVersion::V10_0, true, &[]);
 }
 
-/// A DIMM of which Linux uses nothing, so that it agrees to give it back at once, and a backend that no device uses.
+/// A DIMM that Linux does not use, so that it agrees to remove it at once, and a backend without a device.
 fn machine(version: QemuVersion, becomes_private: bool) -> Machine {
     let ram = vec![Ram { id: "ram0", mib: 256 }, Ram { id: "ram1", mib: DIMM_MIB }];
     let guest = "umem.mib=64 memhp_default_state=offline".into();
     Machine { ram, guest, becomes_private, ..Machine::linux(version) }
 }
 
-/// With a memory backend that no device uses.
+/// With a memory backend without a device.
 fn with_spare(mut machine: Machine, scratch: &Scratch, side: Side) -> Machine {
     let path = scratch.ram(&format!("spare-{side:?}"));
     let share = if machine.becomes_private { "off" } else { "on" };
@@ -43,7 +43,7 @@ fn with_spare(mut machine: Machine, scratch: &Scratch, side: Side) -> Machine {
     machine
 }
 
-/// Up to the guest running at the destination. Its pages come as it asks for them, until the source is interrupted.
+/// Up to the guest running at the destination. Its pages arrive on demand, until the source is interrupted.
 fn switched(machine: &Machine, scratch: &Scratch, options: &[&str]) -> Moving {
     let source = boot(&with_spare(machine.clone(), scratch, Side::Source), scratch);
     let dimm = mapped(source.pid(), &name(machine, scratch, Side::Source, "ram1"));
@@ -85,7 +85,7 @@ fn is_unplugged(version: QemuVersion, becomes_private: bool, options: &[&str]) {
     for umem in [&mut moving.umem, &mut moving.destination.umem] {
         assert!(umem.is_running(), "{}", umem.stderr());
     }
-    // From now on what nobody asks for, too.
+    // From now on also pages without a demand.
     moving.umem.signal(Signal::SIGINT);
     // Its socket takes one client.
     drop(qmp);
@@ -94,9 +94,9 @@ fn is_unplugged(version: QemuVersion, becomes_private: bool, options: &[&str]) {
     moving.complete().end();
 }
 
-/// What comes anew is nobody's at the source: umem leaves it alone.
+/// New memory does not exist at the source: umem leaves it alone.
 #[test]
-fn a_dimm_that_is_plugged_in_while_pages_come_is_left_alone() {
+fn dimm_plugged_in_during_a_move_is_left_alone() {
     for version in crate::found::VERSIONS {
         let scratch = Scratch::new();
         let mut machine = machine(version, false);

@@ -1,10 +1,10 @@
-//! The other end of a netdev that hands the guest's memory to somebody else.
+//! The other end of a netdev that hands the guest's memory to another process.
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-/// A vhost-user backend that says as little as QEMU is content with, to start a netdev.
+/// A minimal vhost-user backend that QEMU accepts to start a netdev.
 pub(super) struct VhostUser {
     pub(super) path: PathBuf,
 }

@@ -1,5 +1,4 @@
-//! One of umem's own guests that is to arrive: its `umem incoming`, the relay before that, and what must
-//! be true of the guest when everything has come.
+//! An arriving demo guest: its `umem incoming`, the relay before that, and the checks of the complete guest.
 
 use std::path::Path;
 
@@ -9,33 +8,33 @@ use super::{Cutter, Qmp, Umem};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
-/// A handshake of TLS, or a nonce, and a hello.
+/// A TLS handshake, or a nonce, and a hello.
 const GREETING_BYTES_MAX: u64 = 4 << 10;
 
-/// What `umem incoming` and the guest that it starts are told.
+/// Options of `umem incoming` and of the guest that it starts.
 pub(super) struct Arrival<'a> {
     /// The guest's socket.
     pub(super) qmp: &'a str,
-    /// `NAME=PATH`, unless its memory is anonymous.
+    /// `NAME=PATH`; None for anonymous memory.
     pub(super) ram: &'a str,
-    /// The socket for memory that is.
+    /// The socket for anonymous memory.
     pub(super) handoff: &'a str,
-    /// Of memory; shared if nothing is said.
+    /// The kind of memory; shared by default.
     pub(super) kind: Option<&'a str>,
-    /// What the guest at the source is told as well.
+    /// Further options of both guests.
     pub(super) common: &'a [&'a str],
     /// For `umem incoming`.
     pub(super) incoming: &'a [&'a str],
     /// For the guest.
     pub(super) arriving: &'a [&'a str],
-    /// For `umem incoming`, and `umem migrate` too: a directory of certificates, or a secret.
+    /// For `umem incoming` and `umem migrate`: a directory of certificates, or a secret.
     pub(super) security: Option<[&'a str; 2]>,
-    /// Becomes `umem incoming` by exec.
+    /// A wrapper that becomes `umem incoming` by exec.
     pub(super) wrapper: &'a [&'a str],
 }
 
 impl Arrival<'_> {
-    /// A `umem incoming` that listens, and the relay that leads to it.
+    /// A listening `umem incoming`, and the relay before it.
     pub(super) fn start(&self) -> (Umem, Cutter) {
         let mut incoming = Umem::start_under(self.wrapper, self.arguments());
         let listening = incoming.event("listening");
@@ -68,8 +67,8 @@ impl Arrival<'_> {
     }
 }
 
-/// Every word is what it was at the source or what has been written since, each page has been counted
-/// once, and the guest has left its userfaultfd. `report` is the destination's.
+/// Every word is the source's or a later write, each page has been counted once, and the guest has left its
+/// userfaultfd. `report` is the destination's.
 pub(super) fn check(guest_qmp: &Path, mib: u64, report: &Value) {
     let verdict = Qmp::connect(guest_qmp).execute("umem-verify", json!({}));
     assert_eq!(verdict["verified_pages"], mib * 256, "{verdict}");
@@ -78,5 +77,5 @@ pub(super) fn check(guest_qmp: &Path, mib: u64, report: &Value) {
     assert_eq!(verdict["registered"], false, "{verdict}");
     let bytes = ["data_bytes", "zero_bytes", "hole_bytes"];
     let bytes: u64 = bytes.iter().map(|field| report[field].as_u64().unwrap()).sum();
-    assert_eq!(bytes, mib << 20, "every page has come once: {report}");
+    assert_eq!(bytes, mib << 20, "every page has arrived once: {report}");
 }

@@ -1,4 +1,4 @@
-//! Certificates of a test's own, in QEMU's files.
+//! Certificates of a test, in QEMU's file layout.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -25,8 +25,7 @@ impl Authority {
         Authority(CertifiedIssuer::self_signed(params, key).expect("a certificate"))
     }
 
-    /// A directory of both sides' files; the destination's certificate is for `name`, and for nobody
-    /// else.
+    /// A directory of both sides' files; the destination's certificate is valid for `name` only.
     pub(crate) fn credentials(&self, scratch: &Scratch, directory: &str, name: &str) -> PathBuf {
         let path = scratch.path(directory);
         fs::create_dir(&path).expect("a directory");
@@ -36,7 +35,7 @@ impl Authority {
         path
     }
 
-    /// One side's certificate and key, which `change` may make unusual.
+    /// One side's certificate and key; `change` modifies its parameters.
     pub(crate) fn write(
         &self,
         directory: &Path,
@@ -58,12 +57,12 @@ impl Authority {
         write_private(&directory.join(format!("{role}-key.pem")), &key.serialize_pem());
     }
 
-    /// A list that takes back the certificate of this number.
+    /// A list that revokes the certificate of this number.
     pub(crate) fn revoke(&self, directory: &Path, serial: u64) {
         self.revoke_until(directory, serial, 2999);
     }
 
-    /// The same, which is good until the beginning of a year.
+    /// As above; the list expires at the beginning of a year.
     pub(crate) fn revoke_until(&self, directory: &Path, serial: u64, year: i32) {
         let list = CertificateRevocationListParams {
             this_update: date_time_ymd(2020, 1, 1),
@@ -83,7 +82,7 @@ impl Authority {
     }
 }
 
-/// A file that is its owner's alone.
+/// A file with access for its owner only.
 pub(crate) fn write_private(path: &Path, text: &str) {
     fs::write(path, text).expect("a file");
     fs::set_permissions(path, Permissions::from_mode(0o600)).expect("it is ours");

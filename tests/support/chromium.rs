@@ -1,4 +1,4 @@
-//! A Chromium without windows, told what to do over its debugging pipe.
+//! A headless Chromium, controlled over its debugging pipe.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
@@ -21,12 +21,12 @@ pub(crate) struct Chromium {
     process: Process,
     session: String,
     last_id: u64,
-    /// What the page has said on its console, or the browser about it.
+    /// Console messages of the page and of the browser.
     console: Vec<Value>,
     _profile: TempDir,
 }
 
-/// What the reader's system prefers.
+/// The preferred colour scheme of the reader's system.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Scheme {
     Light,
@@ -54,9 +54,8 @@ impl Chromium {
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         let descriptor = theirs.as_raw_fd();
-        // SAFETY: between fork and exec only fcntl and dup2 run, which are async-signal-safe; the
-        // browser reads commands from 3 and writes to 4, and the copy keeps the socket from being
-        // closed where it has one of these numbers itself.
+        // SAFETY: between fork and exec only fcntl and dup2 run, which are async-signal-safe. The browser reads
+        // commands from 3 and writes to 4; the copy keeps the socket open if its number is one of these.
         unsafe {
             command.pre_exec(move || {
                 let copy = libc::fcntl(descriptor, libc::F_DUPFD_CLOEXEC, 10);
@@ -86,7 +85,7 @@ impl Chromium {
         chromium
     }
 
-    /// Opens a file as a reader with this preference sees it, and waits until it is there.
+    /// Opens a file with this preference, and waits until it is loaded.
     pub(crate) fn open(&mut self, path: &Path, scheme: Scheme) {
         let value = match scheme {
             Scheme::Light => "light",
@@ -101,7 +100,7 @@ impl Chromium {
         while self.next()["method"] != "Page.loadEventFired" {}
     }
 
-    /// What a JavaScript expression is in the page.
+    /// The value of a JavaScript expression in the page.
     pub(crate) fn evaluate(&mut self, expression: &str) -> Value {
         let arguments = json!({ "expression": expression, "returnByValue": true });
         let mut answer = self.execute("Runtime.evaluate", arguments);
@@ -130,9 +129,9 @@ impl Chromium {
         Screenshot { pixels: pixels.map(|p| [p[0], p[1], p[2]]).collect() }
     }
 
-    /// What has come on the console since the start: nothing, if a page is as it should be.
+    /// Console messages since the start: none for a correct page.
     pub(crate) fn console(&mut self) -> &[Value] {
-        // What was said before this question is answered.
+        // Messages sent before this request have arrived with its answer.
         self.evaluate("0");
         &self.console
     }
@@ -170,7 +169,7 @@ impl Chromium {
 
 impl Drop for Chromium {
     fn drop(&mut self) {
-        // It ends the processes that it has started, which a kill would not.
+        // The browser ends its child processes; a kill would not.
         let close = json!({ "id": 0, "method": "Browser.close" }).to_string() + "\0";
         if self.pipe.get_mut().write_all(close.as_bytes()).is_ok() && !std::thread::panicking() {
             self.process.wait();

@@ -1,8 +1,8 @@
-//! A relay between a source and a destination that breaks its connections, and changes bits on the way.
+//! A relay between a source and a destination that breaks its connections, and changes bits in transit.
 //!
-//! It cuts where the test says: after a number of bytes towards the destination, which may be in the
-//! middle of a frame or a page, or at once. Connections that are made afterwards are relayed again, so
-//! that the source finds its destination at one address throughout.
+//! It cuts where the test requests: after a number of bytes towards the destination, possibly in the middle of a frame
+//! or a page, or at once. Later connections are relayed again, so that the destination stays at one address for the
+//! source.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::DEADLINE;
 
-/// Whose connections a cut ends; the other side's then look alive until somebody sends.
+/// The ends of connections that a cut closes; the other ends look alive until something is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ends {
     Both,
@@ -19,7 +19,7 @@ pub(crate) enum Ends {
     Destination,
 }
 
-/// One cut that is to come.
+/// One scheduled cut.
 #[derive(Clone, Copy, Debug)]
 struct Cut {
     bytes_left: u64,
@@ -40,32 +40,32 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// In order, each counted from the one before it.
+    /// In order, each counted from the previous one.
     cuts: std::collections::VecDeque<Cut>,
     cuts_done: u32,
-    /// Bytes that have passed to the destination, on all lanes there ever were.
+    /// Bytes relayed to the destination, on all lanes so far.
     passed: u64,
     connections: Vec<Connection>,
     /// Since the last cut.
     lanes: usize,
-    /// Bytes that each bulk lane begins with: a hello, unless there is more.
+    /// Bytes at the start of each bulk lane that are always relayed: a hello by default.
     greeting: u64,
-    /// Nothing but their greetings passes on bulk lanes.
+    /// On bulk lanes only these bytes are relayed.
     holds_bulk: bool,
-    /// Bytes that may still pass on demand lanes, to the destination and to the source.
+    /// Bytes that may still be relayed on demand lanes, to the destination and to the source.
     limits: [Option<u64>; 2],
-    /// Bytes that have come on demand lanes, passed or not, of either direction.
+    /// Bytes received on demand lanes, relayed or not, in either direction.
     demand: [u64; 2],
-    /// Bytes from one changed bit to the next, to the destination and to the source; counted from when the
-    /// guest runs at the destination.
+    /// Bytes from one changed bit to the next, to the destination and to the source; counted from the guest's start at
+    /// the destination.
     flips: [std::collections::VecDeque<u64>; 2],
     is_running: bool,
     flips_done: u32,
-    /// Every so many bytes of each connection to the destination a bit is changed.
+    /// The interval of changed bits in bytes, for each connection to the destination.
     flips_every: Option<u64>,
     /// New connections are closed at once.
     refuses: bool,
-    /// And will be from the next cut on.
+    /// New connections are closed from the next cut on.
     refuses_after_cut: bool,
     ended: bool,
 }
@@ -75,7 +75,7 @@ struct Connection {
     destination: TcpStream,
 }
 
-/// Bytes of a hello, which every lane begins with.
+/// Bytes of a hello, at the start of every lane.
 const HELLO: u64 = umem_wire::HELLO_BYTES as u64;
 
 /// To the destination.
@@ -84,7 +84,7 @@ const OUT: usize = 0;
 const BACK: usize = 1;
 
 impl Cutter {
-    /// Relays to `uri`, a `tcp:HOST:PORT`, and cuts nothing yet. Pages are held back on bulk lanes until
+    /// Relays to `uri`, a `tcp:HOST:PORT`, without cuts. Pages are held back on bulk lanes until
     /// [`Cutter::let_pages_go`].
     pub(crate) fn to(uri: &str) -> Cutter {
         let destination = uri.strip_prefix("tcp:").expect("a tcp: URI").to_owned();
@@ -93,7 +93,7 @@ impl Cutter {
         let state = Mutex::new(State { greeting: HELLO, holds_bulk: true, ..State::default() });
         let shared = Arc::new(Shared { destination, state, changed: Condvar::new() });
         let accepting = shared.clone();
-        // Ends with the test's process: it holds nothing but its port.
+        // Ends with the test's process: it holds only its port.
         std::thread::spawn(move || {
             for source in listener.incoming().flatten() {
                 accepting.clone().relay(source);
@@ -102,34 +102,34 @@ impl Cutter {
         Cutter { uri: format!("tcp:127.0.0.1:{port}"), shared }
     }
 
-    /// Where the source is to connect.
+    /// The address for the source to connect to.
     pub(crate) fn uri(&self) -> &str {
         &self.uri
     }
 
-    /// Where it leads to, HOST:PORT.
+    /// The address it relays to, HOST:PORT.
     pub(crate) fn destination(&self) -> &str {
         &self.shared.destination
     }
 
-    /// Cuts after about so many more bytes of any lane towards the destination, again and again.
+    /// Cuts repeatedly, after about this many bytes of any lane towards the destination.
     pub(crate) fn cut_after(&self, bytes: impl IntoIterator<Item = (u64, Ends)>) {
         let cuts = bytes.into_iter().map(|(bytes_left, ends)| Cut { bytes_left, ends });
         self.lock().cuts.extend(cuts);
     }
 
-    /// Changes a bit after so many bytes of any lane to the destination, again and again; counted from when
-    /// the destination has said on a plain lane that its guest runs.
+    /// Changes a bit repeatedly, after this many bytes of any lane to the destination; counted from the destination's
+    /// running frame on a plain lane.
     pub(crate) fn flip_after(&self, bytes: impl IntoIterator<Item = u64>) {
         self.lock().flips[OUT].extend(bytes);
     }
 
-    /// The same on the way to the source.
+    /// The same towards the source.
     pub(crate) fn flip_answers_after(&self, bytes: impl IntoIterator<Item = u64>) {
         self.lock().flips[BACK].extend(bytes);
     }
 
-    /// Changes a bit of each so many bytes of each connection to the destination; none any more if none.
+    /// Changes a bit of every this many bytes of each connection to the destination; None stops that.
     pub(crate) fn flip_every(&self, bytes: Option<u64>) {
         self.lock().flips_every = bytes;
     }
@@ -141,7 +141,7 @@ impl Cutter {
         state.flips[OUT].push_back(bytes);
     }
 
-    /// Waits until so many bits have been changed in all.
+    /// Waits until this many bits have been changed in total.
     pub(crate) fn wait_for_flips(&self, count: u32) {
         self.wait_until(|state| state.flips_done >= count);
     }
@@ -161,49 +161,49 @@ impl Cutter {
         self.lock().greeting = bytes;
     }
 
-    /// Lets so many bytes more pass on demand lanes to the destination; all if none.
+    /// Relays this many more bytes on demand lanes to the destination; None for all.
     pub(crate) fn limit_demand(&self, bytes: Option<u64>) {
         self.lock().limits[OUT] = bytes;
         self.shared.changed.notify_all();
     }
 
-    /// Lets so many bytes more pass on demand lanes to the source; all if none.
+    /// Relays this many more bytes on demand lanes to the source; None for all.
     pub(crate) fn limit_answers(&self, bytes: Option<u64>) {
         self.lock().limits[BACK] = bytes;
         self.shared.changed.notify_all();
     }
 
-    /// Waits until so many bytes have come from the source on the demand lane, passed on or not.
+    /// Waits until this many bytes have arrived from the source on the demand lane, relayed or not.
     pub(crate) fn wait_for_demand(&self, bytes: u64) {
         self.wait_until(|state| state.demand[OUT] >= bytes);
     }
 
-    /// Bytes that have come from the source on the demand lane, passed on or not.
+    /// Bytes that have arrived from the source on the demand lane, relayed or not.
     pub(crate) fn demand(&self) -> u64 {
         self.lock().demand[OUT]
     }
 
-    /// Waits until so many bytes have come from the destination on the demand lane.
+    /// Waits until this many bytes have arrived from the destination on the demand lane.
     pub(crate) fn wait_for_answers(&self, bytes: u64) {
         self.wait_until(|state| state.demand[BACK] >= bytes);
     }
 
-    /// Bytes that have passed to the destination so far, whatever became of them.
+    /// Bytes relayed to the destination so far, including those lost later.
     pub(crate) fn passed(&self) -> u64 {
         self.lock().passed
     }
 
-    /// Waits until so many have.
+    /// Waits until this many bytes have been relayed.
     pub(crate) fn wait_for_passed(&self, bytes: u64) {
         self.wait_until(|state| state.passed >= bytes);
     }
 
-    /// Waits for as many cuts in all.
+    /// Waits for this many cuts in total.
     pub(crate) fn wait_for_cuts(&self, count: u32) {
         self.wait_until(|state| state.cuts_done >= count);
     }
 
-    /// How many cuts there have been once there are as many as this, or after `patience`.
+    /// The number of cuts once there are this many, or after `patience`.
     pub(crate) fn cuts_within(&self, count: u32, patience: Duration) -> u32 {
         let changed = &self.shared.changed;
         let waited =
@@ -211,7 +211,7 @@ impl Cutter {
         waited.unwrap().0.cuts_done
     }
 
-    /// Cuts every connection now. Those that are made afterwards are refused if `refuse` says so.
+    /// Cuts every connection now. With `refuse` new connections are refused.
     pub(crate) fn cut(&self, ends: Ends, refuse: bool) {
         let mut state = self.lock();
         state.refuses = refuse;
@@ -244,10 +244,10 @@ impl Drop for Cutter {
 }
 
 impl State {
-    /// Ends what there is; who copies finds out, and what it has in hand is lost.
+    /// Ends all connections; the copying threads fail, and their bytes are lost.
     fn cut(&mut self, ends: Ends) {
         for Connection { source, destination } in self.connections.drain(..) {
-            // Each fails when its peer has closed it already.
+            // Fails if the peer has closed it already.
             if ends != Ends::Destination {
                 let _ = source.shutdown(Shutdown::Both);
             }
@@ -294,27 +294,27 @@ struct Way {
     /// 0 for the demand lane.
     lane: usize,
     direction: usize,
-    /// The connection belongs to the time before the next cut.
+    /// The connection is older than the next cut.
     cuts_seen: u32,
     passed: u64,
     /// To the source, where no pages go.
     frames: Frames,
 }
 
-/// What passes, frame by frame.
+/// Parses relayed frames.
 #[derive(Default)]
 struct Frames {
-    /// Of the header that is passing.
+    /// Of the current header.
     header: Vec<u8>,
-    /// Of the body that is passing.
+    /// Of the current body.
     left: u64,
 }
 
-/// The tag of a frame that says that the guest runs.
+/// The tag of the running frame.
 const RUNNING: u8 = umem_wire::Kind::Running as u8;
 
 impl Frames {
-    /// Whether the last byte of a running frame is among these.
+    /// Whether these bytes contain the last byte of a running frame.
     fn say_running(&mut self, bytes: &[u8]) -> bool {
         let mut is_running = false;
         for &byte in bytes {
@@ -339,7 +339,7 @@ impl Way {
     fn pass(mut self, mut from: TcpStream, mut to: TcpStream) {
         let mut buffer = vec![0; 64 << 10];
         while let Ok(count @ 1..) = from.read(&mut buffer) {
-            self.came(count as u64);
+            self.count_received(count as u64);
             let mut rest = &mut buffer[..count];
             while !rest.is_empty() {
                 let Some(allowed) = self.allow(rest.len() as u64) else { return };
@@ -363,7 +363,7 @@ impl Way {
         state.ended || state.cuts_done != self.cuts_seen
     }
 
-    fn came(&self, count: u64) {
+    fn count_received(&self, count: u64) {
         let mut state = self.shared.state.lock().unwrap();
         if self.lane == 0 && !self.is_cut(&state) {
             state.demand[self.direction] += count;
@@ -372,7 +372,7 @@ impl Way {
         }
     }
 
-    /// Waits until at least one of `count` bytes may pass, and says how many may; none after a cut.
+    /// Waits until at least one of `count` bytes may be relayed, and returns how many; None after a cut.
     fn allow(&self, count: u64) -> Option<u64> {
         let mut state = self.shared.state.lock().unwrap();
         loop {
@@ -398,7 +398,7 @@ impl Way {
         }
     }
 
-    /// Changes those bits that are to change of what is about to pass.
+    /// Changes the scheduled bits of bytes that are about to be relayed.
     fn flip(&mut self, bytes: &mut [u8]) {
         let mut state = self.shared.state.lock().unwrap();
         if !state.is_running {
@@ -438,7 +438,7 @@ impl Way {
         }
     }
 
-    /// Counts what has been written; true when that was the last byte before a cut.
+    /// Counts written bytes; true if the last of them is the last before a cut.
     fn has_passed(&mut self, count: u64) -> bool {
         self.passed += count;
         let mut state = self.shared.state.lock().unwrap();

@@ -1,4 +1,4 @@
-//! A destination of the test's own: speaks the protocol as it is told to, and keeps no page.
+//! A destination played by the test: sends the frames that the test requests, and keeps no page.
 
 use std::io::{Read, Write};
 
@@ -12,7 +12,7 @@ pub(crate) struct LaneFromSource<S> {
     pub(crate) stream: S,
     pub(crate) hello: Hello,
     receiver: Receiver,
-    /// Bytes of pages that have come.
+    /// Bytes of pages received.
     pub(crate) page_bytes: u64,
 }
 
@@ -43,7 +43,7 @@ impl<S: Read + Write> LaneFromSource<S> {
         let _ = self.stream.write_all(&bytes);
     }
 
-    /// The next event; none when the source has closed the lane.
+    /// The next event; None if the source has closed the lane.
     pub(crate) fn event(&mut self) -> Option<Event> {
         let mut buffer = Vec::new();
         loop {
@@ -68,7 +68,7 @@ impl<S: Read + Write> LaneFromSource<S> {
         }
     }
 
-    /// The next event that is none of a page's.
+    /// The next event other than a page's.
     pub(crate) fn control_event(&mut self) -> Option<Event> {
         loop {
             match self.event()? {
@@ -78,8 +78,8 @@ impl<S: Read + Write> LaneFromSource<S> {
         }
     }
 
-    /// On the demand lane: takes the source's regions as they are, until its guest has stopped. The
-    /// answer is the landing table.
+    /// On the demand lane: accepts the source's regions unchanged, up to the stop of its guest. Returns the landing
+    /// table.
     pub(crate) fn until_stopped(&mut self) -> RegionTable {
         let Some(Event::Regions(table)) = self.event() else { panic!("no regions") };
         self.set_regions(&table);
@@ -88,8 +88,7 @@ impl<S: Read + Write> LaneFromSource<S> {
         table
     }
 
-    /// The next pages that have come, data or not; none when the source has closed the lane, or has
-    /// ended it.
+    /// The next pages that arrive, data or not; None if the source has closed or ended the lane.
     pub(crate) fn pages(&mut self) -> Option<PageRange> {
         loop {
             match self.event()? {

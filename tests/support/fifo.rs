@@ -1,4 +1,4 @@
-//! A FIFO, with which a test lets another program go on.
+//! A FIFO with which a test unblocks another program.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -6,10 +6,10 @@ use std::path::PathBuf;
 
 use nix::sys::stat::Mode;
 
-/// A FIFO that somebody reads a byte from.
+/// A FIFO from which another program reads a byte.
 pub(crate) struct Fifo {
     path: PathBuf,
-    /// Open for reading too: so neither opening nor writing waits for the reader.
+    /// Open for reading too, so neither opening nor writing waits for the reader.
     file: File,
 }
 
@@ -20,7 +20,7 @@ impl Fifo {
         Fifo { path, file }
     }
 
-    /// As an argument of the program's.
+    /// As an argument of the program.
     pub(crate) fn path(&self) -> &str {
         self.path.to_str().expect("scratch paths are ASCII")
     }

@@ -1,26 +1,26 @@
-//! Two of umem's own guests, of which one is to become the other: what `umem demo` starts, piece by piece.
+//! Two demo guests, the source's and the destination's: the processes of `umem demo`, piece by piece.
 
 use std::net::TcpStream;
 use std::path::Path;
 
 use super::{Scratch, Umem};
 
-/// Guests of this size move in the time that a test has.
+/// Guests of this size move within a test's time.
 const MIB: u32 = 16;
 
-/// A guest that runs, and a `umem incoming` with a guest that waits for its memory.
+/// A running guest, and a `umem incoming` with a guest that waits for its memory.
 pub(crate) struct Guests {
     guest: Umem,
     pub(crate) incoming: Umem,
-    /// Where `umem incoming` serves metrics.
+    /// The metrics address of `umem incoming`.
     pub(crate) metrics: Option<String>,
     qmp: String,
     uri: String,
 }
 
 impl Guests {
-    /// With more arguments for `umem incoming`, `--json` among them. Neither guest touches its memory by
-    /// itself, so that every page is background.
+    /// With further arguments for `umem incoming`, `--json` among them. Neither guest touches its memory by itself, so
+    /// every page is background.
     pub(crate) fn quiet(scratch: &Scratch, more: &[&str]) -> Guests {
         let of_guest = |side: &str| -> Vec<String> {
             let (qmp, ram) = (scratch.path(side), scratch.ram(side));
@@ -54,17 +54,17 @@ impl Guests {
         Guests { guest, incoming, metrics, qmp, uri }
     }
 
-    /// The same, with metrics of the side that waits.
+    /// The same, with metrics of the waiting side.
     pub(crate) fn with_metrics(scratch: &Scratch) -> Guests {
         Guests::quiet(scratch, &["--json", "--metrics", "0"])
     }
 
-    /// A `umem migrate` of the one to the other, with more arguments.
+    /// A `umem migrate` between the two, with further arguments.
     pub(crate) fn migrate(&self, more: &[&str]) -> Umem {
         self.migrate_to(&self.uri, more)
     }
 
-    /// A `umem migrate` to somewhere else.
+    /// A `umem migrate` to another address.
     pub(crate) fn migrate_to(&self, uri: &str, more: &[&str]) -> Umem {
         Umem::start([&["migrate", "--qmp", &self.qmp], more, &[uri]].concat())
     }
@@ -77,7 +77,7 @@ impl Guests {
         Umem::start_inheriting(&socket, 40, arguments)
     }
 
-    /// Where `umem incoming` listens.
+    /// The address of `umem incoming`.
     pub(crate) fn uri(&self) -> &str {
         &self.uri
     }
@@ -87,7 +87,7 @@ impl Guests {
         Path::new(&self.qmp)
     }
 
-    /// Of the guest's memory.
+    /// Bytes of the guest's memory.
     pub(crate) fn bytes(&self) -> u64 {
         u64::from(MIB) << 20
     }

@@ -1,4 +1,4 @@
-//! Huge pages of the machine, taken for the length of a test.
+//! Huge pages of the machine, reserved for the length of a test.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, Write};
@@ -10,20 +10,19 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
 
-/// Room for pages of 2 MiB, given back at the end. Only one test on the machine has any at a time.
+/// A reservation of 2 MiB pages, returned at the end. One test on the machine has a reservation at a time.
 pub(crate) struct HugePages {
     pool: Flock<File>,
     pages_before: u64,
 }
 
 impl HugePages {
-    /// Room for `pages` of them, whoever maps them.
+    /// Reserves `pages` pages for any process.
     pub(crate) fn reserve(pages: u64) -> HugePages {
         let pool = OpenOptions::new().read(true).write(true).open(POOL);
         let pool = pool.unwrap_or_else(|error| panic!("{POOL}: {error}; run the tests as root"));
         let pool = Flock::lock(pool, FlockArg::LockExclusive).expect("a lock");
-        // Pages of the test before this one that were still in use when it gave them back: they leave the pool by
-        // themselves.
+        // Pages of the previous test that were still in use at its end: they leave the pool by themselves.
         super::wait_for("huge pages of others to leave the pool", || {
             (HugePages::count("surplus_hugepages") == 0).then_some(())
         });
@@ -35,14 +34,14 @@ impl HugePages {
         huge
     }
 
-    /// Room for so many more.
+    /// Reserves this many more.
     pub(crate) fn grow(&mut self, pages: u64) {
         let wanted = self.pool_pages() + pages;
         self.set_pool_pages(wanted);
         assert_eq!(self.pool_pages(), wanted, "the machine has no {pages} huge pages more to give");
     }
 
-    /// Those that nobody has, nor has been promised.
+    /// Pages that are neither in use nor reserved by a mapping.
     pub(crate) fn free() -> u64 {
         HugePages::count("free_hugepages") - HugePages::count("resv_hugepages")
     }
@@ -68,19 +67,19 @@ impl HugePages {
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        // A page that is still in use leaves the pool as soon as it no longer is.
+        // A page in use leaves the pool when it is freed.
         self.set_pool_pages(self.pages_before);
     }
 }
 
-/// A file of 2 MiB pages, and the pages for it.
+/// A file of 2 MiB pages, and the reservation for it.
 pub(crate) struct HugeFile {
     file: File,
     _room: HugePages,
 }
 
 impl HugeFile {
-    /// An empty file, and room for `pages` pages of 2 MiB.
+    /// An empty file, and a reservation of `pages` pages of 2 MiB.
     pub(crate) fn with_room(pages: u64) -> HugeFile {
         let room = HugePages::reserve(pages);
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
@@ -88,12 +87,12 @@ impl HugeFile {
         HugeFile { file, _room: room }
     }
 
-    /// By which another process opens it, for as long as this one has it.
+    /// The path for another process, valid while this process has the file open.
     pub(crate) fn path(&self) -> PathBuf {
         format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()).into()
     }
 
-    /// What is in it.
+    /// The file's contents.
     pub(crate) fn bytes(&mut self) -> Vec<u8> {
         let mut bytes = Vec::new();
         self.file.rewind().expect("a file");

@@ -1,4 +1,4 @@
-//! A guest that moves from one umem to another, which are killed on the way, and go on as others.
+//! A guest that moves from one umem to another; the umems are killed on the way and taken over.
 
 use std::path::PathBuf;
 
@@ -15,16 +15,16 @@ pub(crate) struct Move {
     pub(crate) migrate: Umem,
     pub(crate) cutter: Cutter,
     pub(crate) how: How,
-    /// The session's number, once there is something to take over.
+    /// The session's number, once the move is resumable.
     pub(crate) session: String,
-    /// Of the guest's socket and file here and there.
+    /// Names of the guest's socket and file on both sides.
     pub(crate) names: [&'static str; 2],
 }
 
 #[derive(Clone, Copy, Default)]
 pub(crate) struct How {
     pub(crate) mib: u64,
-    /// Of both guests.
+    /// Options of both guests.
     pub(crate) threads: u32,
     pub(crate) kind: Option<&'static str>,
     /// For `umem incoming`.
@@ -34,14 +34,15 @@ pub(crate) struct How {
     pub(crate) migrate: &'static [&'static str],
     /// For both umem processes: a directory of certificates, or a secret.
     pub(crate) security: Option<[&'static str; 2]>,
-    /// Where the source's and the destination's umem panic, once [`Move::panics`] says so; nowhere where that is empty.
+    /// The points where the source's and the destination's umem panic, once [`Move::panics`] enables them; none if
+    /// empty.
     pub(crate) panics: [&'static str; 2],
 }
 
-/// While this file is there somebody is to panic.
+/// The panic points are enabled while this file exists.
 pub(crate) const PANIC: &str = "panic";
 
-/// Whom to kill.
+/// The processes to kill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
     Source,
@@ -50,8 +51,7 @@ pub(crate) enum Side {
 }
 
 impl Move {
-    /// Up to the guest running at the destination. Its pages come as it asks for them, until the cutter
-    /// lets the others go.
+    /// Up to the guest running at the destination. Its pages arrive on demand, until the cutter releases the others.
     pub(crate) fn switched(how: How) -> Move {
         Move::start(how).until_switched()
     }
@@ -69,7 +69,7 @@ impl Move {
         Move::start_with(how, |_| {})
     }
 
-    /// The same; `prepare` has its say before anything of umem's runs.
+    /// As above; `prepare` runs before any umem process starts.
     pub(crate) fn start_with(how: How, prepare: impl FnOnce(&Scratch)) -> Move {
         let scratch = Scratch::new();
         prepare(&scratch);
@@ -83,7 +83,7 @@ impl Move {
         Move::from("source", guest, "destination", scratch, how)
     }
 
-    /// The same with a guest that is there, known by these names on both sides.
+    /// As above with an existing guest, known by these names on both sides.
     pub(crate) fn from(
         source: &'static str,
         guest: Umem,
@@ -115,7 +115,7 @@ impl Move {
         };
         let (incoming, cutter) = arrival.start();
         let mut arguments = vec!["migrate", "-p", "--json", "--session-dir", &sessions];
-        // So that processes begin and end more quickly than the guest moves.
+        // So that processes start and end more quickly than the guest moves.
         arguments.extend(["--max-postcopy-bandwidth", "24M"]);
         arguments.extend(["--qmp", &source_qmp, cutter.uri()]);
         arguments.extend(how.migrate);
@@ -126,8 +126,8 @@ impl Move {
         Move { scratch, guest, incoming, migrate, cutter, how, session, names }
     }
 
-    /// Has whoever comes to the place of [`How::panics`] panic, and waits until that has happened. All pages are
-    /// let go, so that somebody does.
+    /// Enables the panic points of [`How::panics`], and waits for the panic. All pages are released, so that a point is
+    /// reached.
     pub(crate) fn panics(&self) {
         let file = self.scratch.path(PANIC);
         std::fs::write(&file, "").expect("a file");
@@ -144,16 +144,16 @@ impl Move {
         self.resume_with(command, &[])
     }
 
-    /// The same with more arguments.
+    /// The same with further arguments.
     pub(crate) fn resume_with(&self, command: &str, more: &[&str]) -> Umem {
         let sessions = self.sessions().display().to_string();
         let own = [command, "--json", "--session-dir", &sessions, "--resume", &self.session];
         Umem::start(own.iter().chain(more))
     }
 
-    /// What is in the directory of session files, in order.
+    /// The names of session files, sorted.
     pub(crate) fn session_files(&self) -> Vec<String> {
-        // Nobody may have made it yet.
+        // The directory may not exist yet.
         let entries = std::fs::read_dir(self.sessions()).into_iter().flatten().flatten();
         let mut names: Vec<_> =
             entries.map(|entry| entry.file_name().into_string().unwrap()).collect();
@@ -176,8 +176,8 @@ impl Move {
         }
     }
 
-    /// Kills as often as said, each time after a number of bytes below `most`. Every third time that is
-    /// so few that nobody has taken over yet.
+    /// Kills this often, each time after a random number of bytes below `most`. Every third time the number is too
+    /// small for the takeover to have finished.
     pub(crate) fn kill_often(&mut self, count: usize, most: u64, sides: &[Side]) {
         let seed = seed(self.how.mib ^ u64::from(self.how.threads) << 8 ^ sides.len() as u64);
         self.cutter.let_pages_go();
@@ -191,7 +191,7 @@ impl Move {
         }
     }
 
-    /// Waits until so many bytes more have passed.
+    /// Waits until this many more bytes have been relayed.
     pub(crate) fn pass(&mut self, bytes: u64) {
         let until = self.cutter.passed() + bytes;
         super::wait_for(format!("{bytes} more bytes"), || {
@@ -211,7 +211,7 @@ impl Move {
         reports
     }
 
-    /// The same, and leaves the guest where it is: its `umem incoming`, which ends when it does.
+    /// The same, and leaves the guest at the destination: returns its `umem incoming`, which ends with the guest.
     pub(crate) fn arrive(mut self) -> (Scratch, Umem, [&'static str; 2], (Value, Value)) {
         self.cutter.let_pages_go();
         let source = self.migrate.event("completed");
@@ -225,7 +225,7 @@ impl Move {
         (self.scratch, self.incoming, self.names, (source, destination))
     }
 
-    /// What must be true of the guest when everything has come.
+    /// The checks of a complete guest.
     pub(crate) fn check(&self, report: &Value) {
         let qmp = self.scratch.path(&format!("{}.qmp", self.names[1]));
         arrival::check(&qmp, self.how.mib, report);
@@ -233,9 +233,8 @@ impl Move {
 }
 
 impl Move {
-    /// Up to the moment when the destination has loaded the guest, and the source has not heard of it:
-    /// nothing is committed. Of the destination's answers none comes after the one page that loading asks
-    /// for.
+    /// Up to the moment when the destination has loaded the guest, and the source has not been notified: nothing is
+    /// committed. Of the destination's frames none passes after the request of the one page that loading needs.
     pub(crate) fn loaded() -> Move {
         let mut moving = Move::start(How { mib: 16, threads: 1, ..How::default() });
         let answers = umem_wire::HELLO_BYTES + (umem_wire::HEADER_BYTES + 1) + REQUEST_BYTES;
@@ -245,7 +244,7 @@ impl Move {
         moving
     }
 
-    /// What the source's guest says of itself.
+    /// The report of the source's guest about itself.
     pub(crate) fn status(&self) -> String {
         let mut qmp = Qmp::connect(&self.scratch.path("source.qmp"));
         text(&qmp.execute("query-status", json!({})), "status")

@@ -1,21 +1,21 @@
-//! A memory limit for processes of a test: a control group of its own, which is gone afterwards.
+//! A memory limit for processes of a test: a control group of its own, removed afterwards.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::wait_for;
 
-/// What processes that are put into it take of the kernel's memory from then on is limited. Dropped, it lets them go.
+/// Limits the kernel memory of the processes in it from then on. Dropped, it releases them.
 pub(crate) struct MemoryLimit {
     directory: PathBuf,
     is_v2: bool,
 }
 
 impl MemoryLimit {
-    /// So many MiB. Whoever would take more is killed.
+    /// The limit in MiB. A process that exceeds it is killed.
     ///
     /// # Panics
-    /// Where this machine has no control groups that limit memory.
+    /// If this machine has no control groups that limit memory.
     pub(crate) fn of(mib: u64) -> MemoryLimit {
         let is_v2 = !Path::new("/sys/fs/cgroup/memory").is_dir();
         let parent = if is_v2 { "/sys/fs/cgroup" } else { "/sys/fs/cgroup/memory" };
@@ -26,8 +26,8 @@ impl MemoryLimit {
         limit
     }
 
-    /// Whoever would take more is told so, and nobody is killed. False where control groups cannot do that: those of
-    /// version 2 kill.
+    /// A process that exceeds the limit gets an error and is not killed. False for control groups of version 2, which
+    /// kill.
     pub(crate) fn kills_nobody(&self) -> bool {
         if !self.is_v2 {
             self.write("memory.oom_control", "1");
@@ -40,7 +40,7 @@ impl MemoryLimit {
         self.write(file, &(mib << 20).to_string());
     }
 
-    /// A process, with all of its threads.
+    /// Adds a process, with all of its threads.
     pub(crate) fn take(&self, pid: u32) {
         self.write("cgroup.procs", &pid.to_string());
     }
@@ -57,7 +57,7 @@ impl Drop for MemoryLimit {
         wait_for(format!("{} to be left", self.directory.display()), || {
             let pids = fs::read_to_string(self.directory.join("cgroup.procs")).unwrap_or_default();
             for pid in pids.lines() {
-                // Fails where it has just ended.
+                // Fails if the process has just ended.
                 let _ = fs::write(&above, pid);
             }
             fs::remove_dir(&self.directory).ok()

@@ -1,30 +1,30 @@
-//! What the tests with real processes share.
+//! Shared parts of the tests with real processes.
 //!
-//! - [`Scratch`]: where a test's files lie; at its end its processes are ended and its files removed
-//! - [`Umem`]: a `umem` process, its events and what it complained of
+//! - [`Scratch`]: the directory of a test's files; at its end the test's processes are ended and its files removed
+//! - [`Umem`]: a `umem` process, its events and its errors
 //! - [`Machine`] and [`Qemu`]: a QEMU's options, and a running one with a [`Qmp`] connection
-//! - [`Serial`]: what our Linux guest says on its console
-//! - [`Guests`]: two of umem's own guests, of which one is to become the other
+//! - [`Serial`]: the console of the Linux guest
+//! - [`Guests`]: two demo guests, the source's and the destination's
 //! - [`Chromium`]: a browser that opens reports
-//! - [`LaneFromSource`]: the other end of a `umem migrate`, for a test to play
-//! - [`LaneToDestination`]: the other end of a `umem incoming`
-//! - [`peer`]: the same with all of its lanes, and pages
-//! - [`waiting`]: guests that wait behind `umem incoming`, and snapshots to move to them
-//! - [`Authority`]: makes certificates
-//! - [`HugePages`] and [`HugeFile`]: huge pages of the machine, which it gets back afterwards
-//! - [`MemoryLimit`]: a control group in which processes of a test have so much memory and no more
-//! - [`Room`]: a file system for RAM files with as much room as a test says
-//! - [`Tap`]: a relay between two umem processes that counts what passes and can hold it back
-//! - [`Cutter`]: a relay that breaks connections, or changes bits, at known bytes or when told to
-//! - [`Move`]: a guest on its way through a [`Cutter`]
-//! - [`killed::Move`]: the same, by umems that are killed and go on as others
-//! - [`Network`]: two hosts with a router between them, in network namespaces of the test's own
+//! - [`LaneFromSource`]: the peer of a `umem migrate`, played by the test
+//! - [`LaneToDestination`]: the peer of a `umem incoming`, played by the test
+//! - [`peer`]: such a source with all of its lanes, and pages
+//! - [`waiting`]: guests that wait behind `umem incoming`, and snapshots that move to them
+//! - [`Authority`]: signs certificates
+//! - [`HugePages`] and [`HugeFile`]: huge pages of the machine, returned afterwards
+//! - [`MemoryLimit`]: a control group that limits the memory of processes of a test
+//! - [`Room`]: a file system of limited size for RAM files
+//! - [`Tap`]: a relay between two umem processes that counts bytes and can hold them back
+//! - [`Cutter`]: a relay that breaks connections, or changes bits, at known bytes or on request
+//! - [`Move`]: a guest that moves through a [`Cutter`]
+//! - [`killed::Move`]: the same, with umems that are killed and taken over
+//! - [`Network`]: two hosts with a router between them, in network namespaces of the test
 //! - [`seed`], [`seeded`] and [`Random`]: a test's seed, and numbers that depend on it alone
-//! - [`Fifo`]: lets another program go on
+//! - [`Fifo`]: unblocks another program
 //! - [`embedded`]: both sides in the test's own process, and the wire between them
 //!
-//! Tests wait for events, never for time: [`DEADLINE`] is only when a test gives up. Whatever a test
-//! started ends with it, also when it panics.
+//! Tests wait for events, never for time: after [`DEADLINE`] a test fails. Processes that a test started end with it,
+//! also when it panics.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
 #![allow(dead_code, reason = "each test file uses its own part of this")]
@@ -84,23 +84,23 @@ pub(crate) use {
     umem::{Umem, limit_descriptors},
 };
 
-/// When a wait is given up: long after what it waits for should have happened, on any machine.
+/// A wait fails after this time: long after the awaited event should have happened, on any machine.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
 
-/// How often something is looked at that gives no notice by itself.
+/// The interval of polling.
 const INTERVAL: Duration = Duration::from_millis(10);
 
-/// Another program of the workspace: beside umem, where a build of all of it puts it.
+/// Another program of the workspace, in the directory of umem's executable.
 pub(crate) fn program(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_umem")).with_file_name(name);
     assert!(path.exists(), "{} is missing: `cargo build --workspace` first", path.display());
     path
 }
 
-/// Looks until there is a value.
+/// Polls until there is a value.
 ///
 /// # Panics
-/// When [`DEADLINE`] has passed without one.
+/// After [`DEADLINE`].
 pub(crate) fn wait_for<T>(what: impl Display, mut look: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {

@@ -1,4 +1,4 @@
-//! One of umem's own guests on its way from one umem to another, through a relay that spoils that.
+//! A demo guest that moves from one umem to another, through a relay that disturbs the move.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -9,12 +9,12 @@ use tempfile::TempDir;
 use super::arrival::{self, Arrival};
 use super::{Cutter, DEADLINE, HugeFile, Qmp, Room, Scratch, Umem};
 
-/// How often a wait looks whether both sides still run.
+/// The interval at which a wait checks that both sides still run.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A guest that moves from one umem to another through a [`Cutter`].
 pub(crate) struct Move {
-    /// Where its RAM file lies at the destination, if that has a limit.
+    /// The file system of its RAM file at the destination, if that is limited.
     pub(crate) room: Option<Room>,
     pub(crate) scratch: Scratch,
     pub(crate) guest: Umem,
@@ -28,11 +28,11 @@ pub(crate) struct Move {
     _disk: Option<TempDir>,
 }
 
-/// How the guest arrives.
+/// The parameters of a move.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct How {
     pub(crate) mib: u64,
-    /// Of both guests.
+    /// Options of both guests.
     pub(crate) threads: u32,
     pub(crate) kind: Option<&'static str>,
     /// For `umem incoming`.
@@ -40,14 +40,14 @@ pub(crate) struct How {
     /// For the guest there.
     pub(crate) arriving: &'static [&'static str],
     pub(crate) migrate: &'static [&'static str],
-    /// Every page comes before the guest runs at its destination.
+    /// Every page arrives before the guest runs at its destination.
     pub(crate) without_postcopy: bool,
     /// For both umem processes: a directory of certificates, or a secret.
     pub(crate) security: Option<[&'static str; 2]>,
     pub(crate) huge: bool,
-    /// The guest's file at the source lies on a disk.
+    /// The guest's file at the source is on a disk.
     pub(crate) from_disk: bool,
-    /// So many MiB is all there is for its RAM file at the destination.
+    /// The size in MiB of the file system of its RAM file at the destination.
     pub(crate) room: Option<u64>,
 }
 
@@ -57,7 +57,7 @@ impl Move {
         Move::start_through(how, |_| {})
     }
 
-    /// The same; `prepare` has its say at the relay before anything passes there.
+    /// As above; `prepare` sets up the relay before any byte passes.
     pub(crate) fn start_through(how: How, prepare: impl FnOnce(&Cutter)) -> Move {
         let scratch = Scratch::new();
         let mib = how.mib.to_string();
@@ -116,8 +116,7 @@ impl Move {
         }
     }
 
-    /// Up to the guest running at the destination. Its pages come as it asks for them, until the cutter
-    /// lets the others go.
+    /// Up to the guest running at the destination. Its pages arrive on demand, until the cutter releases the others.
     pub(crate) fn switched(how: How) -> Move {
         let mut moving = Move::start(how);
         moving.migrate.event("running");
@@ -125,8 +124,8 @@ impl Move {
         moving
     }
 
-    /// Waits for as many cuts in all. A side that ends before them is told of at once, and after the
-    /// deadline how far it got: which of the two it is tells a stall from a failure.
+    /// Waits for this many cuts in total. Fails at once if a side ends before, and after the deadline with the progress
+    /// so far, which separates a stall from a failure.
     pub(crate) fn wait_for_cuts(&mut self, count: u32) {
         let since = Instant::now();
         loop {

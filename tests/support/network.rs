@@ -1,20 +1,20 @@
-//! Two hosts with a router between them, which can stop to pass anything on.
+//! Two hosts with a router between them, which can stop forwarding.
 //!
-//! Three network namespaces of the test's own, joined by two veth pairs. Each belongs to a process that
-//! does nothing and dies with its parent, so that they go when the test ends, however it does.
+//! Three network namespaces of the test, joined by two veth pairs. Each belongs to an idle process that dies with its
+//! parent, so the namespaces end with the test in any case.
 
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use super::{Process, wait_for};
 
-/// The two hosts' addresses, in networks that only the namespaces have.
+/// The two hosts' addresses, in networks that exist only in the namespaces.
 const SOURCE: &str = "10.213.1.1";
 const DESTINATION: &str = "10.213.2.1";
-/// The destination's second one.
+/// The destination's second address.
 const ELSEWHERE: &str = "10.213.3.1";
 
-/// The router's addresses beside the hosts'.
+/// The router's addresses in the hosts' networks.
 const ROUTER: [&str; 2] = ["10.213.1.2", "10.213.2.2"];
 
 /// See the [module](self).
@@ -25,7 +25,7 @@ pub(crate) struct Network {
 }
 
 impl Network {
-    /// Everything passes.
+    /// Every packet passes.
     pub(crate) fn new() -> Network {
         let [source, router, destination] = [(); 3].map(|()| Namespace::new());
         let network = Network { source, router, destination };
@@ -65,8 +65,8 @@ impl Network {
         format!("tcp:{ELSEWHERE}:0")
     }
 
-    /// From now on nothing gets through, in either direction, and nobody is told: the hosts' links are
-    /// up, and their routes are there.
+    /// From now on no packet passes, in either direction, without an error: the hosts' links are up, and their routes
+    /// exist.
     pub(crate) fn darken(&self) {
         self.forward(false);
     }
@@ -75,28 +75,28 @@ impl Network {
         self.forward(true);
     }
 
-    /// A router that forwards nothing throws away what is not for itself, and says nothing.
+    /// A router that does not forward drops packets silently.
     fn forward(&self, yes: bool) {
         let line = format!("echo {} > /proc/sys/net/ipv4/ip_forward", u8::from(yes));
         self.router.run(&["sh", "-c", &line]);
     }
 
-    /// The source's own link goes down, which it knows.
+    /// The source's own link goes down, which its kernel reports.
     pub(crate) fn unplug(&self) {
         self.source.ip(&["link", "set", DEVICE, "down"]);
     }
 
     pub(crate) fn plug_in(&self) {
         self.source.ip(&["link", "set", DEVICE, "up"]);
-        // The route went with the link.
+        // The route was removed with the link.
         self.source.ip(&["route", "replace", "default", "via", ROUTER[0]]);
     }
 }
 
-/// What a host calls its end of the link.
+/// The name of a host's end of the link.
 const DEVICE: &str = "uplink";
 
-/// A network namespace, for as long as this is there.
+/// A network namespace, for the lifetime of this value.
 pub(crate) struct Namespace {
     holder: Process,
     /// Of nsenter.
@@ -119,7 +119,7 @@ impl Namespace {
         namespace
     }
 
-    /// A link to `router`: this end's address, and that one's.
+    /// A link to `router`: this end's address, and the router's.
     fn join(&self, address: &str, router: &Namespace, its_address: &str) {
         static LINKS: AtomicU32 = AtomicU32::new(0);
         let there = format!("host{}", LINKS.fetch_add(1, Relaxed));
@@ -132,7 +132,7 @@ impl Namespace {
         }
     }
 
-    /// Comes before a command that is to run there, and becomes it by exec.
+    /// The prefix of a command that runs there; it becomes the command by exec.
     pub(crate) fn wrapper(&self) -> [&str; 2] {
         ["nsenter", &self.option]
     }
@@ -141,7 +141,7 @@ impl Namespace {
         self.run(&[&["ip"], arguments].concat());
     }
 
-    /// Runs a program there to its end, which is a success, and returns what it printed.
+    /// Runs a program there to its end, which must be a success, and returns its output.
     pub(crate) fn run(&self, words: &[&str]) -> String {
         let output = Command::new("nsenter")
             .arg(&self.option)
@@ -154,13 +154,12 @@ impl Namespace {
         String::from_utf8(output.stdout).expect("text")
     }
 
-    /// Bytes that have left it since it was made, packets' headers and all, but for what it said to
-    /// itself.
+    /// Bytes sent from it since it was made, with packet headers, without those to itself.
     pub(crate) fn bytes_sent(&self) -> u64 {
         let path = format!("/proc/{}/net/dev", self.holder.pid());
         let table = std::fs::read_to_string(path).expect("the holder lives");
         let line = table.lines().find_map(|line| line.trim().strip_prefix("uplink:"));
-        // Eight columns of what was received come first.
+        // The first eight columns count received data.
         let sent = line.and_then(|columns| columns.split_ascii_whitespace().nth(8));
         sent.expect("a table of devices").parse().expect("a number")
     }

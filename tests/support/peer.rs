@@ -1,4 +1,4 @@
-//! A source that a test plays on all of its lanes: it speaks the protocol as it is told to.
+//! A source that a test plays on all of its lanes: sends the frames that the test requests.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -37,11 +37,11 @@ impl Peer {
         let mut bytes = Vec::new();
         transmit::encode(frame, &mut bytes);
         bytes.extend_from_slice(body);
-        // A peer that has given up already has closed the lane.
+        // A peer that has given up has closed the lane.
         let _ = self.lanes[lane].write_all(&bytes);
     }
 
-    /// The next event on the demand lane; none when it was closed.
+    /// The next event on the demand lane; None if it was closed.
     pub(crate) fn event(&mut self) -> Option<Event> {
         loop {
             if let Some(event) = self.receiver.poll_event() {
@@ -57,7 +57,7 @@ impl Peer {
         }
     }
 
-    /// Regions compared, the guest stopped: pages may come.
+    /// Regions are compared, the guest is stopped: pages may come.
     pub(crate) fn until_stopped(&mut self, mib: u64, postcopy: bool) {
         let table = table(mib);
         self.receiver = Receiver::for_source(&table);
@@ -66,8 +66,7 @@ impl Peer {
         self.send(0, &Frame::Stopped { postcopy, background: true }, &[]);
     }
 
-    /// The device state of a demo guest that was running, its seed and its shares of zeroes and
-    /// holes: all of it is holes.
+    /// The device state of a running demo guest, with its seed and its shares of zeroes and holes: all of it is holes.
     pub(crate) fn load(&mut self) {
         let mut state = vec![1, 7, 0, 0, 0, 0, 0, 0, 0];
         state.extend([0, 0, 0, 0, 100, 0, 0, 0]);
@@ -89,7 +88,7 @@ impl Peer {
         self.send(0, &Frame::Complete(Totals::default()), &[]);
     }
 
-    /// The reason that the destination gives for giving up.
+    /// The reason of the destination's fault frame.
     pub(crate) fn fault(&mut self) -> String {
         loop {
             match self.event() {

@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 
 use super::wait_for;
 
-/// A child process, killed and waited for when it is dropped.
+/// A child process, killed and reaped when it is dropped.
 pub(crate) struct Process {
     child: Child,
     name: String,
@@ -30,7 +30,7 @@ impl Process {
         self.child.try_wait().expect("it is our child")
     }
 
-    /// Waits until it ends by itself.
+    /// Waits for its exit.
     pub(crate) fn wait(&mut self) -> ExitStatus {
         let what = format!("the end of {}", self.name);
         wait_for(what, || self.status())
@@ -39,12 +39,12 @@ impl Process {
     /// Sends a signal, if it still runs.
     pub(crate) fn signal(&mut self, signal: Signal) {
         if self.status().is_none() {
-            // Not waited for, so the pid is still its own.
+            // Not reaped, so the pid is still the process's.
             kill(pid(self.child.id()), signal).expect("it is our child");
         }
     }
 
-    /// Ends it at once, without a chance to tidy up.
+    /// Kills it at once.
     pub(crate) fn kill(&mut self) {
         self.signal(Signal::SIGKILL);
         let status = self.wait();
@@ -54,7 +54,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Fails when it has ended already.
+        // Fails if it has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -1,4 +1,4 @@
-//! QEMU: how it is started, and a running one.
+//! QEMU: its options, and a running one.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -26,7 +26,7 @@ impl QemuVersion {
     }
 }
 
-/// A file that `tests/run` provides, by its variable or else in its cache.
+/// A file that `tests/run` provides, from its variable or else from its cache.
 pub(super) fn provided(variable: &str, name: &str) -> PathBuf {
     let path = std::env::var_os(variable).map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cache").join(name),
@@ -43,20 +43,20 @@ pub(crate) struct Ram {
     pub(crate) mib: u64,
 }
 
-/// How a source has its main memory. Its destination has a file for it.
+/// The main memory of a source. Its destination has a file for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SourceRam {
-    /// In a file that it shares.
+    /// A file that QEMU maps shared.
     File,
-    /// Where QEMU has it if nobody says where.
+    /// QEMU's default, without a backend.
     Default,
-    /// In a file that it maps privately.
+    /// A file that QEMU maps privately.
     PrivateFile,
-    /// In a memory file.
+    /// A memory file.
     Memfd,
 }
 
-/// Which of the two QEMUs of a migration.
+/// One of the two QEMUs of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
     Source,
@@ -72,8 +72,8 @@ impl Side {
     }
 }
 
-/// A machine as its QEMU's options describe it, the same for both sides unless a test wants it
-/// otherwise. `name` keeps the files of several machines in one [`Scratch`] apart.
+/// A machine as its QEMU's options describe it, the same on both sides by default. `name` separates the files of
+/// several machines in one [`Scratch`].
 #[derive(Clone, Debug)]
 pub(crate) struct Machine {
     pub(crate) name: &'static str,
@@ -82,24 +82,24 @@ pub(crate) struct Machine {
     /// In the order of the command line; `ram0` is the main memory, the others are DIMMs. Without `ram0` each is the
     /// memory of a NUMA node.
     pub(crate) ram: Vec<Ram>,
-    /// Of `ram0`.
+    /// The kind of `ram0`.
     pub(crate) source_ram: SourceRam,
-    /// Words for the kernel's command line; our Linux guest is booted if there are any.
+    /// Words of the kernel's command line; the Linux guest boots if there are any.
     pub(crate) guest: String,
-    /// More options.
+    /// Further options.
     pub(crate) extra: Vec<String>,
-    /// At the destination the guest maps its RAM files privately.
+    /// The destination maps its RAM files privately.
     pub(crate) becomes_private: bool,
 }
 
 impl Machine {
-    /// 256 MiB of memory, 128 MiB of which our Linux guest reads, writes and checks.
+    /// 256 MiB of memory, 128 MiB of which the Linux guest reads, writes and checks.
     pub(crate) fn linux(version: QemuVersion) -> Machine {
         let guest = "umem.mib=128".into();
         Machine { guest, ..Machine::bare(version) }
     }
 
-    /// 256 MiB of memory and nothing to boot: firmware that looks for a disk.
+    /// 256 MiB of memory without a system to boot: firmware that looks for a disk.
     pub(crate) fn bare(version: QemuVersion) -> Machine {
         Machine {
             name: "vm",
@@ -210,7 +210,7 @@ impl Machine {
 pub(crate) struct Qemu {
     process: Process,
     pub(crate) qmp: Qmp,
-    /// The monitor that is free for umem.
+    /// The monitor for umem.
     pub(crate) socket: PathBuf,
     pub(crate) serial: Serial,
 }

@@ -28,7 +28,7 @@ impl Qmp {
         qmp
     }
 
-    /// Runs a command and returns what it returns.
+    /// Runs a command and returns its result.
     pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Value {
         self.send(command, &arguments);
         loop {
@@ -40,7 +40,7 @@ impl Qmp {
         }
     }
 
-    /// Runs a command that is refused, and returns why.
+    /// Runs a command that is refused, and returns the reason.
     pub(crate) fn refuses(&mut self, command: &str, arguments: Value) -> String {
         self.send(command, &arguments);
         loop {
@@ -61,12 +61,12 @@ impl Qmp {
     /// Ends QEMU.
     pub(crate) fn quit(mut self) {
         self.send("quit", &json!({}));
-        // Until it has gone, so that the command is not lost with the connection.
+        // Until QEMU has ended, so that the command is not lost with the connection.
         let mut rest = String::new();
         while self.stream.read_line(&mut rest).is_ok_and(|count| count > 0) {}
     }
 
-    /// QEMU's.
+    /// QEMU's pid.
     fn pid(&self) -> i32 {
         let peer = getsockopt(self.stream.get_ref(), PeerCredentials);
         peer.expect("the other end's credentials").pid()
@@ -87,7 +87,7 @@ impl Qmp {
     }
 }
 
-/// What each thread of a process does, for who has to find out why it does nothing.
+/// The state of each thread of a process, to diagnose a hang.
 fn threads(pid: i32) -> String {
     let tasks = format!("/proc/{pid}/task");
     let Ok(tasks) = std::fs::read_dir(&tasks) else { return format!("{tasks} has gone") };

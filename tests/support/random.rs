@@ -1,6 +1,6 @@
 //! Numbers that depend on a seed alone.
 
-/// The seed of a test, which is printed; `UMEM_SEED` gives another one.
+/// The seed of a test, which is printed; `UMEM_SEED` overrides it.
 pub(crate) fn seed(otherwise: u64) -> u64 {
     let seed = std::env::var("UMEM_SEED").ok().map(|seed| seed.parse().expect("a number"));
     let seed = seed.unwrap_or(otherwise);
@@ -23,7 +23,7 @@ impl Random {
         Random(seed)
     }
 
-    /// Another sequence, which depends on this seed and on `tag`, and not on what has been drawn since.
+    /// Another sequence, which depends on this seed and on `tag`, and not on earlier draws.
     pub(crate) fn of(seed: u64, tag: u64) -> Random {
         let mut random = Random(seed ^ tag.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         random.next();
@@ -40,12 +40,12 @@ impl Random {
         self.next() % limit
     }
 
-    /// True in so many cases of a hundred.
+    /// True in this many cases of a hundred.
     pub(crate) fn percent(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
 
-    /// Up to 2^`bits`, each magnitude as likely as the next.
+    /// Up to 2^`bits`, every magnitude equally likely.
     pub(crate) fn magnitude(&mut self, bits: u64) -> u64 {
         let bits = self.below(bits + 1);
         (1 << bits) + self.below(1 << bits)
@@ -56,7 +56,7 @@ impl Random {
     }
 }
 
-/// The finalizer of splitmix64: each bit of the answer depends on each of the input.
+/// The finalizer of splitmix64: each output bit depends on each input bit.
 pub(crate) fn mix(value: u64) -> u64 {
     let mixed = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

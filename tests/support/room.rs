@@ -1,4 +1,4 @@
-//! A file system for RAM files with as much room as a test says.
+//! A file system of limited size for RAM files.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,13 +6,13 @@ use std::process::Command;
 
 use nix::sched::{CloneFlags, unshare};
 
-/// A tmpfs that this thread and the processes that it starts see, and nobody else.
+/// A tmpfs that is visible only to this thread and the processes that it starts.
 pub(crate) struct Room {
     path: PathBuf,
 }
 
 impl Room {
-    /// Mounts one of so many MiB at `path`, a directory that is to be made.
+    /// Mounts a tmpfs of this many MiB at `path`, a directory that is created.
     pub(crate) fn of(mib: u64, path: &Path) -> Room {
         fs::create_dir(path).expect("a directory");
         unshare(CloneFlags::CLONE_NEWNS).expect("mounts of its own");
@@ -26,17 +26,17 @@ impl Room {
         self.path.join("ram")
     }
 
-    /// Takes so many MiB for something else.
+    /// Occupies this many MiB.
     pub(crate) fn take(&self, mib: usize) {
         fs::write(self.path.join("taken"), vec![0xa5; mib << 20]).expect("there is as much room");
     }
 
-    /// Gives them back.
+    /// Frees them.
     pub(crate) fn give_back(&self) {
         fs::remove_file(self.path.join("taken")).expect("it has been taken");
     }
 
-    /// Makes it so large.
+    /// Resizes it.
     pub(crate) fn resize(&self, mib: u64) {
         let here = self.path.display().to_string();
         run("mount", &["-o", &format!("remount,size={mib}m"), &here]);
@@ -45,7 +45,7 @@ impl Room {
 
 impl Drop for Room {
     fn drop(&mut self) {
-        // Whoever still has files open there keeps them.
+        // Processes with open files there keep them.
         let _ = Command::new("umount").arg("-l").arg(&self.path).status();
     }
 }

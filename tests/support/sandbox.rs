@@ -1,22 +1,22 @@
-//! Programs that may not make certain system calls, as in a container or a service with a filter.
+//! Programs without certain system calls, as in a container or a service with a filter.
 
 use std::ffi::c_long;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// To this program, and to those that it starts, the kernel answers these system calls with an error.
+/// For this program, and those that it starts, the kernel answers these system calls with an error.
 pub(crate) fn forbid(command: &mut Command, calls: &[c_long], errno: i32) {
     install(command, calls.iter().map(|&call| (call, None)), errno);
 }
 
-/// The same of one system call, where its argument of this index is this number.
+/// As above for one system call, if its argument of this index is this number.
 pub(crate) fn forbid_with(command: &mut Command, call: c_long, argument: (u32, u32), errno: i32) {
     install(command, [(call, Some(argument))].into_iter(), errno);
 }
 
 type Forbidden = (c_long, Option<(u32, u32)>);
 
-/// Where the arguments begin in `struct seccomp_data`.
+/// The offset of the arguments in `struct seccomp_data`.
 const ARGUMENTS_OFFSET: u32 = 16;
 
 fn install(command: &mut Command, calls: impl Iterator<Item = Forbidden>, errno: i32) {

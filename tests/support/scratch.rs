@@ -1,4 +1,4 @@
-//! A place for a test's files, and the certainty that nothing of the test is left at its end.
+//! A directory for a test's files, and the cleanup of everything the test leaves behind.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,8 +11,8 @@ use super::wait_for;
 
 const SHARED_MEMORY: &str = "/dev/shm";
 
-/// A directory for sockets and logs, and names for RAM files. Each name contains the directory's
-/// unique one, so that every process that was started with one of them can be found.
+/// A directory for sockets and logs, and names for RAM files. Each name contains the directory's unique name, which
+/// identifies every process that was started with one of them.
 pub(crate) struct Scratch {
     directory: TempDir,
     token: String,
@@ -20,7 +20,7 @@ pub(crate) struct Scratch {
 
 impl Scratch {
     pub(crate) fn new() -> Scratch {
-        // Short, because the paths of sockets have a limit, and under /tmp, where any user may read.
+        // Short, because the paths of sockets are limited, and under /tmp, where any user may read.
         let directory = tempfile::Builder::new()
             .prefix("umem-test-")
             .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755))
@@ -36,19 +36,19 @@ impl Scratch {
         self.directory.path().join(name)
     }
 
-    /// A RAM file in shared memory, for somebody else to make.
+    /// The path of a RAM file in shared memory, which the caller or another program creates.
     pub(crate) fn ram(&self, name: &str) -> PathBuf {
         Path::new(SHARED_MEMORY).join(format!("{}-{name}", self.token))
     }
 
-    /// The test's files in shared memory that exist.
+    /// The test's existing files in shared memory.
     pub(crate) fn ram_files(&self) -> Vec<PathBuf> {
         let entries = fs::read_dir(SHARED_MEMORY).expect("shared memory can be listed");
         let paths = entries.flatten().map(|entry| entry.path());
         paths.filter(|path| path.to_string_lossy().contains(&self.token)).collect()
     }
 
-    /// Processes with `word` and a name of the test's in their command line: pid and command line.
+    /// Processes with `word` and a name of the test in their command line: pid and command line.
     pub(crate) fn processes(&self, word: &str) -> Vec<(u32, String)> {
         let entries = fs::read_dir("/proc").expect("/proc can be listed").flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -71,7 +71,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // What the processes of the test left behind, such as the QEMU of a umem that was killed.
+        // Processes left behind, such as the QEMU of a killed umem.
         for (number, _) in self.processes("") {
             let _ = kill(pid(number), Signal::SIGKILL);
         }

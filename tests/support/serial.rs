@@ -1,4 +1,4 @@
-//! The console of our Linux guest (tests/guest).
+//! The console of the Linux guest (tests/guest).
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -10,9 +10,9 @@ use super::wait_for;
 /// Follows the file that QEMU writes a serial port to.
 pub(crate) struct Serial {
     path: PathBuf,
-    /// None until QEMU has made it.
+    /// None until QEMU has created it.
     file: Option<File>,
-    /// Of the last line, which may go on.
+    /// The last line, which may be incomplete.
     begun: Vec<u8>,
 }
 
@@ -24,7 +24,7 @@ pub(crate) struct Beat {
     pub(crate) writes: u64,
     /// Complete sweeps over its memory.
     pub(crate) passes: u64,
-    /// Pages given to the host, where it does that.
+    /// Pages in the balloon, if it uses one.
     pub(crate) given: u64,
 }
 
@@ -33,16 +33,16 @@ impl Serial {
         Serial { path: path.into(), file: None, begun: Vec::new() }
     }
 
-    /// The next heartbeat that is as wanted.
+    /// The next heartbeat that satisfies `is_wanted`.
     ///
     /// # Panics
-    /// When the guest finds a wrong word, or no such heartbeat comes.
+    /// If the guest finds a wrong word, or no such heartbeat comes.
     pub(crate) fn beat(&mut self, what: &str, wanted: impl Fn(&Beat) -> bool) -> Beat {
         let what = format!("a heartbeat with {what} in {}", self.path.display());
         wait_for(what, || self.beats().into_iter().find(&wanted))
     }
 
-    /// The last heartbeat that there is now.
+    /// The latest heartbeat.
     pub(crate) fn last_beat(&mut self) -> Beat {
         if let Some(file) = &mut self.file {
             file.seek(SeekFrom::Start(0)).expect("a plain file");
@@ -51,7 +51,7 @@ impl Serial {
         self.beats().pop().expect("a heartbeat")
     }
 
-    /// Waits until the guest has gone on for a while from now.
+    /// Waits until the guest has made progress from now on.
     pub(crate) fn goes_on(&mut self) {
         let last = self.last_beat();
         self.beat("a later number", |beat| beat.number >= last.number + 3);
@@ -60,7 +60,7 @@ impl Serial {
     /// The heartbeats since the last call.
     ///
     /// # Panics
-    /// When the guest complains, with all that it has said.
+    /// If the guest reports an error, with its whole console.
     fn beats(&mut self) -> Vec<Beat> {
         let lines = self.lines();
         if let Some(line) = lines.iter().find(|line| complains(line)) {
@@ -70,7 +70,7 @@ impl Serial {
         lines.iter().filter_map(|line| read_beat(line)).collect()
     }
 
-    /// The lines that have been completed since the last call.
+    /// The lines completed since the last call.
     fn lines(&mut self) -> Vec<String> {
         let file = match &mut self.file {
             Some(file) => file,
@@ -93,8 +93,7 @@ fn complains(line: &str) -> bool {
     ["umem-guest BAD", "umem-guest failed", "Kernel panic"].iter().any(|text| line.contains(text))
 }
 
-/// A heartbeat's numbers; none for other lines, the rest of a line that began at the source among
-/// them.
+/// The numbers of a heartbeat; None for other lines, including the rest of a line that began at the source.
 fn read_beat(line: &str) -> Option<Beat> {
     let numbers: HashMap<&str, u64> = line
         .strip_prefix("umem-guest ")?
@@ -104,7 +103,7 @@ fn read_beat(line: &str) -> Option<Beat> {
         .collect();
     let get = |name| numbers.get(name).copied();
     let number = get("beat")?;
-    // The last field: the line is whole.
+    // The last field: the line is complete.
     get("ms")?;
     assert_eq!(get("bad"), Some(0), "the guest says: {line}");
     let given = get("given").unwrap_or(0);

@@ -1,4 +1,4 @@
-//! A source of the test's own: opens its lane and gives a guest up, and keeps no page.
+//! A source played by the test: opens its lane and hands a guest over, and keeps no page.
 
 use std::io::{Read, Write};
 
@@ -13,10 +13,10 @@ pub(crate) struct LaneToDestination<S> {
 }
 
 impl<S: Read + Write> LaneToDestination<S> {
-    /// Says hello.
+    /// Sends a hello.
     ///
     /// # Errors
-    /// What the destination refuses it with.
+    /// The destination's refusal.
     pub(crate) fn open(mut stream: S, hello: &Hello) -> Result<LaneToDestination<S>, String> {
         stream.write_all(&hello.encode()).expect("the destination is there");
         let mut answer = [0; HELLO_BYTES];
@@ -35,15 +35,15 @@ impl<S: Read + Write> LaneToDestination<S> {
         let table = RegionTable::new(vec![region]).expect("a table");
         let mut receiver = Receiver::for_source(&table);
         self.send(&Frame::Regions(table));
-        self.hear(&mut receiver, "ready");
+        self.read_until(&mut receiver, "ready");
         self.send(&Frame::Stopped { postcopy: true, background: true });
         self.send(&Frame::Load { state_bytes: 0 });
-        self.hear(&mut receiver, "loaded");
+        self.read_until(&mut receiver, "loaded");
         self.send(&Frame::Switchover { stopped_us: 1 });
-        self.hear(&mut receiver, "running");
+        self.read_until(&mut receiver, "running");
     }
 
-    /// Reads until the destination has closed it.
+    /// Reads until the destination has closed the lane.
     pub(crate) fn until_closed(mut self) {
         while self.stream.read(&mut [0; 4096]).is_ok_and(|count| count > 0) {}
     }
@@ -54,8 +54,8 @@ impl<S: Read + Write> LaneToDestination<S> {
         self.stream.write_all(&bytes).expect("the destination is there");
     }
 
-    /// Up to an event of this name.
-    fn hear(&mut self, receiver: &mut Receiver, name: &str) -> Event {
+    /// Reads up to an event of this name.
+    fn read_until(&mut self, receiver: &mut Receiver, name: &str) -> Event {
         let mut buffer = Vec::new();
         loop {
             if let Some(event) = receiver.poll_event() {

@@ -6,8 +6,8 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use umem_wire::{HEADER_BYTES, Kind};
 
-/// Passes on what the two sides say over TCP, counts the pages' way and can hold back the answers of
-/// the demand lane, which are the destination's steps: migration then stands still at a known place.
+/// Relays the bytes of both sides over TCP, counts those of the pages and can hold back the frames that the destination
+/// sends on the demand lane, which are its steps: the migration then stops at a known place.
 pub(crate) struct Tap {
     uri: String,
     shared: Arc<Shared>,
@@ -20,27 +20,26 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// Bytes that may still go to the source on the demand lane; no limit if none.
+    /// Bytes that may still go to the source on the demand lane; None for no limit.
     answers_left: Option<usize>,
-    /// After those, frames may go until one of this kind comes.
+    /// After those, frames may go until one of this kind arrives.
     held: Option<Kind>,
-    /// Of a frame that may go.
+    /// Of the current frame, which may go.
     frame_left: usize,
-    /// Bytes that have gone to the destination, by lane; the demand lane is the first.
+    /// Bytes relayed to the destination, by lane; the demand lane is the first.
     sent: Vec<u64>,
     sockets: Vec<TcpStream>,
     is_cut: bool,
 }
 
 impl Tap {
-    /// Relays to `uri`, a `tcp:HOST:PORT`. `answers` limits the bytes that go to the source on the
-    /// demand lane.
+    /// Relays to `uri`, a `tcp:HOST:PORT`. `answers` limits the bytes that go to the source on the demand lane.
     pub(crate) fn to(uri: &str, answers: Option<usize>) -> Tap {
         Tap::with(uri, State { answers_left: answers, ..State::default() })
     }
 
-    /// Relays to `uri`, and holds back the demand lane's first frame of that kind that comes after `answers`
-    /// bytes, and what follows it.
+    /// Relays to `uri`, and holds back the demand lane's first frame of that kind after `answers` bytes, and everything
+    /// behind it.
     pub(crate) fn holding(uri: &str, answers: usize, kind: Kind) -> Tap {
         Tap::with(uri, State { answers_left: Some(answers), held: Some(kind), ..State::default() })
     }
@@ -51,7 +50,7 @@ impl Tap {
         let port = listener.local_addr().expect("it is bound").port();
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let accepting = shared.clone();
-        // Ends with the test's process: it holds nothing but its port.
+        // Ends with the test's process: it holds only its port.
         std::thread::spawn(move || {
             for source in listener.incoming().flatten() {
                 let Ok(destination) = TcpStream::connect(&destination) else { continue };
@@ -61,17 +60,17 @@ impl Tap {
         Tap { uri: format!("tcp:127.0.0.1:{port}"), shared }
     }
 
-    /// Where the source is to connect.
+    /// The address for the source to connect to.
     pub(crate) fn uri(&self) -> &str {
         &self.uri
     }
 
-    /// Bytes that have gone to the destination on the bulk lanes.
+    /// Bytes relayed to the destination on the bulk lanes.
     pub(crate) fn bulk_bytes(&self) -> u64 {
         self.shared.state.lock().unwrap().sent.iter().skip(1).sum()
     }
 
-    /// Holds nothing back any more.
+    /// Releases everything.
     pub(crate) fn release(&self) {
         let mut state = self.shared.state.lock().unwrap();
         (state.answers_left, state.held) = (None, None);
@@ -83,7 +82,7 @@ impl Tap {
         let mut state = self.shared.state.lock().unwrap();
         state.is_cut = true;
         for socket in &state.sockets {
-            // Fails when its peer has closed it already.
+            // Fails if the peer has closed it already.
             let _ = socket.shutdown(Shutdown::Both);
         }
         self.shared.changed.notify_all();
@@ -120,7 +119,7 @@ impl Shared {
         });
     }
 
-    /// Waits until at least one of these bytes may pass, and says how many may.
+    /// Waits until at least one of these bytes may be relayed, and returns how many.
     fn take_answers(&self, bytes: &[u8]) -> usize {
         let count = bytes.len();
         let mut state = self.state.lock().unwrap();
@@ -145,7 +144,7 @@ impl Shared {
 }
 
 impl State {
-    /// How many of these bytes are of frames that may go.
+    /// The number of these bytes that belong to frames that may go.
     fn take_frames(&mut self, bytes: &[u8]) -> usize {
         let Some(held) = self.held else { return 0 };
         if self.frame_left == 0 {
@@ -161,7 +160,7 @@ impl State {
     }
 }
 
-/// Copies until either side closes; `allow` says how many of the bytes at hand may go now.
+/// Copies until either side closes; `allow` returns how many of the available bytes may go now.
 fn pass(mut from: TcpStream, mut to: TcpStream, mut allow: impl FnMut(&[u8]) -> usize) {
     let mut buffer = vec![0; 64 << 10];
     while let Ok(count @ 1..) = from.read(&mut buffer) {

@@ -1,4 +1,4 @@
-//! A `umem` process, and others that say what happens as it does.
+//! A `umem` process, and other processes that print events.
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
@@ -16,22 +16,22 @@ use super::{DEADLINE, process::Process};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
-/// [`Umem::limit_descriptors`] of any process.
+/// [`Umem::limit_descriptors`] for any process.
 pub(crate) fn limit_descriptors(pid: u32, below: u64) -> u64 {
     let pid = i32::try_from(pid).expect("pids are small");
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: asks only; `limit` outlives the call.
+    // SAFETY: reads only; `limit` outlives the call.
     let asked =
         unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut limit) };
     let before = std::mem::replace(&mut limit.rlim_cur, below);
-    // SAFETY: `limit` is a limit that was filled in above, and outlives the call.
+    // SAFETY: `limit` was filled in above, and outlives the call.
     let set =
         unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) };
     assert_eq!((asked, set), (0, 0), "{}", std::io::Error::last_os_error());
     before
 }
 
-/// A running `umem`, ended when it is dropped. Or another program whose lines on stdout are events.
+/// A running `umem`, ended when it is dropped. Or another program whose stdout lines are events.
 pub(crate) struct Umem {
     process: Process,
     events: Receiver<Value>,
@@ -39,7 +39,7 @@ pub(crate) struct Umem {
 }
 
 impl Umem {
-    /// `umem ARGUMENTS`; with `--json` among them there are events to wait for.
+    /// `umem ARGUMENTS`; with `--json` among them there are events.
     pub(crate) fn start<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Umem {
         Umem::start_under(&[], arguments)
     }
@@ -85,7 +85,7 @@ impl Umem {
         Umem::start_command(Command::new(UMEM), None, Some(terminal.as_fd()), arguments)
     }
 
-    /// `umem ARGUMENTS` where a sandbox answers these system calls with EPERM.
+    /// `umem ARGUMENTS` in a sandbox that answers these system calls with EPERM.
     pub(crate) fn start_without<S: AsRef<OsStr>>(
         calls: &[std::ffi::c_long],
         arguments: impl IntoIterator<Item = S>,
@@ -109,7 +109,7 @@ impl Umem {
         terminal: Option<BorrowedFd<'_>>,
         arguments: impl IntoIterator<Item = S>,
     ) -> Umem {
-        // A file, because the guest's monitor has the same stderr and may live longer than umem.
+        // A file, because the guest's monitor has the same stderr and may outlive umem.
         let stderr = NamedTempFile::new().expect("a temporary file");
         let (writer, reader) = std::io::pipe().map(|(r, w)| (w, r)).expect("a pipe");
         command
@@ -118,16 +118,16 @@ impl Umem {
             .stdout(writer)
             .stderr(stderr.reopen().expect("it is there"));
         if let Some((descriptor, number)) = inherited {
-            // One that has the number already would be closed by exec.
-            // SAFETY: no memory is involved; what has the number in the child is to be replaced.
+            // A descriptor that already has the number would be closed by exec.
+            // SAFETY: no memory is involved; the child's descriptor of that number is to be replaced.
             let pass = move || unsafe {
                 match descriptor == number {
                     true => libc::fcntl(number, libc::F_SETFD, 0),
                     false => libc::dup2(descriptor, number),
                 }
             };
-            // SAFETY: between fork and exec only fcntl or dup2 runs, which are async-signal-safe; the
-            // descriptor is open until the process has been started.
+            // SAFETY: between fork and exec only fcntl or dup2 runs, which are async-signal-safe; the descriptor is
+            // open until the process has been started.
             unsafe {
                 command.pre_exec(move || match pass() {
                     0.. => Ok(()),
@@ -148,12 +148,12 @@ impl Umem {
             // SAFETY: between fork and exec only setsid and ioctl run, which are async-signal-safe.
             unsafe { command.pre_exec(take_terminal) };
         }
-        // Where session files go that a test does not look at.
+        // The default directory of session files, for tests that do not use them.
         let sessions = format!("{}/{}", env!("CARGO_TARGET_TMPDIR"), std::process::id());
         std::fs::create_dir_all(&sessions).expect("a directory");
         command.env("XDG_RUNTIME_DIR", sessions);
         let process = Process::start(&mut command);
-        // The command holds the pipe's writing end, which has to close with the process.
+        // The command holds the pipe's writing end, which must close with the process.
         drop(command);
         let (sender, events) = channel();
         std::thread::spawn(move || {
@@ -171,10 +171,10 @@ impl Umem {
         self.process.pid()
     }
 
-    /// Waits for the event of this name; those before it are gone then.
+    /// Waits for the event of this name, and drops those before it.
     ///
     /// # Panics
-    /// When umem fails or ends first.
+    /// If umem fails or ends first.
     pub(crate) fn event(&mut self, name: &str) -> Value {
         loop {
             let event = match self.events.recv_timeout(DEADLINE) {
@@ -193,19 +193,19 @@ impl Umem {
         }
     }
 
-    /// Waits for the next event, whatever it is.
+    /// Waits for the next event of any name.
     pub(crate) fn next_event(&mut self) -> Value {
         self.events
             .recv_timeout(DEADLINE)
             .unwrap_or_else(|_| panic!("no event; stderr:\n{}", self.stderr()))
     }
 
-    /// Waits until it says something.
+    /// Waits until umem prints something.
     pub(crate) fn line(&mut self) {
         self.events.recv_timeout(DEADLINE).expect("a line on stdout");
     }
 
-    /// Waits for the event `connected`: false when umem ends first.
+    /// Waits for the event `connected`: false if umem ends first.
     pub(crate) fn connects(&mut self) -> bool {
         loop {
             match self.events.recv_timeout(DEADLINE) {
@@ -217,7 +217,7 @@ impl Umem {
         }
     }
 
-    /// What it and its children have written to stderr.
+    /// The stderr of umem and its children.
     pub(crate) fn stderr(&self) -> String {
         let bytes = std::fs::read(self.stderr.path()).expect("it is there");
         String::from_utf8_lossy(&bytes).into_owned()
@@ -227,12 +227,12 @@ impl Umem {
         self.process.signal(signal);
     }
 
-    /// Has it open no descriptor of this number or a higher one from now on; what the limit was before.
+    /// Limits its descriptors to numbers below this one; returns the old limit.
     pub(crate) fn limit_descriptors(&self, below: u64) -> u64 {
         limit_descriptors(self.pid(), below)
     }
 
-    /// Waits until a thread of this name has gone to sleep a few times more, which one that is busy never does.
+    /// Waits until a thread of this name has slept a few times more; a busy thread never sleeps.
     pub(crate) fn rests(&self, thread: &str) {
         let sleeps = || {
             let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("it runs");
@@ -251,7 +251,7 @@ impl Umem {
         super::wait_for(format!("{thread} to rest"), || (sleeps() > before + 3).then_some(()));
     }
 
-    /// Ends it without a chance to tidy up.
+    /// Kills it, without cleanup.
     pub(crate) fn kill(&mut self) {
         self.process.kill();
     }
@@ -260,19 +260,19 @@ impl Umem {
         self.process.status().is_none()
     }
 
-    /// Waits until it ends by itself.
+    /// Waits for its exit.
     pub(crate) fn wait(&mut self) -> ExitStatus {
         self.process.wait()
     }
 
-    /// Waits until it ends, with success.
+    /// Waits for its exit with success.
     pub(crate) fn succeeds(mut self) {
         let status = self.wait();
         assert!(status.success(), "{status}; stderr:\n{}", self.stderr());
     }
 
-    /// Waits until it ends with exit status 1 and one line of umem's own on stderr, and returns that
-    /// line's text. Where it was started with `--json` the last event says the same.
+    /// Waits for its exit with status 1 and one line of umem's own on stderr, and returns that line's text. With
+    /// `--json` the last event has the same text.
     pub(crate) fn fails(self) -> String {
         self.fails_with(1)
     }
@@ -282,8 +282,8 @@ impl Umem {
         self.fails_with(2)
     }
 
-    /// A line of umem's without what a QEMU has written before it: QEMU writes its name, then a space, then what it
-    /// has to say, and may be ended in between.
+    /// A line of umem's without a QEMU's text before it: QEMU writes its name, a space, and its message, and may be
+    /// killed in between.
     pub(crate) fn without_half_a_line(line: &str) -> &str {
         let rest = line.strip_prefix("qemu-system-x86_64:").map(str::trim_start);
         rest.filter(|rest| rest.starts_with("umem: ")).unwrap_or(line)
@@ -293,13 +293,13 @@ impl Umem {
         let status = self.wait();
         let stderr = self.stderr();
         assert_eq!(status.code(), Some(code), "{status}; stderr:\n{stderr}");
-        // Whether there is advice depends on how this machine has mounted /dev/shm.
+        // Whether there is advice depends on the mount of /dev/shm on this machine.
         let is_advice = |text: &&str| text.contains("could have huge pages");
         let lines = || stderr.lines().map(Umem::without_half_a_line);
         let own = lines().filter_map(|line| line.strip_prefix("umem: "));
         let own: Vec<&str> = own.filter(|text| !is_advice(text)).collect();
         let [text] = own[..] else { panic!("not one line of umem's on stderr:\n{stderr}") };
-        // Lines that are nobody's would be the rest of ours; a QEMU's begin with its name.
+        // Lines without a name would be continuations of umem's; a QEMU's lines begin with its name.
         let foreign = |line: &&str| !line.starts_with("umem: ") && !line.starts_with("qemu");
         let stray: Vec<&str> = lines().filter(foreign).collect();
         assert!(stray.is_empty(), "lines without an author on stderr:\n{stderr}");

@@ -1,4 +1,4 @@
-//! Guests that wait behind `umem incoming` and touch nothing, and what moves to them.
+//! Guests that wait behind `umem incoming` and touch nothing, and the snapshots that move to them.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -33,13 +33,13 @@ pub(crate) fn incoming_to_loading_guest(scratch: &Scratch, mib: u64) -> Umem {
     Umem::start(arguments)
 }
 
-/// Where a destination listens.
+/// The address of a destination.
 pub(crate) fn uri_of(incoming: &mut Umem) -> String {
     incoming.event("listening")["uri"].as_str().unwrap().to_owned()
 }
 
-/// Writes a snapshot: data in two pages of three, zeroes written in every 16th, and holes. Returns how many pages
-/// have data.
+/// Writes a snapshot: data in two pages of three, zeroes written in every 16th, and holes. Returns the number of pages
+/// with data.
 pub(crate) fn write_snapshot(path: &Path, mib: u64) -> u64 {
     let file = File::create(path).unwrap();
     file.set_len(mib << 20).unwrap();
@@ -54,7 +54,7 @@ pub(crate) fn write_snapshot(path: &Path, mib: u64) -> u64 {
     data_pages
 }
 
-/// What a file holds.
+/// The contents of a file.
 pub(crate) fn bytes_of(path: &Path) -> Vec<u8> {
     std::fs::read(path).unwrap()
 }

@@ -1,5 +1,5 @@
-//! Whose a RAM file is: one guest's, and one migration's. Locks say so, which end with whoever has them and with
-//! nobody else; a file that is not its user's alone is no guest's memory.
+//! The owner of a RAM file: one guest, and one migration. Locks record that, which end with their owner only; a file
+//! that is accessible to other users cannot be a guest's memory.
 
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
@@ -14,7 +14,7 @@ use super::support::{Guests, Qmp, Scratch, Umem};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
-/// `umem incoming` whose guest is to have its memory in that file.
+/// `umem incoming` whose guest is to have its memory in this file.
 fn incoming(scratch: &Scratch, ram: &Path, more: &[&str]) -> Umem {
     let ram = format!("ram0={}", ram.display());
     let qmp = scratch.path("another.qmp").display().to_string();
@@ -27,7 +27,7 @@ fn incoming(scratch: &Scratch, ram: &Path, more: &[&str]) -> Umem {
     Umem::start(arguments)
 }
 
-/// `umem migrate` of a guest without a monitor. Nobody listens there.
+/// `umem migrate` of a guest without a monitor. No process listens there.
 fn migrate(ram: &Path) -> Umem {
     let ram = format!("ram0={}", ram.display());
     Umem::start(["migrate", "--json", "--ram", &ram, "tcp:127.0.0.1:1"])
@@ -40,7 +40,7 @@ fn linked(scratch: &Scratch, file: &Path) -> std::path::PathBuf {
 }
 
 #[test]
-fn two_guests_do_not_arrive_in_one_file() {
+fn second_guest_of_one_ram_file_is_refused() {
     for more in [&[][..], &["--kind", "private"]] {
         let scratch = Scratch::new();
         let file = scratch.ram("destination");
@@ -54,7 +54,7 @@ fn two_guests_do_not_arrive_in_one_file() {
             assert!(source.contains("another umem moves the guest"), "{source}");
         }
         assert!(first.is_running(), "{}", first.stderr());
-        // It ends with the process that had it.
+        // The claim ends with the process that had it.
         first.signal(nix::sys::signal::Signal::SIGINT);
         first.wait();
         assert!(!file.exists(), "and so does what it made");
@@ -63,10 +63,10 @@ fn two_guests_do_not_arrive_in_one_file() {
     }
 }
 
-/// A guest that umem has brought keeps its file when its umem is killed, when another one takes over, and when
-/// none is there any more; until all of it has come nobody moves it on.
+/// A guest that umem has received keeps its file when its umem is killed, when another one takes over, and when there
+/// is none any more; until it is complete it cannot be moved on.
 #[test]
-fn a_guest_keeps_its_file_without_its_umem() {
+fn ram_file_stays_claimed_by_its_guest_after_umem_exits() {
     let mut moving = Move::switched(SMALL);
     let file = moving.scratch.ram("destination");
     let refused = |moving: &Move| {
@@ -83,16 +83,16 @@ fn a_guest_keeps_its_file_without_its_umem() {
     let (scratch, umem, names, _) = moving.arrive();
     let second = incoming(&scratch, &file, &[]).fails();
     assert!(second.contains("another guest has its memory in this file"), "{second}");
-    // It may be moved on: what is missing is a destination.
+    // The guest may be moved on: only a destination is missing.
     let onward = migrate(&file).fails();
     assert!(onward.contains("cannot connect to"), "{onward}");
     Qmp::connect(&scratch.path(&format!("{}.qmp", names[1]))).quit();
     umem.succeeds();
 }
 
-/// Nobody else moves a guest that is being moved, or takes its file; whoever resumes the session does.
+/// No other umem moves a guest that is being moved, or takes its file; a resume of the session does.
 #[test]
-fn a_guest_is_moved_by_one_umem() {
+fn second_umem_of_one_guest_is_refused() {
     let mut moving = Move::switched(SMALL);
     let file = moving.scratch.ram("source");
     let link = linked(&moving.scratch, &file);
@@ -112,10 +112,10 @@ fn a_guest_is_moved_by_one_umem() {
     moving.complete();
 }
 
-/// A program that asks for no lock, such as a QEMU that was started with the same file, may write to it while a
-/// destination waits: what is there would stay wherever the source's guest has nothing.
+/// A program without locks, such as a QEMU that was started with the same file, may write to it while a destination
+/// waits: that data would stay wherever the source's guest has a hole.
 #[test]
-fn a_file_that_holds_data_when_the_source_comes_is_refused() {
+fn file_with_data_is_refused_when_the_source_connects() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let file = std::fs::File::options().write(true).open(scratch.ram("destination")).unwrap();
@@ -128,7 +128,7 @@ fn a_file_that_holds_data_when_the_source_comes_is_refused() {
 }
 
 #[test]
-fn a_file_is_named_once() {
+fn ram_file_named_twice_is_refused() {
     let scratch = Scratch::new();
     let file = scratch.ram("source");
     std::fs::write(&file, [1; 8192]).unwrap();
@@ -138,7 +138,7 @@ fn a_file_is_named_once() {
     assert!(twice.contains("are one and the same file"), "{twice}");
 }
 
-/// What is wrong with a file, and what umem says of it.
+/// A defect of a file, and umem's message about it.
 type Wrong = (&'static str, fn(&Path), &'static str);
 
 const WRONG: [Wrong; 6] = [
@@ -150,14 +150,14 @@ const WRONG: [Wrong; 6] = [
     ("directory", |path| std::fs::create_dir(path).unwrap(), "is a directory and no file"),
 ];
 
-/// A file that could be the guest's, were it not for its mode.
+/// A file that could be the guest's, except for its mode.
 fn make(path: &Path, mode: u32) {
     std::fs::File::create(path).unwrap().set_len(16 << 20).unwrap();
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
 }
 
 #[test]
-fn what_is_not_its_user_s_alone_is_no_guest_s_memory() {
+fn ram_file_accessible_to_other_users_is_refused() {
     let scratch = Scratch::new();
     for (name, make, expected) in WRONG {
         let path = scratch.ram(name);
@@ -166,14 +166,14 @@ fn what_is_not_its_user_s_alone_is_no_guest_s_memory() {
             let error = umem.fails();
             assert!(error.contains(expected), "{name}: {error}");
         }
-        assert!(path.symlink_metadata().is_ok(), "it is not ours to remove");
+        assert!(path.symlink_metadata().is_ok(), "umem must not remove it");
         let _ = std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir(&path));
     }
 }
 
 /// Only root can make such a file.
 #[test]
-fn a_file_of_another_user_is_no_guest_s_memory() {
+fn ram_file_of_another_user_is_refused() {
     assert!(Uid::effective().is_root(), "the tests run as root");
     let scratch = Scratch::new();
     let nobody = Uid::from_raw(65534);

@@ -1,5 +1,5 @@
-//! Nonces: what precedes the hello on a lane whose two ends prove that they know a secret, 128 bytes
-//! each way.
+//! Nonces: 128 bytes each way before the hello, on a lane whose two ends prove that they know a
+//! secret.
 //!
 //! ```text
 //!              0        8       10   16      48   128
@@ -7,9 +7,9 @@
 //! destination's UMEMNONC version 0   nonce   0
 //! ```
 //!
-//! The source speaks first. Both nonces are fresh for each lane, so that no hello that was overheard
-//! opens another one; what is proven with them, in the hello's and the welcome's `proof`, is the
-//! caller's matter. The zeroes are checked. A destination may answer with a refusal instead.
+//! The source sends first. Both nonces are fresh for each lane, so an overheard hello opens no
+//! other lane. The caller computes and checks the proofs in the hello's and the welcome's `proof`.
+//! The zeroes are checked. A destination may answer with a refusal instead.
 
 use crate::bytes::{array, put, u16_at};
 use crate::hello::HelloError;
@@ -18,7 +18,7 @@ use crate::hello::{HELLO_BYTES, Hello, Welcome, check_zero};
 const SOURCE_MAGIC: &[u8; 8] = b"UMEMAUTH";
 const DESTINATION_MAGIC: &[u8; 8] = b"UMEMNONC";
 
-/// How proofs are made; another way is another number.
+/// The scheme of the proofs; another scheme gets another number.
 const VERSION: u16 = 1;
 
 mod field {
@@ -36,12 +36,12 @@ const _: () = assert!(field::NONCE + size_of::<Nonce>() == field::RESERVED);
 pub struct Nonce(pub [u8; 32]);
 
 impl Nonce {
-    /// What a source sends before its hello.
+    /// The bytes that a source sends before its hello.
     pub fn encode_ask(&self) -> [u8; HELLO_BYTES] {
         self.encode(SOURCE_MAGIC)
     }
 
-    /// What a destination answers.
+    /// The bytes that a destination answers with.
     pub fn encode_answer(&self) -> [u8; HELLO_BYTES] {
         self.encode(DESTINATION_MAGIC)
     }
@@ -58,7 +58,7 @@ impl Nonce {
     pub fn decode_answer(bytes: &[u8; HELLO_BYTES]) -> Result<Nonce, HelloError> {
         match array(bytes, field::MAGIC) == *DESTINATION_MAGIC {
             true => Nonce::decode(bytes),
-            // A welcome is no answer to this, but a refusal is.
+            // A welcome is no answer to a nonce, a refusal is one.
             false => Err(Welcome::decode(bytes).err().unwrap_or(HelloError::NoNonce)),
         }
     }
@@ -73,17 +73,17 @@ impl Nonce {
     }
 }
 
-/// What a source says first on a lane.
+/// A source's first message on a lane.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Opening {
-    /// What the lane is for.
+    /// A hello, without a secret.
     Hello(Hello),
-    /// It has a secret, and its hello comes when the destination has answered.
+    /// The source has a secret, and sends its hello after the destination's answer.
     Ask(Nonce),
 }
 
 impl Opening {
-    /// Reads and checks what a source sent first.
+    /// Reads and checks a source's first message.
     pub fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Opening, HelloError> {
         match array(bytes, field::MAGIC) == *SOURCE_MAGIC {
             true => Nonce::decode(bytes).map(Opening::Ask),
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn nonces_are_128_bytes() {
+    fn nonce_layout_is_128_literal_bytes() {
         let nonce = Nonce([0x9f; 32]);
         assert_eq!(nonce.encode_ask(), bytes(b"UMEMAUTH"));
         assert_eq!(Opening::decode(&bytes(b"UMEMAUTH")), Ok(Opening::Ask(nonce)));
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn nonces_are_checked() {
+    fn damaged_nonce_is_refused() {
         for (at, error) in [(8, HelloError::AuthVersion(0x81)), (10, HelloError::Reserved)] {
             let mut ask = bytes(b"UMEMAUTH");
             ask[at] |= 0x80;
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hello_may_come_first_and_a_refusal_may_answer() {
+    fn decode_accepts_a_hello_first_and_a_refusal_as_answer() {
         let hello = Hello {
             versions: PROTOCOL,
             capabilities: Capabilities::NONE,

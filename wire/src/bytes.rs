@@ -1,5 +1,5 @@
-//! Little-endian fields of a layout, by offset. A field that does not lie in the buffer is our own
-//! mistake: the offsets are constants beside each layout, whose sizes are asserted there.
+//! Little-endian fields of a layout, by offset. A field outside the buffer is a mistake of this
+//! crate: the offsets are constants beside each layout, whose sizes are asserted there.
 
 /// The `N` bytes at `at`.
 pub(crate) fn array<const N: usize>(buffer: &[u8], at: usize) -> [u8; N] {

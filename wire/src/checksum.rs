@@ -1,6 +1,7 @@
-//! Checksums ([`Capabilities::CHECKSUM`]): what is not as it was sent is noticed before it means anything.
+//! Checksums ([`Capabilities::CHECKSUM`]): damaged data is detected before it is used.
 //!
-//! On a lane where both ends can check, every frame's `extra` field holds two CRC32C, 32 bits each:
+//! On a lane where both ends support checksums, every frame's `extra` field holds two CRC32C of 32
+//! bits:
 //!
 //! ```text
 //! 24           28
@@ -8,18 +9,19 @@
 //! of the body, or of the pages' sums      of the frame's number, 8 bytes, and the 28 bytes before it
 //! ```
 //!
-//! The *number* counts the frames of this way of this lane from 0 on and does not travel: a frame that is
-//! lost, comes again or out of order is as wrong as one whose bits have changed. Error frames have no number
-//! (all ones stand for it) and are not counted: they are the last, and whoever gives up may not know how many
-//! there were. The header is checked by itself, as a length that is wrong would have the receiver wait for
-//! what never comes.
+//! The *number* counts the frames of one direction of a lane from 0 on and is not sent: a lost,
+//! repeated or reordered frame fails the check like a frame with changed bits. Error frames are not
+//! counted, and all ones stand for their number: an error frame is the last, and its sender may not
+//! know how many frames came before. The header has its own sum, because a wrong length would make
+//! the receiver wait for bytes that never come.
 //!
-//! Pages are summed by 4 KiB, whatever their size ([`page_sum`]), as they are sent and as they have come, by
-//! whoever has them at hand: this crate never sees them. A run's sum is that of its pages' sums, each
-//! little-endian, one after the other; and the same sums make a region's [`digest`].
+//! Pages are summed in pieces of 4 KiB, whatever their size ([`page_sum`]), when they are sent and
+//! when they have come. The caller computes these sums: this crate never sees the pages. A run's
+//! sum is the CRC32C of its page sums, each little-endian, in order. The same page sums make a
+//! region's [`digest`].
 //!
-//! CRC32C finds every change of up to 32 bits in a row, and all but one of 4 billion others. It is no secret:
-//! who changes bytes on purpose changes the sum with them. That is what TLS is for.
+//! CRC32C detects every burst of up to 32 changed bits, and all but one in 4 billion other changes.
+//! It does not protect against an attacker, who can change the sum as well; TLS does.
 //!
 //! [`Capabilities::CHECKSUM`]: crate::Capabilities::CHECKSUM
 
@@ -27,13 +29,13 @@ use crate::bytes::{put, u32_at};
 use crate::frame::{BODY_BYTES_AT, EXTRA_AT, HEADER_BYTES, Kind, body_bytes};
 use crate::receive_error::ReceiveError;
 
-/// What one sum is of: bytes of a page, or of a piece of a larger one.
+/// Bytes that one sum covers: of a page, or of a piece of a larger page.
 pub const SUMMED_BYTES: usize = 4096;
 
 /// The [`page_sum`] of zeroes.
 pub const ZERO_SUM: u32 = 0x98f9_4189;
 
-/// In place of an error frame's number.
+/// Stands for an error frame's number.
 const NO_NUMBER: u64 = u64::MAX;
 
 /// The sum of [`SUMMED_BYTES`] of a page.
@@ -42,26 +44,27 @@ pub fn page_sum(bytes: &[u8]) -> u32 {
     crc32c::crc32c(bytes)
 }
 
-/// What a region's pages add to its digest, given their sums from the page with this number on, of
-/// [`SUMMED_BYTES`] each.
+/// A part of a region's digest: the share of consecutive pieces of [`SUMMED_BYTES`], from piece
+/// number `first` on, given their sums.
 ///
-/// A region's digest is the sum (modulo 2^64) of these over all of its pages, in any order, each once. Pages of
-/// zeroes count as what they are, and holes as zeroes ([`digest_of_zeroes`]): the digest is the same whether they
-/// were sent as data, as zeroes or as holes, and another one where a page has not come at all.
+/// A region's digest is the sum (modulo 2^64) of these shares over all of its pieces, in any order,
+/// each once. Pages of zeroes count by their content, and holes count as zeroes
+/// ([`digest_of_zeroes`]). So the digest does not depend on whether pages were sent as data, zeroes
+/// or holes, and it differs when a page has not come at all.
 ///
-/// Said only with [`Capabilities::WHOLE_DIGESTS`](crate::Capabilities::WHOLE_DIGESTS): before it zeroes added
-/// nothing.
+/// Sent only with [`Capabilities::WHOLE_DIGESTS`](crate::Capabilities::WHOLE_DIGESTS): in older
+/// digests zeroes added nothing.
 pub fn digest(first: u64, sums: &[u32]) -> u64 {
     let pages = (first..).zip(sums);
     pages.fold(0, |digest, (page, &sum)| digest.wrapping_add(mixed(page, sum)))
 }
 
-/// The same of so many pages of zeroes, or holes.
+/// The share of `pages` pieces of zeroes, or holes.
 pub fn digest_of_zeroes(first: u64, pages: u64) -> u64 {
     (first..first + pages).fold(0, |digest, page| digest.wrapping_add(mixed(page, ZERO_SUM)))
 }
 
-/// Spreads a page's number and its sum over 64 bits: the end of SplitMix64, twice.
+/// Spreads a page's number and its sum over 64 bits: the finalizer of SplitMix64, twice.
 fn mixed(page: u64, sum: u32) -> u64 {
     let mix = |mut z: u64| {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -71,28 +74,29 @@ fn mixed(page: u64, sum: u32) -> u64 {
     mix(mix(page.wrapping_add(0x9e37_79b9_7f4a_7c15)).wrapping_add(sum.into()))
 }
 
-/// The sending end of one way of a lane: puts sums into frames, in the order in which they leave.
+/// The sending end of one direction of a lane: puts sums into frames, in the order in which they
+/// are sent.
 ///
-/// A copy remembers where the count was, for frames that did not leave.
+/// A copy keeps the frame count of its time, to go back when frames were not sent.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub struct Seal {
-    /// None on a lane that is not checked.
+    /// The next frame's number; none on a lane without checksums.
     next: Option<u64>,
 }
 
 impl Seal {
-    /// Before the first frame of a lane; `checked` says whether both ends can.
+    /// Before the first frame of a lane; `checked`: whether both ends support checksums.
     pub const fn new(checked: bool) -> Seal {
         Seal { next: if checked { Some(0) } else { None } }
     }
 
-    /// Whether frames get sums at all: if not, pages need not be summed.
+    /// Whether frames get sums. If not, pages need not be summed.
     pub const fn is_on(&self) -> bool {
         self.next.is_some()
     }
 
-    /// Seals whole frames, one behind the other, none of which has pages. Device state has to be there
-    /// behind its header.
+    /// Seals whole frames, one after the other, none of which has pages. A device state frame has
+    /// to be followed by its state.
     pub fn frames(&mut self, mut frames: &mut [u8]) {
         if !self.is_on() {
             return;
@@ -121,15 +125,15 @@ impl Seal {
     }
 }
 
-/// The receiving end of one way of a lane.
+/// The receiving end of one direction of a lane.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Checker {
     next: u64,
 }
 
 impl Checker {
-    /// Takes the sums out of a header that has come whole; what is left is a header as without them.
-    /// Returns what the body's sum must be.
+    /// Checks the header's sum and removes both sums from a complete header. Returns the sum that
+    /// the body must have.
     pub(crate) fn open(&mut self, header: &mut [u8; HEADER_BYTES]) -> Result<u32, ReceiveError> {
         let (body, sum) = (u32_at(header, EXTRA_AT), u32_at(header, EXTRA_AT + 4));
         let is_error = header[0] == Kind::Error as u8;
@@ -143,7 +147,7 @@ impl Checker {
     }
 }
 
-/// Whether a body is as it was sent.
+/// The sum of a body.
 pub(crate) fn body_sum(body: &[u8]) -> u32 {
     crc32c::crc32c(body)
 }
@@ -177,15 +181,15 @@ mod tests {
         *bytes.first_chunk().unwrap()
     }
 
-    /// The check value of RFC 3720, B.4, and our own constant.
+    /// The check value of RFC 3720, B.4, and `ZERO_SUM`.
     #[test]
-    fn it_is_crc32c() {
+    fn page_sum_equals_the_crc32c_check_value() {
         assert_eq!(crc32c::crc32c(&[0; 32]), 0x8a91_36aa);
         assert_eq!(page_sum(&[0; SUMMED_BYTES]), ZERO_SUM);
     }
 
     #[test]
-    fn a_sealed_header_opens_once_and_in_order() {
+    fn sealed_header_opens_only_once_and_in_order() {
         let mut bytes = encoded(&[Frame::Ping(7), Frame::Loaded]);
         let plain = bytes.clone();
         let mut seal = Seal::new(true);
@@ -204,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_has_no_number() {
+    fn error_frame_opens_at_any_number() {
         let error = Frame::Error(Fault::new(FaultCode::Other, "why"));
         let mut bytes = encoded(&[error]);
         Seal::new(true).frames(&mut bytes);
@@ -214,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unchecked_lane_has_zeroes() {
+    fn unchecked_lane_leaves_extra_zero() {
         let mut bytes = encoded(&[Frame::Ping(7), Frame::Digests(vec![1, 2])]);
         let plain = bytes.clone();
         Seal::new(false).frames(&mut bytes);
@@ -225,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn each_bit_of_a_header_counts() {
+    fn every_flipped_bit_of_a_sealed_header_is_detected() {
         let mut bytes = encoded(&[Frame::Ping(0x1234)]);
         Seal::new(true).frames(&mut bytes);
         for bit in 0..8 * HEADER_BYTES {
@@ -236,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_digest_knows_where_pages_are_and_not_when_they_came() {
+    fn digest_depends_on_page_position_and_not_on_order() {
         let whole = digest(5, &[1, 2, ZERO_SUM, 4]);
         let parts = [digest(8, &[4]), digest_of_zeroes(7, 1), digest(5, &[1, 2])];
         assert_eq!(parts.into_iter().fold(0, u64::wrapping_add), whole);
@@ -246,7 +250,7 @@ mod tests {
         assert_ne!(
             digest_of_zeroes(0, 9),
             digest_of_zeroes(0, 8),
-            "a page that has not come shows"
+            "a missing page changes the digest"
         );
     }
 }

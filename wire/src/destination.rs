@@ -13,15 +13,16 @@
 //!
 //! any but Completing, Completed --Lost--> Failed
 //! any before Loaded --Broken--> Failed
-//! any but Completed --Error, what cannot happen--> Failed
+//! any but Completed --Error, unexpected input--> Failed
 //! any before Loaded --Cancel--> Failed
 //! ```
 //!
-//! In [`Phase::Rounds`] pages come that may come again, and none may be asked for: nobody touches the memory.
-//! Otherwise pages come, and may be asked for, from [`Phase::Receiving`] on: loading the device state touches
-//! memory. The guest may run from [`Phase::Switched`] on, and from there on it belongs to this side
-//! whatever happens: the source has given it up. It may have done so from [`Phase::Loaded`] on, where a
-//! broken lane leaves open whether a switchover was on its way: the guest does not run, and is kept.
+//! In [`Phase::Rounds`] a page may come several times, and no page may be requested: nothing
+//! touches the memory. In all other cases pages come, and may be requested, from
+//! [`Phase::Receiving`] on, as loading the device state touches memory. The guest may run from
+//! [`Phase::Switched`] on. From there on it belongs to the destination whatever happens: the source
+//! has given it up. The source may have given it up from [`Phase::Loaded`] on: a lane that breaks
+//! there may have carried a switchover. The guest then does not run, and is kept.
 
 use crate::error::PhaseError;
 use crate::frame::Totals;
@@ -31,96 +32,95 @@ use crate::receive::Event;
 /// How the source sends its pages.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub struct Mode {
-    /// Pages are sent after the switchover; if not, all come before the device state.
+    /// Pages are sent after the switchover; otherwise all come before the device state.
     pub postcopy: bool,
-    /// Pages are sent that nobody asked for.
+    /// Pages are sent without a request.
     pub background: bool,
 }
 
-/// Where the destination is.
+/// The destination's phase.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Phase {
     /// The demand lane is open; the source's regions have not come.
     Comparing,
-    /// They have; they have to be compared, and our guest prepared.
+    /// The regions have come; they have to be compared, and the guest prepared.
     Preparing,
-    /// Our guest waits.
+    /// The guest is prepared, and waits for the source's guest to stop.
     Ready,
-    /// The source's guest runs, and its pages come, again where it writes to them.
+    /// The source's guest runs, and its pages come, again after each write.
     Rounds,
-    /// It has stopped, and has said which pages are still to come.
+    /// The source's guest has stopped, and the source has named the pages that are still to come.
     Settling,
-    /// What remains is settled: each page comes once from here on.
+    /// The remaining pages are settled: each page comes once from here on.
     Settled,
     /// The source's guest has stopped: pages and device state come.
     Receiving {
         /// How pages are sent.
         mode: Mode,
-        /// Bytes of device state that came.
+        /// Bytes of device state received.
         state_bytes: u64,
     },
-    /// Our guest takes the device state.
+    /// The guest loads the device state.
     Loading {
         /// How pages are sent.
         mode: Mode,
-        /// Bytes of device state in all.
+        /// Total bytes of device state.
         state_bytes: u64,
     },
-    /// It has, and waits for the switchover.
+    /// The guest has loaded the device state, and waits for the switchover.
     Loaded {
         /// How pages are sent.
         mode: Mode,
     },
-    /// The guest is ours and may run.
+    /// The guest belongs to the destination and may run.
     Switched {
         /// How pages are sent.
         mode: Mode,
         /// µs from the source guest's stop to its switchover frame.
         stopped_us: u64,
     },
-    /// It runs.
+    /// The guest runs.
     Running {
         /// How pages are sent.
         mode: Mode,
         /// µs from the source guest's stop to its switchover frame.
         stopped_us: u64,
     },
-    /// Every page is cached, and the source has yet to say goodbye.
+    /// Every page is cached, and the source's goodbye is still to come.
     Completing,
-    /// Done. What the source sent in all, if its goodbye arrived.
+    /// Finished, with the source's totals if its goodbye arrived.
     Completed(Option<Totals>),
-    /// It did not work.
+    /// The migration failed.
     Failed {
-        /// Whether our guest may have run: it is the only one then.
+        /// Whether this guest may have run: then it is the only one.
         may_have_run: bool,
     },
 }
 
-/// What moves the destination on: what we did, what the peer said on the demand lane, or what went
-/// wrong.
+/// An input of the phase machine: an action of this end, an event of the demand lane, or a failure.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub enum Input<'a> {
-    /// The source said this on the demand lane. Events of bulk lanes do not come here: they are not
-    /// ordered against the demand lane's.
+    /// An event of the demand lane. Events of bulk lanes are no inputs: they are not ordered
+    /// against the demand lane's.
     Received(&'a Event),
-    /// The regions match, our guest is prepared, and a ready frame is about to be sent.
+    /// The regions match, the guest is prepared, and a ready frame is about to be sent.
     GuestReady,
-    /// All that came in rounds is in place and counted, and a settled frame is about to be sent.
+    /// All pages of the rounds are in place and counted, and a settled frame is about to be sent.
     PagesSettled,
-    /// Our guest has taken the device state, and a loaded frame is about to be sent.
+    /// The guest has loaded the device state, and a loaded frame is about to be sent.
     StateLoaded,
-    /// Our guest runs, and a running frame is about to be sent.
+    /// The guest runs, and a running frame is about to be sent.
     GuestRunning,
-    /// Every page is cached and our guest runs; a complete frame is about to be sent.
+    /// Every page is cached and the guest runs; a complete frame is about to be sent.
     AllCached,
-    /// A lane is gone, and the session cannot go on without it.
+    /// A lane is lost, and the session cannot recover.
     Lost,
-    /// A lane is gone, in a session that recovers ([`Capabilities::RECOVERY`]). Once the source may have
-    /// given its guest up, that changes nothing here.
+    /// A lane is lost, in a session that recovers ([`Capabilities::RECOVERY`]). Without effect once
+    /// the source may have given its guest up.
     ///
     /// [`Capabilities::RECOVERY`]: crate::Capabilities::RECOVERY
     Broken,
-    /// Somebody asked to stop. Too late once the guest is ours, and without effect then.
+    /// A request to stop. Without effect once the source may have given its guest up.
     Cancel,
 }
 
@@ -131,7 +131,7 @@ impl Phase {
         Phase::Comparing
     }
 
-    /// Moves on. The answer is an error exactly if the new phase, which comes with it, is
+    /// Takes one step. An error comes with the new phase, which is then, and only then,
     /// [`Phase::Failed`].
     pub fn step(self, input: Input<'_>) -> Result<Phase, (Phase, PhaseError)> {
         let (name, may_have_run) = (self.name(), self.may_run());
@@ -141,7 +141,7 @@ impl Phase {
         })
     }
 
-    /// Whether our guest may run: the source has given it up.
+    /// Whether this guest may run: the source has given its guest up.
     pub fn may_run(&self) -> bool {
         match self {
             Phase::Comparing
@@ -161,8 +161,8 @@ impl Phase {
         }
     }
 
-    /// Whether the source may have given its guest up, so that this one is kept when lanes break, in a
-    /// session that recovers.
+    /// Whether the source may have given its guest up. In a session that recovers this guest is
+    /// then kept when lanes break.
     pub fn outlives_its_lanes(&self) -> bool {
         match self {
             Phase::Loaded { .. }
@@ -182,7 +182,7 @@ impl Phase {
         }
     }
 
-    /// Whether pages may be asked for, and come.
+    /// Whether pages come and may be requested.
     pub fn may_request_pages(&self) -> bool {
         match self {
             Phase::Receiving { .. }
@@ -202,7 +202,7 @@ impl Phase {
         }
     }
 
-    /// What the phase is called in messages, after "while".
+    /// The phase's name in messages, after "while".
     pub fn name(&self) -> &'static str {
         match self {
             Phase::Comparing => "waiting for regions",
@@ -222,7 +222,7 @@ impl Phase {
         }
     }
 
-    /// The step itself: `Err(None)` is an input that cannot happen here.
+    /// The step itself: `Err(None)` is an input that cannot happen in this phase.
     fn advance(self, input: Input<'_>) -> Result<Phase, Option<PhaseError>> {
         match (self, input) {
             (Phase::Failed { .. }, _) => Err(None),
@@ -231,7 +231,8 @@ impl Phase {
             (phase, Input::Lost) => Err(Some(PhaseError::Lost { phase: phase.name() })),
             (phase, Input::Broken) if phase.outlives_its_lanes() => Ok(phase),
             (phase, Input::Broken) => Err(Some(PhaseError::Lost { phase: phase.name() })),
-            // The source may have given the guest up already: then nobody would have it.
+            // The source may have given its guest up already: cancelling would leave no guest at
+            // all.
             (phase, Input::Cancel) if phase.outlives_its_lanes() => Ok(phase),
             (phase, Input::Cancel) => Err(Some(PhaseError::Cancelled { phase: phase.name() })),
             (phase, Input::Received(event)) => phase.receive(event),
@@ -258,7 +259,7 @@ impl Phase {
             {
                 Ok(phase)
             }
-            // Those of bulk lanes are not ordered against this.
+            // Events of bulk lanes are not ordered against this one.
             (
                 Phase::Rounds,
                 Event::RunBegins(_) | Event::Data(_) | Event::Zero(_) | Event::Hole(_),
@@ -297,7 +298,7 @@ fn receive_state(mode: Mode, before: u64, chunk: u64) -> Result<Phase, Option<Ph
     }
 }
 
-/// After the end nothing can be lost any more, and the closing of lanes is part of it.
+/// After completion no failure has an effect, and lanes close in the normal course.
 fn after_completion(totals: Option<Totals>, input: Input<'_>) -> Result<Phase, Option<PhaseError>> {
     match input {
         Input::Lost | Input::Broken | Input::Cancel => Ok(Phase::Completed(totals)),
@@ -309,7 +310,7 @@ fn after_completion(totals: Option<Totals>, input: Input<'_>) -> Result<Phase, O
 }
 
 impl Input<'_> {
-    /// What the input is called in messages.
+    /// The input's name in messages.
     pub fn name(&self) -> &'static str {
         match self {
             Input::Received(event) => event.name(),
@@ -385,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn every_pair_of_phase_and_input() {
+    fn each_phase_accepts_exactly_its_inputs() {
         let mut events = crate::receive::one_of_each();
         for event in &mut events {
             if let Event::Load { state_bytes } = event {
@@ -418,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_come_from_stopped_on() {
+    fn pages_may_be_requested_from_stopped_on() {
         let asking = phases().map(|(phase, _)| phase.may_request_pages());
         let expected = [
             false, false, false, false, false, false, true, true, true, true, true, false, false,
@@ -428,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn device_state_is_counted() {
+    fn device_state_of_another_length_fails() {
         let receiving = |state_bytes| Phase::Receiving { mode: MODE, state_bytes };
         let chunk = Event::DeviceState(vec![0xa5; 3]);
         assert_eq!(receiving(1).step(Input::Received(&chunk)), Ok(receiving(4)));
@@ -443,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lane_lost_after_the_last_page_loses_nothing() {
+    fn lane_lost_while_completing_completes() {
         assert_eq!(Phase::Completing.step(Input::Lost), Ok(Phase::Completed(None)));
         let totals = Totals { pages_demand: 1, ..Totals::default() };
         let goodbye = Event::Complete(totals);

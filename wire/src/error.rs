@@ -1,7 +1,7 @@
-//! What can be wrong with what a peer sent, or with the order in which either end did things.
+//! Errors in received data and in the order of events of either end.
 //!
-//! Each step of understanding has its own type, so that a caller matches only on what can happen
-//! there, and stands beside what it is about; [`Error`] is their sum, for callers that pass everything on.
+//! Each step of decoding has its own error type, beside the code that returns it, so that a caller
+//! matches only on what can happen there. [`Error`] is their sum, for callers that pass all on.
 
 use crate::fault::Fault;
 use crate::hello::HelloError;
@@ -12,27 +12,27 @@ use crate::region::{RegionError, RegionMismatch};
 /// Any error of this crate.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Error {
-    /// A lane did not open.
+    /// A lane failed to open.
     #[error(transparent)]
     Hello(#[from] HelloError),
-    /// A table of regions, or a range of pages, makes no sense.
+    /// A table of regions, or a range of pages, is invalid.
     #[error(transparent)]
     Region(#[from] RegionError),
     /// The two tables of regions do not describe the same memory.
     #[error(transparent)]
     Mismatch(#[from] RegionMismatch),
-    /// Bytes that came over a lane make no sense.
+    /// Bytes received over a lane are invalid.
     #[error(transparent)]
     Receive(#[from] ReceiveError),
-    /// Something happened that cannot happen now, or the migration failed.
+    /// An input that this phase does not accept, or a failed migration.
     #[error(transparent)]
     Phase(#[from] PhaseError),
 }
 
-/// Why a migration stopped. Comes with the failed phase that it led to.
+/// The cause of a failed migration. Comes with the failed phase.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum PhaseError {
-    /// This input cannot happen in this phase.
+    /// This phase does not accept this input.
     #[error("{input} is not possible while {phase}")]
     Unexpected {
         /// The phase's name.
@@ -43,15 +43,15 @@ pub enum PhaseError {
     /// More device state than [`STATE_BYTES_MAX`].
     #[error("device state of {0} bytes, at most {STATE_BYTES_MAX} are possible")]
     StateTooLong(u64),
-    /// The device state's length and the bytes that came disagree.
+    /// The announced length of the device state differs from the bytes received.
     #[error("device state of {announced} bytes was announced, {received} came")]
     StateLength {
-        /// Bytes in all the chunks.
+        /// Bytes received, in all chunks.
         received: u64,
-        /// Bytes said by the load frame.
+        /// Bytes announced by the load frame.
         announced: u64,
     },
-    /// A lane went away.
+    /// A lane was lost.
     #[error("the connection was lost while {phase}")]
     Lost {
         /// The phase's name.
@@ -68,7 +68,7 @@ pub enum PhaseError {
     Peer {
         /// The phase's name.
         phase: &'static str,
-        /// What it said.
+        /// The peer's reason.
         fault: Fault,
     },
 }

@@ -1,4 +1,4 @@
-//! What an end says when it gives up: a code for programs, a text for people.
+//! The reason that an end sends when it gives up: a code for programs, a text for people.
 //!
 //! On the wire the code is 16 bits and the text is UTF-8 without control characters, in the body of
 //! an error frame (up to [`ERROR_TEXT_BYTES_MAX`] bytes) or at the end of a refusal (up to
@@ -8,18 +8,18 @@
 use crate::limits::ERROR_TEXT_BYTES_MAX;
 use std::fmt;
 
-/// The last words of an end that gives up.
+/// An end's reason for giving up.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Fault {
     /// The reason, for programs.
     pub code: FaultCode,
-    /// The reason, for people: one line. Longer than [`ERROR_TEXT_BYTES_MAX`] bytes it is cut when
-    /// sent, and control characters become spaces.
+    /// The reason, for people: one line. Sending cuts it to [`ERROR_TEXT_BYTES_MAX`] bytes and
+    /// turns control characters into spaces.
     pub text: String,
 }
 
 impl Fault {
-    /// A fault whose text arrives as it is here: cut and cleaned now.
+    /// A fault whose text is cut and cleaned here, so that it arrives unchanged.
     pub fn new(code: FaultCode, text: &str) -> Fault {
         let mut bytes = Vec::new();
         push_text(&mut bytes, text, ERROR_TEXT_BYTES_MAX);
@@ -37,31 +37,33 @@ impl fmt::Display for Fault {
     }
 }
 
-/// Why an end gave up. Zero is never a code.
+/// A code for the reason. Zero is never a code.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
 #[repr(u16)]
 pub enum FaultCode {
-    /// See the text. Codes that this version does not know mean this too.
+    /// The reason stands in the text. Codes that this version does not know are read as this one.
     Other = 1,
     /// The peer broke the protocol.
     Protocol = 2,
     /// The two sides' memory differs.
     RegionMismatch = 3,
-    /// The destination's guest is not there, or not ready.
+    /// The destination's guest is missing, or not ready.
     NotReady = 4,
     /// Memory ran out.
     OutOfMemory = 5,
     /// The guest or its monitor failed.
     HostFailed = 6,
-    /// Somebody asked to stop.
+    /// A user or program asked to stop.
     Cancelled = 7,
-    /// Wrong version, secret or session: this peer is not wanted.
+    /// Wrong version, secret or session.
     Refused = 8,
-    /// What the source has of the guest's memory changed, or cannot be read. It may be mended: a destination
-    /// whose guest may run waits for the source to come back, as after a lost connection.
+    /// The source's copy of the guest's memory changed, or cannot be read. Repair may be possible:
+    /// a destination whose guest may run waits for the source to come back, as after a lost
+    /// connection.
     SourceMemory = 9,
-    /// A destination's guest has ended for good after the switchover: nothing can go on, and the source's pages
-    /// are needed no more. After the switchover any other code leaves that open, and the source keeps them.
+    /// A destination's guest has exited for good after the switchover: the migration cannot go on,
+    /// and the source's pages are needed no more. After the switchover every other code leaves that
+    /// open, and the source keeps its pages.
     Ended = 10,
 }
 
@@ -85,8 +87,8 @@ impl FaultCode {
         self as u16
     }
 
-    /// The code of a number: [`FaultCode::Other`] for one that a newer peer may know, nothing for
-    /// zero.
+    /// The code of a number; none for zero. A number that this version does not know is
+    /// [`FaultCode::Other`].
     pub fn from_number(number: u16) -> Option<FaultCode> {
         if number == 0 {
             return None;
@@ -127,7 +129,7 @@ pub(crate) fn push_text(out: &mut Vec<u8>, text: &str, bytes_max: usize) {
     }
 }
 
-/// The text that a peer sent, if it may be shown.
+/// The text that a peer sent, if it is printable.
 pub(crate) fn parse_text(bytes: &[u8]) -> Option<&str> {
     let text = std::str::from_utf8(bytes).ok()?;
     (!text.chars().any(char::is_control)).then_some(text)
@@ -149,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_is_cut_between_characters_and_cleaned() {
+    fn fault_text_is_cut_between_characters_and_loses_control_characters() {
         let long = "é".repeat(ERROR_TEXT_BYTES_MAX);
         let fault = Fault::new(FaultCode::Other, &format!("a\n{long}"));
         assert_eq!(fault.text.len(), ERROR_TEXT_BYTES_MAX);

@@ -8,10 +8,11 @@
 //! refusal    UMEMWELC 0     code  text, NUL padded ............................................
 //! ```
 //!
-//! The sum, a CRC32C of the 80 bytes before it, is there with [`Capabilities::CHECKSUM`], else zero.
+//! The sum, a CRC32C of the 80 bytes before it, is present with [`Capabilities::CHECKSUM`],
+//! otherwise zero.
 //!
-//! The zeroes are checked. A version that needs more says so with a capability, never by what an
-//! older end would take for rubbish.
+//! The zeroes are checked. A later version that needs more fields announces them with a capability,
+//! so that older ends do not take its hello for garbage.
 
 use crate::bytes::{array, put, u16_at, u32_at, u64_at};
 use crate::checksum::body_sum;
@@ -24,7 +25,7 @@ const _: () = assert!(REFUSAL_TEXT_BYTES_MAX == HELLO_BYTES - 12);
 /// Bytes of a hello, a welcome or a refusal.
 pub const HELLO_BYTES: usize = 128;
 
-/// The versions of the protocol that this crate speaks.
+/// The protocol versions that this crate implements.
 pub const PROTOCOL: VersionRange = VersionRange { min: 1, max: 1 };
 
 const HELLO_MAGIC: &[u8; 8] = b"UMEMLANE";
@@ -61,32 +62,32 @@ const _: () = assert!(field::SUM + size_of::<u32>() == field::RESERVED);
 const _: () = assert!(field::RESERVED <= HELLO_BYTES);
 const _: () = assert!(field::TEXT + REFUSAL_TEXT_BYTES_MAX == HELLO_BYTES);
 
-/// How the source opens a lane.
+/// The source's first message on a lane.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Hello {
-    /// The versions that the source speaks.
+    /// The versions that the source supports.
     pub versions: VersionRange,
-    /// What the source can do beyond its version.
+    /// The source's capabilities beyond its version.
     pub capabilities: Capabilities,
     /// The same on all lanes of one migration.
     pub session: SessionId,
-    /// What this lane is for.
+    /// The lane's role.
     pub role: LaneRole,
     /// 0 for the demand lane, 1 to [`Hello::bulk_lanes`] for the bulk lanes.
     pub index: u16,
     /// How many bulk lanes the session has, at most [`LANES_MAX`]. With 0 (a URI that is a single
     /// connection) background pages share the demand lane.
     pub bulk_lanes: u16,
-    /// 0 for the lanes that begin a session; each later attempt to replace lost ones has a higher
+    /// 0 for the lanes that begin a session. Each later attempt to replace lost lanes has a higher
     /// number, so that lanes of different attempts do not mix. Needs [`Capabilities::RECOVERY`].
     pub epoch: u32,
-    /// Shows that the sender knows the session's secret; how is the caller's matter.
+    /// Proves that the sender knows the session's secret; the caller defines the scheme.
     pub proof: [u8; 32],
 }
 
 impl Hello {
-    /// The bytes to send. What [`Hello::decode`] would refuse is a mistake at this end, and goes
-    /// out all the same.
+    /// The bytes to send. Does not check: a hello that [`Hello::decode`] would refuse is a mistake
+    /// of this end, and is sent nevertheless.
     pub fn encode(&self) -> [u8; HELLO_BYTES] {
         let mut out = [0; HELLO_BYTES];
         put(&mut out, field::MAGIC, HELLO_MAGIC);
@@ -103,8 +104,8 @@ impl Hello {
         out
     }
 
-    /// Reads and checks what a source sent. Whether the versions meet, the session is known and the
-    /// proof holds is for the caller; see [`Welcome::answer`] for the first.
+    /// Reads and checks a source's hello. The caller checks the versions ([`Welcome::answer`]), the
+    /// session and the proof.
     pub fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Hello, HelloError> {
         if array(bytes, field::MAGIC) != *HELLO_MAGIC {
             return Err(HelloError::NotUmem);
@@ -155,16 +156,16 @@ fn decode_lane(bytes: &[u8; HELLO_BYTES]) -> Result<(LaneRole, u16, u16), HelloE
     if fits { Ok((role, index, bulk_lanes)) } else { Err(HelloError::Index { index, bulk_lanes }) }
 }
 
-/// How the destination accepts a lane.
+/// The destination's acceptance of a lane.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Welcome {
-    /// The version that both ends speak from here on.
+    /// The version that both ends use from here on.
     pub version: u16,
-    /// What both ends can do.
+    /// The capabilities of both ends.
     pub capabilities: Capabilities,
     /// The hello's session.
     pub session: SessionId,
-    /// Shows that the destination knows the session's secret too.
+    /// Proves that the destination knows the session's secret.
     pub proof: [u8; 32],
 }
 
@@ -182,7 +183,7 @@ impl Welcome {
         Ok(Welcome { version, capabilities, session: hello.session, proof })
     }
 
-    /// Whether a source that sent `hello` can go on with this answer.
+    /// Whether this welcome fits the `hello` that the source sent.
     pub fn check(&self, hello: &Hello) -> Result<(), HelloError> {
         if !(hello.versions.min..=hello.versions.max).contains(&self.version) {
             return Err(HelloError::NotOffered("a version"));
@@ -220,7 +221,7 @@ impl Welcome {
         array(&out, 0)
     }
 
-    /// Reads and checks what a destination sent; a refusal is an error.
+    /// Reads and checks a destination's answer; a refusal is an error.
     pub fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Welcome, HelloError> {
         if array(bytes, field::MAGIC) != *WELCOME_MAGIC {
             return Err(HelloError::NotUmem);
@@ -242,7 +243,7 @@ impl Welcome {
     }
 }
 
-/// With [`Capabilities::CHECKSUM`]: the sum of what comes before it.
+/// With [`Capabilities::CHECKSUM`]: writes the sum of the bytes before it.
 fn put_sum(out: &mut [u8; HELLO_BYTES], capabilities: Capabilities) {
     if capabilities.contains(Capabilities::CHECKSUM) {
         let sum = body_sum(&out[..field::SUM]);
@@ -250,7 +251,7 @@ fn put_sum(out: &mut [u8; HELLO_BYTES], capabilities: Capabilities) {
     }
 }
 
-/// The capabilities, once the sum that they ask for is right.
+/// The capabilities, after a check of the sum if they include [`Capabilities::CHECKSUM`].
 fn check_sum(bytes: &[u8; HELLO_BYTES]) -> Result<Capabilities, HelloError> {
     let capabilities = Capabilities(u64_at(bytes, field::CAPABILITIES));
     let sum = u32_at(bytes, field::SUM);
@@ -303,8 +304,8 @@ pub fn select_version(ours: VersionRange, theirs: VersionRange) -> Option<u16> {
     common.is_valid().then_some(common.max)
 }
 
-/// What an end can do beyond its version, a bit each. Unknown bits are kept until the intersection
-/// drops them. All lanes of a session say the same.
+/// An end's capabilities beyond its version, a bit each. Unknown bits are kept until the
+/// intersection drops them. All lanes of a session carry the same.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Capabilities(pub u64);
 
@@ -312,38 +313,40 @@ impl Capabilities {
     /// Nothing beyond the version.
     pub const NONE: Capabilities = Capabilities(0);
 
-    /// Acknowledgements: the source wants to hear which pages are the destination's own, as it frees
-    /// them; the destination tells it. Without this no ack frame is sent.
+    /// Acknowledgements: the source asks for them because it frees acknowledged pages, and the
+    /// destination sends them. Without this no ack frame is sent.
     pub const ACKS: Capabilities = Capabilities(1);
 
-    /// Recovery: when lanes are lost after the switchover, both ends keep what they have, the source
-    /// opens new ones with a higher [`Hello::epoch`], and the destination says what it has. Without this
-    /// a lost lane is the end.
+    /// Recovery: when lanes are lost after the switchover, both ends keep what they have, the
+    /// source opens new ones with a higher [`Hello::epoch`], and the destination reports which
+    /// pages it has. Without this a lost lane ends the migration.
     pub const RECOVERY: Capabilities = Capabilities(2);
 
-    /// Checksums: every frame says what it adds up to, and what does not is lost with its lane
-    /// ([`checksum`](crate::checksum)). Without this only TCP's and TLS's own sums stand between.
+    /// Checksums: every frame carries checksums, and a wrong one counts as a lost lane
+    /// ([`checksum`](crate::checksum)). Without this only the checks of TCP and TLS detect damage.
     pub const CHECKSUM: Capabilities = Capabilities(4);
 
-    /// Digests of every page: zeroes and holes count, so that a page which never came shows. Only with
-    /// [`Capabilities::CHECKSUM`]; without this no digest is said, as the other end would add up less.
+    /// Digests of every page: zeroes and holes count, so that a page which never came changes the
+    /// digest. Only with [`Capabilities::CHECKSUM`]; without this no digest is sent, as the other
+    /// end's digest would leave out zeroes.
     pub const WHOLE_DIGESTS: Capabilities = Capabilities(8);
 
-    /// Rounds: the source sends pages while its guest runs, and sends again what the guest writes meanwhile.
-    /// A source asks for this where it means to; the destination then expects them, before *stopped*.
+    /// Rounds: the source sends pages while its guest runs, and sends a page again after a write. A
+    /// source asks for this if it will send rounds; the destination then expects them before
+    /// *stopped*.
     pub const ROUNDS: Capabilities = Capabilities(16);
 
-    /// What either can do.
+    /// The capabilities of either.
     pub const fn union(self, other: Capabilities) -> Capabilities {
         Capabilities(self.0 | other.0)
     }
 
-    /// What both can do.
+    /// The capabilities of both.
     pub const fn intersection(self, other: Capabilities) -> Capabilities {
         Capabilities(self.0 & other.0)
     }
 
-    /// Whether everything in `other` is in `self`.
+    /// Whether `self` includes all of `other`.
     pub const fn contains(self, other: Capabilities) -> bool {
         self.0 & other.0 == other.0
     }
@@ -353,31 +356,31 @@ impl Capabilities {
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
 pub struct SessionId(pub [u8; 16]);
 
-/// What a lane is for. Zero is never a role.
+/// A lane's role. Zero is never a role.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
 #[repr(u8)]
 pub enum LaneRole {
     /// Requests, their answers, and control.
     Demand = 1,
-    /// Pages that nobody waits for.
+    /// Background pages.
     Bulk = 2,
 }
 
-/// Why a lane did not open.
+/// The reason why a lane failed to open.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum HelloError {
-    /// The first eight bytes are not ours.
+    /// The first eight bytes are no umem magic.
     #[error("the peer does not speak umem")]
     NotUmem,
-    /// The versions are empty, reversed, or contain zero.
+    /// The version range is empty, reversed, or contains zero.
     #[error("the peer's versions {0} are not a range")]
     VersionRange(VersionRange),
-    /// The ranges of versions do not meet.
-    #[error("no common version: here {ours}, the peer {theirs}")]
+    /// The version ranges do not overlap.
+    #[error("no common protocol version: this end supports {ours}, the peer {theirs}")]
     NoCommonVersion {
-        /// What this end speaks.
+        /// The versions that this end supports.
         ours: VersionRange,
-        /// What the peer speaks.
+        /// The versions that the peer supports.
         theirs: VersionRange,
     },
     /// The lane's role is neither demand nor bulk.
@@ -386,9 +389,9 @@ pub enum HelloError {
     /// The lane's index does not fit its role and the number of bulk lanes.
     #[error("lane index {index} does not fit its role among {bulk_lanes} bulk lanes")]
     Index {
-        /// The index that came.
+        /// The index received.
         index: u16,
-        /// The number of bulk lanes that came.
+        /// The number of bulk lanes received.
         bulk_lanes: u16,
     },
     /// More bulk lanes than [`LANES_MAX`].
@@ -397,16 +400,16 @@ pub enum HelloError {
     /// Bytes that must be zero are not.
     #[error("reserved bytes of the hello are not zero")]
     Reserved,
-    /// Bits have changed on the way.
-    #[error("the checksum of a hello or a welcome is wrong: bytes change on their way")]
+    /// The checksum is wrong.
+    #[error("the checksum of a hello or a welcome is wrong: bytes changed in transit")]
     Sum,
-    /// Proofs of a secret made in a way that this end does not know.
-    #[error("the peer proves secrets in way {0}, which is not known here")]
+    /// Proofs of a secret in a scheme that this end does not know.
+    #[error("the peer proves its secret with scheme {0}, which this end does not know")]
     AuthVersion(u16),
-    /// The destination answered a nonce with something else.
+    /// The destination answered a nonce with neither a nonce nor a refusal.
     #[error("the destination asks for no secret")]
     NoNonce,
-    /// The destination refused the lane, and says why.
+    /// The destination refused the lane.
     #[error("the destination refused: {text} ({code})")]
     Refused {
         /// The reason, for programs.
@@ -414,10 +417,10 @@ pub enum HelloError {
         /// The reason, for people.
         text: String,
     },
-    /// A refusal's code or text cannot be read.
-    #[error("the destination refused, but its reason is unreadable")]
+    /// A refusal's code or text is not valid.
+    #[error("the destination refused the lane, and its reason is not readable")]
     RefusalUnreadable,
-    /// The welcome chose what the hello did not offer.
+    /// The welcome chose a value that the hello did not offer.
     #[error("the destination chose {0} that was not offered")]
     NotOffered(&'static str),
     /// The welcome belongs to another session.
@@ -470,7 +473,7 @@ mod tests {
         }
     }
 
-    /// What a hello with some of its bytes changed says.
+    /// The result of decoding a hello with some of its bytes changed.
     fn with(at: usize, changed: &[u8]) -> Result<Hello, HelloError> {
         let mut bytes = hello_bytes();
         put(&mut bytes, at, changed);
@@ -478,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hello_is_128_bytes() {
+    fn hello_layout_is_128_literal_bytes() {
         assert_eq!(hello().encode(), hello_bytes());
         assert_eq!(Hello::decode(&hello_bytes()), Ok(hello()));
         let demand = Hello { role: LaneRole::Demand, index: 0, bulk_lanes: 0, ..hello() };
@@ -486,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hello_is_checked() {
+    fn invalid_hello_is_refused() {
         assert_eq!(with(0, b"GET / HT"), Err(HelloError::NotUmem));
         assert_eq!(HelloError::NotUmem.to_string(), "the peer does not speak umem");
         for (min, max) in [(0, 1), (2, 1), (0, 0)] {
@@ -511,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn with_checksums_every_bit_of_a_hello_and_a_welcome_counts() {
+    fn every_flipped_bit_of_a_checked_hello_and_welcome_is_detected() {
         let capabilities = Capabilities::CHECKSUM.union(Capabilities::ACKS);
         let hello = Hello { capabilities, ..hello() };
         let welcome = Welcome { capabilities, ..welcome() };
@@ -528,7 +531,7 @@ mod tests {
     }
 
     #[test]
-    fn a_welcome_is_128_bytes() {
+    fn welcome_layout_is_128_literal_bytes() {
         assert_eq!(welcome().encode(), welcome_bytes());
         assert_eq!(Welcome::decode(&welcome_bytes()), Ok(welcome()));
         assert_eq!(Welcome::decode(&hello_bytes()), Err(HelloError::NotUmem));
@@ -540,7 +543,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_says_why() {
+    fn refusal_carries_code_and_text() {
         let mut bytes = [0; HELLO_BYTES];
         bytes[..8].copy_from_slice(b"UMEMWELC");
         bytes[10] = 8;
@@ -576,7 +579,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_fits_its_hello() {
+    fn welcome_that_does_not_fit_its_hello_is_refused() {
         let ours = VersionRange { min: 1, max: 3 };
         let answer = Welcome::answer(&hello(), ours, Capabilities(0xff), [7; 32]).unwrap();
         assert_eq!((answer.version, answer.capabilities), (3, Capabilities(0x11)));

@@ -1,11 +1,11 @@
-//! What can be wrong with what comes over a lane.
+//! Errors in what comes over a lane.
 
 use crate::frame::{FrameError, Kind};
 #[cfg(doc)]
 use crate::limits::RUN_BYTES_MAX;
 use crate::region::{PageRange, RegionError};
 
-/// Why a lane's bytes cannot go on. The lane is of no more use.
+/// The error of a lane, which is unusable from then on.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum ReceiveError {
     /// The frame itself is wrong.
@@ -17,7 +17,7 @@ pub enum ReceiveError {
         /// The frame's kind.
         kind: Kind,
     },
-    /// A kind of frame that belongs on another lane.
+    /// A kind of frame that belongs to another lane.
     #[error("{kind} frame on a {} lane", if *bulk { "bulk" } else { "demand" })]
     WrongLane {
         /// The frame's kind.
@@ -31,7 +31,7 @@ pub enum ReceiveError {
         /// The frame's kind.
         kind: Kind,
     },
-    /// Pages are spoken of before both ends know the regions and their landing units.
+    /// A frame names pages before both ends know the regions and their landing units.
     #[error("{kind} frame before the regions are agreed on")]
     NoRegions {
         /// The frame's kind.
@@ -46,20 +46,20 @@ pub enum ReceiveError {
     /// Landing units that do not fit the table of regions.
     #[error("ready frame: {0}")]
     Units(RegionError),
-    /// A destination that says what it has although nobody asked: the lane replaces no lost one.
-    #[error("{kind} frame on a lane that resumes nothing")]
+    /// A destination sent an account unasked: the lane replaces no lost one.
+    #[error("{kind} frame on a lane that replaces no lost one")]
     NotResuming {
         /// The frame's kind.
         kind: Kind,
     },
-    /// Something else before the destination has said all that it has.
-    #[error("{kind} frame before the destination has said which pages it has")]
+    /// Another frame before the destination's account is complete.
+    #[error("{kind} frame before the destination has reported which pages it has")]
     NotResumed {
         /// The frame's kind.
         kind: Kind,
     },
-    /// Pages that are spoken of out of order, twice, or in part of a word.
-    #[error("have frame: {range} is not what comes next")]
+    /// An account names pages out of order, twice, or in part of a word.
+    #[error("have frame: {range} is not the next range")]
     HaveOrder {
         /// The pages that came.
         range: PageRange,
@@ -69,7 +69,7 @@ pub enum ReceiveError {
     Pages {
         /// The frame's kind.
         kind: Kind,
-        /// What is wrong with them.
+        /// The fault.
         error: RegionError,
     },
     /// A data run longer than [`RUN_BYTES_MAX`] (or one page).
@@ -83,7 +83,7 @@ pub enum ReceiveError {
     /// The sum of a frame's header is wrong.
     #[error("the checksum of frame {number} of the lane is wrong")]
     HeaderSum {
-        /// Which frame of this way of the lane was to come, from 0 on.
+        /// The expected number of the frame in this direction of the lane, from 0 on.
         number: u64,
     },
     /// The sum of a frame's body is wrong.
@@ -98,7 +98,7 @@ pub enum ReceiveError {
         /// The run.
         range: PageRange,
     },
-    /// A data run on a checked lane has landed and its sum was not asked about: a mistake at this end.
+    /// A data run on a checked lane has landed without a check of its sum: a mistake of this end.
     #[error("{range} has landed unchecked")]
     Unchecked {
         /// The run.
@@ -115,21 +115,21 @@ pub enum ReceiveError {
     /// The peer closed the lane inside a frame.
     #[error("the lane closed with {missing_bytes} bytes of a frame still to come")]
     Truncated {
-        /// Bytes that were known to be missing.
+        /// Bytes that were still expected.
         missing_bytes: u64,
     },
-    /// The caller handed over bytes that do not belong here: a mistake at this end.
+    /// The caller gave bytes that were not asked for: a mistake of this end.
     #[error("{given_bytes} bytes were given where {wanted_bytes} were wanted")]
     Misfed {
         /// Bytes that [`next_target`](crate::Receiver::next_target) asked for.
         wanted_bytes: u64,
-        /// Bytes that came.
+        /// Bytes given.
         given_bytes: u64,
     },
 }
 
 impl ReceiveError {
-    /// Whether what came is not what was sent: the lane is lost, the peer has done nothing wrong.
+    /// Whether the data changed in transit: the lane is lost, and the peer has made no mistake.
     pub fn is_corruption(&self) -> bool {
         use ReceiveError::*;
         matches!(self, HeaderSum { .. } | BodySum { .. } | RunSum { .. })

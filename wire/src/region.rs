@@ -1,10 +1,10 @@
-//! Regions of guest memory: how a table of them looks on the wire, which tables are valid, and what
-//! has to agree between the two ends.
+//! Regions of guest memory: the encoding of a table of regions, its validity, and what has to agree
+//! between the two ends.
 //!
-//! A region's number ([`RegionId`]) is its place in its own side's table. Only the *source's*
-//! numbers travel; the destination maps them to its own with [`RegionTable::compare`], which also
-//! finds the *landing table*: the source's table with each region's landing unit in place of its page
-//! size. It is what page numbers on the wire refer to.
+//! A region's number ([`RegionId`]) is its index in its own side's table. Only the *source's*
+//! numbers are used on the wire. [`RegionTable::compare`] maps them to the destination's, and
+//! computes the *landing table*: the source's table with each region's landing unit in place of its
+//! page size. Page numbers on the wire count units of the landing table.
 
 use crate::bytes::{array, put, u64_at};
 use crate::limits::*;
@@ -31,7 +31,7 @@ const _: () = assert!(field::NAME + field::NAME_BYTES == field::BYTES);
 const _: () = assert!(field::RESERVED + field::RESERVED_BYTES == DESCRIPTOR_BYTES);
 const _: () = assert!(field::NAME_BYTES == REGION_NAME_BYTES_MAX + 1);
 
-/// A region's place in the table of the side that numbers it.
+/// A region's index in the table of the side that numbers it.
 #[derive(Copy, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct RegionId(pub u16);
 
@@ -42,7 +42,7 @@ pub struct PageRange {
     pub region: RegionId,
     /// The first page's index in the region, counted in the region's landing unit.
     pub first: u64,
-    /// How many pages.
+    /// The number of pages.
     pub pages: u64,
 }
 
@@ -71,7 +71,7 @@ impl PageSize {
         if shift < 12 || shift > 30 { None } else { Some(PageSize { shift }) }
     }
 
-    /// The page size of this many bytes, if it is one.
+    /// The page size of this many bytes, if it is valid.
     pub const fn from_bytes(bytes: u64) -> Option<PageSize> {
         if !bytes.is_power_of_two() {
             return None;
@@ -95,7 +95,8 @@ impl PageSize {
         if pages == 0 { 1 } else { pages }
     }
 
-    /// The same on a lane that is checked: [`CHECKED_RUN_BYTES_MAX`] worth, or one larger page.
+    /// The most pages of one data run on a checked lane: [`CHECKED_RUN_BYTES_MAX`] worth, or one
+    /// larger page.
     pub const fn checked_run_pages_max(self) -> u64 {
         let pages = CHECKED_RUN_BYTES_MAX >> self.shift;
         if pages == 0 { 1 } else { pages }
@@ -108,7 +109,7 @@ impl fmt::Display for PageSize {
     }
 }
 
-/// A contiguous piece of guest RAM: what the ends compare.
+/// A contiguous piece of guest RAM, as the ends compare it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Region {
     /// The name by which the two sides' regions are matched.
@@ -144,7 +145,7 @@ impl Region {
         out
     }
 
-    /// Reads one descriptor; what it says is checked with the rest of the table.
+    /// Reads one descriptor; its fields are checked with the rest of the table.
     fn decode(bytes: &[u8; DESCRIPTOR_BYTES], index: usize) -> Result<Region, RegionError> {
         let padded: [u8; field::NAME_BYTES] = array(bytes, field::NAME);
         let name_bytes = padded.iter().position(|&byte| byte == 0);
@@ -216,12 +217,12 @@ impl RegionTable {
         self.total_bytes
     }
 
-    /// The length of a region, in its own pages; 0 for a region that does not exist.
+    /// The length of a region, in its own pages; 0 for an unknown region.
     pub fn pages(&self, id: RegionId) -> u64 {
         self.get(id).map_or(0, Region::pages)
     }
 
-    /// Whether all pages of a range exist, and there is at least one.
+    /// Checks that a range has at least one page and that all its pages exist.
     pub fn check(&self, range: PageRange) -> Result<(), RegionError> {
         let region = self.get(range.region).ok_or(RegionError::Unknown(range.region))?;
         if range.pages == 0 {
@@ -234,7 +235,7 @@ impl RegionTable {
         }
     }
 
-    /// The landing units of a landing table, as a ready frame has them.
+    /// The landing units of a landing table, for a ready frame.
     pub fn units(&self) -> Vec<PageSize> {
         self.regions.iter().map(|region| region.page_size).collect()
     }
@@ -256,9 +257,9 @@ impl RegionTable {
         Ok(RegionTable { regions, total_bytes: self.total_bytes })
     }
 
-    /// Matches the source's table (`theirs`) with the destination's (`self`): by name, with equal
-    /// lengths. Page sizes may differ; the larger of the two is the landing unit, which divides the
-    /// length because it is one side's page size.
+    /// Matches the source's table (`theirs`) with the destination's (`self`) by name; lengths must
+    /// be equal. Page sizes may differ; the larger of the two is the landing unit, which divides
+    /// the length because it is one side's page size.
     pub fn compare(&self, theirs: &RegionTable) -> Result<Agreement, RegionMismatch> {
         let mut ours: BTreeMap<&str, (RegionId, &Region)> =
             self.iter().map(|(id, region)| (region.name.as_str(), (id, region))).collect();
@@ -306,17 +307,17 @@ impl RegionTable {
     }
 }
 
-/// What two tables of the same memory have in common.
+/// The agreement of two tables of the same memory.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Agreement {
-    /// At each of the source's numbers, the number that the same region has at the destination.
+    /// For each of the source's numbers, the number of the same region at the destination.
     pub ids: Vec<RegionId>,
     /// The landing table: the source's regions in landing units.
     pub landing: RegionTable,
 }
 
-/// Everything that differs between the two sides' memory, never nothing. Its text is one line, told
-/// by the destination.
+/// Every difference between the two sides' memory; at least one. Its text is one line, from the
+/// destination's point of view.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub struct RegionMismatch {
     /// Each difference: first the source's regions in order, then those only the destination has.
@@ -326,11 +327,11 @@ pub struct RegionMismatch {
 /// One way in which the two sides' memory differs.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum RegionDifference {
-    /// The source has this region, the destination does not.
+    /// Only the source has this region.
     MissingHere(Region),
-    /// The destination has this region, the source does not.
+    /// Only the destination has this region.
     MissingThere(Region),
-    /// Both have it, with different lengths.
+    /// Both sides have the region, with different lengths.
     Unlike {
         /// The destination's.
         ours: Region,
@@ -341,7 +342,7 @@ pub enum RegionDifference {
 
 impl fmt::Display for RegionMismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        /// More than these would not be read.
+        /// Differences that the text lists; more would not be read.
         const SHOWN_MAX: usize = 4;
         f.write_str("the two sides' memory differs: ")?;
         for (index, difference) in self.differences.iter().take(SHOWN_MAX).enumerate() {
@@ -388,7 +389,7 @@ impl fmt::Display for Bytes {
     }
 }
 
-/// What is wrong with a table of regions, or with a range of pages in one.
+/// An error in a table of regions, or in a range of pages.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum RegionError {
     /// The table is empty.
@@ -401,7 +402,7 @@ pub enum RegionError {
     #[error("region {0}: its name must be 1 to {REGION_NAME_BYTES_MAX} bytes of printable UTF-8")]
     Name(usize),
     /// Two regions have one name.
-    #[error("two regions are called '{0}'")]
+    #[error("two regions have the name '{0}'")]
     Duplicate(String),
     /// A page size is not a power of two from 4 KiB to 1 GiB.
     #[error("region {index}: a page of 2^{shift} bytes (12 to 30 are possible)")]
@@ -411,7 +412,7 @@ pub enum RegionError {
         /// The base-2 logarithm of the page size.
         shift: u8,
     },
-    /// A length is zero or not whole pages.
+    /// A length that is zero or not a multiple of the page size.
     #[error("region '{name}': {bytes} bytes are not a positive multiple of its page size")]
     Bytes {
         /// The region's name.
@@ -425,12 +426,12 @@ pub enum RegionError {
     /// A ready frame has more or fewer landing units than there are regions.
     #[error("{units} landing units for {regions} regions")]
     UnitCount {
-        /// Units that came.
+        /// Units received.
         units: usize,
         /// Regions in the table.
         regions: usize,
     },
-    /// A landing unit that is smaller than the region's pages, or leaves a rest of the region.
+    /// A landing unit that is smaller than the region's pages, or does not divide the region.
     #[error("region '{name}' of {bytes} bytes in {page_size} pages cannot land in units of {unit}")]
     Unit {
         /// The region's name.
@@ -489,7 +490,7 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_is_80_bytes() {
+    fn descriptor_layout_is_80_literal_bytes() {
         let ram0 = table(&[region("ram0", 8192, PageSize::SIZE_4K)]);
         let mut out = Vec::with_capacity(100);
         out.spare_capacity_mut().fill(std::mem::MaybeUninit::new(0xa5));
@@ -499,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_is_checked() {
+    fn invalid_descriptor_is_refused() {
         assert_eq!(with(0, 0), Err(RegionError::Name(0)));
         assert_eq!(with(0, 0x1b), Err(RegionError::Name(0)));
         assert_eq!(with(0, 0xff), Err(RegionError::Name(0)));
@@ -514,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_is_checked() {
+    fn invalid_table_is_refused() {
         let page = region("a", 4096, PageSize::SIZE_4K);
         assert_eq!(RegionTable::new(vec![]), Err(RegionError::Empty));
         assert_eq!(
@@ -536,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_stays_inside_its_region() {
+    fn range_outside_its_region_is_refused() {
         let table = table(&[region("a", 16384, PageSize::SIZE_4K)]);
         let check = |region, first, pages| {
             table.check(PageRange { region: RegionId(region), first, pages })
@@ -554,7 +555,7 @@ mod tests {
     }
 
     #[test]
-    fn page_sizes() {
+    fn page_size_is_a_power_of_two_from_4_kib_to_1_gib() {
         assert_eq!(PageSize::from_bytes(4096), Some(PageSize::SIZE_4K));
         assert_eq!(PageSize::from_bytes(1 << 30), Some(PageSize::SIZE_1G));
         for bytes in [0, 1, 2048, 4097, 1 << 31, u64::MAX] {
@@ -594,13 +595,13 @@ mod tests {
     }
 
     #[test]
-    fn a_unit_fits_its_region() {
+    fn unit_that_does_not_fit_its_region_is_refused() {
         let three = region("three", 3 << 21, PageSize::SIZE_2M);
         let one = table(std::slice::from_ref(&three));
         let units = |units: usize| RegionError::UnitCount { units, regions: 1 };
         assert_eq!(one.with_units(&[]), Err(units(0)));
         assert_eq!(one.with_units(&[PageSize::SIZE_2M; 2]), Err(units(2)));
-        // Smaller than a page; no divisor of the length.
+        // Smaller than a page; does not divide the length.
         for unit in [PageSize::SIZE_4K, PageSize::from_shift(22).unwrap(), PageSize::SIZE_1G] {
             let Region { name, bytes, page_size } = three.clone();
             let error = RegionError::Unit { name, bytes, page_size, unit };
@@ -609,7 +610,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mismatch_is_told_in_one_line() {
+    fn mismatch_text_is_one_line() {
         let ours = table(&[
             region("ram0", 1 << 31, PageSize::SIZE_4K),
             region("ours", 4096, PageSize::SIZE_4K),

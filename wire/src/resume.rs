@@ -1,19 +1,19 @@
-//! How a session goes on after all of its lanes were lost: what the destination says first on the new
-//! demand lane.
+//! How a session resumes after all of its lanes were lost: the destination's account, the first
+//! frames on the new demand lane.
 //!
 //! ```text
-//! resume   where the destination stands: has the switchover come, does its guest run, its totals
+//! resume   the destination's standing: has the switchover come, does its guest run, its totals
 //! have     which pages it has, a bit each: all of region 0 from its first page on, then region 1 …
 //! have …
 //! ```
 //!
-//! A have frame speaks of at most [`HAVE_PAGES_MAX`] pages of one region, in words of 64 bits, the
-//! lowest bit the first page. It begins where the one before it ended, so that every page is spoken of
-//! once and none is left out: a page that the source takes for missing comes (again), and one that it
-//! takes for present never does. With the last page everything else may follow.
+//! A have frame covers at most [`HAVE_PAGES_MAX`] pages of one region, in words of 64 bits, the
+//! lowest bit the first page. It begins where the one before it ended, so that the account covers
+//! every page exactly once: a page that the source takes for missing comes (again), and a page that
+//! it takes for present never does. Other frames may come after the last page.
 //!
-//! The source compares what it hears with what it knows: a page that it has never claimed cannot be
-//! there, and one that has been acknowledged cannot be missing.
+//! The source compares the account with its own state: a page that it has never claimed cannot be
+//! present, and an acknowledged page cannot be missing.
 
 use crate::frame::Kind;
 pub use crate::frame::{HAVE_WORD_PAGES, Standing};
@@ -21,7 +21,7 @@ use crate::limits::HAVE_PAGES_MAX;
 use crate::receive_error::ReceiveError;
 use crate::region::{PageRange, RegionId, RegionTable};
 
-/// How the destination tells all that it has: the ranges of its have frames, in order.
+/// The ranges of the destination's have frames, in order.
 pub fn have_ranges(landing: &RegionTable) -> impl Iterator<Item = PageRange> + use<> {
     let pages: Vec<(RegionId, u64)> = landing.iter().map(|(id, r)| (id, r.pages())).collect();
     pages.into_iter().flat_map(|(region, pages)| {
@@ -32,17 +32,17 @@ pub fn have_ranges(landing: &RegionTable) -> impl Iterator<Item = PageRange> + u
     })
 }
 
-/// What a source's receiver still has to hear before anything else may come.
+/// The next part of the account that a source's receiver expects.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Account {
-    /// Where the destination stands.
+    /// The destination's standing.
     Standing,
-    /// What it has, from this page on.
+    /// The destination's pages, from this page on.
     Pages { region: RegionId, first: u64 },
 }
 
 impl Account {
-    /// Whether a frame of this kind may come now. Words that concern the lane itself always may.
+    /// Whether a frame of this kind may come now. Frames that concern only the lane always may.
     pub(crate) fn check(&self, kind: Kind) -> Result<(), ReceiveError> {
         let is_next = match self {
             Account::Standing => kind == Kind::Resume,
@@ -55,8 +55,8 @@ impl Account {
         }
     }
 
-    /// Checks that these pages are the next ones, before a byte that speaks of them is kept: they
-    /// begin where the last ones ended, and end in whole words or with their region.
+    /// Checks that these are the next pages, before any byte of the body is kept: they begin where
+    /// the last ones ended, and end in whole words or with their region.
     pub(crate) fn check_range(
         &self,
         range: PageRange,
@@ -73,7 +73,7 @@ impl Account {
         }
     }
 
-    /// These pages, which have been checked, have been heard of; nothing is left after the last.
+    /// Advances the account past these checked pages; none after the last page.
     pub(crate) fn heard(range: PageRange, landing: &RegionTable) -> Option<Account> {
         let end = range.first + range.pages;
         if end < landing.pages(range.region) {
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn every_page_is_spoken_of_once_and_in_order() {
+    fn have_ranges_cover_every_page_once_and_in_order() {
         let landing = table(&[HAVE_PAGES_MAX + 3, 1, 2 * HAVE_PAGES_MAX]);
         let mut account = Some(Account::Pages { region: RegionId(0), first: 0 });
         let ranges: Vec<_> = have_ranges(&landing).collect();
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gap_a_repetition_or_a_part_of_a_word_is_refused() {
+    fn have_range_with_gap_repetition_or_partial_word_is_refused() {
         let landing = table(&[1000, 64]);
         let account = Account::Pages { region: RegionId(0), first: 64 };
         for wrong in [range(0, 0, 64), range(0, 128, 64), range(1, 0, 64), range(0, 64, 65)] {

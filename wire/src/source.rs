@@ -16,18 +16,19 @@
 //!     Committed --Resume (runs)--> Serving
 //!     Serving --Resume (does not run yet)--> Committed
 //!
-//! any but Completed --Lost, Error, what cannot happen--> Failed
+//! any but Completed --Lost, Error, unexpected input--> Failed
 //! any before Committed --Broken--> Failed
 //! any before Committed --Cancel--> Failed
 //! ```
 //!
-//! In [`Phase::Rounds`] pages go while the guest runs, and go again. It has stopped by the time of
-//! [`Input::SentRemaining`], which names the pages that are still to go, each once.
+//! In [`Phase::Rounds`] the source sends pages while the guest runs, and sends them again after
+//! writes. By [`Input::SentRemaining`] the guest has stopped; the remaining frames name the pages
+//! that are still to be sent, each once.
 //!
-//! Up to [`Phase::Loaded`] every failure leaves the source's guest as it was: it may be resumed. The
-//! *commit point* is [`Input::SentSwitchover`]: from there on it never runs again, because the
-//! destination's may. So this input is stepped before the frame's first byte is handed to the
-//! kernel: a frame whose sending failed may have arrived.
+//! Up to [`Phase::Loaded`] every failure leaves the source's guest as it was: it may be resumed.
+//! The *commit point* is [`Input::SentSwitchover`]: from there on the source's guest never runs
+//! again, because the destination's may. So this input is stepped before the frame's first byte is
+//! handed to the kernel: a frame whose sending failed may have arrived.
 
 use crate::error::PhaseError;
 use crate::frame::Standing;
@@ -35,67 +36,67 @@ use crate::frame::Totals;
 use crate::limits::STATE_BYTES_MAX;
 use crate::receive::Event;
 
-/// Where the source is.
+/// The source's phase.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Phase {
     /// The demand lane is open; the table of regions has not been sent.
     Connected,
     /// The destination compares the regions and prepares its guest.
     Comparing,
-    /// Both guests are ready; ours runs.
+    /// Both guests are ready; the source's runs.
     Ready,
-    /// Ours runs, and its pages go, again where it writes to them.
+    /// The source's guest runs, and its pages are sent, again after each write.
     Rounds,
-    /// Ours has stopped, and the destination takes in which pages are still to come.
+    /// The source's guest has stopped, and the destination takes note of the pages that are still
+    /// to come.
     Settling,
-    /// It has: each page goes once from here on.
+    /// The remaining pages are settled: each page is sent once from here on.
     Settled,
-    /// Ours has stopped, and every page goes before the device state.
+    /// The source's guest has stopped, and every page is sent before the device state.
     CopyingStopped,
-    /// Ours has stopped, and its device state goes.
+    /// The source's guest has stopped, and its device state is sent.
     Saving {
         /// Bytes of device state sent.
         state_bytes: u64,
     },
-    /// The destination's guest takes the device state.
+    /// The destination's guest loads the device state.
     Loading {
-        /// Bytes of device state in all.
+        /// Total bytes of device state.
         state_bytes: u64,
     },
-    /// It has: nothing is missing but the switchover.
+    /// The destination's guest has loaded the device state: only the switchover is left.
     Loaded {
-        /// Bytes of device state in all.
+        /// Total bytes of device state.
         state_bytes: u64,
     },
-    /// The switchover is on its way; ours never runs again.
+    /// The switchover is in flight; the source's guest never runs again.
     Committed,
-    /// The destination's guest runs, and its pages go.
+    /// The destination's guest runs, and its pages are sent.
     Serving,
-    /// Every page is there.
+    /// Every page is cached at the destination.
     Completed(Totals),
-    /// It did not work.
+    /// The migration failed.
     Failed {
-        /// Whether our guest may be resumed.
+        /// Whether the source's guest may be resumed.
         may_run: bool,
     },
 }
 
-/// What moves the source on: what we did, what the peer said on the demand lane, or what went
-/// wrong.
+/// An input of the phase machine: an action of this end, an event of the demand lane, or a failure.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub enum Input<'a> {
     /// The table of regions is about to be sent.
     SentRegions,
     /// A rounds frame is about to be sent.
     SentRounds,
-    /// Our guest has stopped after rounds, every bulk lane has had its rounds end, and the remaining frames are
-    /// about to be sent.
+    /// The guest has stopped after rounds, every bulk lane has sent its rounds end, and the
+    /// remaining frames are about to be sent.
     SentRemaining,
-    /// Our guest has stopped, and a stopped frame is about to be sent.
+    /// The guest has stopped, and a stopped frame is about to be sent.
     GuestStopped {
-        /// Whether pages are sent after the switchover; if not, all go now.
+        /// Whether pages are sent after the switchover; if not, all are sent now.
         postcopy: bool,
-        /// Whether pages are sent that nobody asked for.
+        /// Whether pages are sent without a request.
         background: bool,
     },
     /// A piece of device state is about to be sent.
@@ -103,23 +104,23 @@ pub enum Input<'a> {
         /// Its length.
         bytes: u64,
     },
-    /// The load frame is about to be sent; [`Phase::Saving`] knows its number.
+    /// The load frame is about to be sent; [`Phase::Saving`] has its byte count.
     SentLoad,
     /// The switchover frame is about to be sent: the commit point.
     SentSwitchover,
     /// Every page has been sent once.
     PagesAllSent,
-    /// The destination said this on the demand lane. Events of bulk lanes do not come here: they
-    /// are not ordered against the demand lane's.
+    /// An event of the demand lane. Events of bulk lanes are no inputs: they are not ordered
+    /// against the demand lane's.
     Received(&'a Event),
-    /// A lane is gone, and the session cannot go on without it.
+    /// A lane is lost, and the session cannot recover.
     Lost,
-    /// A lane is gone, in a session that recovers ([`Capabilities::RECOVERY`]). From the commit point on
-    /// that changes nothing here: new lanes will come. Before it the guest goes on at once.
+    /// A lane is lost, in a session that recovers ([`Capabilities::RECOVERY`]). Without effect from
+    /// the commit point on: new lanes will come. Before it the guest goes on at once.
     ///
     /// [`Capabilities::RECOVERY`]: crate::Capabilities::RECOVERY
     Broken,
-    /// Somebody asked to stop. Too late from the commit point on, and without effect then.
+    /// A request to stop. Without effect from the commit point on.
     Cancel,
 }
 
@@ -130,7 +131,7 @@ impl Phase {
         Phase::Connected
     }
 
-    /// Moves on. The answer is an error exactly if the new phase, which comes with it, is
+    /// Takes one step. An error comes with the new phase, which is then, and only then,
     /// [`Phase::Failed`].
     pub fn step(self, input: Input<'_>) -> Result<Phase, (Phase, PhaseError)> {
         let (name, may_run) = (self.name(), self.may_run());
@@ -140,7 +141,7 @@ impl Phase {
         })
     }
 
-    /// Whether our guest may run, or be resumed after a failure.
+    /// Whether the source's guest may run, or be resumed after a failure.
     pub fn may_run(&self) -> bool {
         match self {
             Phase::Connected
@@ -158,12 +159,12 @@ impl Phase {
         }
     }
 
-    /// Whether pages may be sent, each once: our guest has stopped and they are still wanted.
+    /// Whether pages may be sent, each once: the guest has stopped, and the migration goes on.
     pub fn may_send_pages(&self) -> bool {
         self.has_stopped() && !matches!(self, Phase::Completed(_))
     }
 
-    /// What the phase is called in messages, after "while".
+    /// The phase's name in messages, after "while".
     pub fn name(&self) -> &'static str {
         match self {
             Phase::Connected => "connected",
@@ -183,7 +184,7 @@ impl Phase {
         }
     }
 
-    /// The step itself: `Err(None)` is an input that cannot happen here.
+    /// The step itself: `Err(None)` is an input that cannot happen in this phase.
     fn advance(self, input: Input<'_>) -> Result<Phase, Option<PhaseError>> {
         match (self, input) {
             (Phase::Failed { .. }, _) => Err(None),
@@ -237,7 +238,8 @@ impl Phase {
             (Phase::Committed, Event::Running { .. }) => Ok(Phase::Serving),
             (Phase::Serving, Event::Digests(_)) => Ok(Phase::Serving),
             (Phase::Serving, Event::Complete(totals)) => Ok(Phase::Completed(*totals)),
-            // A destination that was killed knows what it could write down, which may be less than it has said.
+            // A killed destination knows only what it had recorded, which may be less than it had
+            // sent.
             (Phase::Committed | Phase::Serving, Event::Resume(Standing { running: None, .. })) => {
                 Ok(Phase::Committed)
             }
@@ -253,7 +255,7 @@ impl Phase {
         }
     }
 
-    /// Whether our guest has been stopped for good or for now, the destination knows it, and nothing has failed.
+    /// Whether the guest has stopped, the destination has been told so, and nothing has failed.
     fn has_stopped(&self) -> bool {
         match self {
             Phase::Connected
@@ -274,8 +276,8 @@ impl Phase {
     }
 }
 
-/// After the end nothing can be lost any more; late acknowledgements and the closing of lanes are
-/// part of it.
+/// After completion no failure has an effect; acknowledgements may come late, and lanes close in
+/// the normal course.
 fn after_completion(totals: Totals, input: Input<'_>) -> Result<Phase, Option<PhaseError>> {
     match input {
         Input::Lost | Input::Broken | Input::Cancel | Input::PagesAllSent => {
@@ -289,7 +291,7 @@ fn after_completion(totals: Totals, input: Input<'_>) -> Result<Phase, Option<Ph
 }
 
 impl Input<'_> {
-    /// What the input is called in messages.
+    /// The input's name in messages.
     pub fn name(&self) -> &'static str {
         match self {
             Input::SentRegions => "sending regions",
@@ -393,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn every_pair_of_phase_and_input() {
+    fn each_phase_accepts_exactly_its_inputs() {
         let events = crate::receive::one_of_each();
         for (phase, accepted) in phases() {
             for input in all(&events) {
@@ -419,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn postcopy_saves_at_once_and_precopy_sends_its_pages_first() {
+    fn postcopy_saves_at_once_and_stop_and_copy_sends_pages_first() {
         let next = |phase: Phase, input| phase.step(input).unwrap();
         let saving = Phase::Saving { state_bytes: 0 };
         assert_eq!(next(Phase::Ready, STOP), saving);
@@ -430,17 +432,17 @@ mod tests {
     }
 
     #[test]
-    fn rounds_end_in_what_remains() {
+    fn rounds_end_with_remaining_and_settled() {
         let next = |phase: Phase, input| phase.step(input).unwrap();
         let settling = next(next(Phase::Ready, Input::SentRounds), Input::SentRemaining);
         let settled = next(settling, Input::Received(&Event::Settled));
         assert_eq!(next(settled.clone(), STOP), Phase::Saving { state_bytes: 0 });
         assert_eq!(next(settled, STOP_PRECOPY), Phase::CopyingStopped);
-        assert!(Phase::Rounds.step(STOP).is_err(), "the destination does not know what has come");
+        assert!(Phase::Rounds.step(STOP).is_err(), "the destination has not settled the rounds");
     }
 
     #[test]
-    fn pages_go_while_the_guest_stands_still() {
+    fn pages_are_sent_only_while_the_guest_is_stopped() {
         let sending = phases().map(|(phase, _)| phase.may_send_pages());
         let expected = [
             false, false, false, false, false, false, true, true, true, true, true, true, false,
@@ -450,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn an_account_says_what_the_source_could_not_know() {
+    fn resume_moves_the_source_to_the_phase_of_the_destination() {
         let resume = |switched, running| {
             Event::Resume(Standing { switched, running, totals: Totals::default() })
         };
@@ -459,13 +461,13 @@ mod tests {
         assert_eq!(next(Phase::Committed, &resume(true, None)), Ok(Phase::Committed));
         assert_eq!(next(Phase::Committed, &resume(true, Some(1))), Ok(Phase::Serving));
         assert_eq!(next(Phase::Serving, &resume(true, Some(1))), Ok(Phase::Serving));
-        // It said before that it runs, and could not write that down before it was killed.
+        // The destination had sent *running*, and was killed before it could record that.
         assert_eq!(next(Phase::Serving, &resume(true, None)), Ok(Phase::Committed));
         assert_eq!(next(Phase::Serving, &resume(false, None)), Ok(Phase::Committed));
     }
 
     #[test]
-    fn device_state_has_a_limit() {
+    fn device_state_over_its_limit_fails() {
         let full = Phase::Saving { state_bytes: STATE_BYTES_MAX };
         let (phase, error) = full.step(Input::SentState { bytes: 1 }).unwrap_err();
         assert_eq!(phase, Phase::Failed { may_run: true });
@@ -473,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_says_what_it_was() {
+    fn failure_text_names_its_cause() {
         let fault = Fault::new(FaultCode::OutOfMemory, "no room");
         let event = Event::Error(fault.clone());
         let (_, error) = Phase::Ready.step(Input::Received(&event)).unwrap_err();

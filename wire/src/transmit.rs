@@ -1,6 +1,5 @@
-//! Frames to bytes. What goes out often is an array on the stack; the rest is appended to a buffer
-//! of the caller's. A frame over a limit, or a page past every region, is a mistake at this end and
-//! panics.
+//! Encodes frames. Frequent ones are arrays on the stack; the rest is appended to the caller's
+//! buffer. A frame over a limit, or a page past every region, is a mistake of this end and panics.
 
 use crate::fault::{Fault, push_text};
 use crate::frame::{
@@ -112,7 +111,7 @@ fn digests(out: &mut Vec<u8>, digests: &[u64]) {
     digests.iter().for_each(|digest| out.extend_from_slice(&digest.to_le_bytes()));
 }
 
-/// Appends which pages are still to come after rounds: at most [`REMAINING_RUNS_MAX`] runs of them.
+/// Appends a remaining frame: at most [`REMAINING_RUNS_MAX`] runs of pages that are still to come.
 pub fn remaining(out: &mut Vec<u8>, runs: &[PageRange], last: bool) {
     assert!(runs.len() <= REMAINING_RUNS_MAX, "a remaining frame of {} runs", runs.len());
     let header = Header {
@@ -134,8 +133,8 @@ fn resume(out: &mut Vec<u8>, standing: &Standing) {
     out.extend_from_slice(&body);
 }
 
-/// Appends which of the pages of `range`, 1 to [`HAVE_PAGES_MAX`] from a multiple of 64 on, are there:
-/// a bit each, the words as [`Frame::Have`] has them.
+/// Appends a have frame for `range`, 1 to [`HAVE_PAGES_MAX`] pages from a multiple of 64 on: a bit
+/// a page, the words as in [`Frame::Have`].
 pub fn have(out: &mut Vec<u8>, range: PageRange, words: impl ExactSizeIterator<Item = u64>) {
     assert!((1..=HAVE_PAGES_MAX).contains(&range.pages), "a have frame of {range}");
     assert!(range.first.is_multiple_of(HAVE_WORD_PAGES), "a have frame of {range}");

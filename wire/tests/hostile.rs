@@ -1,5 +1,5 @@
-//! What a broken or malicious peer can send: always a typed error or another valid meaning, never a
-//! panic, and never memory that the peer chose.
+//! Input from a broken or malicious peer: the result is always a typed error or another valid
+//! meaning, never a panic, and never memory of a size that the peer chose.
 
 mod support;
 
@@ -8,18 +8,18 @@ use std::cell::Cell;
 use support::*;
 use umem_wire::*;
 
-/// The most that one receiver may hold at once, whatever it is told: the largest body, held twice
-/// as it grows and is made into its meaning, and small change.
+/// The most bytes that one receiver may hold whatever it receives: the largest body, twice while it
+/// grows and is decoded, and a small constant.
 const RECEIVER_BYTES_MAX: usize = 4 * limits::BODY_BYTES_MAX;
 
-/// The most that a receiver may hold after `n` bytes of a body came: `n` of them twice, and small
-/// change.
+/// The most bytes that a receiver may hold after `n` bytes of a body came: twice `n`, and a small
+/// constant.
 const fn body_bytes_max(received: usize) -> usize {
     2 * received + 1024
 }
 
 #[test]
-fn every_truncation_of_every_frame() {
+fn truncated_frame_gives_no_event() {
     for bytes in valid_frames() {
         for cut in 1..bytes.len() {
             for mut receiver in receivers() {
@@ -33,7 +33,7 @@ fn every_truncation_of_every_frame() {
 }
 
 #[test]
-fn every_flipped_bit_of_every_frame() {
+fn flipped_bit_of_a_frame_gives_an_error_or_another_meaning() {
     let mut meanings = 0;
     for bytes in valid_frames() {
         for bit in 0..8 * bytes.len() {
@@ -44,11 +44,11 @@ fn every_flipped_bit_of_every_frame() {
             }
         }
     }
-    assert!(meanings > 100, "most of a ping's bits, for one, mean another ping");
+    assert!(meanings > 100, "most flipped bits of a ping give another ping");
 }
 
 #[test]
-fn every_flipped_bit_of_a_hello() {
+fn flipped_bit_of_a_hello_gives_an_error_or_another_meaning() {
     let hello = Hello {
         versions: PROTOCOL,
         capabilities: Capabilities(6),
@@ -71,7 +71,7 @@ fn every_flipped_bit_of_a_hello() {
 }
 
 #[test]
-fn garbage_in_place_of_a_hello() {
+fn garbage_hello_gives_an_error_or_its_exact_meaning() {
     for seed in seeds(2000) {
         let mut random = Random(seed);
         let mut bytes = std::array::from_fn(|_| random.next() as u8);
@@ -84,12 +84,12 @@ fn garbage_in_place_of_a_hello() {
 }
 
 #[test]
-fn garbage_on_a_lane() {
+fn garbage_on_a_lane_allocates_within_the_limit() {
     let tags = Kind::ALL.map(|kind| kind as u8);
     for seed in seeds(3000) {
         let mut random = Random(seed);
         let mut bytes: Vec<u8> = (0..512).map(|_| random.next() as u8).collect();
-        // Make most headers plausible, or nothing would get past the first check.
+        // Most headers are made plausible: otherwise all would fail the first check.
         for header in bytes.as_chunks_mut::<HEADER_BYTES>().0 {
             header[0] = tags[random.index(tags.len())];
             for byte in &mut header[1..] {
@@ -107,7 +107,7 @@ fn garbage_on_a_lane() {
 }
 
 #[test]
-fn frames_in_any_order() {
+fn frames_in_any_order_never_commit_the_source() {
     let frames = valid_frames();
     for seed in seeds(500) {
         let mut random = Random(seed);
@@ -125,14 +125,14 @@ fn frames_in_any_order() {
                     Ok(phase) | Err((phase, _)) => phase,
                 };
             }
-            // Words alone never commit the source, nor hand it a guest that was not prepared.
+            // Frames alone never commit the source, nor give it a guest that was not prepared.
             assert!(source.may_run() && !destination.may_run());
         }
     }
 }
 
 #[test]
-fn lengths_that_nobody_has() {
+fn impossible_body_length_allocates_nothing() {
     for kind in Kind::ALL {
         for body_bytes in [1, 0xffff, 0x1_0001, 1 << 20, 1 << 31, u32::MAX] {
             let mut header = [0; HEADER_BYTES];
@@ -150,7 +150,7 @@ fn lengths_that_nobody_has() {
 }
 
 #[test]
-fn runs_that_no_region_has() {
+fn run_outside_every_region_is_refused() {
     for first in [0, 299, 300, 1 << 52, 1 << 63, u64::MAX - 1, u64::MAX] {
         for pages in [0, 1, 301, 1 << 52, 1 << 63, u64::MAX - 299, u64::MAX] {
             for region in [0, 3, u16::MAX] {
@@ -176,7 +176,7 @@ fn runs_that_no_region_has() {
 }
 
 #[test]
-fn memory_follows_the_bytes_that_came() {
+fn body_memory_grows_only_with_bytes_received() {
     let header = transmit::device_state_header(limits::STATE_CHUNK_BYTES_MAX);
     let chunk = vec![0xa5; limits::STATE_CHUNK_BYTES_MAX];
     for received in [0, 1, 100, 4096, 65_535] {
@@ -193,7 +193,7 @@ fn memory_follows_the_bytes_that_came() {
 }
 
 #[test]
-fn the_loop_of_a_bulk_lane_allocates_nothing() {
+fn bulk_lane_loop_allocates_nothing() {
     let [_, mut bulk, ..] = receivers();
     let range = PageRange { region: RegionId(0), first: 0, pages: 300 };
     let peak = peak_bytes(|| {
@@ -207,8 +207,8 @@ fn the_loop_of_a_bulk_lane_allocates_nothing() {
     assert_eq!(peak, 0);
 }
 
-/// Feeds bytes, in place of pages too, as a caller would: no further than each target, and no
-/// more after an error. Gives the events before the end or the error.
+/// Feeds bytes, also in place of pages, as a caller would: no further than each target, and nothing
+/// after an error. Returns the events before the end or the error.
 fn feed(receiver: &mut Receiver, bytes: &[u8]) -> (Vec<Event>, Result<(), ReceiveError>) {
     let mut rest = bytes;
     let mut events = Vec::new();
@@ -234,7 +234,7 @@ fn feed(receiver: &mut Receiver, bytes: &[u8]) -> (Vec<Event>, Result<(), Receiv
     (events, Ok(()))
 }
 
-/// Feeds one frame's bytes. If they mean something, exactly those bytes say it.
+/// Feeds one frame's bytes. If they decode, the meaning encodes to exactly those bytes.
 fn check_meaning(receiver: &mut Receiver, bytes: &[u8]) -> bool {
     let (events, _) = feed(receiver, bytes);
     let Some(event) = events.first() else {
@@ -246,7 +246,7 @@ fn check_meaning(receiver: &mut Receiver, bytes: &[u8]) -> bool {
     };
     let mut said = Vec::new();
     transmit::encode(&frame, &mut said);
-    // Codes of a newer version are the one exception: they all mean "other".
+    // Codes of a newer version are the one exception: all are read as "other".
     let unknown_code = matches!(&frame, Frame::Error(fault) if fault.code == FaultCode::Other);
     assert!(unknown_code || bytes.starts_with(&said), "{frame:?} from {bytes:x?}");
     true
@@ -270,7 +270,7 @@ fn check_pages(event: &Event) {
     }
 }
 
-/// If a hello or a welcome is understood, exactly those bytes say it.
+/// A hello or a welcome that decodes encodes to exactly the same bytes.
 fn check_hello(bytes: &[u8; HELLO_BYTES]) {
     if let Ok(hello) = Hello::decode(bytes) {
         assert_eq!(hello.encode(), *bytes);
@@ -311,13 +311,13 @@ unsafe impl GlobalAlloc for Counting {
         let held = HELD_BYTES.get() + layout.size() as isize;
         HELD_BYTES.set(held);
         PEAK_BYTES.set(PEAK_BYTES.get().max(held));
-        // SAFETY: the caller's promises are the ones needed.
+        // SAFETY: the caller's contract is the one required.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         HELD_BYTES.set(HELD_BYTES.get() - layout.size() as isize);
-        // SAFETY: the caller's promises are the ones needed.
+        // SAFETY: the caller's contract is the one required.
         unsafe { System.dealloc(pointer, layout) }
     }
 }

@@ -1,4 +1,4 @@
-//! Whatever one end can say, the other understands, in any pieces.
+//! Every frame that one end can send decodes at the other end, in any pieces.
 
 mod support;
 
@@ -143,7 +143,7 @@ proptest! {
                 Err(error) => prop_assert!(false, "{}", error),
             }
         }
-        prop_assert!(accepted > 0, "nobody understands {:?}", sent);
+        prop_assert!(accepted > 0, "no receiver accepts {:?}", sent);
     }
 
     #[test]

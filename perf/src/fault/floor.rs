@@ -18,8 +18,9 @@ use crate::machine::{pin, two_cores};
 use crate::memory::{Mapping, PAGE_BYTES, Pages};
 use crate::userfault::Userfault;
 
-/// Touches `count` pages and returns what each access took, nanoseconds. The guest and the source are
-/// on one core (the guest waits while the source works), the handler on the same or on another one.
+/// Touches `count` pages and returns the time of each access, nanoseconds. The guest and the source
+/// are on one core (the guest waits while the source works), the handler on the same or on another
+/// one.
 pub(super) fn round_trips(
     pages: Pages,
     bytes: usize,
@@ -46,7 +47,8 @@ pub(super) fn round_trips(
             pin(here)?;
             answer(answers, source, page_bytes)
         });
-        // The userfaultfd goes with it, whatever happens: the guest then reads zeroes and ends.
+        // The thread owns the userfaultfd: if the thread ends early, the guest reads zeroes and
+        // ends.
         let handler = scope.spawn(move || {
             pin(handler_core)?;
             landing.serve(&uffd, guest, requests, &ended)
@@ -58,12 +60,12 @@ pub(super) fn round_trips(
         });
         let (touched, handled, sent) =
             (joined(toucher.join()), joined(handler.join()), joined(sender.join()));
-        // The first cause is at the handler or the source.
+        // The first cause is in the handler or the source.
         handled.and(sent).and(touched)
     })
 }
 
-/// Each access to a page that has not come, as the guest's thread sees it.
+/// Each access to a missing page, as the guest's thread sees it.
 fn touch_all(guest: &Mapping, bytes: usize, page_bytes: usize, count: usize) -> Result<Vec<u64>> {
     let small = page_bytes / PAGE_BYTES;
     let order = random_order(bytes / page_bytes);
@@ -80,7 +82,7 @@ fn touch_all(guest: &Mapping, bytes: usize, page_bytes: usize, count: usize) -> 
     Ok(latencies)
 }
 
-/// The source: an offset comes, the page goes.
+/// The source: receives an offset, sends the page.
 fn answer(mut socket: TcpStream, source: &Mapping, page_bytes: usize) -> Result<()> {
     let mut request = [0; 8];
     loop {
@@ -92,7 +94,7 @@ fn answer(mut socket: TcpStream, source: &Mapping, page_bytes: usize) -> Result<
         let (start, left) = source.at(usize::try_from(u64::from_le_bytes(request))?);
         let mut sent = 0;
         while sent < page_bytes.min(left) {
-            // SAFETY: inside the mapping, which nobody writes to any more.
+            // SAFETY: inside the mapping, to which nothing writes any more.
             let result = unsafe {
                 let rest = start.add(sent).cast();
                 libc::send(socket.as_raw_fd(), rest, page_bytes - sent, libc::MSG_NOSIGNAL)
@@ -106,9 +108,9 @@ fn answer(mut socket: TcpStream, source: &Mapping, page_bytes: usize) -> Result<
     }
 }
 
-/// Where a page is received.
+/// The place where a page is received.
 enum Landing {
-    /// Straight into a second mapping of the file, so many bytes at once.
+    /// Straight into a second mapping of the file, this many bytes at once.
     File(Mapping, usize),
     /// Into a buffer of one page, to be copied from there.
     Buffer(Vec<u8>),
@@ -167,7 +169,7 @@ fn receive(socket: &TcpStream, mapping: &Mapping, offset: usize, bytes: usize) -
             libc::recv(socket.as_raw_fd(), rest, bytes - received, libc::MSG_WAITALL)
         };
         match Errno::result(result) {
-            Ok(0) => return failure("the floor's source has gone"),
+            Ok(0) => return failure("the floor's source has closed its connection"),
             Ok(count) => received += count.unsigned_abs(),
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno).context(|| "receiving a page"),

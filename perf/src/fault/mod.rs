@@ -1,4 +1,4 @@
-//! `fault`: what a guest's first access to a page takes, from the access to its return, beside the
+//! `fault`: the time of a guest's first access to a page, from the access to its return, beside the
 //! same round trip with plain system calls.
 
 mod floor;
@@ -24,7 +24,7 @@ use crate::svg::{Curve, Plot};
 pub(crate) use pattern::Pattern;
 pub(crate) use toucher::{Options as Toucher, run as touch};
 
-/// What a guest's first access to a page takes: idle, under full background load, and the floor of
+/// The time of a guest's first access to a page: idle, under full background load, and the floor of
 /// the same run.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "fault")]
@@ -32,13 +32,13 @@ pub(crate) struct Options {
     /// the guest's RAM, MiB (default 1024)
     #[argh(option, default = "1024")]
     size: usize,
-    /// how often each subject has its turn (default 3)
+    /// turns of each subject (default 3)
     #[argh(option, default = "3")]
     rounds: usize,
     /// pages that are touched without background, and by each floor, a turn (default 4000)
     #[argh(option, default = "4000")]
     count: usize,
-    /// kinds of memory with commas between them (default memfd): memfd, huge-tmpfs, hugetlb, anonymous,
+    /// kinds of memory, separated by commas (default memfd): memfd, huge-tmpfs, hugetlb, anonymous,
     /// anonymous-huge, private
     #[argh(option, default = "List(vec![Pages::Memfd])")]
     into: List<Pages>,
@@ -59,10 +59,10 @@ pub(crate) struct Options {
     json: bool,
 }
 
-/// umem's stages of a fault, as its report calls them.
+/// umem's stages of a fault, named as in its report.
 const STAGES: [&str; 3] = ["read_to_asked", "asked_to_arrived", "arrived_to_continued"];
 
-/// What answers the guest's faults.
+/// The program that answers the guest's faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Answers {
@@ -70,9 +70,9 @@ enum Answers {
     FloorOneCore,
     /// The same, with the handler on another core than the guest and the source.
     FloorTwoCores,
-    /// umem, which sends nothing else.
+    /// umem without background pages.
     UmemIdle,
-    /// umem, while it sends everything in the background.
+    /// umem while it sends all pages in the background.
     UmemLoaded,
 }
 
@@ -96,21 +96,22 @@ impl Answers {
 
 /// One turn.
 pub(crate) struct Touched {
-    /// Of each access that waited.
+    /// The time of each access that waited.
     pub(crate) waited_ns: Vec<u64>,
-    /// What of that its thread was ready to run and had no core; empty where nobody counted it.
+    /// The part of it in which the thread was ready to run without a core; empty if the kernel does
+    /// not count it.
     queued_ns: Vec<u64>,
     /// Accesses to pages that had come already.
     pub(crate) already_there: u64,
-    /// umem's own account of the same faults, from reading one to waking the guest.
+    /// umem's own figures for the same faults, from reading one to waking the guest.
     umem_latency_us: Option<Value>,
     /// The same by stage.
     umem_stages_us: Option<Value>,
-    /// Page contents while they moved, of a run with background.
+    /// Rate of page contents while they moved, for a run with background.
     pub(crate) gbps: Option<f64>,
 }
 
-/// How umem is run to be touched.
+/// The configuration of umem and of the guest that touches its memory.
 #[derive(Clone, Copy)]
 pub(crate) struct Touching {
     pub(crate) pages: Pages,
@@ -118,10 +119,10 @@ pub(crate) struct Touching {
     pub(crate) lanes: u16,
     /// Accesses; none for as many as there are pages.
     pub(crate) count: Option<usize>,
-    /// Everything is sent in the background.
+    /// Whether all pages are sent in the background.
     pub(crate) background: bool,
     pub(crate) pattern: Pattern,
-    /// What the guest computes after each access, µs.
+    /// Computing time of the guest after each access, µs.
     pub(crate) think_us: u64,
     pub(crate) order: Order,
 }
@@ -217,7 +218,7 @@ fn raw(pages: Pages, bytes: usize, count: usize, one_core: bool) -> Result<Touch
 }
 
 impl Touching {
-    /// Random accesses to all pages of a guest, which does nothing else.
+    /// Random accesses to all pages of an otherwise idle guest.
     pub(crate) fn new(pages: Pages, size_mib: usize, lanes: u16) -> Touching {
         Touching {
             pages,
@@ -231,7 +232,7 @@ impl Touching {
         }
     }
 
-    /// Serves a filled file to a `toucher` once. Whatever was started ends here.
+    /// Serves a filled file to a `toucher` once, and ends all processes that it started.
     pub(crate) fn once(self, route: &Route<'_>) -> Result<Touched> {
         let bytes = self.size_mib << 20;
         let scratch = Scratch::new()?;
@@ -268,7 +269,7 @@ impl Touching {
             options.push("-n".into());
         }
         let mut migrate = route.migrate(&scratch, self.lanes, options, &uri)?;
-        // Both print to the same stream, and which of them is done first is open.
+        // Both print to the same stream, in either order.
         let (mut touched, mut completed) = (None, None);
         while touched.is_none() || completed.is_none() {
             let (_, event) = incoming.any_event(&["touched", "completed"], PATIENCE)?;
@@ -278,7 +279,7 @@ impl Touching {
             }
             touched = Some(event);
             if !self.background {
-                // Has it send the rest.
+                // Makes it send the rest.
                 migrate.interrupt()?;
             }
         }
@@ -288,7 +289,7 @@ impl Touching {
             return failure(format!("the guest read {} wrong pages", touched["wrong"]));
         }
         let told = |name: &str| -> Result<Vec<u64>> {
-            let values = touched[name].as_array().ok_or("the toucher told no latencies")?;
+            let values = touched[name].as_array().ok_or("the toucher reported no latencies")?;
             Ok(values.iter().filter_map(Value::as_u64).collect())
         };
         Ok(Touched {
@@ -302,7 +303,7 @@ impl Touching {
     }
 }
 
-/// What a subject's accesses waited for a core, and what is left of them without that.
+/// The accesses' waiting time for a core, and their time without it.
 fn queued(turns: &[Touched]) -> [Distribution; 2] {
     let queued = turns.iter().flat_map(|turn| turn.queued_ns.iter().copied()).collect();
     let left = turns.iter().flat_map(|turn| {
@@ -356,7 +357,7 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Report {
             let same = |other: &&Subject| other.pages == subject.pages && other.answers == answers;
             subjects.iter().find(same).map(|other| distribution(&other.turns))
         };
-        // The lower of the two floors, which is the harder one to reach.
+        // The lower of the two floors, which is harder to reach.
         let floors = [Answers::FloorOneCore, Answers::FloorTwoCores].map(of);
         let floor = floors.into_iter().flatten().min_by(|a, b| a.p50_us.total_cmp(&b.p50_us));
         let idle = of(Answers::UmemIdle);
@@ -462,21 +463,21 @@ fn report(options: &Options, machine: Machine, subjects: &[Subject]) -> Report {
     let method = format!(
         "A thread reads the first word of {} random pages of {} MiB that it has not touched before \
          (loaded: of all pages), one after another, and times each read; only reads that the thread \
-         slept in count. Floor: a thread reads the userfaultfd, asks over loopback TCP, receives the \
-         page from another thread and makes it visible (UFFDIO_CONTINUE; anonymous: UFFDIO_COPY), \
+         slept in count. Floor: a thread reads the userfaultfd, requests the page over loopback TCP, receives it \
+         from another thread and makes it visible (UFFDIO_CONTINUE; anonymous: UFFDIO_COPY), \
          with plain blocking system calls at ordinary priority. umem: `umem migrate -p` (idle: -n) → \
          loopback TCP, {} bulk lane(s) → `umem incoming`; loaded lasts until every page has come. \
          Every subject takes its turn in each of {} rounds, after as much memory has been written and \
-         given back; percentiles are over all rounds, and every page read was checked. × floor is \
+         freed; percentiles are over all rounds, and every page read was checked. × floor is \
          over the floor with the lower median, × idle over umem idle. In umem is umem's own median \
          from having read the fault to waking the guest; the rest of p50 is the kernel's, and the \
          guest's way back onto its core. The second table has umem's part by stage, medians of the \
          turns: from reading a fault until its request has been handed to the kernel, until the page \
-         has come, until it is visible and its waiter woken; and what of the guest's p50 lies before \
-         and after them. For a core is how long the guest's thread, its page there, was ready to run and \
-         had none (/proc/thread-self/schedstat, access by access), and without it what remains of each \
+         has come, until it is visible and its waiter woken; and the part of the guest's p50 before \
+         and after them. For a core is the time in which the guest's thread was ready to run, its page present, and \
+         had no core (/proc/thread-self/schedstat, access by access), and without it is the rest of each \
          access: on a machine where guest, source and destination have a core each that is all of it. \
-         Stream is what the background moved meanwhile.",
+         Stream is the rate of the background at the same time.",
         options.count, options.size, options.lanes, options.rounds
     );
     let plot = Plot::curves("First access to a page", "µs, logarithmic", curves);

@@ -1,4 +1,4 @@
-//! In which order a guest touches its pages.
+//! The order in which a guest touches its pages.
 
 use std::str::FromStr;
 
@@ -10,9 +10,10 @@ use crate::memory::mix;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Pattern {
-    /// Each page once, in no order.
+    /// Each page once, in random order.
     Random,
-    /// One after another, upwards, from five eighths of the memory on: where plain order comes late.
+    /// One after another, upwards, starting at five eighths of the memory, which plain order
+    /// reaches late.
     Sequential,
     /// The same downwards.
     Backward,
@@ -22,7 +23,7 @@ pub(crate) enum Pattern {
     HotSet,
 }
 
-/// A stride that no power of two divides, half a megabyte.
+/// A stride of about half a megabyte that is no multiple of a power of two.
 const STRIDE: usize = 129;
 
 impl Pattern {
@@ -44,8 +45,8 @@ impl Pattern {
         }
     }
 
-    /// The first `count` accesses to `pages` pages, the same each time. Page 0 is left out: it is what
-    /// the guest waits for at its start.
+    /// The first `count` accesses to `pages` pages, the same each time. Page 0 is left out: the
+    /// guest waits for it at its start.
     pub(crate) fn accesses(self, pages: usize, count: usize) -> Vec<usize> {
         let start = pages * 5 / 8;
         let within = |page: usize| page.clamp(1, pages - 1);
@@ -80,7 +81,7 @@ impl FromStr for Pattern {
     fn from_str(text: &str) -> Result<Pattern, String> {
         let known = Pattern::ALL.into_iter().find(|pattern| pattern.word() == text);
         known.ok_or_else(|| {
-            format!("{text:?} is none of random, sequential, backward, strided and hot-set")
+            format!("{text:?} is not random, sequential, backward, strided or hot-set")
         })
     }
 }
@@ -101,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_page_but_the_first_is_touched_once_in_no_order() {
+    fn random_pattern_touches_every_page_but_the_first_once() {
         let order = random_order(1000);
         let mut sorted = order.clone();
         sorted.sort_unstable();
@@ -111,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns_are_what_they_are_called() {
+    fn each_pattern_has_its_named_order() {
         for pattern in Pattern::ALL {
             let accesses = pattern.accesses(1600, 200);
             assert_eq!(accesses.len(), 200, "{}", pattern.word());

@@ -1,8 +1,8 @@
 //! The guest that `fault` and `patterns` move: it touches pages and times each access.
 //!
-//! Its first access waits until the source has connected; from then on it runs. An access *waited* when
-//! its thread slept in it (a voluntary context switch): a page that has come already costs a fault at
-//! most, which does not sleep.
+//! Its first access waits until the source has connected; from then on it runs. An access *waited*
+//! if its thread slept in it (a voluntary context switch): an access to a present page costs at
+//! most a fault, which does not sleep.
 
 use std::fs::{File, OpenOptions};
 use std::io::IoSlice;
@@ -22,20 +22,20 @@ use crate::error::{Context, Result, usage};
 use crate::memory::{Mapping, PAGE_BYTES, Pages};
 use crate::userfault::Userfault;
 
-/// The guest of `fault` and `patterns`: touches pages and times each access. Started by them.
+/// The guest of `fault` and `patterns`, which start it: touches pages and times each access.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "toucher")]
 pub(crate) struct Options {
     /// its memory, MiB
     #[argh(option)]
     size: usize,
-    /// what it consists of: memfd, huge-tmpfs, hugetlb, anonymous, anonymous-huge or private
+    /// its kind: memfd, huge-tmpfs, hugetlb, anonymous, anonymous-huge or private
     #[argh(option)]
     kind: Pages,
     /// the file of its memory, NAME=PATH
     #[argh(option)]
     ram: Option<String>,
-    /// where anonymous memory is handed over
+    /// the socket where anonymous memory is handed over
     #[argh(option)]
     handoff: Option<PathBuf>,
     /// accesses to make (default: as many as there are pages)
@@ -44,12 +44,12 @@ pub(crate) struct Options {
     /// their order: random (the default), sequential, backward, strided or hot-set
     #[argh(option, default = "Pattern::Random")]
     pattern: Pattern,
-    /// what to compute after each, µs (default 0)
+    /// computing time after each access, µs (default 0)
     #[argh(option, default = "0")]
     think_us: u64,
 }
 
-/// Touches, says what it took, and stays until somebody ends it.
+/// Touches, reports the times, and stays until it is ended.
 pub(crate) fn run(options: &Options) -> Result<()> {
     let bytes = options.size << 20;
     let mapping = match (&options.ram, &options.handoff) {
@@ -58,7 +58,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             options.kind.map_file(&open(path)?, bytes)?
         }
         (None, Some(_)) => Mapping::anonymous(bytes, options.kind == Pages::AnonymousHuge)?,
-        _ => return usage("a toucher has either --ram or --handoff"),
+        _ => return usage("give either --ram or --handoff"),
     };
     let _kept = options
         .handoff
@@ -111,18 +111,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 /// The first word of a page.
 pub(super) fn touch(mapping: &Mapping, page: usize) -> u64 {
     let (start, _) = mapping.at(page * PAGE_BYTES);
-    // SAFETY: inside the mapping, aligned; volatile, as somebody else brings the page.
+    // SAFETY: inside the mapping, aligned; volatile, as another process provides the page.
     unsafe { start.cast::<u64>().read_volatile() }
 }
 
-/// How long this thread was ready to run and had no core.
+/// The time in which this thread was ready to run without a core.
 struct RunQueue {
     schedstat: File,
     total_ns: u64,
 }
 
 impl RunQueue {
-    /// None where the kernel does not count it (CONFIG_SCHED_INFO).
+    /// None if the kernel does not count it (CONFIG_SCHED_INFO).
     fn open() -> Option<RunQueue> {
         let schedstat = File::open("/proc/thread-self/schedstat").ok()?;
         let mut queue = RunQueue { schedstat, total_ns: 0 };
@@ -130,11 +130,11 @@ impl RunQueue {
         Some(queue)
     }
 
-    /// Nanoseconds since this was asked last.
+    /// Nanoseconds since the last call.
     fn since_last(&mut self) -> Result<u64> {
         let mut text = [0; 64];
         let count = self.schedstat.read_at(&mut text, 0).context(|| "this thread's schedstat")?;
-        // Time on a core, time waiting for one, times that it got one.
+        // Time on a core, time waiting for one, number of times that it got one.
         let mut words = std::str::from_utf8(&text[..count])?.split_whitespace();
         let total_ns = words.nth(1).ok_or("schedstat has no second word")?.parse()?;
         let before = std::mem::replace(&mut self.total_ns, total_ns);
@@ -142,7 +142,7 @@ impl RunQueue {
     }
 }
 
-/// Times that this thread has slept.
+/// How often this thread has slept.
 pub(super) fn sleeps() -> Result<i64> {
     Ok(getrusage(UsageWho::RUSAGE_THREAD).context(|| "getrusage")?.voluntary_context_switches())
 }
@@ -151,7 +151,7 @@ fn open(path: &str) -> Result<File> {
     OpenOptions::new().read(true).write(true).open(path).context(|| path.to_owned())
 }
 
-/// Firecracker's message. What it returns has to be kept while umem serves the memory.
+/// Sends Firecracker's message. The result has to be kept while umem serves the memory.
 fn hand_over(socket: &Path, mapping: &Mapping, pages: Pages) -> Result<(UnixStream, Userfault)> {
     let uffd = Userfault::of(mapping, pages)?;
     let stream = UnixStream::connect(socket).context(|| socket.display())?;
@@ -177,9 +177,9 @@ mod tests {
 
     use super::*;
 
-    /// Two threads that want the same core all the time wait for it in turns.
+    /// Two threads that both want one core wait for it in turns.
     #[test]
-    fn waiting_for_a_core_is_counted() {
+    fn run_queue_counts_the_time_without_a_core() {
         let Some(mut queue) = RunQueue::open() else {
             return eprintln!("this kernel does not count how long a thread waits for a core");
         };
@@ -187,7 +187,7 @@ mod tests {
         crate::machine::pin(core).unwrap();
         let waited = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
-            // It inherits the core.
+            // The thread inherits the core.
             scope.spawn(|| {
                 while !waited.load(std::sync::atomic::Ordering::Relaxed) {
                     std::hint::spin_loop();
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_thread_that_waits_has_slept() {
+    fn sleeps_counts_only_blocking_waits() {
         let (mut near, mut far) = UnixStream::pair().unwrap();
         let (tell, told) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {

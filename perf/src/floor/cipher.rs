@@ -1,4 +1,4 @@
-//! What encryption takes at best: AES-128-GCM over records of TLS, on one core, without a connection.
+//! The best rate of encryption: AES-128-GCM over TLS records, on one core, without a connection.
 
 use std::time::{Duration, Instant};
 
@@ -10,17 +10,17 @@ use crate::interrupt;
 use crate::machine::{pin, two_cores};
 use crate::statistics::Spread;
 
-/// Bytes of pages in a record of TLS, at most (RFC 8446, 5.1).
+/// Most bytes of pages in a TLS record (RFC 8446, 5.1).
 const RECORD_BYTES: usize = 16 << 10;
 
-/// Records that are gone over again and again: 128 KiB, as much as umem's pumps have in hand, which stays
-/// in a core's second cache.
+/// Records that are processed repeatedly: 128 KiB, as much as umem's pumps hold, which stays in a
+/// core's L2 cache.
 const RECORDS: usize = 8;
 
-/// What a record carries beside pages in TLS 1.3: its header is authenticated with it.
+/// The header of a record, which TLS 1.3 authenticates with the pages.
 const HEADER: [u8; 5] = [23, 3, 3, 0x40, 0x11];
 
-/// How often records are gone over before anything counts, so that the core runs at its full clock.
+/// The share of extra passes before the measurement, so that the core runs at its full clock.
 const WARM_UP_SHARE: usize = 8;
 
 /// Rates of encrypting and of decrypting over all rounds, Gbit/s of contents.
@@ -32,7 +32,8 @@ pub(crate) struct CipherFigure {
 }
 
 impl CipherFigure {
-    /// What one lane can have at best, with a core for each end's records: the slower of the two ways.
+    /// The best rate of one lane, with a core for each end's records: the slower of the two
+    /// directions.
     pub(crate) fn lane_gbps(&self) -> f64 {
         self.seal_gbps.median.min(self.open_gbps.median)
     }
@@ -46,7 +47,7 @@ pub(crate) struct Cipher {
 }
 
 impl Cipher {
-    /// Encrypts so many bytes, and then decrypts them, on the core that a floor's sender has.
+    /// Encrypts `bytes`, and then decrypts them, on the core of a floor's sender.
     pub(crate) fn round(&mut self, bytes: usize) -> Result<()> {
         interrupt::check()?;
         let [core, _] = two_cores()?;
@@ -69,10 +70,10 @@ impl Cipher {
     }
 }
 
-/// Goes over the records so many times in either way.
+/// Processes the records this many times in each direction.
 fn measure(times: usize) -> Result<(f64, f64)> {
     let key = UnboundKey::new(&AES_128_GCM, &[7; 16]).map(LessSafeKey::new);
-    let key = key.or_else(|_| failure("AES-128-GCM cannot be had"))?;
+    let key = key.or_else(|_| failure("AES-128-GCM is not available"))?;
     let plain: Vec<u8> = (0..RECORD_BYTES).map(|at| (at / 7) as u8).collect();
     let mut records = vec![plain.clone(); RECORDS];
     let warm_up = times.div_ceil(WARM_UP_SHARE);
@@ -86,12 +87,12 @@ fn measure(times: usize) -> Result<(f64, f64)> {
     open(&key, &sealed, &mut records, warm_up)?;
     let open_gbps = open(&key, &sealed, &mut records, times)?;
     if records.iter().any(|record| record[..RECORD_BYTES] != plain) {
-        return failure("what was decrypted is not what had been encrypted");
+        return failure("decryption did not return the encrypted data");
     }
     Ok((seal_gbps, open_gbps))
 }
 
-/// Encrypts all records so many times, each time as what they have become.
+/// Encrypts all records this many times, each time the result of the last.
 fn seal(key: &LessSafeKey, records: &mut [Vec<u8>], times: usize) -> Result<f64> {
     let started = Instant::now();
     for time in 0..times {
@@ -104,7 +105,8 @@ fn seal(key: &LessSafeKey, records: &mut [Vec<u8>], times: usize) -> Result<f64>
     Ok(gbit(times) / started.elapsed().as_secs_f64())
 }
 
-/// Decrypts a record so many times, in the place of all of them. Putting it there does not count.
+/// Decrypts a record this many times, in the place of each of them. Copying it there is not
+/// measured.
 fn open(key: &LessSafeKey, sealed: &[u8], records: &mut [Vec<u8>], times: usize) -> Result<f64> {
     let mut spent = Duration::ZERO;
     for _ in 0..times {
@@ -112,7 +114,7 @@ fn open(key: &LessSafeKey, sealed: &[u8], records: &mut [Vec<u8>], times: usize)
         let started = Instant::now();
         for record in &mut *records {
             let opened = key.open_in_place(nonce(0), Aad::from(HEADER), record);
-            opened.map(drop).or_else(|_| failure("a record was not what had been encrypted"))?;
+            opened.map(drop).or_else(|_| failure("a record did not decrypt"))?;
         }
         spent += started.elapsed();
     }
@@ -125,7 +127,7 @@ fn nonce(number: usize) -> Nonce {
     Nonce::assume_unique_for_key(bytes)
 }
 
-/// Gbit of so many times all records.
+/// Gbit of all records, this many times.
 fn gbit(times: usize) -> f64 {
     (times * RECORDS * RECORD_BYTES) as f64 * 8e-9
 }
@@ -135,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_ways_have_a_rate() {
+    fn both_directions_have_a_rate() {
         let mut cipher = Cipher::default();
         cipher.round(1 << 20).unwrap();
         let figure = cipher.figure();

@@ -1,4 +1,4 @@
-//! `floor`: what this kernel gives a page stream at best, without any protocol or page states.
+//! `floor`: the best rate of a page stream on this kernel, without any protocol or page states.
 //!
 //! One thread sends a filled memory file over loopback TCP, another receives it into memory of each
 //! kind, with plain system calls and a core each.
@@ -29,21 +29,21 @@ pub(crate) use receive::Receive;
 use receive::Target;
 pub(crate) use send::Send;
 
-/// What the kernel gives without protocol: a memory file → loopback TCP → fresh memory of each kind.
+/// The kernel's rate without a protocol: a memory file → loopback TCP → fresh memory of each kind.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "floor")]
 pub(crate) struct Options {
-    /// what each run moves, MiB (default 1024)
+    /// data moved by each run, MiB (default 1024)
     #[argh(option, default = "1024")]
     size: usize,
-    /// how often each way has its turn (default 3)
+    /// turns of each way (default 3)
     #[argh(option, default = "3")]
     rounds: usize,
-    /// kinds of memory with commas between them (default: all): memfd, huge-tmpfs, hugetlb,
-    /// anonymous, anonymous-huge, private
+    /// kinds of memory, separated by commas (default: all): memfd, huge-tmpfs, hugetlb, anonymous,
+    /// anonymous-huge, private
     #[argh(option)]
     into: Option<List<Pages>>,
-    /// shares of zero pages in percent with commas between them (default 0)
+    /// shares of zero pages in percent, separated by commas (default 0)
     #[argh(option, default = "List(vec![0])")]
     zero: List<u32>,
     /// write a page with the tables and plots, for a browser, to this file
@@ -54,30 +54,31 @@ pub(crate) struct Options {
     json: bool,
 }
 
-/// The lanes' congestion control; the system's own may be slower on a short path.
+/// The lanes' congestion control; the system's default may be slower on a short path.
 const CONGESTION: &str = "cubic";
 
 /// One way from a memory file into memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Way {
-    /// What is filled; see [`Pages::source`] for what is sent.
+    /// The memory that is filled; see [`Pages::source`] for the file that is sent.
     pub(crate) pages: Pages,
-    /// Zero pages in it, which are looked for and not sent, percent.
+    /// Zero pages in it, which the sender detects and does not send, percent.
     pub(crate) zero_percent: u32,
     pub(crate) send: Send,
     pub(crate) receive: Receive,
 }
 
-/// What one run gave.
+/// The result of one run.
 #[derive(Clone, Copy, Debug)]
 struct Run {
     seconds: f64,
-    /// Of what was sent.
+    /// Rate of the bytes sent.
     gbps: f64,
-    /// Processor time of either end as a share of the run.
+    /// Processor time of the sender as a share of the run.
     sender_busy: f64,
     receiver_busy: f64,
-    /// Processor seconds of both threads for each GiB: moves less than Gbit/s when others compute.
+    /// Processor seconds of both threads for each GiB: varies less than Gbit/s when other programs
+    /// compute.
     cpu_s_per_gib: f64,
 }
 
@@ -99,7 +100,7 @@ impl Way {
     }
 }
 
-/// The ways into memory of one page kind; [`Receive::Discard`] is into none.
+/// The ways into memory of one page kind; [`Receive::Discard`] fills none.
 pub(crate) fn ways(pages: Pages, zero_percent: u32) -> Vec<Way> {
     let receives: &[Receive] = match pages {
         Pages::Memfd => {
@@ -140,7 +141,7 @@ impl Measure for Options {
     }
 }
 
-/// The kinds of memory that were asked for.
+/// The kinds of memory of the options.
 pub(crate) fn chosen(list: Option<&List<Pages>>) -> Vec<Pages> {
     list.map_or_else(|| Pages::ALL.to_vec(), |list| list.0.clone())
 }
@@ -148,21 +149,23 @@ pub(crate) fn chosen(list: Option<&List<Pages>>) -> Vec<Pages> {
 /// An error for shares that leave nothing to send.
 pub(crate) fn check_zero(percent: &List<u32>) -> Result<()> {
     match percent.0.iter().find(|&&percent| percent >= 100) {
-        Some(percent) => usage(format!("--zero is below 100, not {percent}: nothing would move")),
+        Some(percent) => {
+            usage(format!("--zero must be below 100, not {percent}: nothing would be sent"))
+        }
         None => Ok(()),
     }
 }
 
-/// The files to send, and what has been measured.
+/// The files to send, and the results.
 pub(crate) struct Floor {
     sources: Vec<Source>,
     runs: Vec<(Way, Vec<Run>)>,
-    /// The kinds of memory that can be measured here.
+    /// The kinds of memory that this machine has.
     pub(crate) kinds: Vec<Pages>,
     zeroes: Vec<u32>,
-    /// What could not be measured here, and why.
+    /// The kinds that it lacks, and why.
     pub(crate) left_out: Vec<String>,
-    /// Given back at the end.
+    /// Released at the end.
     _pool: Option<Pool>,
 }
 
@@ -172,7 +175,7 @@ pub(crate) struct Source {
     zero_percent: u32,
     file: File,
     mapping: Mapping,
-    /// The pages that hold data, as offset and length in bytes; and all of it.
+    /// The pages that hold data, as offset and length in bytes.
     runs: Vec<(usize, usize)>,
     data_bytes: usize,
 }
@@ -186,21 +189,22 @@ impl Source {
         Ok(Source { pages, zero_percent, file, mapping, runs, data_bytes })
     }
 
-    /// Fills it as it was made.
+    /// Restores its content.
     fn refill(&self) -> Result<()> {
         self.mapping.fill_data(self.zero_percent).map(drop)
     }
 }
 
-/// What memory of this kind is filled from.
+/// The file from which memory of this kind is filled.
 fn source_of(sources: &[Source], pages: Pages, zero_percent: u32) -> Result<&Source> {
     let is_meant =
         |source: &&Source| source.pages == pages.source() && source.zero_percent == zero_percent;
-    sources.iter().find(is_meant).ok_or_else(|| "every way has its source".into())
+    sources.iter().find(is_meant).ok_or_else(|| "no source for this way".into())
 }
 
 impl Floor {
-    /// For memory of these kinds, as far as they can be had here, each with these shares of zero pages.
+    /// For memory of these kinds, as far as this machine has them, each with these shares of zero
+    /// pages.
     pub(crate) fn new(bytes: usize, asked: &[Pages], zeroes: &[u32]) -> Result<Floor> {
         let (mut sources, mut left_out, mut kinds) = (Vec::new(), Vec::new(), Vec::new());
         let mut pool = None;
@@ -237,7 +241,7 @@ impl Floor {
         Ok(Floor { runs, sources, kinds, zeroes: zeroes.to_vec(), left_out, _pool: pool })
     }
 
-    /// Gives every way its turn.
+    /// Runs every way once.
     pub(crate) fn round(&mut self) -> Result<()> {
         let (kinds, zeroes) = (self.kinds.clone(), self.zeroes.clone());
         kinds.into_iter().try_for_each(|pages| {
@@ -245,7 +249,7 @@ impl Floor {
         })
     }
 
-    /// Gives every way into memory of this kind, with this share of zero pages, its turn.
+    /// Runs every way into memory of this kind, with this share of zero pages, once.
     pub(crate) fn turns(&mut self, pages: Pages, zero_percent: u32) -> Result<()> {
         let is_meant = |way: &Way| way.pages == pages && way.zero_percent == zero_percent;
         for (way, runs) in self.runs.iter_mut().filter(|(way, _)| is_meant(way)) {
@@ -256,8 +260,8 @@ impl Floor {
         Ok(())
     }
 
-    /// Keeps the best way into memory of each kind with each share of zero pages, by `rounds` turns, which do not
-    /// count: the best of several figures is one that was lucky.
+    /// Keeps the best way into memory of each kind with each share of zero pages, by `rounds`
+    /// turns, which are not counted: the best of several figures would be a lucky one.
     pub(crate) fn choose(&mut self, rounds: usize) -> Result<()> {
         for round in 1..=rounds {
             progress(&format!("choosing the floor's ways, round {round} of {rounds}"));
@@ -274,8 +278,8 @@ impl Floor {
         Ok(())
     }
 
-    /// The file that memory of this kind is filled from, so that another sender's pages can be the same memory.
-    /// Whatever is written to it, the next turn fills it again.
+    /// The file from which memory of this kind is filled, so that another sender can send the same
+    /// memory. The next turn restores its content.
     pub(crate) fn source(&self, pages: Pages, zero_percent: u32) -> Result<&File> {
         source_of(&self.sources, pages, zero_percent).map(|source| &source.file)
     }
@@ -295,7 +299,7 @@ impl Floor {
         self.runs.iter().map(figure).collect()
     }
 
-    /// The way into memory of this kind that is best in one turn with a guest of `bytes`.
+    /// The best way into memory of this kind in one turn with a guest of `bytes`.
     pub(crate) fn best_way(pages: Pages, bytes: usize) -> Result<Way> {
         let mut floor = Floor::new(bytes, &[pages], &[0])?;
         floor.round()?;
@@ -316,14 +320,14 @@ impl Floor {
     }
 }
 
-/// Gives one way one turn with a guest of its own of `bytes`, none of them zeroes: seconds, and processor
-/// seconds for each GiB.
+/// Runs one way once with a guest of its own of `bytes`, none of them zeroes: seconds, and
+/// processor seconds for each GiB.
 pub(crate) fn turn(way: Way, bytes: usize) -> Result<(f64, f64)> {
     let run = warmed(way, &Source::new(way.pages.source(), bytes, 0)?)?;
     Ok((run.seconds, run.cpu_s_per_gib))
 }
 
-/// One way's turn, with memory as warm as umem finds it.
+/// Runs one way once, with memory as warm as umem finds it.
 fn warmed(way: Way, source: &Source) -> Result<Run> {
     if way.receive != Receive::Discard {
         way.pages.warm(source.data_bytes)?;
@@ -331,7 +335,7 @@ fn warmed(way: Way, source: &Source) -> Result<Run> {
     once(way, source)
 }
 
-/// Moves the file once, and checks what arrived.
+/// Moves the file once, and checks the received data.
 fn once(way: Way, source: &Source) -> Result<Run> {
     interrupt::check()?;
     let bytes = source.data_bytes;
@@ -342,7 +346,7 @@ fn once(way: Way, source: &Source) -> Result<Run> {
     let (sender, receiver) = std::thread::scope(|scope| {
         let sender = scope.spawn(|| {
             pin(sender_core)?;
-            // The socket goes with the thread, so that the other one never waits for ever.
+            // The thread owns the socket, so that the other thread never waits forever.
             let (file, mapping) = (&source.file, &source.mapping);
             way.send.all(file, mapping, outgoing, &source.runs, way.zero_percent > 0)?;
             thread_cpu_s()
@@ -356,7 +360,7 @@ fn once(way: Way, source: &Source) -> Result<Run> {
     });
     let (sender_cpu, (seconds, receiver_cpu)) = match (sender, receiver) {
         (Ok(sender), Ok(receiver)) => (sender, receiver),
-        // One end's failure cuts off the other: both tell what they know.
+        // One end's failure cuts off the other: both errors are reported.
         (Err(sender), Err(receiver)) => return failure(format!("{sender}; {receiver}")),
         (Err(error), Ok(_)) | (Ok(_), Err(error)) => return Err(error),
     };
@@ -385,7 +389,7 @@ pub(crate) fn connection() -> Result<(TcpStream, TcpStream)> {
     let (incoming, _) = listener.accept().context(|| "accepting")?;
     setsockopt(&outgoing, sockopt::TcpCongestion, &CONGESTION.into()).context(|| {
         format!(
-            "choosing congestion control {CONGESTION} (it takes root, or its name in `sysctl \
+            "choosing congestion control {CONGESTION} (needs root, or its name in `sysctl \
                  net.ipv4.tcp_allowed_congestion_control`)"
         )
     })?;
@@ -431,10 +435,10 @@ fn report(options: &Options, machine: Machine, floor: &Floor) -> Report {
          memory; the file has 4 KiB pages for memory of 4 KiB pages, huge tmpfs pages for all other. \
          Sender and receiver are one thread each on a core of its own, with plain blocking system \
          calls of up to 1 MiB (256 or 64 KiB through a hot buffer, 2 MiB for 2 MiB pages). Anonymous and \
-         private memory is registered with a userfaultfd; private memory becomes the guest's own by \
+         private memory is registered with a userfaultfd; private memory is copied for the guest by \
          UFFDIO_CONTINUE, MADV_POPULATE_WRITE and the release of the file's copy. Where there are \
-         zero pages the sender looks at every page and sends the others alone. Every way takes its \
-         turn in each of {} rounds, where memory is filled after as much has been written and given back. \
+         zero pages the sender checks every page and sends only the others. Every way takes its \
+         turn in each of {} rounds, where memory is filled after as much has been written and freed. \
          Gbit/s is the median of the rounds, from the start of both threads to the last byte \
          received (private: owned); what arrived is checked after the clock has stopped. Busy is a \
          thread's processor time over the run's; CPU is that of both threads.",

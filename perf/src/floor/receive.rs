@@ -1,4 +1,4 @@
-//! How memory is filled from a socket.
+//! The ways of filling memory from a socket.
 
 use std::fs::File;
 use std::io::Read;
@@ -23,25 +23,26 @@ const HOT_BYTES: usize = 256 << 10;
 /// A smaller one, of which more stays in the cache.
 const SMALL_BYTES: usize = 64 << 10;
 
-/// Bytes that one call is asked to receive into the mapping, or to splice; also the pipe's size.
+/// Bytes of one receive into the mapping, or of one splice; also the pipe's size.
 const CALL_BYTES: usize = 1 << 20;
 
-/// Bytes that become the guest's own at a time, and how many such pieces may wait for it.
+/// Bytes that are copied for the guest at a time, and how many such pieces may wait.
 const OWN_BYTES: usize = 1 << 20;
 const OWN_PIECES_MAX: usize = 8;
 
-/// Pages are made in pieces of this many bytes, and at most this many bytes ahead of the receiver.
+/// Pages are populated in pieces of this many bytes, and at most this many bytes ahead of the
+/// receiver.
 const MADE_BYTES: usize = 2 << 20;
 const AHEAD_BYTES: usize = 32 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Receive {
-    /// Into a buffer in the cache, and forgotten.
+    /// Into a buffer in the cache, then discarded.
     Discard,
     /// Straight into a mapping of the fresh file.
     Map,
-    /// As `Map`, with a thread beside the receiver that has the mapping's pages made ahead of it.
+    /// As `Map`, with a second thread that populates the mapping's pages ahead of the receiver.
     MapAhead,
     /// Into a buffer in the cache, then pwrite(2) to the fresh file.
     Write,
@@ -53,7 +54,7 @@ pub(crate) enum Receive {
     CopySmall,
     /// As `Write`, then UFFDIO_CONTINUE, MADV_POPULATE_WRITE and MADV_REMOVE by the same thread.
     Own,
-    /// As `Own`, with everything after the write by a thread beside the receiver.
+    /// As `Own`, with everything after the write by a second thread.
     OwnBeside,
 }
 
@@ -61,7 +62,7 @@ pub(crate) enum Receive {
 pub(super) struct Target {
     file: Option<File>,
     pub(super) mapping: Mapping,
-    /// Only where pages become visible through it.
+    /// Only if pages become visible through it.
     uffd: Option<Userfault>,
 }
 
@@ -98,8 +99,8 @@ impl Receive {
         }
     }
 
-    /// Receives `bytes`, and closes the connection. The value is the processor time of a thread
-    /// beside the receiver, seconds.
+    /// Receives `bytes`, and closes the connection. Returns the processor time of a second thread,
+    /// seconds.
     pub(super) fn all(
         self,
         socket: TcpStream,
@@ -160,7 +161,7 @@ struct Piece {
     bytes: usize,
 }
 
-/// Private memory: into the file, and `own` for each piece that is complete.
+/// Private memory: into the file, and `own` for each complete piece.
 fn into_own(
     socket: TcpStream,
     target: &Target,
@@ -185,13 +186,13 @@ fn into_own_beside(socket: TcpStream, target: &Target, bytes: usize) -> Result<f
     std::thread::scope(|scope| {
         let (sender, pieces): (_, Receiver<Piece>) = sync_channel(OWN_PIECES_MAX);
         let helper = scope.spawn(move || {
-            // Not to the receiver's core alone, which it inherits.
+            // The thread inherits the receiver's core; lets it use both.
             crate::machine::pin_to(&crate::machine::two_cores()?)?;
             pieces.into_iter().try_for_each(|piece| make_own(target, piece))?;
             super::thread_cpu_s()
         });
         let received = into_own(socket, target, bytes, |piece| {
-            sender.send(piece).map_err(|_| "the thread beside the receiver has ended".into())
+            sender.send(piece).map_err(|_| "the second thread of the receiver has ended".into())
         });
         drop(sender);
         let helped = super::joined(helper.join());
@@ -199,12 +200,12 @@ fn into_own_beside(socket: TcpStream, target: &Target, bytes: usize) -> Result<f
     })
 }
 
-/// Makes pages of the file visible, then the guest's own, and has the file give them back.
+/// Makes pages of the file visible, copies them for the guest, and frees the file's copy.
 fn make_own(target: &Target, piece: Piece) -> Result<()> {
     let (mapping, Piece { offset, bytes }) = (&target.mapping, piece);
     target.uffd()?.proceed(mapping, offset, bytes)?;
     mapping.advise(offset, bytes, MmapAdvise::MADV_POPULATE_WRITE)?;
-    // What MADV_REMOVE does to a shared mapping.
+    // As MADV_REMOVE does for a shared mapping.
     let flags = nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE
         | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
     nix::fcntl::fallocate(target.file()?, flags, i64::try_from(offset)?, i64::try_from(bytes)?)
@@ -234,7 +235,7 @@ fn through_buffer(
     Ok(())
 }
 
-/// `before` is told how many bytes have come, before each call.
+/// `before` gets the number of bytes received, before each call.
 fn into_mapping(
     socket: &TcpStream,
     mapping: &Mapping,
@@ -247,7 +248,7 @@ fn into_mapping(
         before(received)?;
         let (start, left) = mapping.at(received);
         let length = CALL_BYTES.min(left);
-        // SAFETY: the bytes lie inside the mapping, which outlives the call; nobody else uses it.
+        // SAFETY: the bytes lie inside the mapping, which outlives the call and has no other user.
         let result =
             unsafe { libc::recv(socket.as_raw_fd(), start.cast(), length, libc::MSG_WAITALL) };
         match Errno::result(result) {
@@ -260,12 +261,13 @@ fn into_mapping(
     Ok(())
 }
 
-/// The receiver waits for no page: where it is faster than who makes them, it makes them itself.
+/// The receiver waits for no page: if it is faster than the populating thread, its own accesses
+/// make the pages.
 fn into_mapping_ahead(socket: &TcpStream, mapping: &Mapping, bytes: usize) -> Result<f64> {
     std::thread::scope(|scope| {
         let (sender, pieces): (_, Receiver<usize>) = sync_channel(AHEAD_BYTES / MADE_BYTES);
         let helper = scope.spawn(move || {
-            // Not to the receiver's core alone, which it inherits.
+            // The thread inherits the receiver's core; lets it use both.
             crate::machine::pin_to(&crate::machine::two_cores()?)?;
             pieces.into_iter().try_for_each(|offset| {
                 let length = MADE_BYTES.min(bytes - offset);
@@ -313,7 +315,7 @@ fn through_pipe(socket: &TcpStream, target: &File, bytes: usize) -> Result<()> {
     Ok(())
 }
 
-/// A pipe that holds [`CALL_BYTES`]: its reading end, its writing end.
+/// A pipe of [`CALL_BYTES`]: its reading end, its writing end.
 fn pipe() -> Result<(OwnedFd, OwnedFd)> {
     let (output, input) = nix::unistd::pipe2(OFlag::O_CLOEXEC).context(|| "pipe")?;
     let size = i32::try_from(CALL_BYTES)?;

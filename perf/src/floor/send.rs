@@ -1,4 +1,4 @@
-//! How a memory file leaves.
+//! The ways of sending a memory file.
 
 use std::fs::File;
 use std::net::TcpStream;
@@ -11,7 +11,7 @@ use crate::error::{Context, Result, failure};
 use crate::interrupt;
 use crate::memory::{Mapping, PAGE_BYTES};
 
-/// Bytes that one call is asked to send.
+/// Bytes of one send.
 const CALL_BYTES: usize = 1 << 20;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -32,7 +32,7 @@ impl Send {
     }
 
     /// Sends the pages of `runs`, which are all that hold data if `has_zeroes`; then every page is
-    /// looked at on the way, as whoever does not know the runs has to. Closes the connection.
+    /// checked for zeroes, as a sender that does not know the runs has to. Closes the connection.
     #[expect(clippy::needless_pass_by_value, reason = "the connection ends here")]
     pub(super) fn all(
         self,

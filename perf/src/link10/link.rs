@@ -1,5 +1,4 @@
-//! A link: two network namespaces of our own with a shaped veth pair between them. All of it goes when
-//! it is dropped.
+//! A link: two network namespaces with a shaped veth pair between them. Dropping it removes both.
 
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -13,14 +12,14 @@ use crate::migration::{Namespaces, words};
 use crate::process::Process;
 use crate::scratch::Scratch;
 
-/// iperf3's congestion control, which is that of umem's lanes.
+/// iperf3's congestion control, the same as that of umem's lanes.
 pub(super) const CONGESTION: &str = "cubic";
 
 /// The two ends' addresses, in a network that only the namespaces have.
 const SOURCE_ADDRESS: &str = "10.213.0.1";
 const DESTINATION_ADDRESS: &str = "10.213.0.2";
 
-/// iperf3's server says that it listens within this time.
+/// iperf3's server starts to listen within this time.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(super) struct Link {
@@ -31,13 +30,13 @@ pub(super) struct Link {
 impl Link {
     pub(super) fn new(rate_gbps: u32) -> Result<Link> {
         let name = |end: &str| format!("umem-perf-{}-{end}", std::process::id());
-        // From here on what has been made goes, also after a failure.
+        // From here on a failure removes all that has been made.
         let link = Link { source: name("source"), destination: name("destination") };
         let (source, destination) = (link.source.as_str(), link.destination.as_str());
         for namespace in [source, destination] {
             call("ip", &["netns", "add", namespace])?;
         }
-        // Interface names are local to their namespaces, but they are made in this one.
+        // Interface names are local to their namespaces, but are assigned in this one first.
         let (here, there) = (device("s"), device("d"));
         let (here, there) = (here.as_str(), there.as_str());
         let pair = ["netns", source, "type", "veth", "peer", "name", there, "netns", destination];
@@ -64,7 +63,7 @@ impl Link {
         }
     }
 
-    /// What one connection of iperf3 gets through from the source to the destination.
+    /// The rate of one iperf3 connection from the source to the destination.
     pub(super) fn iperf3_gbps(&self, seconds: u32) -> Result<f64> {
         let scratch = Scratch::new()?;
         let server = ["netns", "exec", &self.destination, "iperf3", "-s", "-1", "--forceflush"];
@@ -83,14 +82,14 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        // The pair goes with either of its ends.
+        // The pair is removed with either of its ends.
         for namespace in [&self.source, &self.destination] {
             let _ = call("ip", &["netns", "delete", namespace]);
         }
     }
 }
 
-/// A name for an interface, which has 15 letters at most.
+/// A name for an interface, of at most 15 letters.
 fn device(end: &str) -> String {
     format!("umem{}{end}", std::process::id())
 }
@@ -98,11 +97,11 @@ fn device(end: &str) -> String {
 /// Runs a program to its end, and returns what it printed.
 fn call(program: &str, arguments: &[&str]) -> Result<String> {
     let mut command = Command::new(program);
-    // Ctrl-C is ours alone: what has been made must go.
+    // Only umem-perf gets Ctrl-C, as it has to clean up.
     command.args(arguments).stdin(Stdio::null()).process_group(0);
     let output = command
         .output()
-        .context(|| format!("cannot start {program} (iproute2 and iperf3 have to be installed)"))?;
+        .context(|| format!("cannot start {program} (needs iproute2 and iperf3)"))?;
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     if output.status.success() {
         return Ok(printed);
@@ -110,9 +109,9 @@ fn call(program: &str, arguments: &[&str]) -> Result<String> {
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     let said = errors.lines().chain(printed.lines()).find(|line| !line.trim().is_empty());
     failure(format!(
-        "`{program} {}` failed: {} (network namespaces take root)",
+        "`{program} {}` failed: {} (network namespaces need root)",
         arguments.join(" "),
-        said.unwrap_or("it said nothing").trim()
+        said.unwrap_or("no message").trim()
     ))
 }
 
@@ -121,19 +120,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn interfaces_have_names_that_fit() {
+    fn interface_names_are_distinct_and_short_enough() {
         assert!(device("s").len() < 16 && device("s") != device("d"));
     }
 
     #[test]
-    fn a_failed_command_is_told_in_one_line() {
+    fn error_of_a_failed_command_is_one_line() {
         let error = call("sh", &["-c", "echo; echo first >&2; echo second >&2; exit 3"]);
         let error = error.unwrap_err().to_string();
         assert!(error.contains("first") && !error.contains('\n'), "{error}");
     }
 
     #[test]
-    fn nothing_is_left_of_a_link() {
+    fn dropped_link_leaves_no_namespace() {
         let Ok(link) = Link::new(10) else {
             eprintln!("skipped: network namespaces cannot be made here");
             return;

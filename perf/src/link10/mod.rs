@@ -1,4 +1,4 @@
-//! `link10`: umem over a link of 10 Gbit/s, beside what iperf3 gets through the same link.
+//! `link10`: umem over a link of 10 Gbit/s, beside iperf3 through the same link.
 
 mod link;
 
@@ -18,15 +18,15 @@ use crate::statistics::{Distribution, Spread};
 use crate::svg::{Curve, Plot};
 use link::{CONGESTION, Link};
 
-/// umem over a link of 10 Gbit/s between two network namespaces, beside iperf3; and what a fault
-/// takes while the link is full. Takes root, ip, tc and iperf3.
+/// umem over a link of 10 Gbit/s between two network namespaces, beside iperf3; and the time of a
+/// fault while the link is full. Needs root, ip, tc and iperf3.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "link10")]
 pub(crate) struct Options {
     /// the guest's RAM, MiB (default 1024)
     #[argh(option, default = "1024")]
     size: usize,
-    /// how often each subject has its turn (default 3)
+    /// turns of each subject (default 3)
     #[argh(option, default = "3")]
     rounds: usize,
     /// kind of memory (default memfd): memfd, huge-tmpfs, anonymous
@@ -58,7 +58,7 @@ pub(crate) struct Options {
     json: bool,
 }
 
-/// What the rounds gave.
+/// The results of the rounds.
 #[derive(Default)]
 struct Turns {
     iperf3_gbps: Vec<f64>,
@@ -160,10 +160,10 @@ fn report(options: &Options, machine: Machine, turns: &Turns) -> Report {
          writes) for {} s after one that does not count. umem: `umem migrate -p`, {} bulk lane(s), \
          to `umem incoming`; a guest of {} MiB ({}) without zero pages, which is idle, or of which \
          each page is touched once, at random ({} pages with -n while nothing else is sent). Gbit/s \
-         is iperf3's figure of what was received, and umem's of page contents from the first page to \
+         is iperf3's figure of bytes received, and umem's of page contents from the first page to \
          the last. Only accesses that slept count as first accesses; percentiles are over all rounds. \
          Every subject takes its turn in each of {} rounds, umem's after as much memory has been \
-         written and given back. Medians.",
+         written and freed. Medians.",
         options.rate,
         options.seconds,
         options.lanes,
@@ -178,7 +178,7 @@ fn report(options: &Options, machine: Machine, turns: &Turns) -> Report {
         method,
         highlights: vec![
             format!(
-                "umem moves {} Gbit/s through the link, {} of what iperf3 gets",
+                "umem moves {} Gbit/s through the link, {} of iperf3's rate",
                 cell(umem.median, 2),
                 cell(umem.median / iperf3.median, 2)
             ),

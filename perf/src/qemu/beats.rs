@@ -1,4 +1,4 @@
-//! What the guest says about its accesses: a line about every 100 ms (tests/guest describes it).
+//! The guest's report of its accesses: a line about every 100 ms (tests/guest describes it).
 
 use std::path::Path;
 
@@ -21,7 +21,7 @@ pub(super) struct Beat {
     ms: u64,
 }
 
-/// Of several beats.
+/// Latencies of several beats.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(super) struct Latency {
     /// Median of the beats' medians.
@@ -32,16 +32,16 @@ pub(super) struct Latency {
     pub(super) p99_worst_us: f64,
     /// The largest of all.
     pub(super) max_us: f64,
-    /// Seconds of the guest's usual work that it did not get done meanwhile: unlike a percentile it
-    /// does not fall when a mover goes on for long after the guest has what it needs. NaN for a
-    /// guest that does nothing.
+    /// The guest's usual work that was not done during the move, in seconds: unlike a percentile it
+    /// does not fall when a mover goes on for long after the guest has the pages it needs. NaN for
+    /// a guest that does nothing.
     pub(super) work_lost_s: f64,
 }
 
 impl Latency {
-    /// Of the beats while the guest was moved; `before` are those at the source.
+    /// The latencies of the beats during the move; `before` are those at the source.
     pub(super) fn of(before: &[Beat], beats: &[Beat]) -> Latency {
-        // A beat without accesses says zero, which is no latency.
+        // A beat without accesses reports zero, which is no latency.
         let read = beats.iter().filter(|beat| beat.max_us > 0);
         let values = |get: fn(&Beat) -> u64| -> Vec<f64> {
             read.clone().map(|beat| get(beat) as f64).collect()
@@ -76,7 +76,7 @@ impl Beat {
     }
 }
 
-/// The beats on a console so far. A line that is not whole yet is none.
+/// The beats on a console so far, without an incomplete last line.
 pub(super) fn beats_in(console: &Path) -> Vec<Beat> {
     let text = std::fs::read(console).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
@@ -109,7 +109,7 @@ mod tests {
                         p99_us=96 ms=700";
 
     #[test]
-    fn a_beat_is_read_and_other_lines_are_not() {
+    fn only_beat_lines_parse_as_beats() {
         let beat = parse(LINE).unwrap();
         assert_eq!((beat.beat, beat.max_us, beat.p99_us, beat.ms), (7, 812, 96, 700));
         assert_eq!(parse("umem-guest ready mib=256"), None);
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn latencies_of_several_beats() {
+    fn latency_of_beats_is_their_median_and_worst() {
         let beat = |p99_us, max_us| Beat { p99_us, max_us, ..parse(LINE).unwrap() };
         let latency = Latency::of(&[], &[beat(10, 20), beat(30, 900), beat(20, 30)]);
         assert!((latency.p50_us, latency.p99_us, latency.max_us) == (3.0, 20.0, 900.0));
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn work_that_was_not_done() {
+    fn work_lost_is_measured_against_the_usual_rate() {
         let beat = |reads, ms| Beat { reads, ms, ..parse(LINE).unwrap() };
         let before = [beat(0, 0), beat(1000, 1000)];
         // A second at half the usual rate, then a second at the usual one.

@@ -1,4 +1,4 @@
-//! The Linux guest in a QEMU: what it is started with, and how it is watched.
+//! The Linux guest in a QEMU: its command line, and its supervision.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ pub(super) enum Ram {
     Private,
 }
 
-/// What every subject is measured with.
+/// The settings of every subject.
 pub(super) struct Setup {
     pub(super) artefacts: Artefacts,
     pub(super) umem: PathBuf,
@@ -89,7 +89,7 @@ impl Setup {
         let size = self.size_mib;
         let backend = match ram {
             Ram::File | Ram::HugeFile => {
-                // QEMU maps a file of tmpfs at any address otherwise, where no huge page can be.
+                // Otherwise QEMU maps a tmpfs file at any address, where huge pages are impossible.
                 let align = if ram == Ram::HugeFile { ",align=2M" } else { "" };
                 let path = ram_path.display();
                 format!("memory-backend-file,id=ram0,size={size}M,share=on,mem-path={path}{align}")
@@ -102,7 +102,7 @@ impl Setup {
             self.fill_mib
         );
         let mut arguments: Vec<OsString> = [
-            // Names its threads, by which the vCPUs' processor time is told apart.
+            // Names its threads, which distinguishes the vCPUs' processor time.
             ("-name", "umem-perf,debug-threads=on"),
             ("-accel", "tcg"),
             ("-cpu", "max"),
@@ -128,7 +128,7 @@ impl Setup {
     }
 }
 
-/// A QEMU that we have started.
+/// A QEMU that this program has started.
 pub(super) struct Vm {
     process: Process,
     pub(super) qmp: Qmp,
@@ -136,7 +136,7 @@ pub(super) struct Vm {
 }
 
 impl Vm {
-    /// Starts a source's guest, with another monitor for `other` to connect to.
+    /// Starts a source's guest, with a second monitor that `other` connects to.
     pub(super) fn source(
         setup: &Setup,
         scratch: &Scratch,
@@ -195,7 +195,7 @@ impl Vm {
     }
 }
 
-/// Waits until the guest that has arrived beats on, with every word that it read right.
+/// Waits until the guest that has arrived beats on, without a wrong word.
 pub(super) fn check_arrived(console: &Path, seen: usize) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {

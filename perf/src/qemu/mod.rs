@@ -1,7 +1,7 @@
 //! `qemu`: the same Linux guest, moved by QEMU's own postcopy and by umem in turns.
 //!
 //! Both ends run on this machine, over loopback TCP. The guest (tests/guest) reads its memory at
-//! random all the while and tells on its console what its accesses took.
+//! random all the time and reports the time of its accesses on its console.
 
 mod beats;
 mod guest;
@@ -29,7 +29,7 @@ use subject::{Move, Subject};
     name = "qemu",
     note = "Kernel, initramfs and QEMU are those of the tests: tests/lib/fetch and \
             `tests/lib/initramfs tests/cache/initramfs` make them. UMEM_TEST_KERNEL, \
-            UMEM_TEST_INITRD and UMEM_TEST_QEMU_100 name others."
+            UMEM_TEST_INITRD and UMEM_TEST_QEMU_100 select others."
 )]
 pub(crate) struct Options {
     /// the directory that holds qemu-system-x86_64 (default: QEMU 10.0 in tests/cache)
@@ -38,16 +38,16 @@ pub(crate) struct Options {
     /// the guest's RAM, MiB (default 2048)
     #[argh(option, default = "2048")]
     size: u64,
-    /// what the guest fills and reads, MiB (default 1024)
+    /// memory that the guest fills and reads, MiB (default 1024)
     #[argh(option, default = "1024")]
     fill: u64,
-    /// how often each subject has its turn (default 2)
+    /// turns of each subject (default 2)
     #[argh(option, default = "2")]
     rounds: usize,
     /// measure QEMU's plain postcopy too, with both kinds of RAM
     #[argh(switch)]
     plain: bool,
-    /// the guest fills its memory and then touches none of it: for processor time
+    /// let the guest fill its memory and then touch none of it: for processor time
     #[argh(switch)]
     idle: bool,
     /// the umem to measure (default: the one beside this program)
@@ -61,7 +61,7 @@ pub(crate) struct Options {
     json: bool,
 }
 
-/// MiB that the guest's kernel and initramfs need beside what the guest fills.
+/// MiB for the guest's kernel and initramfs, beside the memory that the guest fills.
 const KERNEL_MIB: u64 = 256;
 
 impl Measure for Options {
@@ -103,7 +103,7 @@ impl Measure for Options {
     }
 }
 
-/// What umem can move: RAM that is a file.
+/// The RAM that umem can move: files.
 const UMEM_RAM: [Ram; 2] = [Ram::File, Ram::HugeFile];
 
 fn subjects(options: &Options) -> Vec<Subject> {
@@ -116,7 +116,7 @@ fn subjects(options: &Options) -> Vec<Subject> {
     subjects
 }
 
-/// What is compared: its name in JSON, its head in the table, its digits there, where it comes from.
+/// A compared quantity: its name in JSON, its head in the table, its digits there, its source.
 struct Quantity {
     name: &'static str,
     head: &'static str,
@@ -180,7 +180,7 @@ fn report(options: &Options, machine: Machine, moves: &[(Subject, Vec<Move>)]) -
     }
 }
 
-/// The figure that a person sees first: how long a move takes.
+/// The main figure: the time of a move.
 fn plot(moves: &[(Subject, Vec<Move>)]) -> Plot {
     let bar = |(subject, moves): &(Subject, Vec<Move>)| {
         let total_s = Spread::of(moves.iter().map(|moved| moved.total_s).collect());
@@ -190,7 +190,7 @@ fn plot(moves: &[(Subject, Vec<Move>)]) -> Plot {
     Plot::bars(title, "s", moves.iter().map(bar).collect())
 }
 
-/// How much better umem does than each peer.
+/// umem's advantage over each peer.
 fn highlights(moves: &[(Subject, Vec<Move>)]) -> Vec<String> {
     let sentence = |(peer, umem, ratios): (Subject, Subject, Vec<f64>)| {
         let ratios = QUANTITIES
@@ -229,8 +229,8 @@ fn ratios_table(moves: &[(Subject, Vec<Move>)]) -> Table {
     table
 }
 
-/// Each peer's figures over umem's of the same round, with RAM of the same kind or with the peer's default; the
-/// median of the rounds'. Above 1 umem is better.
+/// Each peer's figures over umem's of the same round, with RAM of the same kind or with the peer's
+/// default; the median of the rounds'. Above 1 umem is better.
 fn peers(moves: &[(Subject, Vec<Move>)]) -> Vec<(Subject, Subject, Vec<f64>)> {
     let of = |ram: Ram| moves.iter().find(move |(subject, _)| *subject == Subject::Umem(ram));
     let pairs = UMEM_RAM.into_iter().filter_map(|ram| Some((ram, of(ram)?)));
@@ -275,23 +275,23 @@ fn method(options: &Options, version: &str) -> String {
         "A Linux guest of {size} MiB with two vCPUs under TCG in QEMU {version} fills {fill} MiB and \
          {load}; it is moved from one QEMU to another on this machine over loopback TCP. The \
          subjects take turns in each of {rounds} rounds, each with new processes. Just before each \
-         move, whoever moves, a file of {warm} MiB is written in /dev/shm (huge file: in such a tmpfs) and \
-         removed, so that the machine has as much memory at hand as both ends can take. postcopy-preempt and plain postcopy are QEMU's own, \
+         move, for each mover, a file of {warm} MiB is written in /dev/shm (huge file: in such a tmpfs) and \
+         removed, so that the machine has as much warm memory as both ends can take. postcopy-preempt and plain postcopy are QEMU's own, \
          without a bandwidth limit, switched over at once, on the system's congestion control; `file` \
          is the memory-backend-file with share=on that umem needs, in /dev/shm, `huge file` the same in a \
          tmpfs with huge pages, aligned to them (align=2M), and `private` is QEMU's default RAM. \
          umem is `umem migrate -p` and `umem incoming` with their defaults. Total: from giving the \
-         command (for umem: starting the process) until both sides say they have completed. Stop→end: \
+         command (for umem: starting the process) until both sides report completion. Stop→end: \
          from the source's STOP event until then. Downtime: from the source's STOP to the \
-         destination's RESUME, timestamps of QEMU's events for every subject. Latency: what the guest \
+         destination's RESUME, timestamps of QEMU's events for every subject. Latency: as the guest \
          measured of first touches of pages, in the beats (100 ms each) it printed at the destination \
          before the end: medians of the beats' p50 and p99 (which a mover's long tail without accesses to missing \
          pages lowers), the largest of their p99 and of their maxima; the first of them reaches \
          back before the switch. Work lost: seconds of the guest's work, at its rate of the last \
          second at the source, that it did not get done in those beats. CPU: user and system time of both QEMUs and both \
-         umem processes from start to end, in steps of 10 ms. What the guest itself computes cannot \
-         be separated from it; `without vCPUs` leaves out QEMU's vCPU threads, and with them what \
-         page faults cost there. Ratios are a peer's figure over umem's of the same round, the median of the rounds'.",
+         umem processes from start to end, in steps of 10 ms. The guest's own computing cannot \
+         be separated from it; `without vCPUs` leaves out QEMU's vCPU threads, and with them the time of \
+         page faults there. Ratios are a peer's figure over umem's of the same round, the median of the rounds'.",
         size = options.size,
         warm = 2 * options.size,
         fill = options.fill,

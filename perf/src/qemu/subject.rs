@@ -1,4 +1,4 @@
-//! Who moves the guest, and one move.
+//! The programs that move the guest, and one move.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -21,16 +21,16 @@ use super::guest::{Ram, Setup, Vm, check_arrived};
 /// A move that takes longer than this never ends.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Bytes a second that no machine reaches: QEMU's way to say "no limit" where 0 is not one.
+/// Bytes a second that no machine reaches: "no limit" for QEMU's parameters where 0 is not.
 const NO_LIMIT: u64 = 1 << 40;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Subject {
     /// QEMU's postcopy with postcopy-preempt.
     Preempt(Ram),
-    /// QEMU's postcopy without.
+    /// QEMU's postcopy without postcopy-preempt.
     Plain(Ram),
-    /// Of RAM that is a file.
+    /// umem, for RAM that is a file.
     Umem(Ram),
 }
 
@@ -44,7 +44,7 @@ impl Ram {
     }
 }
 
-/// What one move gave.
+/// The result of one move.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Move {
     pub(super) qemu_version: String,
@@ -56,9 +56,9 @@ pub(super) struct Move {
     pub(super) downtime_ms: f64,
     pub(super) latency: Latency,
     pub(super) cpu: Cpu,
-    /// Those that [`Latency`] is made of.
+    /// The beats of [`Latency`].
     beats: Vec<Beat>,
-    /// What the mover itself reports.
+    /// The mover's own report.
     report: Value,
 }
 
@@ -81,7 +81,8 @@ impl Subject {
         format!("{mover}_{}", ram.name().replace(' ', "_"))
     }
 
-    /// Whether a peer's user would have umem's RAM instead: of the same kind, or QEMU's default.
+    /// Whether a peer's user would otherwise choose umem's RAM: of the same kind, or QEMU's
+    /// default.
     pub(super) fn is_peer_of(self, umem: Ram) -> bool {
         match self {
             Subject::Preempt(ram) | Subject::Plain(ram) => ram == umem || ram == Ram::Private,
@@ -95,7 +96,7 @@ impl Subject {
         }
     }
 
-    /// Starts a guest and moves it. Everything that was started for it ends here.
+    /// Starts a guest and moves it. Ends all processes that it started.
     pub(super) fn run(self, setup: &Setup) -> Result<Move> {
         let scratch = Scratch::new()?;
         // Dropped after the processes that use them.
@@ -111,10 +112,10 @@ impl Subject {
     }
 }
 
-/// Where a guest's RAM lies, if it is in a file. It goes with this.
+/// The place of a guest's RAM, if it is in a file, which dropping this removes.
 enum Place {
     Shm(SharedFile),
-    /// Under no name but that of our descriptor.
+    /// Only a descriptor of this process refers to it.
     Huge(File),
 }
 
@@ -199,9 +200,9 @@ fn by_umem(setup: &Setup, scratch: &Scratch, ram: Ram, [here, there]: [&Path; 2]
     ended.into_move(&mut source.qmp, &mut destination, report)
 }
 
-/// Makes as much memory ready as any mover takes, of the guest's kind: QEMU fills the destination's RAM whole, and
-/// reading the holes of the source's shared RAM fills those too. Huge pages are made of other memory than what
-/// small ones have left.
+/// Warms as much memory as any mover takes, of the guest's kind: QEMU fills the destination's RAM
+/// whole, and reading the holes of the source's shared RAM fills those too. Huge pages are made of
+/// other memory than the memory that small pages have left.
 fn warm_up(setup: &Setup, ram: Ram) -> Result<()> {
     let bytes = (2 * setup.size_mib) << 20;
     match ram {
@@ -210,7 +211,7 @@ fn warm_up(setup: &Setup, ram: Ram) -> Result<()> {
     }
 }
 
-/// Starts `umem incoming` with a QEMU: it, where it listens, QEMU's pid and a monitor of our own.
+/// Starts `umem incoming` with a QEMU: returns it, its address, QEMU's pid and a second monitor.
 fn start_incoming(
     setup: &Setup,
     scratch: &Scratch,
@@ -227,19 +228,19 @@ fn start_incoming(
     let (_, listening) = incoming.event("listening", PATIENCE)?;
     let uri = listening["uri"].as_str().unwrap_or_default().to_owned();
     let guest_pid = listening["guest_pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
-    let guest_pid = guest_pid.ok_or("umem incoming does not say what its QEMU's pid is")?;
+    let guest_pid = guest_pid.ok_or("umem incoming does not report its QEMU's pid")?;
     Ok((incoming, uri, guest_pid, Qmp::connect(&monitor)?))
 }
 
-/// A move that is under way.
+/// A move in progress.
 struct Watch {
-    /// Whose processor time counts. One that is added later counts from its start.
+    /// The processes whose processor time counts. A process added later counts from its start.
     pids: Vec<u32>,
     began_s: f64,
     cpu: Cpu,
 }
 
-/// A move that has ended, just then.
+/// A move at its end.
 struct Ended {
     began_s: f64,
     ended_s: f64,
@@ -272,7 +273,7 @@ impl Ended {
         let stopped_s = source.event("STOP", PATIENCE)?.at_s;
         let running_s = destination.event("RESUME", PATIENCE)?.at_s;
         if stopped_s < self.began_s || running_s < stopped_s || self.ended_s < running_s {
-            return failure("a QEMU's events are out of order: was the clock set meanwhile?");
+            return failure("a QEMU's events are out of order: was the clock set during the move?");
         }
         Ok(Move {
             qemu_version: source.version.clone(),

@@ -1,4 +1,4 @@
-//! Cancelling: races, stale keys, orphans. Whatever happens, an operation ends exactly once.
+//! Cancelling: races, stale keys, orphans. In every case an operation ends exactly once.
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
@@ -14,7 +14,7 @@ use crate::util::*;
 const CANCELED: Outcome = Outcome::Failed(Errno::CANCELED);
 
 #[test]
-fn a_waiting_operation_is_cancelled_and_gives_its_memory_back() {
+fn cancelled_waiting_operation_returns_its_memory() {
     let mut ring = ring();
     let (fd, _peer) = pair();
     let event = Fd::from(OwnedFd::from(eventfd()));
@@ -32,13 +32,13 @@ fn a_waiting_operation_is_cancelled_and_gives_its_memory_back() {
         let key = ring.submit(op, 0).expect("room");
         assert!(poke(&mut ring).is_empty(), "{name}");
         ring.cancel(key).expect("cancel");
-        ring.cancel(key).expect("twice changes nothing");
+        ring.cancel(key).expect("a second cancellation has no effect");
         let completion = one(&mut ring);
         assert_eq!((completion.key, completion.outcome), (key, CANCELED), "{name}");
         assert_eq!(completion.memory.is_some(), has_memory, "{name}");
         assert!(poke(&mut ring).is_empty(), "{name}");
     }
-    // One that blocks a worker thread is interrupted, before it has started or in the middle.
+    // An operation in a worker thread is interrupted, before it has started or in the middle.
     for spin in 0..20 {
         let op = Op::splice(fd.clone(), into.clone(), 8);
         let key = ring.submit(op, 0).expect("room");
@@ -51,7 +51,7 @@ fn a_waiting_operation_is_cancelled_and_gives_its_memory_back() {
 }
 
 #[test]
-fn one_that_is_still_in_the_queue_is_cancelled() {
+fn operation_still_in_the_queue_is_cancelled() {
     let mut ring = ring();
     let (fd, _peer) = pair();
     let key = ring.submit(Op::recv(fd, Bytes::with_capacity(8)), 0).expect("room");
@@ -60,7 +60,7 @@ fn one_that_is_still_in_the_queue_is_cancelled() {
 }
 
 #[test]
-fn one_that_has_some_of_its_bytes_says_so() {
+fn cancelled_operation_with_some_bytes_is_short() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let key = ring.submit(Op::recv(fd, Bytes::with_capacity(8)).wait_all(), 0).expect("room");
@@ -74,7 +74,7 @@ fn one_that_has_some_of_its_bytes_says_so() {
 }
 
 #[test]
-fn a_stale_key_does_nothing_to_the_slots_next_operation() {
+fn stale_key_does_not_cancel_the_slots_next_operation() {
     let mut ring = ring_of(1, 8);
     let (fd, mut peer) = pair();
     let old = ring.submit(Op::nop(), 0).expect("room");
@@ -89,9 +89,9 @@ fn a_stale_key_does_nothing_to_the_slots_next_operation() {
     assert_eq!((completion.key, completion.outcome), (new, Outcome::Done(4)));
 }
 
-/// A cancellation on its way when the operation ends and its slot is taken again.
+/// A cancellation in flight when the operation ends and its slot is reused.
 #[test]
-fn a_late_cancellation_does_not_reach_the_slots_next_operation() {
+fn late_cancellation_does_not_cancel_the_slots_next_operation() {
     let mut ring = ring_of(1, 8);
     let (fd, mut peer) = pair();
     for _ in 0..100 {
@@ -110,19 +110,19 @@ fn a_late_cancellation_does_not_reach_the_slots_next_operation() {
 }
 
 #[test]
-fn data_that_comes_for_an_orphan_is_not_reported() {
+fn data_for_an_orphan_is_not_reported() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let mapping = Mapping::anonymous(4096);
     let orphan = ring.submit(Op::recv(fd.clone(), mapping.span()), 1).expect("room");
     ring.enter(Wait::No).expect("enter");
-    // It wins the race with its own cancellation.
+    // The data comes before the cancellation.
     peer.write_all(b"late").expect("write");
     ring.enter(Wait::No).expect("enter");
     ring.orphan(orphan);
     assert!(settle(&mut ring).is_empty());
     assert_eq!(Arc::strong_count(&mapping), 1);
-    // And this one loses it.
+    // The data comes after the cancellation.
     let orphan = ring.submit(Op::recv(fd, mapping.span()), 1).expect("room");
     ring.enter(Wait::No).expect("enter");
     ring.orphan(orphan);
@@ -132,7 +132,7 @@ fn data_that_comes_for_an_orphan_is_not_reported() {
 }
 
 #[test]
-fn a_cancellation_races_with_data_from_another_thread() {
+fn cancellation_racing_with_data_ends_the_operation_once() {
     const ROUNDS: u64 = 2000;
     let seed = 1;
     let mut random = Random::new(seed);
@@ -166,7 +166,7 @@ fn a_cancellation_races_with_data_from_another_thread() {
             other => panic!("seed {seed}, round {round}: {other:?}"),
         }
     }
-    // Not a byte is lost with a cancelled receive. The writer may still wait for room.
+    // A cancelled receive loses no byte. The writer may still wait for room.
     for _ in 0..cancelled {
         ring.submit(Op::recv(fd.clone(), Bytes::with_capacity(1)), 0).expect("room");
         assert_eq!(one(&mut ring).outcome, Outcome::Done(1), "seed {seed}");
@@ -176,15 +176,15 @@ fn a_cancellation_races_with_data_from_another_thread() {
     assert_eq!(received + cancelled, ROUNDS);
 }
 
-/// Everything at once: chains and single operations, data, cancellations and orphans in any order.
+/// All at once: chains and single operations, data, cancellations and orphans in any order.
 #[test]
-fn every_operation_ends_exactly_once_whatever_happens() {
+fn every_operation_of_a_random_mix_ends_exactly_once() {
     for seed in 0..40 {
         Storm::new(seed).run();
     }
 }
 
-/// What a storm expects of each operation that has not ended.
+/// A storm's expectation of each operation that has not ended.
 struct Storm {
     seed: u64,
     random: Random,

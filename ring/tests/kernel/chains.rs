@@ -1,4 +1,4 @@
-//! Links: order, and whose fault it was.
+//! Links: the order of members, and the member at fault.
 
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -18,7 +18,7 @@ fn all_have_memory(completions: &[Completion]) -> bool {
 }
 
 #[test]
-fn members_run_one_after_the_other() {
+fn chain_members_run_in_order() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let chain = ring
@@ -41,7 +41,7 @@ fn members_run_one_after_the_other() {
 }
 
 #[test]
-fn the_first_is_short_because_the_peer_went() {
+fn first_member_is_short_when_the_peer_closes() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let chain = Chain::new().then(recv(&fd, 8), 1).then(recv(&fd, 4), 2).then(recv(&fd, 2), 3);
@@ -66,7 +66,7 @@ fn the_first_is_short_because_the_peer_went() {
 }
 
 #[test]
-fn the_last_is_short_and_says_so() {
+fn last_member_is_reported_short() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let chain = Chain::new().then(recv(&fd, 2), 1).then(recv(&fd, 4), 2);
@@ -80,7 +80,7 @@ fn the_last_is_short_and_says_so() {
 }
 
 #[test]
-fn one_in_the_middle_fails() {
+fn failed_middle_member_leaves_later_members_not_started() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let (dead, gone) = pair();
@@ -107,9 +107,10 @@ fn one_in_the_middle_fails() {
     assert!(all_have_memory(&completions));
 }
 
-/// The kernel looks at all members before it starts the first, and then says ECANCELED to that first.
+/// The kernel checks all members before it starts the first, and then reports ECANCELED for the
+/// first.
 #[test]
-fn a_member_that_is_refused_outright_is_to_blame_for_those_before_it_too() {
+fn refused_member_is_blamed_by_members_before_it() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     peer.write_all(b"abcd").expect("write");
@@ -144,7 +145,7 @@ fn a_member_that_is_refused_outright_is_to_blame_for_those_before_it_too() {
 }
 
 #[test]
-fn reads_and_splices_that_come_short_break_a_chain() {
+fn short_read_or_splice_breaks_the_chain() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     peer.write_all(b"abc").expect("write");
@@ -165,7 +166,7 @@ fn reads_and_splices_that_come_short_break_a_chain() {
 }
 
 #[test]
-fn a_receive_that_takes_what_there_is_does_not_break_a_chain() {
+fn partial_receive_without_wait_all_keeps_the_chain() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     peer.write_all(b"abc").expect("write");
@@ -175,7 +176,7 @@ fn a_receive_that_takes_what_there_is_does_not_break_a_chain() {
 }
 
 #[test]
-fn a_send_with_a_successor_sends_everything() {
+fn send_with_a_successor_sends_all_bytes() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let len = 4 << 20;
@@ -194,7 +195,7 @@ fn a_send_with_a_successor_sends_everything() {
 }
 
 #[test]
-fn a_send_with_a_successor_is_short_when_the_peer_goes() {
+fn send_with_a_successor_is_short_when_the_peer_closes() {
     let mut ring = ring();
     let (fd, peer) = pair();
     let wanted = 4 << 20;
@@ -212,7 +213,7 @@ fn a_send_with_a_successor_is_short_when_the_peer_goes() {
 }
 
 #[test]
-fn the_first_is_cancelled() {
+fn cancelled_first_member_ends_the_chain() {
     let mut ring = ring();
     let (fd, _peer) = pair();
     let keys =
@@ -224,9 +225,9 @@ fn the_first_is_cancelled() {
     assert!(all_have_memory(&completions));
 }
 
-/// The kernel cannot find an operation that has not started, so it is cancelled when it has.
+/// The kernel cannot find an operation that has not started, so it is cancelled after its start.
 #[test]
-fn one_that_has_not_started_is_cancelled_when_its_turn_comes() {
+fn cancelled_later_member_ends_when_its_turn_comes() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let chain = Chain::new().then(recv(&fd, 2), 1).then(recv(&fd, 4), 2).then(recv(&fd, 2), 3);
@@ -244,7 +245,7 @@ fn one_that_has_not_started_is_cancelled_when_its_turn_comes() {
 }
 
 #[test]
-fn one_that_was_to_be_cancelled_is_not_to_blame_for_an_earlier_failure() {
+fn earlier_failure_is_blamed_instead_of_a_cancelled_member() {
     let mut ring = ring();
     let (fd, peer) = pair();
     let keys =
@@ -258,7 +259,7 @@ fn one_that_was_to_be_cancelled_is_not_to_blame_for_an_earlier_failure() {
 }
 
 #[test]
-fn an_orphan_in_the_middle_is_silent_and_named() {
+fn orphan_in_the_middle_is_unreported_but_named_as_culprit() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let mapping = Mapping::anonymous(4096);
@@ -276,8 +277,8 @@ fn an_orphan_in_the_middle_is_silent_and_named() {
 }
 
 #[test]
-fn a_chain_is_never_cut_in_two() {
-    // Each round leaves the queue at another fill, so every cut would happen.
+fn chain_is_submitted_as_a_whole_at_every_queue_fill() {
+    // The queue's fill differs in each round, so that every possible cut would occur.
     let mut ring = ring_of(64, 8);
     let (fd, _peer) = pair();
     for filler in 0..8 {
@@ -301,14 +302,14 @@ fn a_chain_is_never_cut_in_two() {
 }
 
 #[test]
-fn a_chain_that_does_not_fit_comes_back_whole() {
+fn chain_that_does_not_fit_is_returned_whole() {
     let mut ring = ring_of(4, 8);
     let nops = |count| (0..count).fold(Chain::new(), |chain, at| chain.then(Op::nop(), at));
     let rejected = ring.submit_chain(nops(5)).expect_err("four at most");
     assert!(matches!(rejected.error, Error::Full { ops_max: 4 }));
     assert_eq!(rejected.op.len(), 5);
     assert_eq!(ring.in_flight(), 0);
-    ring.submit_chain(nops(4)).expect("just so");
+    ring.submit_chain(nops(4)).expect("as many as fit");
     assert_eq!(tokens(&settle(&mut ring)), [0, 1, 2, 3]);
 
     let mut small = ring_of(64, 2);
@@ -325,7 +326,7 @@ fn a_chain_that_does_not_fit_comes_back_whole() {
 }
 
 #[test]
-fn a_bad_member_brings_the_whole_chain_back() {
+fn chain_with_an_invalid_member_is_returned_whole() {
     let mut ring = ring();
     let (fd, _peer) = pair();
     let pieces = Memory::Pieces(vec![Bytes::with_capacity(1).into()]);

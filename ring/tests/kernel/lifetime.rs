@@ -1,4 +1,4 @@
-//! Who owns memory and descriptors until when, and how a ring ends.
+//! The lifetime of memory and descriptors, and the end of a ring.
 
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -10,7 +10,7 @@ use umem_ring::{Bytes, Chain, Error, Fd, Op, Outcome, Wait};
 use crate::util::*;
 
 #[test]
-fn memory_and_descriptor_are_held_until_the_end_of_the_operation() {
+fn memory_and_descriptor_are_held_until_the_operation_ends() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let Fd::Owned(socket) = &fd else { panic!("a descriptor") };
@@ -29,7 +29,7 @@ fn memory_and_descriptor_are_held_until_the_end_of_the_operation() {
 }
 
 #[test]
-fn closing_ends_everything_in_flight() {
+fn close_ends_everything_in_flight() {
     let mut ring = ring();
     let waker = ring.waker().expect("a waker");
     let (fd, mut peer) = pair();
@@ -48,7 +48,7 @@ fn closing_ends_everything_in_flight() {
     ring.submit_chain(chain).expect("room");
     ring.enter(Wait::No).expect("enter");
     assert_eq!((ring.in_flight(), Arc::strong_count(&mapping)), (8, 5));
-    ring.close(PATIENCE).expect("the kernel lets go of all of it");
+    ring.close(PATIENCE).expect("everything ends in time");
     assert_eq!(Arc::strong_count(&mapping), 1);
     assert_eq!(peer.read(&mut [0; 1]).expect("read"), 0, "the descriptor was closed");
     waker.wake();
@@ -56,13 +56,13 @@ fn closing_ends_everything_in_flight() {
 }
 
 #[test]
-fn dropping_does_the_same() {
+fn drop_ends_everything_in_flight() {
     let mapping = Mapping::anonymous(4096);
     let (fd, mut peer) = pair();
     let mut ring = ring();
     ring.submit(Op::recv(fd.clone(), mapping.span()).wait_all(), 0).expect("room");
     ring.enter(Wait::No).expect("enter");
-    // One more that the kernel has not seen, and one whose completion nobody reads.
+    // One more that the kernel has not seen, and one whose completion is not read.
     ring.submit(Op::recv(fd, mapping.span()), 1).expect("room");
     ring.submit(Op::nop(), 2).expect("room");
     drop(ring);
@@ -71,13 +71,13 @@ fn dropping_does_the_same() {
 }
 
 #[test]
-fn an_idle_ring_closes_at_once() {
+fn idle_ring_closes_at_once() {
     ring().close(Duration::ZERO).expect("nothing in flight");
     drop(ring());
 }
 
 #[test]
-fn completions_that_nobody_read_are_dropped_with_the_ring() {
+fn unread_completions_are_dropped_with_the_ring() {
     let mapping = Mapping::anonymous(4096);
     let (fd, mut peer) = pair();
     let mut ring = ring();
@@ -88,10 +88,10 @@ fn completions_that_nobody_read_are_dropped_with_the_ring() {
     assert_eq!(Arc::strong_count(&mapping), 1);
 }
 
-/// A page fault that waits for a userfaultfd handler cannot be cancelled: the one thing in this project
-/// that the kernel may not let go of.
+/// A page fault that waits for a userfaultfd handler cannot be cancelled: the only operation of
+/// this project that may outlast a ring.
 #[test]
-fn what_the_kernel_does_not_let_go_of_is_leaked_and_named() {
+fn operation_that_outlasts_the_ring_is_leaked_and_named() {
     let mapping = Mapping::anonymous(4096);
     let Some(uffd) = faults_wait(&mapping) else {
         eprintln!("skipped: userfaultfd is not permitted here");
@@ -110,7 +110,7 @@ fn what_the_kernel_does_not_let_go_of_is_leaked_and_named() {
 }
 
 #[test]
-fn a_ring_can_be_made_again_and_again() {
+fn rings_can_be_made_and_closed_repeatedly() {
     for _ in 0..50 {
         let mut ring = ring();
         let (fd, _peer) = pair();
@@ -120,7 +120,7 @@ fn a_ring_can_be_made_again_and_again() {
     }
 }
 
-/// Until a worker of the kernel is in the fault; before that it can be cancelled.
+/// Waits until a kernel worker is in the fault; before that the operation can be cancelled.
 fn await_fault(uffd: &OwnedFd) {
     let mut poll = libc::pollfd { fd: uffd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: the kernel reads and writes the structure during the call.
@@ -128,7 +128,7 @@ fn await_fault(uffd: &OwnedFd) {
     assert_eq!(ready, 1, "no fault came");
 }
 
-/// A userfaultfd that faults of this mapping wait for; none where it is not permitted.
+/// A userfaultfd that handles faults of this mapping; none where it is not permitted.
 fn faults_wait(mapping: &Mapping) -> Option<OwnedFd> {
     #[repr(C)]
     struct Api {
@@ -165,7 +165,7 @@ fn faults_wait(mapping: &Mapping) -> Option<OwnedFd> {
         mode: UFFDIO_REGISTER_MODE_MISSING,
         ioctls: 0,
     };
-    // SAFETY: as above; nobody in this process touches the mapping but the operation under test.
+    // SAFETY: as above; only the operation under test accesses the mapping.
     let result = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
     Some(uffd)

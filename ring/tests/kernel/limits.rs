@@ -1,4 +1,4 @@
-//! Full queues, full tables, and what is refused before the kernel sees it.
+//! Full queues, full tables, and requests that are refused before the kernel sees them.
 
 use std::os::fd::OwnedFd;
 use std::thread;
@@ -10,17 +10,17 @@ use umem_ring::{
 use crate::util::*;
 
 #[test]
-fn a_full_submission_queue_is_handed_over_and_goes_on() {
+fn full_submission_queue_is_submitted_and_refilled() {
     let mut ring = ring_of(256, 4);
     for token in 0..100 {
-        ring.submit(Op::nop(), token).expect("the queue is no limit");
+        ring.submit(Op::nop(), token).expect("a full queue is submitted");
     }
     let completions = settle(&mut ring);
     assert_eq!(tokens(&completions), (0..100).collect::<Vec<_>>());
 }
 
 #[test]
-fn a_full_table_gives_the_operation_back() {
+fn full_table_returns_the_operation() {
     let mut ring = ring_of(2, 8);
     let (fd, _peer) = pair();
     for token in 0..2 {
@@ -34,7 +34,7 @@ fn a_full_table_gives_the_operation_back() {
 }
 
 #[test]
-fn slots_are_used_again_and_keys_are_not() {
+fn slots_are_reused_and_keys_are_not() {
     let mut ring = ring_of(4, 4);
     let mut seen = std::collections::HashSet::new();
     for round in 0..1000 {
@@ -45,9 +45,9 @@ fn slots_are_used_again_and_keys_are_not() {
     }
 }
 
-/// As many operations as there may be, each with two completions, and nobody reads in between.
+/// As many operations as possible, each with two completions, none of which is read in between.
 #[test]
-fn the_completion_queue_holds_all_that_is_in_flight() {
+fn completion_queue_holds_everything_in_flight() {
     let mut ring = ring_of(512, 64);
     let (fd, peer) = tcp_pair();
     let reader = thread::spawn(move || {
@@ -68,7 +68,7 @@ fn the_completion_queue_holds_all_that_is_in_flight() {
 
 /// More completions than the queue holds, before a single one is read: the kernel keeps the rest.
 #[test]
-fn an_overflowing_completion_queue_loses_nothing() {
+fn overflowing_completion_queue_loses_nothing() {
     let mut ring = ring_of(64, 64);
     let mut tokens_seen = 0;
     for _ in 0..20 {
@@ -83,7 +83,7 @@ fn an_overflowing_completion_queue_loses_nothing() {
 }
 
 #[test]
-fn what_no_kernel_could_do_is_refused_at_once() {
+fn impossible_operation_is_refused_at_submission() {
     let mut ring = ring();
     let (fd, _peer) = pair();
     let byte = || Memory::from(vec![1]);
@@ -114,7 +114,7 @@ fn what_no_kernel_could_do_is_refused_at_once() {
 }
 
 #[test]
-fn impossible_configurations_are_refused() {
+fn impossible_configuration_is_refused() {
     for (ops_max, entries) in [(0, 8), (OPS_MAX + 1, 8), (u32::MAX, 8), (8, 0)] {
         let config = Config { ops_max, entries, ..Config::default() };
         let error = Ring::new(&config).expect_err("refused");
@@ -125,7 +125,7 @@ fn impossible_configurations_are_refused() {
 }
 
 #[test]
-fn a_bad_slot_or_descriptor_is_the_operations_own_failure() {
+fn bad_slot_or_descriptor_fails_only_its_operation() {
     let mut ring = ring();
     ring.submit(Op::send(umem_ring::Fd::Fixed(3), vec![1]), 0).expect("room");
     let completion = one(&mut ring);
@@ -136,10 +136,10 @@ fn a_bad_slot_or_descriptor_is_the_operations_own_failure() {
     assert!(matches!(one(&mut ring).outcome, Outcome::Failed(e) if e.raw() == libc::ENOTSOCK));
 }
 
-/// On a thread without CAP_IPC_LOCK, since root may lock what it likes.
+/// On a thread without CAP_IPC_LOCK, as root may lock any amount.
 #[test]
-fn the_limit_of_locked_memory_is_named() {
-    // Roomy, because rings themselves count, also those just closed.
+fn error_at_the_limit_of_locked_memory_names_it() {
+    // Large enough for the rings themselves, which count as well, also those just closed.
     const LIMIT_BYTES: u64 = 8 << 20;
     let error = thread::spawn(|| {
         lower_memlock_limit(LIMIT_BYTES);

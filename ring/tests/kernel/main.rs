@@ -1,6 +1,6 @@
 //! The ring against the real kernel: every operation, every way to end one, and every limit.
 //!
-//! Nothing here sleeps. A wait has a limit only so that a lost completion fails the test instead of
+//! No test sleeps. A wait has a limit only so that a lost completion fails the test instead of
 //! hanging it.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]

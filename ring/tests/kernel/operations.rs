@@ -1,4 +1,4 @@
-//! Each operation does what its system call does.
+//! Each operation has the effect of its system call.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -24,7 +24,7 @@ fn nop_completes_with_its_token_and_key() {
 }
 
 #[test]
-fn sends_arrive_and_give_their_memory_back() {
+fn sends_arrive_and_return_their_memory() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let message = b"from me to you".to_vec();
@@ -72,7 +72,7 @@ fn receives_fill_bytes_and_spans() {
 }
 
 #[test]
-fn a_receive_that_need_not_wait_takes_what_there_is() {
+fn receive_returns_the_bytes_available() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     peer.write_all(b"abc").expect("write");
@@ -86,7 +86,7 @@ fn a_receive_that_need_not_wait_takes_what_there_is() {
 }
 
 #[test]
-fn a_receive_that_waits_first_does_not_wait_for_more_than_there_is() {
+fn poll_first_receive_returns_the_bytes_available() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let receive = || Op::recv(fd.clone(), Bytes::with_capacity(8)).poll_first();
@@ -110,9 +110,9 @@ fn a_receive_that_waits_first_does_not_wait_for_more_than_there_is() {
     assert_eq!(one(&mut ring).outcome, Outcome::Done(0), "the end of the stream");
 }
 
-/// Its first attempt comes when the kernel has gone through the whole queue.
+/// Its first attempt comes after the kernel has processed the whole queue.
 #[test]
-fn a_receive_that_waits_first_makes_no_attempt_when_it_is_submitted() {
+fn poll_first_receive_makes_no_attempt_at_submission() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     for (waits, expected) in [(false, [1, 2]), (true, [2, 1])] {
@@ -128,7 +128,7 @@ fn a_receive_that_waits_first_makes_no_attempt_when_it_is_submitted() {
 }
 
 #[test]
-fn a_part_of_a_buffer_is_used_where_asked() {
+fn sliced_buffer_is_filled_only_in_its_slice() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     peer.write_all(b"xy").expect("write");
@@ -138,7 +138,7 @@ fn a_part_of_a_buffer_is_used_where_asked() {
 }
 
 #[test]
-fn a_vectored_send_is_one_message_and_gives_its_pieces_back() {
+fn vectored_send_is_one_message_and_returns_its_pieces() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let mapping = Mapping::anonymous(4096);
@@ -161,7 +161,7 @@ fn a_vectored_send_is_one_message_and_gives_its_pieces_back() {
 }
 
 #[test]
-fn a_vectored_send_waits_until_all_is_sent() {
+fn vectored_send_completes_after_all_bytes() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let len = 4 << 20;
@@ -179,7 +179,7 @@ fn a_vectored_send_waits_until_all_is_sent() {
 }
 
 #[test]
-fn files_are_read_and_written_at_an_offset_or_at_their_own_position() {
+fn file_operations_use_the_offset_or_the_files_position() {
     let mut ring = ring();
     let mut file = memfd(0);
     let fd = Fd::from(OwnedFd::from(file.try_clone().expect("a duplicate")));
@@ -197,7 +197,7 @@ fn files_are_read_and_written_at_an_offset_or_at_their_own_position() {
 }
 
 #[test]
-fn a_nonblocking_descriptor_is_waited_for() {
+fn read_of_a_nonblocking_descriptor_waits_for_data() {
     let mut ring = ring();
     let file = eventfd();
     let fd = Fd::from(OwnedFd::from(file.try_clone().expect("a duplicate")));
@@ -210,7 +210,7 @@ fn a_nonblocking_descriptor_is_waited_for() {
 }
 
 #[test]
-fn a_poll_reports_once() {
+fn poll_reports_once() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     ring.submit(Op::poll(fd, libc::POLLIN as u32), 0).expect("room");
@@ -221,7 +221,7 @@ fn a_poll_reports_once() {
 }
 
 #[test]
-fn a_multishot_poll_reports_until_it_is_cancelled() {
+fn multishot_poll_reports_until_cancelled() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let key = ring.submit(Op::poll(fd, libc::POLLIN as u32).multishot(), 9).expect("room");
@@ -240,7 +240,7 @@ fn a_multishot_poll_reports_until_it_is_cancelled() {
 }
 
 #[test]
-fn a_timeout_that_expires_is_done() {
+fn expired_timeout_is_done() {
     let mut ring = ring();
     ring.submit(Op::timeout(Duration::from_millis(1)), 0).expect("room");
     let completion = one(&mut ring);
@@ -248,7 +248,7 @@ fn a_timeout_that_expires_is_done() {
 }
 
 #[test]
-fn a_splice_goes_from_a_socket_through_a_pipe_to_a_file() {
+fn splice_moves_bytes_from_a_socket_through_a_pipe_to_a_file() {
     let mut ring = ring();
     let (socket, mut peer) = pair();
     let (out, into) = pipe();
@@ -274,7 +274,7 @@ fn a_splice_goes_from_a_socket_through_a_pipe_to_a_file() {
 }
 
 #[test]
-fn memory_is_populated_and_released() {
+fn madvise_populates_and_releases_memory() {
     let mut ring = ring();
     let len = 16 * 4096;
     let file = memfd(len as u64);
@@ -292,7 +292,7 @@ fn memory_is_populated_and_released() {
 }
 
 #[test]
-fn a_file_is_allocated_and_punched() {
+fn fallocate_allocates_and_punches_a_file() {
     let mut ring = ring();
     let file = memfd(0);
     let fd = Fd::from(OwnedFd::from(file.try_clone().expect("a duplicate")));
@@ -307,7 +307,7 @@ fn a_file_is_allocated_and_punched() {
 }
 
 #[test]
-fn registered_files_are_used_by_slot_and_closed_with_the_ring() {
+fn registered_files_work_by_slot_and_close_with_the_ring() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     let Fd::Owned(socket) = fd else { panic!("a descriptor") };
@@ -352,7 +352,7 @@ fn too_many_registered_files_are_refused() {
 }
 
 #[test]
-fn registered_buffers_are_read_into_and_kept_until_the_ring_closes() {
+fn registered_buffers_are_filled_and_kept_until_the_ring_closes() {
     let mut ring = ring();
     let len = 8 * 4096;
     let mapping = Mapping::anonymous(len);

@@ -1,4 +1,4 @@
-//! Messages between rings, wake-ups from threads without one, and the core a ring's thread runs on.
+//! Messages between rings, wake-ups from threads without a ring, and the core of a ring's thread.
 
 use std::sync::mpsc;
 use std::thread;
@@ -9,7 +9,7 @@ use umem_ring::{
 
 use crate::util::*;
 
-/// The next message, past whatever else comes.
+/// The next message; skips all other completions.
 fn message(ring: &mut Ring) -> (u64, u32) {
     loop {
         let completion = one(ring);
@@ -22,7 +22,7 @@ fn message(ring: &mut Ring) -> (u64, u32) {
 }
 
 #[test]
-fn addresses_and_wakers_go_anywhere() {
+fn mailboxes_and_wakers_are_send_and_sync() {
     fn goes_anywhere<T: Clone + Send + Sync + 'static>() {}
     goes_anywhere::<Mailbox>();
     goes_anywhere::<Waker>();
@@ -31,7 +31,7 @@ fn addresses_and_wakers_go_anywhere() {
 }
 
 #[test]
-fn rings_on_two_threads_play_ping_pong() {
+fn rings_on_two_threads_exchange_messages() {
     const ROUNDS: u64 = 500;
     let mut ring = ring();
     let (addresses, arrived) = mpsc::channel::<Mailbox>();
@@ -59,7 +59,7 @@ fn rings_on_two_threads_play_ping_pong() {
 }
 
 #[test]
-fn every_bit_of_a_message_arrives() {
+fn message_arrives_with_every_bit() {
     let mut ring = ring();
     for bit in 0..64 {
         let (value, extra) = (1u64 << bit, 1u32 << (bit % 32));
@@ -70,7 +70,7 @@ fn every_bit_of_a_message_arrives() {
 }
 
 #[test]
-fn a_message_to_a_closed_ring_is_refused() {
+fn message_to_a_closed_ring_is_refused() {
     let mut ring = ring();
     let mailbox = self::ring_with_name("closed").mailbox();
     let rejected = ring.submit(Op::msg_ring(mailbox, 1, 2), 3).expect_err("closed");
@@ -79,9 +79,9 @@ fn a_message_to_a_closed_ring_is_refused() {
     assert_eq!(ring.in_flight(), 0);
 }
 
-/// Many more than the completion queue holds, before the receiver looks once.
+/// Many more than the completion queue holds, before the receiver reads one.
 #[test]
-fn a_flood_of_messages_loses_none() {
+fn messages_beyond_the_completion_queue_all_arrive() {
     const MESSAGES: u64 = 5000;
     let mut receiver = ring_of(1, 1);
     let mailbox = receiver.mailbox();
@@ -107,7 +107,7 @@ fn a_flood_of_messages_loses_none() {
 }
 
 #[test]
-fn a_thread_without_a_ring_wakes_one() {
+fn thread_without_a_ring_wakes_a_ring() {
     let mut ring = ring();
     let waker: Waker = ring.waker().expect("a waker");
     assert_eq!(ring.in_flight(), 0, "the standing read is not the user's");
@@ -133,7 +133,7 @@ fn wake_ups_are_merged_and_none_is_lost() {
     let first = one(&mut ring);
     assert_eq!(first.outcome, Outcome::Done(10));
     assert!(poke(&mut ring).is_empty());
-    // Between the read and its repetition.
+    // Between a read and the next one.
     waker.wake();
     ring.enter(Wait::One).expect("enter");
     waker.wake();
@@ -158,7 +158,7 @@ fn wake_ups_are_merged_and_none_is_lost() {
 }
 
 #[test]
-fn a_rings_thread_runs_on_the_core_asked_for() {
+fn ring_thread_runs_on_the_configured_core() {
     let cores = core_affinity::get_core_ids().expect("cores");
     for core in cores {
         let bound = thread::spawn(move || {

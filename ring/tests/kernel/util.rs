@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use umem_ring::{Completion, Config, Fd, Memory, Outcome, Ring, Span, Wait};
 
-/// Longer than anything here takes.
+/// Longer than any step of the tests takes.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 pub(crate) fn ring() -> Ring {
@@ -43,7 +43,7 @@ pub(crate) fn collect(ring: &mut Ring, count: usize) -> Vec<Completion> {
     }
 }
 
-/// Enters until there is one.
+/// Enters until there is a completion.
 pub(crate) fn one(ring: &mut Ring) -> Completion {
     collect(ring, 1).remove(0)
 }
@@ -62,7 +62,7 @@ pub(crate) fn settle(ring: &mut Ring) -> Vec<Completion> {
     }
 }
 
-/// Hands over what is queued and returns what is there at once.
+/// Submits the queue and returns the completions available at once.
 pub(crate) fn poke(ring: &mut Ring) -> Vec<Completion> {
     ring.enter(Wait::No).expect("enter");
     std::iter::from_fn(|| ring.next()).collect()
@@ -76,7 +76,7 @@ pub(crate) fn outcomes(completions: &[Completion]) -> Vec<Outcome> {
     completions.iter().map(|completion| completion.outcome).collect()
 }
 
-/// The bytes of a buffer that came back.
+/// The bytes of a returned buffer.
 pub(crate) fn bytes(completion: Completion) -> Vec<u8> {
     let memory = completion.memory.expect("memory");
     memory.into_bytes().expect("bytes").into_vec()
@@ -88,7 +88,7 @@ pub(crate) fn pair() -> (Fd, UnixStream) {
     (Fd::from(OwnedFd::from(ours)), theirs)
 }
 
-/// The same over TCP on loopback; unix sockets know no zero copy.
+/// The same over TCP on loopback; unix sockets have no zero copy.
 pub(crate) fn tcp_pair() -> (Fd, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
     let address = listener.local_addr().expect("an address");
@@ -97,7 +97,7 @@ pub(crate) fn tcp_pair() -> (Fd, TcpStream) {
     (Fd::from(OwnedFd::from(ours)), theirs)
 }
 
-/// From now on a connection's end takes little that nobody has read.
+/// Limits the unread bytes that a connection's end accepts from now on.
 pub(crate) fn small_window(end: &TcpStream) {
     let bytes: libc::c_int = 32 << 10;
     // SAFETY: the option reads four bytes from a local variable that outlives the call.
@@ -138,11 +138,11 @@ pub(crate) fn eventfd() -> File {
 /// A descriptor that a system call has just made.
 pub(crate) fn owned(fd: i32) -> OwnedFd {
     assert!(fd >= 0, "{}", io::Error::last_os_error());
-    // SAFETY: it was made just now, and nobody else knows of it.
+    // SAFETY: the descriptor is new and has no other owner.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-/// A mapping, unmapped when the last span of it is gone.
+/// A mapping, unmapped when its last span is dropped.
 pub(crate) struct Mapping {
     start: NonNull<u8>,
     len: usize,
@@ -164,7 +164,7 @@ impl Mapping {
 
     pub(crate) fn span(self: &Arc<Self>) -> Span {
         let owner: Arc<dyn Any + Send + Sync> = self.clone();
-        // SAFETY: the mapping is there until the owner is dropped, and no reference to it exists.
+        // SAFETY: the mapping lives until the owner is dropped, and no reference to it exists.
         unsafe { Span::new(self.start, self.len, owner) }
     }
 
@@ -197,12 +197,12 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the last owner goes, so no span and no operation uses it.
+        // SAFETY: the last owner is dropped, so no span and no operation uses the mapping.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
     }
 }
 
-/// A small generator, so that a failing run can be had again from its seed.
+/// A small generator, so that a seed repeats a failing run.
 pub(crate) struct Random(u64);
 
 impl Random {

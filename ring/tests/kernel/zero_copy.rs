@@ -1,4 +1,4 @@
-//! The two completions of a zero-copy send, and the one of a failed one.
+//! The two completions of a zero-copy send, and the single one of a failed send.
 
 use std::io::Read;
 use std::sync::Arc;
@@ -7,7 +7,8 @@ use umem_ring::{Chain, Completion, Memory, Op, Outcome};
 
 use crate::util::*;
 
-/// What came for one key, with the rule that every key ends exactly once, and with its memory.
+/// All completions of one key: checks that exactly one is the last, and that the memory comes with
+/// it.
 fn check_one_end(completions: &[Completion]) {
     let ends: Vec<_> = completions.iter().filter(|completion| completion.last).collect();
     assert_eq!(ends.len(), 1, "{completions:?}");
@@ -16,7 +17,7 @@ fn check_one_end(completions: &[Completion]) {
 }
 
 #[test]
-fn the_result_comes_first_and_the_memory_with_the_notification() {
+fn zero_copy_send_returns_memory_with_its_notification() {
     let mut ring = ring();
     let (fd, mut peer) = tcp_pair();
     let mapping = Mapping::anonymous(65536);
@@ -40,7 +41,7 @@ fn the_result_comes_first_and_the_memory_with_the_notification() {
 }
 
 #[test]
-fn loopback_says_that_it_copied() {
+fn zero_copy_over_loopback_reports_a_copy() {
     let mut ring = ring();
     let (fd, mut peer) = tcp_pair();
     ring.submit(Op::send_zc(fd, vec![1; 4096]), 0).expect("room");
@@ -51,7 +52,7 @@ fn loopback_says_that_it_copied() {
 }
 
 #[test]
-fn a_vectored_one_gives_its_pieces_back_with_the_notification() {
+fn vectored_zero_copy_send_returns_pieces_with_its_notification() {
     let mut ring = ring();
     let (fd, mut peer) = tcp_pair();
     let mut pieces: Vec<Memory> = vec![vec![1; 16].into(), vec![2; 4096].into()];
@@ -70,9 +71,10 @@ fn a_vectored_one_gives_its_pieces_back_with_the_notification() {
     }
 }
 
-/// A stream never pauses: were sends that share a packet released together, none would ever be.
+/// A stream without pauses: if sends that share a packet were released together, none ever would
+/// be.
 #[test]
-fn one_is_released_while_the_next_has_not_left() {
+fn zero_copy_send_is_released_before_the_next_is_sent() {
     const BYTES: usize = 256 << 10;
     let mut ring = ring();
     let (fd, mut peer) = tcp_pair();
@@ -92,7 +94,7 @@ fn one_is_released_while_the_next_has_not_left() {
 }
 
 #[test]
-fn a_registered_buffer_is_sent() {
+fn zero_copy_send_from_a_registered_buffer_arrives() {
     let mut ring = ring();
     let (fd, mut peer) = tcp_pair();
     let mapping = Mapping::anonymous(8192);
@@ -108,11 +110,11 @@ fn a_registered_buffer_is_sent() {
 }
 
 #[test]
-fn a_failed_one_ends_once_whether_it_announces_a_notification_or_not() {
+fn failed_zero_copy_send_ends_once_with_or_without_notification() {
     let mut ring = ring();
     let (fd, peer) = tcp_pair();
     drop(peer);
-    // The first send after the close is answered with a reset; the ones after it fail.
+    // The first send after the close is answered with a reset; the later ones fail.
     let mut failures = 0;
     for _ in 0..100 {
         let key = ring.submit(Op::send_zc(fd.clone(), vec![1; 4096]), 0).expect("room");
@@ -129,12 +131,12 @@ fn a_failed_one_ends_once_whether_it_announces_a_notification_or_not() {
         }
     }
     assert!(failures > 90, "{failures}");
-    // Whatever still came named no later operation.
+    // Late completions named no later operation.
     assert!(poke(&mut ring).is_empty());
 }
 
 #[test]
-fn an_unsupported_socket_fails_once() {
+fn zero_copy_send_on_an_unsupported_socket_fails_once() {
     let mut ring = ring();
     let (fd, _peer) = pair();
     ring.submit(Op::send_zc(fd, vec![1; 16]), 0).expect("room");
@@ -147,7 +149,7 @@ fn an_unsupported_socket_fails_once() {
 }
 
 #[test]
-fn one_that_never_started_gives_its_memory_back_once() {
+fn unstarted_zero_copy_send_returns_its_memory_once() {
     let mut ring = ring();
     let (fd, _reader) = tcp_pair();
     let (dead, gone) = pair();
@@ -163,14 +165,14 @@ fn one_that_never_started_gives_its_memory_back_once() {
         check_one_end(&first);
         check_one_end(&second);
         assert_eq!(second[0].outcome, Outcome::NotStarted { failed: keys[0] });
-        // The slot's next owner is not taken for it by whatever still comes.
+        // Late completions of the send are not reported for the slot's next operation.
         ring.submit(Op::nop(), 3).expect("room");
         assert_eq!(outcomes(&settle(&mut ring)), [Outcome::Done(0)]);
     }
 }
 
 #[test]
-fn header_and_page_leave_as_a_chain() {
+fn header_and_page_are_sent_as_a_chain() {
     let mut ring = ring();
     let (fd, mut peer) = tcp_pair();
     for _ in 0..20 {
@@ -192,9 +194,9 @@ fn header_and_page_leave_as_a_chain() {
     }
 }
 
-/// The receiver stops reading, so the memory stays in use for as long as it does.
+/// The receiver does not read, so the memory stays in use until the connection closes.
 #[test]
-fn memory_in_the_socket_is_held() {
+fn zero_copy_memory_is_held_while_in_the_socket() {
     let mut ring = ring();
     let (fd, peer) = tcp_pair();
     let mapping = Mapping::anonymous(32 << 20);

@@ -85,6 +85,9 @@ pub(crate) struct Terms {
     pub(crate) is_checked: bool,
     /// A page has come when it is the guest's own ([`Input::AllReleased`]).
     pub(crate) is_private: bool,
+    /// No monitor holds the guest back: it runs as soon as it has pages. So no page is requested for it before the
+    /// guest is ours.
+    pub(crate) runs_itself: bool,
     /// A program that embeds this has a way of its own to end it.
     pub(crate) is_embedded: bool,
     /// What another process takes over, should this one be killed; none where nobody could.
@@ -236,6 +239,8 @@ pub(crate) enum Effect {
     Load(Vec<u8>),
     /// Ask the monitor to let the guest run.
     Run,
+    /// Request pages from here on, for a guest that [runs itself](Terms::runs_itself).
+    RequestPages,
     /// Keep cores awake while the guest stands still.
     StayAwake,
     /// The guest runs, after a standstill of this long: cores may sleep.
@@ -326,6 +331,7 @@ impl super::Effect for Effect {
             Effect::Prepare
             | Effect::Load(_)
             | Effect::Run
+            | Effect::RequestPages
             | Effect::StayAwake
             | Effect::Sleep { .. }
             | Effect::Persist(_)

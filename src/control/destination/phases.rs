@@ -182,6 +182,11 @@ impl Core {
         effects.extend([
             Effect::Send(Frame::Running { us_since_switchover: micros(since_switchover) }),
             Effect::Sleep { downtime },
+        ]);
+        if self.terms.runs_itself {
+            effects.push(Effect::RequestPages);
+        }
+        effects.extend([
             Effect::Report(Event::Running { place: Place::Destination, downtime }),
             Effect::Show("filling"),
         ]);

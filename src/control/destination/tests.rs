@@ -32,6 +32,7 @@ fn terms() -> Terms {
         has_bulk_lanes: true,
         is_checked: true,
         is_private: false,
+        runs_itself: false,
         is_embedded: false,
         session: Some(Session { number: "5e55".into(), directory_option: String::new() }),
         step_timeout: STEP_TIMEOUT,
@@ -249,6 +250,7 @@ fn short(effect: &Effect) -> String {
             standing.switched,
             standing.running.is_some()
         ),
+        Effect::RequestPages => "RequestPages".into(),
         Effect::Sleep { .. } => "Sleep".into(),
         other => format!("{other:?}"),
     }
@@ -467,6 +469,19 @@ fn without_postcopy_the_guest_could_run_once_every_page_is_here() {
     let mut bench = at("Serving", private);
     assert_eq!(bench.says(Input::AllReleased), "");
     assert_eq!(bench.says(Input::AllCached), "Show(\"touching\"), TouchTheRest, Unregister");
+}
+
+/// Such a guest runs as soon as it has pages.
+#[test]
+fn a_guest_that_no_monitor_holds_gets_pages_once_it_is_ours_and_known_to_run() {
+    let terms = Terms { runs_itself: true, ..terms() };
+    let mut bench = at("Awaiting", terms);
+    let switchover = Heard::Switchover { stopped_us: 7 };
+    assert!(!bench.says(Input::Received(switchover)).contains("RequestPages"));
+    let said = bench.says(Input::Running);
+    let (known, requested) = (said.find("Persist(running)"), said.find("RequestPages"));
+    assert!(known.is_some() && known < requested, "{said}");
+    assert_eq!(bench.says(Input::GuestEnded(Exit::Fine)), "");
 }
 
 #[test]

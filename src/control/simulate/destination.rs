@@ -196,6 +196,7 @@ impl World {
             has_bulk_lanes: true,
             is_checked: self.habits.is_checked,
             is_private: self.habits.is_private,
+            runs_itself: false,
             is_embedded: false,
             session: self.habits.is_kept.then_some(session),
             step_timeout: Duration::from_secs(30),
@@ -295,6 +296,9 @@ impl World {
             Record::Running { at } => kept.running = Some(at),
             Record::Complete { .. } | Record::Parted => {}
         }
+        if matches!(record, Record::Switched { .. } | Record::Running { .. }) {
+            self.destination.guest.noted = Some(*kept);
+        }
         if !self.is_well() && self.random.percent(self.habits.disk) {
             return Err(Error::Host("no space".into()));
         }
@@ -389,6 +393,7 @@ impl World {
             Effect::Forget => self.forget_there(),
             Effect::Finish(outcome) => self.destination.outcome = Some(outcome),
             Effect::StayAwake
+            | Effect::RequestPages
             | Effect::Sleep { .. }
             | Effect::Compare(_)
             | Effect::LookUp { .. }
@@ -498,6 +503,10 @@ impl World {
         let until = Some(self.instant() + FAREWELL_PATIENCE);
         match plan(recalled.state, found) {
             Plan::Serve(()) => {
+                let noted = self.destination.guest.noted;
+                let recalled =
+                    noted.filter(|noted| noted.state > recalled.state).unwrap_or(recalled);
+                self.destination.kept = Some(recalled);
                 // It is no child of this process, which ends it only when it is told to.
                 self.binds(Bond::Kept);
                 let core = Core::recalled(self.terms(), &recalled, self.instant());

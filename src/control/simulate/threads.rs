@@ -12,6 +12,7 @@ use super::Random;
 use super::destination::Word;
 use super::world::{CHUNK, Happening, LANES, Lane, PAGES, STATE_BYTES, Sent, Told, World, nobody};
 use crate::control::destination::farewell;
+use crate::control::destination::takeover::Recalled;
 use crate::control::destination::{Exit, FreeSpace, Input};
 use crate::error::{Error, Result, lane_name};
 
@@ -67,6 +68,8 @@ pub(super) struct Guest {
     pub(super) has_died: bool,
     /// Pages that it waits for.
     pub(super) touched: BTreeSet<u64>,
+    /// The memory file, which it keeps: how far the switchover has come, from *switched* on.
+    pub(super) noted: Option<Recalled>,
 }
 
 /// Lanes that have come in.
@@ -603,6 +606,7 @@ impl Guest {
             is_ours: false,
             has_died: false,
             touched: BTreeSet::new(),
+            noted: None,
         }
     }
 

@@ -632,9 +632,7 @@ impl World {
         if !self.source.is(process) {
             return;
         }
-        // Known gap (docs/design/control.md): a monitor that would not have a guest given away that has arrived.
-        let has_arrived = self.destination.guest.is_ours && question == Question::StandsStill;
-        let is_wrong = !self.is_well() && !has_arrived && self.random.percent(self.habits.wrong);
+        let is_wrong = !self.is_well() && self.random.percent(self.habits.wrong);
         self.note(format_args!("monitor does {question:?}, wrongly: {is_wrong}"));
         let result = match is_wrong {
             true => Err(Error::Host("it refuses".into())),

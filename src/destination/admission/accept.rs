@@ -1,5 +1,5 @@
-//! Lanes at the destination: a source dials, its lanes are accepted, its regions are read. In a session
-//! that recovers the door stays open, and lanes that replace lost ones come in there too.
+//! Lanes at the destination: a source dials, its lanes are accepted, its regions are read. In a session that recovers
+//! the door stays open for lanes that replace lost ones.
 
 mod door;
 
@@ -30,24 +30,24 @@ pub(in crate::destination) struct Lanes {
     pub(in crate::destination) bulk: Vec<Lane>,
     /// The demand lane's.
     pub(in crate::destination) hello: Hello,
-    /// What all of them have shown, where TLS is asked for.
+    /// The peer's identity that all of them presented, with TLS.
     pub(in crate::destination) certificate: Option<Vec<u8>>,
-    /// Where more of them may come in.
+    /// The door for further lanes.
     pub(in crate::destination) door: Option<LaneAcceptor>,
 }
 
 impl Lanes {
-    /// The source wants to hear which pages have come.
+    /// The source requests acknowledgements.
     pub(in crate::destination) fn acks(&self) -> bool {
         self.hello.capabilities.contains(Capabilities::ACKS)
     }
 
-    /// Both sides go on over new lanes when these are lost.
-    /// Pages come while the source's guest runs.
+    /// Pages arrive while the source's guest runs.
     pub(in crate::destination) fn has_rounds(&self) -> bool {
         self.demand.capabilities.contains(Capabilities::ROUNDS)
     }
 
+    /// Both sides continue over new lanes when these are lost.
     pub(in crate::destination) fn recovers(&self) -> bool {
         self.demand.capabilities.contains(Capabilities::RECOVERY)
     }
@@ -61,43 +61,43 @@ impl Lanes {
     }
 }
 
-/// What a session has to be like.
+/// Requirements on a session.
 #[derive(Clone, Copy)]
 pub(in crate::destination) struct Terms {
     /// The most bulk lanes.
     pub(in crate::destination) lanes_max: u16,
-    /// This side is able to go on over other lanes.
+    /// This side can continue over other lanes.
     pub(in crate::destination) recovers: bool,
-    /// No session without checksums.
+    /// Sessions without checksums are refused.
     pub(in crate::destination) checksum: bool,
 }
 
 impl Terms {
-    /// Those of a session that has begun: what else it has is compared with its first hello.
+    /// Requirements of a session that has begun: its other properties are compared with its first hello.
     fn of_session(hello: &Hello) -> Terms {
         Terms { lanes_max: hello.bulk_lanes, recovers: true, checksum: false }
     }
 
-    /// Why a source is refused, if it is.
+    /// The reason to refuse a source, if any.
     fn refusal(&self, hello: &Hello) -> Option<String> {
         if hello.bulk_lanes > self.lanes_max {
             return Some(format!("at most {} lanes here; use --lanes there", self.lanes_max));
         }
         let is_checked = hello.capabilities.contains(Capabilities::CHECKSUM);
         (self.checksum && !is_checked)
-            .then(|| "checksums are asked for here: give --checksum".to_owned())
+            .then(|| "this side requires checksums: use --checksum there".to_owned())
     }
 }
 
-/// Where the source comes in.
+/// The place where the source connects.
 pub(in crate::destination) enum Entrance {
     Listener(Listener),
-    /// The one connection there is.
+    /// The single connection.
     Connection(OwnedFd),
 }
 
 impl Entrance {
-    /// Its address, with a port that the kernel chose.
+    /// The listening address, with the port that the kernel chose.
     pub(in crate::destination) fn uri(&self, asked: &Uri) -> Uri {
         match self {
             Entrance::Listener(listener) => listener.uri(asked),
@@ -105,7 +105,7 @@ impl Entrance {
         }
     }
 
-    /// For the question who could come in.
+    /// The input of the check which peers could connect.
     pub(in crate::destination) fn way_in(&self) -> WayIn<'_> {
         match self {
             Entrance::Listener(listener) => WayIn::Listener(listener),
@@ -113,7 +113,7 @@ impl Entrance {
         }
     }
 
-    /// Opens all lanes of a session. Nobody else comes in then.
+    /// Accepts all lanes of a session. No other session is accepted then.
     pub(in crate::destination) fn accept(
         self,
         guard: &Arc<ServerAuth>,
@@ -137,8 +137,8 @@ impl Entrance {
     }
 }
 
-/// Accepts the lanes of the first session that opens all of them. No connection holds up another, and
-/// a session that comes to nothing does not keep the next one out.
+/// Accepts the lanes of the first session that opens all of them. No connection delays another, and an incomplete
+/// session does not block the next.
 fn accept(mut door: LaneAcceptor, inbox: &Inbox<Note>, prepared: &Prepared) -> Result<Lanes> {
     loop {
         if let Some(mut lanes) = door.whole() {
@@ -156,14 +156,14 @@ fn accept(mut door: LaneAcceptor, inbox: &Inbox<Note>, prepared: &Prepared) -> R
             Wake::Ready(0) => return Err(exited()),
             Wake::Ready(index) => door.answer(index - 1)?,
             Wake::Message(Note::Failed(error)) => return Err(error),
-            // Nobody else posts before there are workers.
+            // No message arrives before there are workers.
             Wake::Message(_) | Wake::Timeout => {}
         }
         door.forget_late(Instant::now());
     }
 }
 
-/// Opens the lane of the one connection there is. The source may come at any time.
+/// Opens the lane of the single connection. The source may send its hello at any time.
 fn accept_single(
     socket: OwnedFd,
     guard: &ServerAuth,
@@ -208,7 +208,7 @@ fn accept_single(
     Ok(Lanes { demand, bulk: Vec::new(), hello, certificate, door: None })
 }
 
-/// How long a source that has begun to say who it is may still take; no limit before that.
+/// How long a source may take once it has begun to send its hello; no limit before that.
 pub(in crate::destination) fn left(
     deadline: Option<Instant>,
     late: &dyn Fn(String) -> Error,
@@ -217,7 +217,7 @@ pub(in crate::destination) fn left(
     match left {
         Some(Duration::ZERO) => {
             let seconds = HELLO_TIMEOUT.as_secs();
-            Err(late(format!("it has not said who it is within {seconds} s")))
+            Err(late(format!("it has not sent its hello within {seconds} s")))
         }
         left => Ok(left),
     }
@@ -231,11 +231,11 @@ fn exited() -> Error {
     Error::Host("it exited before the guest arrived (its own messages say why)".into())
 }
 
-/// How long the source's regions may take, which it sends as soon as all lanes are open.
+/// How long the source's regions may take; the source sends them as soon as all lanes are open.
 const REGIONS_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Reads the source's regions and puts ours in their order; an error is told to the source. The
-/// answer has the landing table.
+/// Reads the source's regions and puts this side's in their order; an error is sent to the source. The result has the
+/// landing table.
 pub(in crate::destination) fn compare(
     demand: &Lane,
     inbox: &Inbox<Note>,
@@ -274,10 +274,10 @@ fn read_regions(
     let mut buffer = Vec::new();
     let deadline = Instant::now() + limit;
     loop {
-        // Whatever else comes does not make it longer.
+        // Other frames do not extend the limit.
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            let what = format!("its regions have not come for {} s", limit.as_secs_f64());
+            let what = format!("its regions have not arrived for {} s", limit.as_secs_f64());
             return Err(lost(demand, &what));
         }
         match inbox.wait(&[socket.as_fd(), prepared.side.exited()], Some(left))? {
@@ -295,7 +295,7 @@ fn read_regions(
             Ok(count) => count,
             Err(error) => match error.kind() {
                 ErrorKind::ConnectionReset => return Err(lost(demand, "the source closed it")),
-                // A socket that was given to us may be one that does not block.
+                // A given socket may be non-blocking.
                 ErrorKind::Interrupted | ErrorKind::WouldBlock => continue,
                 _ => return Err(error).context(|| demand.name.clone()),
             },

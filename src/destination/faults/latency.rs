@@ -1,8 +1,8 @@
-//! What the guest's faults took, whole and by stage.
+//! Latencies of the guest's faults, in total and by stage.
 //!
-//! A fault is *read* from its userfaultfd, its page *asked* for, the page *arrives*, and is *continued*: it is
-//! made visible and whoever waits is woken. Faults of pages that were on their way already are asked for by
-//! nobody, and have no stages.
+//! The stages of a fault: umem *reads* it from its userfaultfd, *requests* its page, the page *arrives*, and the vCPU
+//! is *continued*: the page is made visible and waiting threads are woken. Faults of pages that were already in flight
+//! need no request and have no stages.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -13,13 +13,13 @@ use umem_wire::RegionId;
 use crate::destination::memory::PageId;
 use crate::statistics::{Completed, FaultStages, Latency, Stage, latency_histogram, record};
 
-/// Two digits tell stages apart; they cost 4 KiB for each power of two that occurs.
+/// Two significant digits distinguish stages; they cost 4 KiB for each power of two that occurs.
 const STAGE_DIGITS: u8 = 2;
 
-/// The longest stage that is told from a longer one: a minute, ns.
+/// The longest stage that is recorded exactly: a minute, ns.
 const STAGE_MAX_NS: u64 = 60_000_000_000;
 
-/// Latencies of faults that have been answered.
+/// Latencies of answered faults.
 pub(crate) struct Latencies {
     whole_us: Histogram<u64>,
     read_to_asked_ns: Histogram<u64>,
@@ -37,16 +37,16 @@ impl Latencies {
         }
     }
 
-    /// Adds what another thread has seen.
+    /// Adds the latencies of another thread.
     pub(crate) fn add(&mut self, other: &Latencies) {
-        // All have the same ranges, so that none is refused.
+        // All histograms have the same range, so none is refused.
         let _ = self.whole_us.add(&other.whole_us);
         let _ = self.read_to_asked_ns.add(&other.read_to_asked_ns);
         let _ = self.asked_to_arrived_ns.add(&other.asked_to_arrived_ns);
         let _ = self.arrived_to_continued_ns.add(&other.arrived_to_continued_ns);
     }
 
-    /// Puts them into a report.
+    /// Writes the latencies into a report.
     pub(crate) fn tell(&self, report: &mut Completed) {
         report.fault_latency_us = Some(Latency::of(&self.whole_us));
         report.fault_stages_us = Some(FaultStages {
@@ -66,14 +66,14 @@ fn record_stage(histogram: &mut Histogram<u64>, from: Instant, to: Instant) {
     histogram.saturating_record(u64::try_from(ns).unwrap_or(u64::MAX).max(1));
 }
 
-/// When what happened to the faults of one page that somebody waits for.
+/// Times of the faults of one page that a vCPU waits for.
 struct Stamps {
     read: Instant,
     asked: Option<Instant>,
     arrived: Option<Instant>,
 }
 
-/// The pages that a thread's guests wait for, and what they have waited so far.
+/// The pages that the guests of a thread wait for, and their latencies so far.
 pub(crate) struct Waiting {
     pages: HashMap<PageId, Stamps>,
     latencies: Latencies,
@@ -84,17 +84,17 @@ impl Waiting {
         Waiting { pages: HashMap::with_capacity(1024), latencies: Latencies::new() }
     }
 
-    /// Pages that somebody waits for.
+    /// Number of pages that a vCPU waits for.
     pub(crate) fn len(&self) -> usize {
         self.pages.len()
     }
 
-    /// A fault has been read; who waits longest for a page counts.
+    /// A fault has been read; the longest wait for a page counts.
     pub(crate) fn read(&mut self, page: PageId, at: Instant) {
         self.pages.entry(page).or_insert(Stamps { read: at, asked: None, arrived: None });
     }
 
-    /// These have been asked for now.
+    /// These pages are requested now.
     pub(crate) fn asked(&mut self, pages: &[(RegionId, u64)]) {
         if pages.is_empty() {
             return;
@@ -107,7 +107,7 @@ impl Waiting {
         }
     }
 
-    /// It has come.
+    /// The page has arrived.
     pub(crate) fn arrived(&mut self, page: PageId, at: Instant) {
         if let Some(stamps) = self.pages.get_mut(&page)
             && stamps.asked.is_some()
@@ -116,7 +116,7 @@ impl Waiting {
         }
     }
 
-    /// Whoever waited for it goes on: what that took, if somebody did.
+    /// The waiting threads continue; returns the latency if a thread waited.
     pub(crate) fn continued(&mut self, page: PageId) -> Option<Duration> {
         let stamps = self.pages.remove(&page)?;
         let now = Instant::now();
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn the_stages_of_a_fault_make_up_the_whole_of_it() {
+    fn fault_stages_add_up_to_the_total_latency() {
         let mut waiting = Waiting::new();
         let read = Instant::now().checked_sub(Duration::from_millis(5)).unwrap();
         waiting.read(page(1), read);
@@ -164,14 +164,14 @@ mod tests {
         ];
         assert_eq!(stages.map(Histogram::len), [1; 3]);
         let sum: u64 = stages.iter().map(|stage| stage.max()).sum();
-        // Each is told to two digits.
+        // Two significant digits each.
         let ns = whole.as_nanos() as f64;
         assert!((sum as f64 - ns).abs() <= ns / 50.0, "{sum} of {ns}");
         assert!(latencies.read_to_asked_ns.max() >= 5_000_000);
     }
 
     #[test]
-    fn a_page_that_nobody_asked_for_has_no_stages() {
+    fn page_without_a_request_has_no_stages() {
         let mut waiting = Waiting::new();
         waiting.read(page(1), Instant::now());
         waiting.arrived(page(1), Instant::now());

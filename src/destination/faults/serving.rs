@@ -1,10 +1,10 @@
-//! Serves userfaultfds: takes the guest's faults, has missing pages asked for, and makes those that
-//! have come visible to whoever waits for them.
+//! Serves userfaultfds: reads the guest's faults, requests missing pages, and makes arrived pages visible to waiting
+//! vCPUs.
 //!
-//! One userfaultfd takes a few hundred thousand faults a second, whoever reads it, so a guest with
-//! many vCPUs is handed over in shards with a userfaultfd each. The demand thread serves the faults of
-//! a guest that is not sharded, which spares a hop between threads; shards are served by threads of
-//! their own, each with a ring on its own core, which tell the demand thread what to ask for.
+//! One userfaultfd takes a few hundred thousand faults a second, whatever reads it, so a guest with many vCPUs is
+//! handed over in shards with a userfaultfd each. The demand thread serves the faults of a guest without shards, which
+//! saves a hop between threads. Shards are served by threads of their own, each with a ring on its own core; these send
+//! the demand thread the pages to request.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use umem_ring::{Completion, Config, Mailbox, Op, Outcome, Ring, TOKEN_MESSAGE, T
 use umem_wire::RegionId;
 
 use super::latency::{Latencies, Waiting};
+use super::messages::RingMessages;
 use crate::destination::memory::{GuestMemory, PageId, RETRY_INTERVAL, SHORTAGE_INTERVAL};
 use crate::error::{Error, Result};
 use crate::fault::uffd::{self, MESSAGE_BYTES};
@@ -25,20 +26,20 @@ use crate::statistics::faults::FaultCounts;
 /// Events taken with one read of a userfaultfd.
 const EVENTS_MAX: usize = 64;
 
-/// What a message from another ring says about its page.
+/// Meaning of a message from another ring about its page.
 pub(crate) const MESSAGE_CACHED: u32 = 0;
-/// To the demand thread: somebody waits for this page.
+/// To the demand thread: a vCPU waits for this page.
 pub(crate) const MESSAGE_ASK: u32 = 1;
 
-/// A page to be made visible once pending events have been read.
+/// A page to make visible once pending events have been read.
 enum Again {
-    /// It has come, and somebody waited for it.
+    /// The page has arrived, and a vCPU waited for it.
     Came(PageId),
-    /// Somebody waits at this address although it has come.
+    /// A vCPU waits at this address although the page has arrived.
     At(u64),
 }
 
-/// Some of the guest's userfaultfds, served by the thread that owns this.
+/// Some of the guest's userfaultfds, served by the owning thread.
 pub(crate) struct Faults {
     guest: Arc<GuestMemory>,
     /// Indices of the guest's fault sources.
@@ -48,19 +49,19 @@ pub(crate) struct Faults {
     /// The token of the retry timer.
     retry_token: u64,
     retry_armed: bool,
-    /// Pages to ask the source for.
+    /// Pages to request from the source.
     ask: Vec<(RegionId, u64)>,
-    /// Those whose request is being sent.
+    /// Pages whose request is being sent.
     asking: Vec<(RegionId, u64)>,
-    /// Of `sources`: those whose events have been taken, to be listened to again.
+    /// Of `sources`: those whose events have been read, to be armed again.
     idle: Vec<usize>,
     waiting: Waiting,
     again: Vec<Again>,
-    /// The thread whose fault was read last; 0 if it is not known, or has been looked at.
+    /// The thread of the last fault; 0 if unknown or already taken.
     last_thread: u32,
-    /// The same for who looks on.
+    /// The same for observers.
     counts: Arc<FaultCounts>,
-    /// What is read.
+    /// The read buffer.
     buffer: Vec<u8>,
 }
 
@@ -91,12 +92,12 @@ impl Faults {
         }
     }
 
-    /// Starts to listen.
+    /// Arms every source.
     pub(crate) fn arm(&self, ring: &mut Ring) -> Result<()> {
         (0..self.sources.len()).try_for_each(|index| self.listen(ring, index))
     }
 
-    /// Waits for events. A ring could read them too, but not with the gate closed, as it has to be.
+    /// Polls for events. A ring could read them too, but not with the gate closed, as required.
     fn listen(&self, ring: &mut Ring, index: usize) -> Result<()> {
         let descriptor = self.guest.sources[self.sources[index]].uffd.descriptor();
         ring.submit(Op::poll(descriptor, libc::POLLIN as u32), self.token + index as u64)
@@ -104,8 +105,8 @@ impl Faults {
         Ok(())
     }
 
-    /// Listens again where events have been taken. Called behind each turn of completions, when what they ask for
-    /// is in the queue: somebody waits for that, and the kernel takes one after the other.
+    /// Arms sources whose events have been read. Called after each turn of completions, when the requests are in the
+    /// queue: a vCPU waits for those, and the kernel processes submissions in order.
     pub(crate) fn listen_again(&mut self, ring: &mut Ring) -> Result<()> {
         while let Some(index) = self.idle.pop() {
             self.listen(ring, index)?;
@@ -113,23 +114,28 @@ impl Faults {
         Ok(())
     }
 
-    /// Takes a completion with one of the tokens given at the start. [`Faults::listen_again`] follows.
+    /// Handles a completion with one of the tokens given at the start. [`Faults::listen_again`] follows.
     pub(crate) fn complete(&mut self, ring: &mut Ring, completion: Completion) -> Result<()> {
         if completion.token == self.retry_token {
             self.retry_armed = false;
             return self.retry(ring);
         }
         let index = usize::try_from(completion.token - self.token).expect("our own token");
-        let Outcome::Done(_) = completion.outcome else {
-            // The guest's process has ended; the control thread hears of it from the process.
-            return Ok(());
-        };
+        match completion.outcome {
+            Outcome::Done(_) => {}
+            Outcome::Failed(errno) if matches!(errno.raw(), libc::ENOMEM | libc::EAGAIN) => {
+                self.idle.push(index);
+                return Ok(());
+            }
+            // The guest's process has ended; the control thread learns that from the process.
+            _ => return Ok(()),
+        }
         self.read(ring, self.sources[index])?;
         self.idle.push(index);
         self.retry(ring)
     }
 
-    /// Takes what is pending with the gate closed, and carries it out before the gate opens.
+    /// Reads pending events with the gate closed, and applies them before the gate opens.
     fn read(&mut self, ring: &mut Ring, source: usize) -> Result<()> {
         let guest = self.guest.clone();
         let _gate = guest.sources[source].close_gate();
@@ -150,7 +156,7 @@ impl Faults {
         result
     }
 
-    /// Carries out events that lie where another process would find them, until they have been.
+    /// Applies events from the shared buffer, where a takeover would find them until they are applied.
     fn shared_events(&mut self, ring: &mut Ring, source: usize, count: usize) -> Result<()> {
         let guest = self.guest.clone();
         let Some(events) = &guest.sources[source].events else { return Ok(()) };
@@ -201,18 +207,18 @@ impl Faults {
         Ok(())
     }
 
-    /// A page that somebody waits for is there.
+    /// A page that a vCPU waits for is here.
     pub(crate) fn cached(&mut self, ring: &mut Ring, page: PageId) -> Result<()> {
         self.waiting.arrived(page, Instant::now());
         self.guest.region(page.region).pages.unwant(page.page);
         self.show(ring, Again::Came(page))
     }
 
-    /// The same of one that whoever waited for it sees already, which had come at a time.
+    /// As above for a page that is already visible, and arrived at `at`.
     pub(crate) fn given(&mut self, page: PageId, arrived: Instant) {
         self.waiting.arrived(page, arrived);
         self.guest.region(page.region).pages.unwant(page.page);
-        self.goes_on(page);
+        self.mark_continued(page);
     }
 
     fn show(&mut self, ring: &mut Ring, what: Again) -> Result<()> {
@@ -233,12 +239,12 @@ impl Faults {
             self.again.push(what);
             return self.arm_retry(ring, interval);
         }
-        page.into_iter().for_each(|page| self.goes_on(page));
+        page.into_iter().for_each(|page| self.mark_continued(page));
         Ok(())
     }
 
-    /// Whoever waited for a page does no more.
-    fn goes_on(&mut self, page: PageId) {
+    /// The page has no waiting vCPU any more.
+    fn mark_continued(&mut self, page: PageId) {
         if let Some(latency) = self.waiting.continued(page) {
             self.counts.served(latency);
             self.counts.waiting(self.waiting.len());
@@ -258,30 +264,30 @@ impl Faults {
         Ok(())
     }
 
-    /// The thread whose fault was read since the last call, where its userfaultfd tells.
+    /// The thread of the last fault since the last call, if its userfaultfd reports threads.
     pub(crate) fn take_thread(&mut self) -> Option<u32> {
         let thread = std::mem::take(&mut self.last_thread);
         (thread != 0).then_some(thread)
     }
 
-    /// Nothing of what there is to ask for can be said; somebody else remembers it.
+    /// Requests cannot be sent; page states remember the wanted pages.
     pub(crate) fn forget_unasked(&mut self) {
         self.ask.clear();
     }
 
-    /// The pages to ask for since the last call, which are being asked for now. [`Faults::asked`] follows.
+    /// The pages to request since the last call, whose request is sent now. [`Faults::asked`] follows.
     pub(crate) fn take_unasked(&mut self) -> &[(RegionId, u64)] {
         self.asking.append(&mut self.ask);
         &self.asking
     }
 
-    /// What was taken has left.
+    /// The requests have been sent.
     pub(crate) fn asked(&mut self) {
         self.waiting.asked(&self.asking);
         self.asking.clear();
     }
 
-    /// What the faults took: from the reading of a fault to its end.
+    /// Latencies of the faults, from the read of a fault to its end.
     pub(crate) fn into_latencies(self) -> Latencies {
         self.waiting.into_latencies()
     }
@@ -294,21 +300,20 @@ fn changed(what: &str) -> Error {
     ))
 }
 
-const TOKEN_POSTED: u64 = 0;
-const TOKEN_RETRY: u64 = 1;
-const TOKEN_FAULTS: u64 = 2;
+const TOKEN_RETRY: u64 = 0;
+const TOKEN_FAULTS: u64 = 1;
 
 /// A thread that serves shards.
 pub(crate) struct FaultThread {
     pub(crate) guest: Arc<GuestMemory>,
     pub(crate) sources: Vec<usize>,
     pub(crate) core: Option<usize>,
-    /// The demand thread's ring: it asks.
+    /// The demand thread's ring, which sends the requests.
     pub(crate) demand: Mailbox,
 }
 
 impl FaultThread {
-    /// Serves until it is woken to stop. Returns what the faults took.
+    /// Serves until it is woken to stop. Returns the latencies.
     pub(crate) fn run(self, started: Started<ThreadHandle>) -> Result<Latencies> {
         let mut ring = Ring::new(&Config {
             name: "faults".into(),
@@ -319,6 +324,7 @@ impl FaultThread {
         priority::go_first();
         started.with(ThreadHandle { waker: ring.waker()?, mailbox: ring.mailbox() });
         let mut faults = Faults::new(self.guest, self.sources, TOKEN_FAULTS, TOKEN_RETRY);
+        let mut messages = RingMessages::new();
         faults.arm(&mut ring)?;
         loop {
             ring.enter(Wait::One)?;
@@ -326,7 +332,9 @@ impl FaultThread {
             while let Some(completion) = ring.next() {
                 match completion.token {
                     TOKEN_WAKE => return Ok(faults.into_latencies()),
-                    TOKEN_POSTED => posted(completion.outcome)?,
+                    token if RingMessages::owns(token) => {
+                        messages.complete(&mut ring, &completion)?;
+                    }
                     TOKEN_MESSAGE => match completion.outcome {
                         Outcome::Message { value, .. } => {
                             faults.cached(&mut ring, PageId::unpack(value))?;
@@ -338,7 +346,7 @@ impl FaultThread {
             }
             for &(region, page) in faults.take_unasked() {
                 let value = PageId { region, page }.pack();
-                post(&mut ring, &self.demand, value, MESSAGE_ASK, TOKEN_POSTED)?;
+                messages.send(&mut ring, &self.demand, value, MESSAGE_ASK)?;
             }
             faults.asked();
             faults.listen_again(&mut ring)?;
@@ -346,7 +354,7 @@ impl FaultThread {
     }
 }
 
-/// Where each fault source is served: the ring to tell of a page that has come.
+/// For each fault source, the ring that must learn of an arrived page.
 #[derive(Clone)]
 pub(crate) struct Servers(Arc<[Mailbox]>);
 
@@ -356,30 +364,16 @@ impl Servers {
         Servers(mailboxes.into())
     }
 
-    /// Tells that a page has come that somebody waits for.
+    /// Reports an arrived page that a vCPU waits for.
     pub(crate) fn tell(
         &self,
         ring: &mut Ring,
+        messages: &mut RingMessages,
         guest: &GuestMemory,
         page: PageId,
-        token: u64,
     ) -> Result<()> {
         let region = guest.region(page.region);
         let part = region.part_at(region.byte_offset(page.page));
-        post(ring, &self.0[part.source], page.pack(), MESSAGE_CACHED, token)
-    }
-}
-
-fn post(ring: &mut Ring, to: &Mailbox, value: u64, extra: u32, token: u64) -> Result<()> {
-    let message = Op::msg_ring(to.clone(), value, extra);
-    ring.submit(message, token).map_err(|rejected| Error::Ring(rejected.error))?;
-    Ok(())
-}
-
-/// A message that did not arrive would leave a vCPU waiting for a page that is there.
-pub(crate) fn posted(outcome: Outcome) -> Result<()> {
-    match outcome {
-        Outcome::Done(_) => Ok(()),
-        other => Err(Error::Host(format!("waking a vCPU through another ring: {other:?}"))),
+        messages.send(ring, &self.0[part.source], page.pack(), MESSAGE_CACHED)
     }
 }

@@ -1,11 +1,11 @@
-//! A lane of small pages that is read ahead: a receive takes whatever is there, headers and pages.
+//! A lane of small pages that is read ahead: a receive takes all available bytes, headers and pages.
 //!
 //! Pages go from the buffer into the file, or are copied in. On a demand lane a page that a vCPU waits for may be
-//! [given](crate::destination::memory::GuestMemory::give) to the guest instead, and an answer and its header take one
-//! receive.
+//! [given](crate::destination::memory::GuestMemory::give) to the guest instead, and one receive takes an answer with
+//! its header.
 //!
-//! **Invariant:** that of the [buffer](super::buffer); and there is no TLS, every region's pages fit in the buffer,
-//! only a demand lane gives pages, and only to a guest whose events its own thread reads.
+//! **Invariant:** the invariant of the [buffer](super::buffer); there is no TLS; every region's pages fit in the
+//! buffer; only a demand lane gives pages, and only to a guest whose events its own thread reads.
 //! [`ReadAhead::assert_invariants`] asserts it.
 
 use umem_ring::Ring;
@@ -18,24 +18,24 @@ use crate::destination::memory::PageId;
 use crate::error::Result;
 use crate::transport::tls::Channel;
 
-/// The buffer of such a lane, and what has been given from it.
+/// The buffer of such a lane, and the pages given from it.
 pub(super) struct ReadAhead {
     pub(super) buffer: Buffer,
-    /// A demand lane, whose thread reads the guest's events too.
+    /// A demand lane whose thread also reads the guest's events.
     pub(super) gives: bool,
-    /// Pages that have been given since somebody asked.
+    /// Pages given since the last query.
     pub(super) given: Vec<Given>,
 }
 
 impl ReadAhead {
-    /// One that gives no pages.
+    /// A reader that gives no pages.
     pub(super) fn new(channel: Channel) -> ReadAhead {
         ReadAhead { buffer: Buffer::new(channel), gives: false, given: Vec::new() }
     }
 
-    /// Gives a page that is here whole to whoever waits for it. False if it has to go the other way.
+    /// Gives a page whose bytes are all here to its waiting vCPU. False if the page must be placed the usual way.
     fn give(&mut self, core: &mut LaneCore, run: &RunTarget) -> Result<bool> {
-        // All of the run, not what is left of one: the others of its pages are not given.
+        // All of the run, not the rest of one: the other pages of the run are not given.
         let Some(current) = core.current.as_mut().filter(|current| current.range.pages == 1) else {
             return Ok(false);
         };
@@ -52,7 +52,7 @@ impl ReadAhead {
         Ok(true)
     }
 
-    /// Asserts the [module's](self) invariant. The lane is good.
+    /// Asserts the [module's](self) invariant. The lane has not failed.
     pub(super) fn assert_invariants(&self, core: &LaneCore) {
         self.buffer.assert_invariants(core);
         assert!(!self.buffer.channel.has_tls());
@@ -68,8 +68,8 @@ impl Buffered for ReadAhead {
     }
 
     fn arm(&mut self, core: &mut LaneCore, ring: &mut Ring) -> Result<()> {
-        // On the demand lane nothing is likely to come before the next request; on a bulk lane, or behind the
-        // beginning of an answer, there is more already.
+        // On the demand lane nothing is likely to arrive before the next request. On a bulk lane, or after the
+        // beginning of an answer, more bytes are available.
         let is_idle = core.role == LaneRole::Demand && self.buffer.channel.plain().is_empty();
         let receive = self.buffer.receive(core);
         core.submit(ring, if is_idle { receive.poll_first() } else { receive }, TOKEN_AHEAD)

@@ -1,4 +1,4 @@
-//! What the ways have in common that receive whatever is there into a buffer: [read ahead](super::ahead),
+//! The common part of the paths that receive all available bytes into a buffer: [read ahead](super::ahead),
 //! [spliced](super::spliced) and [records](super::records).
 //!
 //! ```text
@@ -6,9 +6,9 @@
 //!                     ^ Buffered::take_all takes from here      ^ the next receive
 //! ```
 //!
-//! **Invariant:** while the lane is good and has not ended, one thing is in flight: a receive, which has the buffer;
-//! or, with the buffer here, a poll or the timer of a pause. Bytes of the buffer's first run count as copied only
-//! while the rest of them waits for the guest's events. [`Buffer::assert_invariants`] asserts it.
+//! **Invariant:** while the lane has neither failed nor ended, one operation is in flight: a receive, which owns the
+//! buffer; or, with the buffer here, a poll or the timer of a pause. Bytes of the buffer's first run count as copied
+//! only while the rest of them waits for the guest's events. [`Buffer::assert_invariants`] asserts it.
 
 use umem_ring::{Bytes, Op, Outcome, Ring};
 use umem_wire::{HEADER_BYTES, RunTarget, Target};
@@ -19,55 +19,55 @@ use crate::memory::kind::RegionMemory;
 use crate::memory::sums;
 use crate::transport::tls::Channel;
 
-/// Pages up to this size, 64 KiB, are read ahead: they wait whole in the buffer.
+/// Pages up to this size, 64 KiB, are read ahead: a page waits whole in the buffer.
 const AHEAD_SHIFT_MAX: u8 = 16;
 
-/// What one receive takes of the demand lane: 16 answers of 4 KiB pages, or one of the largest.
+/// The size of one receive of the demand lane: 16 answers of 4 KiB pages, or one of the largest pages.
 pub(super) const AHEAD_DEMAND_BYTES: usize = 68 << 10;
 
-/// What one receive takes of a bulk lane: enough for the cost of a system call not to show, and little
-/// enough to stay in the cache of a core until it has been written.
+/// The size of one receive of a bulk lane: large enough to amortize the system call, small enough to stay in a core's
+/// cache until it is written.
 pub(super) const AHEAD_BULK_BYTES: usize = 256 << 10;
 
 const _: () = assert!(AHEAD_DEMAND_BYTES > (1 << AHEAD_SHIFT_MAX) + HEADER_BYTES);
 
-/// Whole pages of this memory fit in the buffer.
+/// Whether whole pages of this memory fit in the buffer.
 pub(super) fn fits_ahead(memory: RegionMemory) -> bool {
     memory.unit_shift <= AHEAD_SHIFT_MAX
 }
 
-/// What has come of a lane and is not in place yet.
+/// Bytes of a lane that have arrived and are not in place yet.
 pub(super) struct Buffer {
     pub(super) channel: Channel,
     /// Bytes at the buffer's start that have been copied in, if the rest of the run had to wait.
     copied: usize,
 }
 
-/// How far the buffer has brought the current run.
+/// Progress of the current run from the buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    /// Bytes of the run have been taken.
+    /// This many bytes of the run have been taken.
     Taken,
-    /// More has to come before any can be.
+    /// More bytes must arrive first.
     Short,
-    /// The guest's events have to be read first.
+    /// The guest's events must be read first.
     EventsPending,
 }
 
-/// A way that takes frames and runs from a buffer.
+/// A path that takes frames and runs from a buffer.
 pub(super) trait Buffered {
     fn buffer(&mut self) -> &mut Buffer;
 
     /// Starts the next receive.
     fn arm(&mut self, core: &mut LaneCore, ring: &mut Ring) -> Result<()>;
 
-    /// Puts in place what the buffer has of the current run.
+    /// Places the bytes of the current run that the buffer holds.
     fn land(&mut self, core: &mut LaneCore, run: &RunTarget, sink: &mut impl Sink) -> Result<Step>;
 
     /// Bytes of a header or a body have been taken.
     fn control_taken(&mut self, _: &LaneCore) {}
 
-    /// A receive is over.
+    /// A receive has completed.
     fn received(
         &mut self,
         core: &mut LaneCore,
@@ -78,7 +78,7 @@ pub(super) trait Buffered {
     ) -> Result<()> {
         let channel = &mut self.buffer().channel;
         match outcome {
-            // With TLS the channel knows how the connection has ended.
+            // With TLS the channel knows how the connection ended.
             Outcome::Done(count) if count > 0 || channel.has_tls() => {
                 channel.filled(bytes, count as usize);
             }
@@ -87,7 +87,7 @@ pub(super) trait Buffered {
         self.take_all(core, ring, sink)
     }
 
-    /// Takes everything that the buffer has and that can be put in place now, then receives more.
+    /// Takes everything from the buffer that can be placed now, then receives more.
     fn take_all(
         &mut self,
         core: &mut LaneCore,
@@ -123,7 +123,7 @@ impl Buffer {
         Buffer { channel, copied: 0 }
     }
 
-    /// A receive of whatever is there.
+    /// A receive of all available bytes.
     pub(super) fn receive(&mut self, core: &LaneCore) -> Op {
         Op::recv(core.socket(), self.channel.free())
     }
@@ -151,13 +151,13 @@ impl Buffer {
         left.min(self.channel.plain().len())
     }
 
-    /// Those of them that are whole pages.
+    /// The whole pages among them.
     pub(super) fn page_bytes_of(&self, core: &LaneCore, run: &RunTarget) -> usize {
         let unit_shift = core.guest.region(run.region).memory.unit_shift;
         self.bytes_of(run) >> unit_shift << unit_shift
     }
 
-    /// On a checked lane: compares the run with its checksum, as soon as all of it is here. False before that.
+    /// With checksums: compares the run with its checksum, once all of it is here. False before that.
     pub(super) fn verify(&mut self, core: &mut LaneCore, run: &RunTarget) -> Result<bool> {
         if !core.is_unverified() {
             return Ok(true);
@@ -174,7 +174,7 @@ impl Buffer {
         Ok(true)
     }
 
-    /// Writes the whole pages that are here of a run to its file, or copies them in.
+    /// Writes the whole pages of a run that are here to its file, or copies them in.
     pub(super) fn land(
         &mut self,
         core: &mut LaneCore,
@@ -202,7 +202,7 @@ impl Buffer {
         Ok(Step::Taken)
     }
 
-    /// Writes so many bytes of a run to its file.
+    /// Writes `bytes` of a run to its file.
     pub(super) fn write(
         &mut self,
         core: &mut LaneCore,
@@ -214,7 +214,7 @@ impl Buffer {
         self.landed(core, bytes, sink)
     }
 
-    /// So many bytes of a run are in place.
+    /// `bytes` of a run are in place.
     pub(super) fn landed(
         &mut self,
         core: &mut LaneCore,
@@ -225,7 +225,7 @@ impl Buffer {
         core.landed(bytes, sink)
     }
 
-    /// Asserts the [module's](self) invariant. The lane is good.
+    /// Asserts the [module's](self) invariant. The lane has not failed.
     pub(super) fn assert_invariants(&self, core: &LaneCore) {
         assert!(core.in_flight() <= 1, "{}: one thing is in flight", core.name);
         assert!(

@@ -1,11 +1,12 @@
-//! A lane of which no byte is received that is not known to belong where it goes.
+//! A lane that receives a byte only when its place is known.
 //!
-//! A header or a body is received whole, into a small buffer. A run is received whole, behind which the receive of the
-//! next header is linked. Where its bytes go depends on the run:
+//! A header or a body is received whole, into a small buffer. A run is received whole, with the receive of the next
+//! header linked behind it. The place of its bytes depends on the run:
 //!
-//! - *in place*: into our mapping of the file. Huge pages, and a small page that a vCPU waits for.
-//! - *staged*: into a buffer, from which it is then written to the file or copied in. The other small pages, and all
-//!   that is copied in. A run that cannot be copied in at once is held, with the header behind it if that comes.
+//! - *in place*: into this process's mapping of the file. Huge pages, and a small page that a vCPU waits for.
+//! - *staged*: into a buffer, from which it is then written to the file or copied in. All other small pages, and all
+//!   runs that are copied in. A run that cannot be copied in at once is held, and so is the header behind it if that
+//!   arrives.
 //!
 //! ```text
 //! in flight:
@@ -16,10 +17,10 @@
 //!   header  -->  timer                             a run that there is no room for
 //! ```
 //!
-//! **Invariant:** while the lane is good and has not ended, what is in flight is one of these: a header or a body; a
-//! run and the header behind it; the timer of a lane that waits for room; the timer of a run that is held, which is
-//! copied in no more than in part, and the header behind it unless that has come. A buffer for a header is here while
-//! a lane waits for room, and neither that nor the staging buffer while a run is held.
+//! **Invariant:** while the lane has neither failed nor ended, the operations in flight are one of these: a header or a
+//! body; a run and the header behind it; the timer of a lane that waits for room; the timer of a held run, of which at
+//! most a part has been copied in, and the header behind it unless that has arrived. A header buffer is here while a
+//! lane waits for room. Neither a header buffer nor the staging buffer is here while a run is held.
 //! [`Exact::assert_invariants`] asserts it.
 
 use umem_ring::{Bytes, Chain, Memory, Op, Outcome, Ring};
@@ -34,7 +35,7 @@ use crate::memory::sums;
 pub(super) struct Exact {
     /// For the next header. A body has a buffer of its own, and the header behind it a new one.
     header: Option<Bytes>,
-    /// For a run that is staged, once there has been one.
+    /// For a staged run, once there has been one.
     staging: Option<Bytes>,
     held: Option<Held>,
 }
@@ -45,7 +46,7 @@ struct Held {
     staging: Bytes,
     /// Its bytes that are in place.
     done: usize,
-    /// The header behind it, if that has come, or its receive has failed.
+    /// The header behind it, if that has arrived or its receive has failed.
     next: Option<(Outcome, Bytes)>,
 }
 
@@ -73,7 +74,7 @@ impl Exact {
         }
     }
 
-    /// Where a run is received.
+    /// The place where a run is received.
     fn memory_for(&mut self, core: &LaneCore, run: &RunTarget) -> Memory {
         let region = core.guest.region(run.region);
         let memory = region.memory;
@@ -98,7 +99,7 @@ impl Exact {
         }
     }
 
-    /// Goes on with the run that is held, or starts the next receive.
+    /// Continues the held run, or starts the next receive.
     pub(super) fn go_on(
         &mut self,
         core: &mut LaneCore,
@@ -111,7 +112,7 @@ impl Exact {
         }
     }
 
-    /// The receive of a header or a body is over.
+    /// The receive of a header or a body has completed.
     pub(super) fn control_received(
         &mut self,
         core: &mut LaneCore,
@@ -126,7 +127,7 @@ impl Exact {
         }
         match outcome {
             Outcome::Done(_) => {}
-            // The run before it has failed and says why.
+            // The run before it has failed and has the reason.
             Outcome::NotStarted { .. } => return Ok(()),
             other => return Err(core.failed(other)),
         }
@@ -139,7 +140,7 @@ impl Exact {
         if core.receiver.is_ended() { Ok(()) } else { self.arm(core, ring) }
     }
 
-    /// The receive of a run is over.
+    /// The receive of a run has completed.
     pub(super) fn run_received(
         &mut self,
         core: &mut LaneCore,
@@ -178,7 +179,7 @@ impl Exact {
         self.placed(core, staging, sink)
     }
 
-    /// Copies a run in, or what is left of it, and holds what cannot be copied in now.
+    /// Copies a run in, or the rest of it, and holds the bytes that cannot be copied in now.
     fn copy_in(
         &mut self,
         core: &mut LaneCore,
@@ -199,14 +200,14 @@ impl Exact {
         }
     }
 
-    /// The run that was in the staging buffer is in place.
+    /// The run in the staging buffer is in place.
     fn placed(&mut self, core: &mut LaneCore, staging: Bytes, sink: &mut impl Sink) -> Result<()> {
         let bytes = staging.len();
         self.staging = Some(staging);
         core.landed(bytes, sink)
     }
 
-    /// Asserts the [module's](self) invariant. The lane is good.
+    /// Asserts the [module's](self) invariant. The lane has not failed.
     pub(super) fn assert_invariants(&self, core: &LaneCore) {
         let in_flight = core.in_flight();
         let is_run = matches!(core.receiver.next_target(), Target::Run(_));

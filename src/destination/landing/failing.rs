@@ -1,4 +1,4 @@
-//! What goes wrong with a lane, and where its pages land, in words.
+//! Errors of a lane, with the place of its pages.
 
 use std::os::fd::AsRawFd;
 
@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::statistics::Counters;
 
 impl LaneCore {
-    /// What has come cannot be read, or is not what was sent. The latter is counted, once a lane.
+    /// Received bytes cannot be decoded, or changed in transit. The latter is counted, once a lane.
     pub(super) fn unreadable(&mut self, error: &ReceiveError) -> Error {
         let before = std::mem::replace(&mut self.health, Health::Unreadable);
         if before != Health::Unreadable && error.is_corruption() {
@@ -23,18 +23,18 @@ impl LaneCore {
                 let (first, last) = (range.first, range.first + range.pages - 1);
                 let name = &self.guest.region(range.region).name;
                 self.lost(format!(
-                    "the checksum of RAM {name}, pages {first} to {last}, is wrong; bytes change on \
-                     their way"
+                    "the checksum of RAM {name}, pages {first} to {last}, is wrong; bytes change in \
+                     transit"
                 ))
             }
             error => Error::received("source", &self.name, error),
         }
     }
 
-    /// Why a receive did not bring what it had to.
+    /// The reason of an incomplete receive.
     pub(super) fn failed(&self, outcome: Outcome) -> Error {
         match outcome {
-            // The kernel could not put the bytes into the page: its file system is full.
+            // The kernel could not store the bytes in the page: its file system is full.
             Outcome::Short { .. } if self.is_open() => self.has_no_room(),
             Outcome::Failed(errno) if errno.raw() == libc::EFAULT => self.has_no_room(),
             Outcome::Short { .. } | Outcome::Done(_) => self.lost("the source closed it".into()),
@@ -43,7 +43,7 @@ impl LaneCore {
         }
     }
 
-    /// Whether more may come: what ended a receive early was not the connection's end.
+    /// Whether more may arrive: a receive ended early for a reason other than the connection's end.
     fn is_open(&self) -> bool {
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         match recv(self.socket.as_raw_fd(), &mut [0], flags) {
@@ -52,14 +52,14 @@ impl LaneCore {
         }
     }
 
-    /// Of the current run.
+    /// For the current run.
     fn has_no_room(&self) -> Error {
         let region = |current: &Current| self.guest.region(current.range.region);
         let ram = self.current.as_ref().map(|current| region(current).name.as_str());
         out_of_memory(ram.unwrap_or("of the guest"))
     }
 
-    /// TLS has nothing more for us.
+    /// The TLS connection has ended.
     pub(super) fn ended(&self, cause: Option<String>) -> Error {
         let cause = cause.map(|cause| format!(" (TLS: {cause})")).unwrap_or_default();
         self.lost(format!("the source closed it{cause}"))

@@ -1,9 +1,9 @@
-//! What a lane needs whichever way its bytes go.
+//! The part of a lane's reader that every path uses.
 //!
-//! **Invariant:** while the lane is good, something is always in flight unless the lane has ended: a receive, a poll,
-//! or the timer of a pause; a pause and its timer come and go together, so that nothing is received during a pause but
-//! what was in flight before it. The current run is the run that the wire's receiver takes, and it is verified only on
-//! a lane that is checked. [`LaneCore::assert_invariants`] asserts it.
+//! **Invariant:** while the lane has not failed, an operation is in flight unless the lane has ended: a receive, a
+//! poll, or the timer of a pause. A pause and its timer start and end together, so that only operations started before
+//! a pause complete during it. The current run is the run that the wire's receiver takes; it is verified only with
+//! checksums. [`LaneCore::assert_invariants`] asserts it.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -19,11 +19,11 @@ use crate::memory::guarded::Gone;
 use crate::memory::sums;
 use crate::transport::lane::Lane;
 
-/// Who is told of what has come.
+/// The receiver of a lane's results.
 pub(super) trait Sink {
     /// A vCPU waits for this page, which is cached now.
     fn wake(&mut self, page: PageId);
-    /// All that comes; pages are in place.
+    /// Any item of the lane; pages are in place.
     fn arrived(&mut self, arrived: Arrived) -> Result<()>;
 }
 
@@ -43,54 +43,54 @@ impl<W: FnMut(PageId), A: FnMut(Arrived) -> Result<()>> Sink for Callbacks<W, A>
     }
 }
 
-/// What every way of a lane uses.
+/// The state that every path uses.
 pub(super) struct LaneCore {
     pub(super) name: String,
     pub(super) socket: Arc<OwnedFd>,
     pub(super) receiver: Receiver,
     pub(super) guest: Arc<GuestMemory>,
     pub(super) role: LaneRole,
-    /// Pages of this lane may come again.
+    /// Pages of this lane may arrive again.
     is_in_rounds: bool,
-    /// The data run whose bytes are coming.
+    /// The data run whose bytes are arriving.
     pub(super) current: Option<Current>,
     pub(super) health: Health,
     /// Operations that have not completed.
     in_flight: u32,
-    /// Nothing is received until a timer has run out.
+    /// No receive starts until a timer has expired.
     pause: Option<Pause>,
-    /// Of a checked lane: what the current run's pages add up to.
+    /// With checksums: the sum of the current run's pages.
     sums: Vec<u32>,
 }
 
-/// A data run whose bytes are coming.
+/// A data run whose bytes are arriving.
 pub(super) struct Current {
     pub(super) range: PageRange,
-    /// Its pages add up to what the source has sent, and their sums are known.
+    /// Its checksum is verified, and the sums of its pages are known.
     pub(super) is_verified: bool,
-    /// It is a page that has been [given](GuestMemory::give).
+    /// The run is a page that has been [given](GuestMemory::give).
     pub(super) is_given: bool,
 }
 
-/// Why a lane stands still for a while.
+/// The reason of a pause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pause {
-    /// The next run waits for room: private memory is to be released first.
+    /// The next run waits for room: private memory must be released first.
     Room,
     /// The rest of a run waits until the guest's events have been read.
     Events,
 }
 
-/// Whether more is taken from a lane.
+/// Whether a lane takes more bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Health {
     Good,
-    /// The connection has failed, or what came on it; operations that are left end by themselves.
+    /// The connection or its contents failed; operations in flight complete by themselves.
     Failed,
-    /// What has come cannot be read, and has been counted.
+    /// Received bytes could not be decoded; the error has been counted.
     Unreadable,
-    /// There is no room for what has come: nothing more of the lane is looked at. So many bytes of it, behind those
-    /// that have landed, have been copied in.
+    /// Received pages have no room: the lane is read no further. This many bytes behind the landed ones have been
+    /// copied in.
     NoRoom {
         copied: usize,
     },
@@ -126,7 +126,7 @@ impl LaneCore {
         matches!(self.health, Health::NoRoom { .. })
     }
 
-    /// A call has failed. What has come and has no room is not there, nor what is behind it.
+    /// A call has failed. Pages that have arrived without room are dropped, and everything behind them.
     pub(super) fn failed_with(&mut self, error: &Error) {
         match (self.health, error) {
             (Health::NoRoom { .. }, _) => {}
@@ -154,38 +154,38 @@ impl LaneCore {
         Ok(())
     }
 
-    /// Two operations, the second linked behind the first.
+    /// Submits two operations, the second linked behind the first.
     pub(super) fn submit_pair(&mut self, ring: &mut Ring, pair: Chain) -> Result<()> {
         ring.submit_chain(pair).map_err(|rejected| Error::Ring(rejected.error))?;
         self.in_flight += 2;
         Ok(())
     }
 
-    /// An operation has.
+    /// An operation has completed.
     pub(super) fn completed(&mut self) {
         self.in_flight -= 1;
     }
 
-    /// Stands still, and starts the timer that ends that.
+    /// Pauses, and starts the timer that ends the pause.
     pub(super) fn pause_for(&mut self, ring: &mut Ring, pause: Pause) -> Result<()> {
         assert!(self.pause.is_none(), "one timer at a time");
         self.pause = Some(pause);
         self.submit(ring, Op::timeout(RETRY_INTERVAL), TOKEN_RETRY)
     }
 
-    /// The timer has run out; what it was for.
+    /// The timer has expired; returns the reason of the pause.
     pub(super) fn end_pause(&mut self) -> Pause {
         self.pause.take().expect("a timer has its pause")
     }
 
-    /// Nobody waits for what this run brings: small pages may be staged, and memory that is short is spared. A run
-    /// of several pages is background on whatever lane.
+    /// No vCPU waits for this run: small pages may be staged, and scarce memory is spared. A run of several pages is
+    /// background on any lane.
     pub(super) fn is_background(&self, run: &RunTarget) -> bool {
         let unit_shift = self.guest.region(run.region).memory.unit_shift;
         self.role == LaneRole::Bulk || run.bytes > 1 << unit_shift
     }
 
-    /// A run that has to wait until private memory has been released.
+    /// A run that must wait until private memory has been released.
     pub(super) fn lacks_room(&self, run: &RunTarget) -> bool {
         self.is_background(run) && !self.guest.has_room()
     }
@@ -197,14 +197,13 @@ impl LaneCore {
         result.map_err(|error| self.unreadable(&error))
     }
 
-    /// The current run is not verified yet, and has to be.
+    /// The current run has a checksum that is not verified yet.
     pub(super) fn is_unverified(&self) -> bool {
         self.receiver.is_checked()
             && self.current.as_ref().is_some_and(|current| !current.is_verified)
     }
 
-    /// On a checked lane: adds up the pages of a run that has come whole, and fails if they are not as they
-    /// were sent.
+    /// With checksums: sums the pages of a complete run, and fails if the sum is wrong.
     pub(super) fn verify(
         &mut self,
         sum: impl FnOnce(&mut Vec<u32>) -> std::result::Result<(), Gone>,
@@ -214,7 +213,7 @@ impl LaneCore {
         }
         sum(&mut self.sums).map_err(|Gone| {
             Error::Host(
-                "its RAM file has been truncated, or cannot be read any more: what has come of the guest's \
+                "its RAM file has been truncated, or cannot be read any more: the guest's received \
                  memory is gone"
                     .into(),
             )
@@ -225,7 +224,7 @@ impl LaneCore {
         Ok(())
     }
 
-    /// The pages that `bytes` of a run have, from where it goes on.
+    /// The pages within `bytes` of a run, from its current position.
     pub(super) fn range_of(&self, run: &RunTarget, bytes: usize) -> PageRange {
         let unit_shift = self.guest.region(run.region).memory.unit_shift;
         PageRange {
@@ -235,7 +234,7 @@ impl LaneCore {
         }
     }
 
-    /// Copies in what comes after the first `done` bytes, and moves `done` on to what is in place then.
+    /// Copies in the bytes after the first `done` bytes, and moves `done` behind the bytes in place.
     pub(super) fn copy_in(
         &mut self,
         range: PageRange,
@@ -252,13 +251,13 @@ impl LaneCore {
         copied
     }
 
-    /// Writes bytes of a run to its file, from where it goes on.
+    /// Writes bytes of a run to its file, from its current position.
     pub(super) fn write(&self, run: &RunTarget, bytes: &[u8]) -> Result<()> {
         let ram = self.guest.region(run.region).file();
         ram.write_at(bytes, run.byte_offset).map_err(|error| not_written(&ram.name, error))
     }
 
-    /// So many bytes of the current run are in place.
+    /// `bytes` of the current run are in place.
     pub(super) fn landed(&mut self, bytes: usize, sink: &mut impl Sink) -> Result<()> {
         let landed = self.receiver.landed(bytes as u64);
         landed.map_err(|error| self.unreadable(&error))?;
@@ -293,7 +292,7 @@ impl LaneCore {
             self.guest.copied(range, &self.sums);
             return Ok(());
         }
-        // Before the pages count as here: with the last of them the digests are read.
+        // Before the pages are marked: the digests are read with the last page.
         if current.is_verified {
             let unit_shift = self.guest.region(range.region).memory.unit_shift;
             let first = sums::first_summed(range, unit_shift);
@@ -307,7 +306,7 @@ impl LaneCore {
         sink.arrived(Arrived::Run { range, last })
     }
 
-    /// A run without contents, which has its pages as soon as its header has come.
+    /// A run without data, whose pages are complete with its header.
     fn zeroes_landed(
         &mut self,
         range: PageRange,
@@ -318,7 +317,7 @@ impl LaneCore {
             return self.guest.emptied(range);
         }
         self.guest.begin(range, &self.name)?;
-        // Before the pages count as here, as well.
+        // Before the pages are marked, as above.
         if self.receiver.is_checked() {
             let unit_shift = self.guest.region(range.region).memory.unit_shift;
             let first = sums::first_summed(range, unit_shift);
@@ -329,7 +328,7 @@ impl LaneCore {
         sink.arrived(Arrived::Run { range, last })
     }
 
-    /// After a loss, when nothing is in flight: those pages of a run that breaks off which have been copied in count.
+    /// After a loss, when nothing is in flight: the copied pages of an incomplete run count.
     pub(super) fn settle(&mut self, sink: &mut impl Sink) -> Result<()> {
         let (Some(Current { range, .. }), Target::Run(run)) =
             (self.current.take(), self.receiver.next_target())
@@ -352,7 +351,7 @@ impl LaneCore {
         sink.arrived(Arrived::Run { range, last })
     }
 
-    /// Asserts the [module's](self) invariant. The lane is good.
+    /// Asserts the [module's](self) invariant. The lane has not failed.
     pub(super) fn assert_invariants(&self) {
         let has_ended = self.receiver.is_ended();
         assert_eq!(self.in_flight == 0, has_ended, "{}: something is always in flight", self.name);

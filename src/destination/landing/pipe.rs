@@ -1,23 +1,23 @@
 //! Long runs of small pages go from the socket into the file by splice(2), through a pipe.
 //!
-//! What the network has brought is copied once, from its buffers into the file's pages; read ahead it is copied
-//! into a buffer first. What the lane says about pages cannot go that way, so this is worth it for runs that are
-//! long, and for pages that nobody has to look at on their way: there are no checksums and no TLS.
+//! Spliced bytes are copied once, from the network's buffers into the file's pages; bytes that are read ahead are
+//! copied into a buffer first. Headers cannot be spliced, so splicing is worthwhile for long runs, and only for pages
+//! that the CPU need not read: without checksums and TLS.
 
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 
-/// With less of a run to come than this, 64 KiB, it is read ahead: that brings the next header along.
+/// A run with fewer bytes left than this, 64 KiB, is read ahead, which also fetches the next header.
 const WORTHWHILE_BYTES: u64 = 64 << 10;
 
-/// What one turn moves at most: as much as a receive that reads ahead.
+/// The most bytes of one turn: as many as a receive that reads ahead.
 const TURN_BYTES: usize = super::buffer::AHEAD_BULK_BYTES;
 
-/// The pipe's size. It is counted in pages, and a slot takes whatever piece of a packet has come, which may be
-/// less than one: this leaves room for a turn of packets of 1 KiB. Who has no privileges may have as much
-/// (pipe(7), `/proc/sys/fs/pipe-max-size`).
+/// The pipe's size. The size counts pages, and a slot may hold a piece of a packet smaller than a page: this leaves
+/// room for a turn of packets of 1 KiB. Unprivileged processes may have this size (pipe(7),
+/// `/proc/sys/fs/pipe-max-size`).
 const PIPE_BYTES: i32 = 1 << 20;
 
 /// A lane's pipe. It is empty between turns.
@@ -26,38 +26,38 @@ pub(super) struct Pipe {
     output: OwnedFd,
     input: OwnedFd,
     stage: Stage,
-    /// There is no splice(2) from this socket. What is left of the run that has begun is read ahead, in pieces
-    /// that need not be whole pages; no other run begins.
+    /// This socket does not support splice(2). The rest of the current run is read ahead, in pieces that need not be
+    /// whole pages; no further run is spliced.
     is_unable: bool,
 }
 
-/// Where a lane is.
+/// The state of a lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
     /// The lane is read ahead.
     Off,
     /// The rest of the current run goes through the pipe.
     Run,
-    /// Behind such a run. The next header is received alone, as there may be another one.
+    /// After a spliced run. The next header is received alone, because another long run may follow.
     Header,
 }
 
-/// What kept bytes from going on.
+/// The reason why bytes were not moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SpliceError {
-    /// There is no splice(2) from this socket; nothing has been taken from it.
+    /// This socket does not support splice(2); nothing has been taken from it.
     Unable,
     /// The connection is broken.
     Socket(Errno),
-    /// The file takes no more. What was taken from the socket is lost with the pipe.
+    /// The file takes no more. Bytes taken from the socket are lost with the pipe.
     File(Errno),
 }
 
 impl Pipe {
-    /// None where there is no pipe to be had.
+    /// None if no pipe can be had.
     pub(super) fn new() -> Option<Pipe> {
         let (output, input) = nix::unistd::pipe2(OFlag::O_CLOEXEC).ok()?;
-        // A smaller one does as well, in more turns.
+        // A smaller pipe works as well, in more turns.
         let _ = fcntl(&input, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES));
         Some(Pipe { output, input, stage: Stage::Off, is_unable: false })
     }
@@ -66,7 +66,7 @@ impl Pipe {
         if self.is_unable { Stage::Off } else { self.stage }
     }
 
-    /// Whether the rest of a run goes this way: `here` of its `bytes` have been read ahead.
+    /// Whether the rest of a run is spliced: `here` of its `bytes` have been read ahead.
     pub(super) fn takes(&mut self, bytes: u64, here: usize) -> bool {
         if self.stage != Stage::Run {
             let is_long = bytes.saturating_sub(here as u64) >= WORTHWHILE_BYTES;
@@ -75,23 +75,23 @@ impl Pipe {
         self.stage == Stage::Run
     }
 
-    /// Nothing comes through the pipe.
+    /// Disables splicing.
     pub(super) fn give_up(&mut self) {
         self.is_unable = true;
     }
 
-    /// The run has come to its end.
+    /// The run has ended.
     pub(super) fn run_ended(&mut self) {
         self.stage = Stage::Header;
     }
 
-    /// What came behind a run is no run.
+    /// The header behind a run is not a run's.
     pub(super) fn rest(&mut self) {
         self.stage = Stage::Off;
     }
 
-    /// Moves what the socket has, `most` bytes at most, to `offset` of the file. 0 at the connection's end.
-    /// Waits if the socket has nothing: call it when it is readable.
+    /// Moves up to `most` bytes from the socket to `offset` of the file. Returns 0 at the connection's end. Blocks if
+    /// the socket has no data: call it when the socket is readable.
     pub(super) fn carry(
         &self,
         socket: impl AsFd,
@@ -103,7 +103,7 @@ impl Pipe {
         let flags = SpliceFFlags::SPLICE_F_MOVE;
         let taken = again(|| splice(&socket, None, &self.input, None, most, flags));
         let taken = taken.map_err(|errno| match errno {
-            // The latter three are a sandbox's answers to a call that it does not know.
+            // A sandbox returns the latter three for unknown calls.
             Errno::EINVAL | Errno::ENOSYS | Errno::EPERM | Errno::EACCES => SpliceError::Unable,
             errno => SpliceError::Socket(errno),
         })?;
@@ -122,7 +122,7 @@ impl Pipe {
     }
 }
 
-/// Until no signal interrupts it.
+/// Repeats the call until no signal interrupts it.
 fn again(mut call: impl FnMut() -> nix::Result<usize>) -> nix::Result<usize> {
     loop {
         match call() {
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_go_where_they_belong_and_nowhere_else() {
+    fn piped_bytes_land_at_their_offset_only() {
         let (pipe, file) = (Pipe::new().unwrap(), file(1 << 20));
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let bytes: Vec<u8> = (0..50_000u32).map(|at| at as u8 | 1).collect();
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_to_blame_is_told() {
+    fn splice_error_names_the_failing_side() {
         let (pipe, file) = (Pipe::new().unwrap(), file(8192));
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         ours.write_all(&[0xa5; 4096]).unwrap();
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn only_long_runs_take_it_and_then_to_their_end() {
+    fn only_long_runs_are_spliced_and_to_their_end() {
         let mut pipe = Pipe::new().unwrap();
         assert!(!pipe.takes(WORTHWHILE_BYTES - 1, 0));
         assert!(!pipe.takes(WORTHWHILE_BYTES + 10, 11));

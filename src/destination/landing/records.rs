@@ -1,11 +1,11 @@
-//! A bulk lane of TLS: records are decrypted in the buffer that they were received into, while it is in the cache.
+//! A bulk lane of TLS: records are decrypted in their receive buffer, while it is in the cache.
 //!
-//! Small pages go on from there as if they had been read ahead. A page that does not fit in the buffer, of a file, is
-//! *poured*: what is there is written as it comes, and its bytes land when it is whole. Without TLS it would have been
-//! received in place. On a checked lane its sum is over what is in the file then, before its state becomes cached.
+//! Small pages are then handled like pages read ahead. A page of a file that does not fit in the buffer is *poured*:
+//! its bytes are written as they arrive, and land when the page is whole. Without TLS such a page is received in place.
+//! With checksums its sum covers the file's contents, before its state becomes Cached.
 //!
-//! **Invariant:** that of the [buffer](super::buffer); and the channel has TLS, nothing is received when the channel
-//! has ended, and bytes are poured only while a run of such a file is the current one, and fewer than all of it.
+//! **Invariant:** the invariant of the [buffer](super::buffer); the channel has TLS; nothing is received when the
+//! channel has ended; bytes are poured only while a run of such a file is the current one, and fewer than all of it.
 //! [`Records::assert_invariants`] asserts it.
 
 use umem_ring::Ring;
@@ -27,7 +27,7 @@ pub(super) struct Records {
     poured: usize,
 }
 
-/// A run of this memory is written as it comes.
+/// Whether a run of this memory is written as it arrives.
 fn is_poured(memory: RegionMemory) -> bool {
     !memory.is_copied_in() && !fits_ahead(memory)
 }
@@ -41,7 +41,7 @@ impl Records {
         Records { buffer: Buffer::new(channel), poured: 0 }
     }
 
-    /// Writes what is here of a run, which lands when it is whole.
+    /// Writes the bytes of a run that are here; the run lands when it is whole.
     fn pour(&mut self, core: &mut LaneCore, run: &RunTarget, sink: &mut impl Sink) -> Result<Step> {
         let poured = self.poured as u64;
         let (byte_offset, bytes) = (run.byte_offset + poured, run.bytes - poured);
@@ -62,7 +62,7 @@ impl Records {
         Ok(Step::Taken)
     }
 
-    /// Asserts the [module's](self) invariant. The lane is good.
+    /// Asserts the [module's](self) invariant. The lane has not failed.
     pub(super) fn assert_invariants(&self, core: &LaneCore) {
         self.buffer.assert_invariants(core);
         assert_eq!(core.role, LaneRole::Bulk);

@@ -1,4 +1,4 @@
-//! A bulk lane of small pages that is read ahead, and of whose long runs the rest goes through a pipe into the file.
+//! A bulk lane of small pages that is read ahead; the rest of its long runs goes through a pipe into the file.
 //!
 //! ```text
 //!   buffer:  [header, run, header, beginning of a long run]
@@ -8,9 +8,9 @@
 //!                                                                               may be behind it
 //! ```
 //!
-//! **Invariant:** that of the [buffer](super::buffer); and nobody has to look at a page on its way: there are no
-//! checksums and no TLS, and every region has a file of small pages. The pipe is empty between turns. While it carries
-//! a run, that is the current run, and all that the buffer had of it has been written before the socket is polled.
+//! **Invariant:** the invariant of the [buffer](super::buffer); the CPU need not read a page: there are no checksums
+//! and no TLS, and every region has a file of small pages. The pipe is empty between turns. While it carries a run,
+//! that run is the current one, and the buffer's bytes of it have been written before the socket is polled.
 //! [`Spliced::assert_invariants`] asserts it.
 
 use umem_ring::{Op, Outcome, Ring};
@@ -35,7 +35,7 @@ impl Spliced {
         Spliced { buffer: Buffer::new(channel), pipe }
     }
 
-    /// The socket has more of the current run, or has ended.
+    /// The socket has more bytes of the current run, or has ended.
     pub(super) fn readable(
         &mut self,
         core: &mut LaneCore,
@@ -50,7 +50,7 @@ impl Spliced {
         self.take_all(core, ring, sink)
     }
 
-    /// Moves what has come of the current run through the pipe.
+    /// Moves the available bytes of the current run through the pipe.
     fn carry(&mut self, core: &mut LaneCore, sink: &mut impl Sink) -> Result<()> {
         let Target::Run(run) = core.receiver.next_target() else {
             unreachable!("only a run goes through the pipe");
@@ -74,15 +74,11 @@ impl Spliced {
         }
     }
 
-    /// Asserts the [module's](self) invariant. The lane is good.
+    /// Asserts the [module's](self) invariant. The lane has not failed.
     pub(super) fn assert_invariants(&self, core: &LaneCore) {
         self.buffer.assert_invariants(core);
         assert_eq!(core.role, LaneRole::Bulk);
-        assert!(
-            !core.receiver.is_checked(),
-            "{}: nobody looks at what goes through a pipe",
-            core.name
-        );
+        assert!(!core.receiver.is_checked(), "{}: spliced pages cannot be checked", core.name);
         assert!(!self.buffer.channel.has_tls());
         let can = |memory| RegionMemory::can_be_spliced(memory) && fits_ahead(memory);
         assert!(core.guest.regions.iter().all(|region| can(region.memory)));
@@ -105,7 +101,7 @@ impl Buffered for Spliced {
                 let poll = Op::poll(core.socket(), libc::POLLIN as u32);
                 core.submit(ring, poll, TOKEN_READABLE)
             }
-            // Nothing is left in the buffer when a run has gone by it.
+            // The buffer is empty after a spliced run.
             (Stage::Header, Target::Control { exact }) => {
                 let header = self.buffer.channel.free().slice(0..exact);
                 core.submit(ring, Op::recv(core.socket(), header), TOKEN_AHEAD)
@@ -122,7 +118,7 @@ impl Buffered for Spliced {
         if !self.pipe.takes(run.bytes, here) {
             return self.buffer.land(core, run, sink);
         }
-        // What is here goes first, and need not be whole pages.
+        // The buffered bytes go first; they need not be whole pages.
         let here = self.buffer.bytes_of(run);
         if here == 0 {
             return Ok(Step::Short);

@@ -1,4 +1,4 @@
-//! The choice of a way, and each way over a socket of the test's own.
+//! The choice of a path, and each path over a socket of the test.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -17,7 +17,7 @@ fn memory(kind: Kind, backing: Backing, shift: u8) -> RegionMemory {
     memory
 }
 
-/// The ways of a demand lane, of a bulk lane, and of one with checksums.
+/// The paths of a demand lane, of a bulk lane, and of a bulk lane with checksums.
 fn ways(regions: &[RegionMemory]) -> [Choice; 3] {
     [(LaneRole::Demand, false), (LaneRole::Bulk, false), (LaneRole::Bulk, true)].map(
         |(role, is_checked)| {
@@ -28,7 +28,7 @@ fn ways(regions: &[RegionMemory]) -> [Choice; 3] {
 }
 
 #[test]
-fn way_of_a_lane_follows_from_its_role_and_its_memory() {
+fn landing_method_follows_from_lane_role_and_memory_kind() {
     let small = memory(Kind::Shared, Backing::Small, 12);
     let private = memory(Kind::Private, Backing::Small, 12);
     let huge = memory(Kind::Shared, Backing::Huge, 12);
@@ -55,7 +55,7 @@ fn way_of_a_lane_follows_from_its_role_and_its_memory() {
 }
 
 #[test]
-fn records_have_their_own_way_into_any_memory() {
+fn checksummed_lane_lands_by_records_in_every_memory_kind() {
     let facts = Facts { role: LaneRole::Bulk, is_secured: true, is_checked: false };
     for backing in [Backing::Small, Backing::Huge, Backing::Hugetlb] {
         let shift = if backing == Backing::Hugetlb { 21 } else { 12 };
@@ -75,11 +75,11 @@ impl Numbers {
     }
 }
 
-/// Pages of the guest that the ways are tried with.
+/// Pages of the guest in these tests.
 const PAGES: u64 = 1024;
 
-/// A whole lane that brings every page once, and what the guest's memory holds then. Half of its runs are short, and
-/// some are long enough for a pipe.
+/// A whole lane that brings every page once, and the guest's memory afterwards. Half of its runs are short, and some
+/// are long enough for a pipe.
 fn lane_and_memory(numbers: &mut Numbers) -> (Vec<u8>, Vec<u8>) {
     let (mut lane, mut memory) = (Vec::new(), Vec::new());
     let mut first = 0;
@@ -106,7 +106,7 @@ fn lane_and_memory(numbers: &mut Numbers) -> (Vec<u8>, Vec<u8>) {
     (lane, memory)
 }
 
-/// Makes a reader of small pages that has this way.
+/// Makes a reader of small pages with this path.
 fn reader(lane: &Lane, guest: Arc<GuestMemory>, choice: Choice) -> LaneReader {
     let page_size = PageSize::SIZE_4K;
     let region = Region { name: "ram".into(), bytes: PAGES << 12, page_size };
@@ -129,13 +129,13 @@ fn bulk_lane() -> (UnixStream, Lane) {
 }
 
 fn nobody_waits(page: PageId) {
-    panic!("nobody waits for {page:?}");
+    panic!("no vCPU waits for {page:?}");
 }
 
-/// Whatever pieces a lane comes in, and whichever way it takes, the guest's memory holds what was sent. After each
-/// completion the way's invariant is asserted.
+/// Whatever pieces a lane arrives in, and on every path, the guest's memory holds the bytes that were sent. The path's
+/// invariant is asserted after each completion.
 #[test]
-fn each_way_lands_a_lane_that_comes_in_pieces() {
+fn every_landing_method_lands_a_lane_received_in_pieces() {
     for (seed, choice) in (0..4)
         .flat_map(|seed| [Choice::Exact, Choice::Ahead, Choice::Spliced].map(|way| (seed, way)))
     {
@@ -186,16 +186,16 @@ fn each_way_lands_a_lane_that_comes_in_pieces() {
 
 #[test]
 #[should_panic(expected = "something is always in flight")]
-fn a_lane_that_nobody_receives_from_breaks_its_invariant() {
+fn lane_without_a_pending_receive_violates_its_invariant() {
     let (_ours, lane) = bulk_lane();
     let guest = Arc::new(Guest::of(PAGES, 12).memory);
     reader(&lane, guest, Choice::Ahead).assert_invariants();
 }
 
-/// With checksums a page has to be looked at, which nobody does on its way through a pipe.
+/// With checksums the CPU must read a page, and it does not read spliced pages.
 #[test]
-#[should_panic(expected = "nobody looks at what goes through a pipe")]
-fn a_checked_lane_that_is_spliced_breaks_its_invariant() {
+#[should_panic(expected = "spliced pages cannot be checked")]
+fn spliced_lane_with_checksums_violates_its_invariant() {
     let (_ours, lane) = bulk_lane();
     let guest = Arc::new(Guest::of(PAGES, 12).memory);
     let mut reader = reader(&lane, guest, Choice::Spliced);

@@ -1,21 +1,21 @@
-//! Acknowledgements: which pages are the destination's own, told to a source that frees them.
+//! Acknowledgements: which pages are cached here, for a source that frees them.
 //!
-//! One lane's worth: neighbouring ranges are merged, and many leave as one send, on the lane the pages
-//! came on. A source that does not take them must not make this side's memory grow: what does not fit
-//! is left out, and freed by the source at the end.
+//! One object a lane: neighbouring ranges are merged, and many leave in one send, on the lane that the pages arrived
+//! on. A source that does not read them must not make this side's memory grow: surplus ranges are dropped, and the
+//! source frees them at the end.
 
 use umem_wire::{HEADER_BYTES, PageRange, transmit};
 
-/// Ranges that wait to be sent at most; 32 KiB of headers.
+/// The most ranges that wait to be sent; 32 KiB of headers.
 const RANGES_MAX: usize = 1024;
 
-/// Acknowledgements are due when they are worth this many bytes of memory at the source …
+/// Acknowledgements are due when they free this many bytes at the source …
 const DUE_BYTES: u64 = 4 << 20;
 
-/// … or are as many ranges as this.
+/// … or when there are this many ranges.
 const DUE_RANGES: usize = 64;
 
-/// What is to be acknowledged on one lane.
+/// The ranges to acknowledge on one lane.
 pub(crate) struct Acks {
     is_wanted: bool,
     ranges: Vec<PageRange>,
@@ -23,7 +23,7 @@ pub(crate) struct Acks {
 }
 
 impl Acks {
-    /// With nothing to do where the source does not want any.
+    /// Disabled if the source does not request acknowledgements.
     pub(crate) fn new(is_wanted: bool) -> Acks {
         Acks { is_wanted, ranges: Vec::new(), bytes: 0 }
     }
@@ -44,7 +44,7 @@ impl Acks {
         self.bytes += bytes;
     }
 
-    /// Forgets all of them: the lane is lost, and an account of what has come says more.
+    /// Drops all ranges: the lane is lost, and the have frames of the recovery cover them.
     pub(in crate::destination) fn clear(&mut self) {
         self.ranges.clear();
         self.bytes = 0;
@@ -58,7 +58,7 @@ impl Acks {
         self.ranges.is_empty()
     }
 
-    /// Appends all of them, and forgets them.
+    /// Appends all ranges to `out`, and clears them.
     pub(in crate::destination) fn encode(&mut self, out: &mut Vec<u8>) {
         out.reserve(self.ranges.len() * HEADER_BYTES);
         for range in self.ranges.drain(..) {
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_are_one_range_and_many_are_due() {
+    fn adjacent_pages_merge_into_one_range_and_many_ranges_are_due() {
         let mut acks = Acks::new(true);
         acks.cached(range(0, 16), 16 << 12);
         acks.cached(range(16, 16), 16 << 12);
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_has_a_limit_and_nobody_unasked_is_told() {
+    fn acknowledgements_are_bounded_and_recorded_only_when_enabled() {
         let mut acks = Acks::new(true);
         (0..5000).for_each(|page| acks.cached(range(2 * page, 1), 4096));
         let mut out = Vec::new();

@@ -1,4 +1,4 @@
-//! A bulk lane at the destination: pages that nobody asked for, on a ring and a core of their own.
+//! A bulk lane at the destination: pages without a demand, on a ring and a core of their own.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,8 @@ use umem_wire::{Event, RegionTable, Seal};
 use super::acks::Acks;
 use super::window::Window;
 use crate::destination::Note;
-use crate::destination::faults::serving::{self, Servers};
+use crate::destination::faults::messages::RingMessages;
+use crate::destination::faults::serving::Servers;
 use crate::destination::landing::{Arrived, LaneReader, TOKEN_FREE};
 use crate::destination::memory::{GuestMemory, PageId};
 use crate::error::{Error, Result};
@@ -22,30 +23,28 @@ use crate::statistics::Counters;
 use crate::transport::lane::{self, Lane};
 use crate::transport::tls::Channel;
 
-/// How long the other end of a lane of TLS that has ended may take to close it.
+/// How long the peer may take to close a TLS lane that has ended.
 const LINGER: Duration = Duration::from_secs(10);
 
-const TOKEN_POSTED: u64 = TOKEN_FREE;
-const TOKEN_ACKED: u64 = TOKEN_FREE + 1;
+const TOKEN_ACKED: u64 = TOKEN_FREE;
 
-/// What a bulk thread needs.
+/// The parts of a bulk thread.
 pub(crate) struct BulkLane {
     pub(crate) lane: Lane,
     pub(crate) regions: RegionTable,
     pub(crate) acks: Acks,
     pub(crate) guest: Arc<GuestMemory>,
     pub(crate) core: Place,
-    /// Who wakes vCPUs.
+    /// Wakes vCPUs.
     pub(crate) servers: Servers,
-    /// What another one has read of the lane beyond its own end, where they follow each other.
+    /// Bytes that a previous thread of the lane has read beyond the lane's end.
     pub(crate) ahead: Option<Channel>,
     pub(crate) post: Post<Note>,
 }
 
 impl BulkLane {
-    /// Receives until the lane ends, is lost, or is woken to stop. When it is lost no operation is left
-    /// that could write to a page, and who waits for a page that has come has been told. Runs on the
-    /// calling thread.
+    /// Receives until the lane ends, is lost, or the thread is woken to stop. After a loss no operation is left that
+    /// could write to a page, and every waiting vCPU of a received page has been reported. Runs on the calling thread.
     pub(crate) fn run(self, started: Started<Waker>) -> Result<()> {
         let (post, socket) = (self.post.clone(), self.lane.socket());
         let ahead = self.pass(started)?;
@@ -57,7 +56,7 @@ impl BulkLane {
         Ok(())
     }
 
-    /// The same; returns what has been read of the lane beyond its end.
+    /// As `run`; returns the bytes that were read beyond the lane's end.
     pub(crate) fn pass(mut self, started: Started<Waker>) -> Result<Option<Channel>> {
         let mut ring = Ring::new(&Config {
             name: self.lane.name.clone(),
@@ -77,6 +76,7 @@ impl BulkLane {
         let mut acking = false;
         let mut seal = Seal::new(self.lane.is_checked());
         let mut courtesy = YieldPolicy::default();
+        let mut messages = RingMessages::new();
         loop {
             panics::point(format_args!("bulk"));
             while let Some(completion) = ring.next() {
@@ -87,8 +87,8 @@ impl BulkLane {
                         }
                         return Ok(None);
                     }
-                    TOKEN_POSTED => serving::posted(completion.outcome),
-                    // A source that has gone is noticed where its pages are received.
+                    token if RingMessages::owns(token) => messages.complete(&mut ring, &completion),
+                    // A lost source is detected where its pages are received.
                     TOKEN_ACKED => {
                         acking = false;
                         Ok(())
@@ -111,13 +111,13 @@ impl BulkLane {
                     other => other?,
                 }
             }
-            self.wake(&mut ring, &mut wanted)?;
+            self.wake(&mut ring, &mut messages, &mut wanted)?;
             window.adapt();
             if lost.is_some() {
                 if reader.is_quiet() {
                     let arrived = |arrived| self.arrived(arrived, &mut ended);
                     reader.settle(|page| wanted.push(page), arrived)?;
-                    self.wake(&mut ring, &mut wanted)?;
+                    self.wake(&mut ring, &mut messages, &mut wanted)?;
                     if ring.in_flight() == 0 {
                         return lost.map_or(Ok(None), Err);
                     }
@@ -161,10 +161,13 @@ impl BulkLane {
         Ok(())
     }
 
-    /// Tells those who serve faults which pages have come that a vCPU waits for.
-    fn wake(&self, ring: &mut Ring, wanted: &mut Vec<PageId>) -> Result<()> {
-        wanted
-            .drain(..)
-            .try_for_each(|page| self.servers.tell(ring, &self.guest, page, TOKEN_POSTED))
+    /// Reports received pages that a vCPU waits for to the fault threads.
+    fn wake(
+        &self,
+        ring: &mut Ring,
+        messages: &mut RingMessages,
+        wanted: &mut Vec<PageId>,
+    ) -> Result<()> {
+        wanted.drain(..).try_for_each(|page| self.servers.tell(ring, messages, &self.guest, page))
     }
 }

@@ -26,7 +26,8 @@ use umem_wire::{
 use super::acks::Acks;
 use crate::destination::Note;
 use crate::destination::faults::latency::Latencies;
-use crate::destination::faults::serving::{self, Faults, MESSAGE_ASK, Servers};
+use crate::destination::faults::messages::RingMessages;
+use crate::destination::faults::serving::{Faults, MESSAGE_ASK, Servers};
 use crate::destination::landing::{
     Arrived, Given, LaneReader, TOKEN_AHEAD, TOKEN_CONTROL, TOKEN_FREE, TOKEN_RETRY, TOKEN_RUN,
 };
@@ -41,11 +42,10 @@ use crate::statistics::Counters;
 use crate::transport::lane::{self, Hearing, Lane};
 
 const TOKEN_SENT: u64 = TOKEN_FREE;
-const TOKEN_POSTED: u64 = TOKEN_FREE + 1;
-const TOKEN_FAULT_RETRY: u64 = TOKEN_FREE + 2;
-const TOKEN_CALM: u64 = TOKEN_FREE + 3;
+const TOKEN_FAULT_RETRY: u64 = TOKEN_FREE + 1;
+const TOKEN_CALM: u64 = TOKEN_FREE + 2;
 /// The guest's userfaultfds have this token and those after it.
-const TOKEN_FAULTS: u64 = TOKEN_FREE + 4;
+const TOKEN_FAULTS: u64 = TOKEN_FREE + 3;
 
 /// What the control thread tells the demand thread, followed by a wake.
 pub(crate) enum Command {
@@ -53,6 +53,8 @@ pub(crate) enum Command {
     Send(Vec<u8>),
     /// Send a ping of this number, whose pong is expected.
     Ping(u64),
+    /// Request pages from here on, where [`RequestsFrom::Command`] was chosen.
+    RequestPages,
     /// Vcpus wait for these pages, which are cached.
     Show(Vec<PageId>),
     /// Go on over this lane. Comes only when the thread has let go of the one before.
@@ -61,6 +63,17 @@ pub(crate) enum Command {
     Servers(Servers),
     /// The guest is complete or lost: end, once what was to be sent has been.
     End,
+}
+
+/// The moment from which on pages are requested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RequestsFrom {
+    /// From the beginning: the guest has stopped at the source before.
+    Start,
+    /// Once the guest has stopped at the source: before that its pages may still change.
+    Stop,
+    /// Once [`Command::RequestPages`] comes: the guest runs as soon as it has pages, and belongs to the source before.
+    Command,
 }
 
 /// A lane that replaces a lost one.
@@ -85,6 +98,7 @@ pub(crate) struct DemandLane {
     /// Nobody has named that core: go where the guest's vCPUs are.
     pub(crate) follows: bool,
     pub(crate) idle_cores: IdleCores,
+    pub(crate) requests_from: RequestsFrom,
     /// There are no bulk lanes: pages come here that nobody asked for.
     pub(crate) has_background: bool,
     /// The session goes on when the lane is lost.
@@ -123,11 +137,15 @@ struct DemandThread {
     acks: Acks,
     commands: Commands<Command>,
     post: Post<Note>,
-    /// The source's guest has stopped: before that its pages may still change.
+    requests_from: RequestsFrom,
+    /// The source's guest has stopped.
+    has_stopped: bool,
+    /// Pages are requested.
     may_ask: bool,
     /// None when the guest's faults are served by other threads.
     faults: Option<Faults>,
     servers: Option<Servers>,
+    messages: RingMessages,
     follower: AffinityFollower,
     vigil: CpuLatencyHold,
     /// Pages have been asked for since the last look at where from.
@@ -160,7 +178,7 @@ impl DemandLane {
             Faults::new(self.guest.clone(), sources, TOKEN_FAULTS, TOKEN_FAULT_RETRY)
         });
         // Without a lane the guest has long stopped at the source.
-        let may_ask = self.lane.is_none();
+        let has_stopped = self.lane.is_none();
         let link = self.lane.map(|(lane, receiver)| Link {
             socket: lane.socket(),
             reader: LaneReader::demand(&lane, receiver, self.guest.clone()),
@@ -177,9 +195,12 @@ impl DemandLane {
             acks: self.acks,
             commands: self.commands,
             post: self.post,
-            may_ask,
+            requests_from: self.requests_from,
+            has_stopped,
+            may_ask: self.requests_from == RequestsFrom::Start,
             faults,
             servers: None,
+            messages: RingMessages::new(),
             follower: AffinityFollower::new(self.follows, self.core),
             vigil: CpuLatencyHold::new(self.idle_cores, TOKEN_CALM),
             has_asked: false,
@@ -188,7 +209,7 @@ impl DemandLane {
             outbox: Vec::with_capacity(4096),
             ping: None,
             hearing: Hearing::new(),
-            state: (!may_ask).then(Vec::new),
+            state: (!has_stopped).then(Vec::new),
             spare: Some(Vec::with_capacity(4096)),
             has_parted: false,
             ending: false,
@@ -254,7 +275,7 @@ impl DemandThread {
             // Commands are taken in any case.
             TOKEN_WAKE => Ok(()),
             TOKEN_SENT => self.sent(completion),
-            TOKEN_POSTED => serving::posted(completion.outcome),
+            token if RingMessages::owns(token) => self.messages.complete(ring, &completion),
             TOKEN_CALM => self.vigil.calm(ring),
             _ => {
                 self.faults.as_mut().expect("only these tokens are left").complete(ring, completion)
@@ -356,7 +377,7 @@ impl DemandThread {
     fn cached(&mut self, ring: &mut Ring, page: PageId) -> Result<()> {
         match (&mut self.faults, &self.servers) {
             (Some(faults), _) => faults.cached(ring, page),
-            (None, Some(servers)) => servers.tell(ring, &self.guest, page, TOKEN_POSTED),
+            (None, Some(servers)) => servers.tell(ring, &mut self.messages, &self.guest, page),
             (None, None) => unreachable!("nobody's fault was read before there are servers"),
         }
     }
@@ -390,7 +411,10 @@ impl DemandThread {
             Arrived::Other(event) => {
                 self.hearing.take(&event).map_err(violated)?;
                 match event {
-                    Event::Stopped { .. } => self.may_ask = true,
+                    Event::Stopped { .. } => {
+                        self.has_stopped = true;
+                        self.may_ask |= self.requests_from == RequestsFrom::Stop;
+                    }
                     Event::Complete(_) => self.has_parted = true,
                     Event::Load { .. } => {
                         let state = self.state.take().filter(|state| !state.is_empty());
@@ -407,7 +431,7 @@ impl DemandThread {
 
     /// Pieces of device state go on as one: a source may cut it as small as it likes.
     fn gather_state(&mut self, chunk: &[u8]) -> Result<()> {
-        let state = self.state.as_mut().filter(|_| self.may_ask);
+        let state = self.state.as_mut().filter(|_| self.has_stopped);
         let state = state.ok_or_else(|| violated("device state where none belongs"))?;
         if (state.len() + chunk.len()) as u64 > STATE_BYTES_MAX {
             let what = format!("more than {STATE_BYTES_MAX} bytes of device state");
@@ -433,6 +457,7 @@ impl DemandThread {
                 Command::Show(pages) => {
                     pages.into_iter().try_for_each(|page| self.cached(ring, page))?;
                 }
+                Command::RequestPages => self.may_ask = true,
                 Command::Servers(servers) => self.servers = Some(servers),
                 Command::End => self.ending = true,
             }

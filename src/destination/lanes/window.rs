@@ -1,13 +1,13 @@
-//! How much of a bulk lane may be on its way at a time.
+//! Bounds the bytes of a bulk lane that are in flight.
 //!
-//! A page that a vCPU touches while it is on its way in the background cannot be had any sooner: who waits for
-//! it waits for everything before it. The kernel lets a receive buffer grow (tcp_rmem, often to megabytes) as
-//! long as that may make a connection faster; on a short path it never does, and the buffer only fills: it held
-//! 24 MB of a lane over loopback. So the buffer is made as large as the path needs: its own length, twice, at
-//! the rate at which pages come, and what passes while a thread of either side does something else.
+//! A demanded page that is already in flight in the background cannot arrive sooner: it queues behind everything before
+//! it. The kernel lets a receive buffer grow (tcp_rmem, often to megabytes) as long as that may make a connection
+//! faster. On a short path the larger buffer does not help and only fills: it held 24 MB of a lane over loopback. So
+//! the buffer is set to the size that the path needs: twice the round-trip time at the rate at which pages arrive, plus
+//! the bytes that arrive while a thread of either side does other work.
 //!
-//! It takes CAP_NET_ADMIN, or room below `net.core.rmem_max`. Where neither is there, and on a path that needs
-//! more than that, the kernel's own choice stays.
+//! Setting it takes CAP_NET_ADMIN, or room below `net.core.rmem_max`. Without either, and on a path that needs more
+//! than that, the kernel's own choice stays.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -17,32 +17,32 @@ use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 
 use crate::transport::lane::{Lane, setsockopt_raw};
 
-/// The least that is offered, bytes: what a lane takes at 40 Gbit/s in 100 µs.
+/// The smallest window, bytes: 100 µs of a lane at 40 Gbit/s.
 const WINDOW_BYTES_MIN: u64 = 512 << 10;
 
-/// The most: 40 Gbit/s over 50 ms.
+/// The largest window: 40 Gbit/s over 50 ms.
 const WINDOW_BYTES_MAX: usize = 256 << 20;
 
-/// What is offered for the time in which the lane's thread, or the source's, does something else.
+/// Allowance for the time in which the lane's thread, or the source's, does other work.
 const PAUSE: Duration = Duration::from_micros(500);
 
-/// How often the window is looked after at most; a longer path has its effect only after two of its lengths.
+/// The shortest interval of adjustments; on a longer path a change takes effect after two round trips.
 const INTERVAL: Duration = Duration::from_millis(2);
 
 /// Bounds the window of one lane's connection, from the thread that receives.
 pub(in crate::destination) struct Window {
-    /// None where there is nothing to bound: no TCP, or a path of unknown length.
+    /// None if there is nothing to bound: no TCP, or a path of unknown round-trip time.
     socket: Option<Arc<OwnedFd>>,
-    /// The shortest time that a byte and its acknowledgement took.
+    /// The shortest round-trip time seen.
     path: Duration,
-    /// What had come of the lane then.
+    /// Bytes of the lane received by then.
     seen: (Instant, u64),
-    /// What it was told last, bytes.
+    /// The last window set, bytes.
     offered: usize,
 }
 
 impl Window {
-    /// For a lane whose hello has been answered, by which its path is known.
+    /// For a lane whose hello has been answered, so that the round-trip time is known.
     pub(in crate::destination) fn new(lane: &Lane) -> Window {
         let socket = lane.socket();
         let info = TcpInfo::of(&socket).filter(TcpInfo::has_path);
@@ -56,7 +56,7 @@ impl Window {
         window
     }
 
-    /// Looks after it, if it is time. To be called whenever something has come.
+    /// Adjusts the window, if it is time. Call after each receive.
     pub(in crate::destination) fn adapt(&mut self) {
         let Some(socket) = &self.socket else { return };
         let (since, bytes) = self.seen;
@@ -74,15 +74,14 @@ impl Window {
     fn offer(&mut self, bytes: u64) {
         let Some(socket) = &self.socket else { return };
         let wanted = usize::try_from(bytes).unwrap_or(usize::MAX).min(WINDOW_BYTES_MAX);
-        // The kernel doubles what it is given, for its own bookkeeping (socket(7)).
+        // The kernel doubles the value, for its own bookkeeping (socket(7)).
         let there_is = getsockopt(socket, sockopt::RcvBuf).unwrap_or(0) / 2;
         let wanted = wanted.max(there_is);
-        // Never less than before: what is on its way already would be dropped where it has no room, and
-        // sent again only after 200 ms.
+        // Never less than before: bytes in flight would be dropped without room, and retransmitted only after 200 ms.
         if wanted <= self.offered + self.offered / 4 {
             return;
         }
-        // Without the privilege the kernel may give less than is asked for, and than there is.
+        // Without the privilege the kernel may set less than requested, and less than before.
         let may_ask = self.offered > 0 || there_is as u64 <= WINDOW_BYTES_MIN;
         self.offered = wanted;
         let asked = match setsockopt(socket, sockopt::RcvBufForce, &wanted) {
@@ -98,33 +97,32 @@ impl Window {
     }
 }
 
-/// Takes back what was asked of a receive buffer: the kernel makes it larger again when it likes to
-/// (SO_BUF_LOCK, since Linux 5.14; before that nobody can).
+/// Clears the request for a receive buffer, so that the kernel may grow it again (SO_BUF_LOCK, since Linux 5.14;
+/// earlier kernels cannot).
 fn let_the_kernel_choose(socket: &OwnedFd) {
     let _ = setsockopt_raw(socket.as_fd(), libc::SOL_SOCKET, libc::SO_BUF_LOCK, 0);
 }
 
-/// What a path of this length needs at the rate of so many bytes in this time: twice its length, so that a
-/// window that was too small doubles.
+/// The window for this round-trip time at this rate: twice their product, so that a window that was too small doubles.
 fn needed(bytes: u64, elapsed: Duration, path: Duration) -> u64 {
     let rate = bytes as f64 / elapsed.as_secs_f64().max(1e-9);
     let needed = rate * (2 * path + PAUSE).as_secs_f64();
     (needed as u64).max(WINDOW_BYTES_MIN)
 }
 
-/// The kernel's `struct tcp_info` (include/uapi/linux/tcp.h), up to what is read of it.
+/// The kernel's `struct tcp_info` (include/uapi/linux/tcp.h), up to the fields used.
 #[repr(C)]
 struct TcpInfo {
     before: [u8; 128],
     bytes_received: u64,
     between: [u8; 12],
-    /// All ones where none has been seen.
+    /// All ones if none has been seen.
     min_rtt_us: u32,
 }
 const _: () = assert!(size_of::<TcpInfo>() == 152);
 
 impl TcpInfo {
-    /// None of what is not TCP, or of a kernel that tells less.
+    /// None for a socket other than TCP, or a kernel that reports less.
     fn of(socket: &OwnedFd) -> Option<TcpInfo> {
         let mut info =
             TcpInfo { before: [0; 128], bytes_received: 0, between: [0; 12], min_rtt_us: 0 };
@@ -163,12 +161,12 @@ mod tests {
     const PASSED_BYTES: usize = 256 << 20;
 
     #[test]
-    fn a_short_path_needs_little_and_a_long_one_doubles_until_it_has_enough() {
+    fn short_path_keeps_a_small_buffer_and_long_path_doubles_it_until_sufficient() {
         let ms = Duration::from_millis;
-        // 10 Gbit/s on a path of 50 µs.
+        // 10 Gbit/s with a round-trip time of 50 µs.
         let short = needed(1250 * 1000, ms(1), Duration::from_micros(50));
         assert!((WINDOW_BYTES_MIN..MIB).contains(&short), "{short}");
-        // 10 Gbit/s on a path of 20 ms take 25 MB, and each look brings what the window let through.
+        // 10 Gbit/s over 20 ms take 25 MB, and each adjustment measures the bytes that the window let through.
         let (path, full) = (ms(20), 25_000_000);
         let mut window = WINDOW_BYTES_MIN;
         let mut looks = 0;
@@ -181,9 +179,9 @@ mod tests {
         assert!(needed(full, path, path) < 3 * full);
     }
 
-    /// A source that nobody reads from has sent no more than it was offered.
+    /// A source whose lane is not read has sent no more than the window.
     #[test]
-    fn what_is_on_its_way_is_bounded() {
+    fn bytes_in_flight_are_bounded() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut source = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut destination, _) = listener.accept().unwrap();
@@ -194,14 +192,14 @@ mod tests {
             Lane::new(destination.try_clone().unwrap().into(), "bulk lane 1".into()).unwrap();
         let mut window = Window::new(&lane);
         assert!(window.socket.is_some(), "loopback has a path");
-        // Far more than is waited for, as fast as it goes: what makes the kernel's buffers grow.
+        // Far more than the window, as fast as possible: that makes the kernel's buffers grow.
         let writer = std::thread::spawn(move || {
             let chunk = vec![0; 256 << 10];
             let mut sent = 0;
             while sent < 2 * PASSED_BYTES {
                 match source.write(&chunk) {
                     Ok(count) => sent += count,
-                    // Nobody reads any more.
+                    // The reader has closed the lane.
                     Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
                     Err(error) => panic!("{error}"),
                 }
@@ -215,7 +213,7 @@ mod tests {
             most_offered = most_offered.max(window.offered);
         }
         writer.join().unwrap();
-        // Who serves the lane next does not take back what it has.
+        // The lane's next thread does not shrink its window.
         let buffer = || getsockopt(&lane.socket(), sockopt::RcvBuf).unwrap();
         let had = buffer();
         Window::new(&lane);
@@ -226,13 +224,13 @@ mod tests {
             unsafe { libc::ioctl(destination.as_raw_fd(), libc::FIONREAD, &raw mut waiting) };
         assert_eq!(result, 0);
         let waiting = u64::try_from(waiting).unwrap();
-        // The kernel's bookkeeping takes less than it assumes.
+        // The kernel's bookkeeping takes less than assumed.
         let most = 2 * most_offered as u64;
         assert!(waiting > 0 && waiting <= most, "{waiting} bytes wait, {most} were offered");
     }
 
     #[test]
-    fn what_is_not_tcp_has_no_window() {
+    fn socket_other_than_tcp_has_no_window() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let lane = Lane::new(ours.into(), "bulk lane 1".into()).unwrap();
         let mut window = Window::new(&lane);

@@ -1,4 +1,4 @@
-//! For tests: a guest of this process, and pages of it that come.
+//! For tests: a guest of this process, and its arriving pages.
 
 use std::fs::File;
 
@@ -29,12 +29,12 @@ impl Guest {
         Guest::in_units_of(12)
     }
 
-    /// What lands as one is `1 << unit_shift` bytes.
+    /// A landing unit is `1 << unit_shift` bytes.
     pub(in crate::destination) fn in_units_of(unit_shift: u8) -> Guest {
         Guest::of(PAGES, unit_shift)
     }
 
-    /// Of so many pages.
+    /// A guest of this many pages.
     pub(in crate::destination) fn of(pages: u64, unit_shift: u8) -> Guest {
         let bytes = pages << 12;
         let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
@@ -60,7 +60,7 @@ impl Guest {
         self.memory.region(RegionId(0))
     }
 
-    /// Its page is on its way, and somebody waits for it or not.
+    /// Its page is in flight, with or without a waiting thread.
     pub(in crate::destination) fn awaits(&self, page: u64, is_wanted: bool) {
         let range = PageRange { region: RegionId(0), first: page, pages: 1 };
         self.memory.begin(range, "a lane").unwrap();
@@ -75,7 +75,7 @@ impl Guest {
         self.region().parts[0].address + (page << 12)
     }
 
-    /// Without a fault, which nobody would answer.
+    /// Without a fault, which would get no answer.
     pub(in crate::destination) fn sees(&self, page: u64) -> bool {
         let shown = self.uffd.map(self.address(page), 4096).unwrap();
         shown.stop == Some(Stop::Already)

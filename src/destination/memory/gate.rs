@@ -1,5 +1,5 @@
-//! A userfaultfd of the guest's process, and its *gate*: who makes pages visible, or cached, holds it
-//! open, who reads events closes it ([why](super)).
+//! A userfaultfd of the guest's process, and its *gate*: a thread that makes pages visible, or cached, holds it open; a
+//! thread that reads events closes it ([why](super)).
 
 use std::io;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -12,9 +12,9 @@ use crate::memory::words::Events;
 /// A userfaultfd of the guest's process.
 pub(crate) struct FaultSource {
     pub(crate) uffd: Uffd,
-    /// The process whose memory it is; none where it is this one's.
+    /// The process whose memory it is; None for this process.
     pid: Option<u32>,
-    /// Where its events are read into, if another process may have to carry them out.
+    /// The buffer for its events, if a takeover may have to apply them.
     pub(crate) events: Option<Events>,
     gate: RwLock<()>,
 }
@@ -24,25 +24,26 @@ impl FaultSource {
         FaultSource { uffd, pid: None, events: None, gate: RwLock::new(()) }
     }
 
-    /// The memory is another process's.
+    /// The memory belongs to another process.
     pub(super) fn belongs_to(&mut self, pid: u32) {
         self.pid = Some(pid);
     }
 
-    /// Copies pages to the guest, as [`Uffd::copy`] does, and says [`Stop::Already`] only of a page that is there.
+    /// Copies pages to the guest, as [`Uffd::copy`] does, and returns [`Stop::Already`] only for a page that is
+    /// present.
     ///
-    /// The kernel answers EEXIST also for a huge page for which the pool, or a limit of the process's cgroup, has none:
-    /// it looks whether there is a place for the page, and not whether that place is empty (`hugetlb_mfill_atomic_pte`
-    /// in mm/hugetlb.c). `page_bytes` is the size of the guest's pages.
+    /// The kernel answers EEXIST also for a huge page if the pool, or a limit of the process's cgroup, is exhausted: it
+    /// checks that the page has a page table entry, not that the entry is empty (`hugetlb_mfill_atomic_pte` in
+    /// mm/hugetlb.c). `page_bytes` is the size of the guest's pages.
     ///
     /// # Errors
-    /// ENOMEM where the page is not there, or the page map of its process cannot be read.
+    /// ENOMEM if the page is absent, or the page map of its process cannot be read.
     pub(super) fn copy(&self, address: u64, bytes: &[u8], page_bytes: u64) -> io::Result<Placed> {
         let placed = self.uffd.copy(address, bytes)?;
         if placed.stop != Some(Stop::Already) || page_bytes == small_page_bytes() {
             return Ok(placed);
         }
-        // Pages that were copied before this one are copied again when it is tried again, and are there then.
+        // Pages copied before this one are copied again on the retry, and are present then.
         let at = address + placed.bytes;
         match pagemap::is_populated(self.pid, &(at..at + page_bytes)) {
             Ok(true) => Ok(placed),
@@ -79,12 +80,12 @@ impl FaultSource {
         Ok(())
     }
 
-    /// For who makes pages visible, or cached.
+    /// For a thread that makes pages visible, or cached.
     pub(super) fn open_gate(&self) -> RwLockReadGuard<'_, ()> {
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// For who reads what the kernel reports.
+    /// For a thread that reads the kernel's reports.
     pub(crate) fn close_gate(&self) -> RwLockWriteGuard<'_, ()> {
         self.gate.write().unwrap_or_else(PoisonError::into_inner)
     }
@@ -98,10 +99,10 @@ mod tests {
     use crate::memory::claims::RunKind;
     use crate::memory::pages::PageState;
 
-    /// A discard of shared memory has been read, and the kernel has removed the page, which lands only now: a
-    /// bulk thread that finishes it waits until it is known what the guest expects there.
+    /// A discard of shared memory has been read, the kernel has removed the page, and the page lands only now: a bulk
+    /// thread that finishes it waits until the discard is recorded.
     #[test]
-    fn a_page_that_lands_behind_a_discard_reads_as_zeroes() {
+    fn page_landing_after_a_discard_reads_as_zeroes() {
         let guest = Guest::new();
         guest.awaits(1, false);
         let gate = guest.memory.sources[0].close_gate();

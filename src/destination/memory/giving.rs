@@ -1,5 +1,4 @@
-//! Shared memory: a page that somebody waits for goes into its file, before the guest and on its way in one
-//! step.
+//! Shared memory: one step puts a demanded page into its file, makes it visible to the guest and wakes the vCPU.
 
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Instant;
@@ -11,14 +10,14 @@ use crate::fault::uffd::Placed;
 use crate::memory::pages::PageState;
 
 impl GuestMemory {
-    /// Shared memory of small pages: puts a page that has come, and that a vCPU waits for, into its file and
-    /// before the guest, wakes whoever waits and marks it cached; UFFDIO_COPY does that at once. Only for the
-    /// thread that reads the guest's events, so that the page cannot be discarded meanwhile.
+    /// Shared memory of small pages: puts an arrived page that a vCPU waits for into its file and before the guest,
+    /// wakes the waiting threads and marks the page cached; UFFDIO_COPY does that at once. Only for the thread that
+    /// reads the guest's events, so that the page cannot be discarded meanwhile.
     ///
-    /// Returns when that began. None where nothing has been done: it is to be written and
-    /// [marked](GuestMemory::mark) then, as when nobody waits. That is so of pages that the file has already
-    /// (EEXIST), while the guest changes its mappings (EAGAIN), and whatever else is in the way; the other way
-    /// finds it too, and says what it is.
+    /// Returns the start time. None if nothing has been done: the caller then writes the page and
+    /// [marks](GuestMemory::mark) it, as for a page without a waiting vCPU. That is so for pages that the file has
+    /// already (EEXIST), while the guest changes its mappings (EAGAIN), and for other errors, which the fallback meets
+    /// too and reports.
     pub(crate) fn give(&self, id: PageId, bytes: &[u8]) -> Result<Option<Instant>> {
         let region = self.region(id.region);
         let is_plain = || region.is_plain(id.page) && region.pages.is_wanted(id.page);
@@ -46,10 +45,10 @@ impl GuestMemory {
         Ok(is_given.then_some(began))
     }
 
-    /// Where another process may have to go on, it has to know of a page that is being given: the guest may have
-    /// changed it before it is cached. False if the file has the page already, so that its being there would say
-    /// nothing. (One that is allocated and was never filled does not count as there, here or for who takes over.)
-    /// mincore takes no lock of the file's, as lseek would, which waits for a bulk thread's write.
+    /// A takeover has to know the page that is being given: the guest may have changed it before it is cached. False if
+    /// the file has the page already, because its presence would prove nothing then. (A page that is allocated and was
+    /// never filled does not count as present, here or at a takeover.) mincore takes no lock of the file; lseek does,
+    /// and waits for a bulk thread's write.
     fn announce(&self, region: &GuestRegion, id: PageId) -> bool {
         let Some(told) = &self.told else { return true };
         let resident = region.file().is_resident(region.byte_offset(id.page), region.page_bytes());
@@ -60,8 +59,8 @@ impl GuestMemory {
         true
     }
 
-    /// A page that was being given, and is in the file, has come: the file did not have it before, and the
-    /// kernel puts it there whole. The guest may have changed it since.
+    /// A page that was being given and is in the file has arrived: the file did not have it before, and the kernel puts
+    /// it there whole. The guest may have changed it since.
     pub(super) fn keep_given(&self) -> Result<()> {
         let Some(giving) = self.told.as_ref().map(|told| &told[Told::Giving as usize]) else {
             return Ok(());
@@ -97,7 +96,7 @@ mod tests {
     const BYTES: [u8; 4096] = [0xa5; 4096];
 
     #[test]
-    fn a_page_that_somebody_waits_for_is_given() {
+    fn awaited_page_is_copied_in() {
         let guest = Guest::new();
         guest.awaits(1, true);
         assert!(guest.memory.give(id(1), &BYTES).unwrap().is_some());
@@ -111,11 +110,11 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_given_goes_the_other_way() {
+    fn demand_page_falls_back_to_continue_when_copy_fails() {
         let guest = Guest::new();
         let refused = |page: u64| guest.memory.give(id(page), &BYTES).unwrap().is_none();
         guest.awaits(0, false);
-        assert!(refused(0), "nobody waits");
+        assert!(refused(0), "no vCPU waits");
         assert_eq!((guest.state(0), guest.contents(0)), (PageState::Landing, vec![0; 4096]));
 
         guest.awaits(1, true);
@@ -142,7 +141,7 @@ mod tests {
         assert_eq!((guest.state(3), guest.contents(3)), (PageState::Landing, vec![0; 4096]));
     }
 
-    /// A guest whose umem was killed as it gave `page`, and is taken over.
+    /// A guest that is taken over after its umem was killed while giving `page`.
     fn killed(page: u64, give: impl FnOnce(&Guest)) -> Guest {
         let mut guest = Guest::new();
         let state = State::new(guest.memory.extents(), 1).unwrap();
@@ -156,14 +155,14 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_was_given_by_a_process_that_was_killed_has_come() {
+    fn page_copied_by_a_killed_process_counts_as_cached() {
         let changed = [vec![0x5a], BYTES[1..].to_vec()].concat();
         let guest = killed(5, |guest| {
             let copied = guest.uffd.copy(guest.address(5), &BYTES).unwrap();
             assert_eq!(copied.stop, None);
-            // The guest goes on, and changes it.
+            // The guest continues, and changes the page.
             guest.mapping.write_at(&[0x5a], 5 << 12).unwrap();
-            // Of what else was landing nobody can say how much has come.
+            // Of other landing pages, the number of received bytes is unknown.
             guest.awaits(6, true);
             guest.region().file().write_at(&BYTES, 6 << 12).unwrap();
         });
@@ -173,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_a_killed_process_was_about_to_give_is_missing() {
+    fn page_not_yet_copied_by_a_killed_process_is_missing() {
         let guest = killed(5, |_| {});
         assert_eq!((guest.state(5), guest.contents(5)), (PageState::Missing, vec![0; 4096]));
         // Allocated and never filled: the kernel refuses it.
@@ -186,14 +185,14 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_is_to_be_given_is_named_for_so_long() {
+    fn page_is_recorded_while_it_is_copied_in() {
         let mut guest = Guest::new();
         let state = State::new(guest.memory.extents(), 1).unwrap();
         guest.memory.share(&state);
         let named = || state.counters()[Told::Giving as usize].load(SeqCst);
         guest.awaits(4, true);
         guest.region().file().write_at(&[0; 4096], 4 << 12).unwrap();
-        assert!(!guest.memory.announce(guest.region(), id(4)), "its being there says nothing");
+        assert!(!guest.memory.announce(guest.region(), id(4)), "its presence proves nothing");
         assert_eq!(named(), 0);
         guest.awaits(7, true);
         assert!(guest.memory.announce(guest.region(), id(7)));

@@ -1,29 +1,29 @@
-//! How what has come is put in place and becomes visible to the guest.
+//! Places arrived pages and makes them visible to the guest.
 //!
-//! Each step may find that events are pending, which the kernel wants read first: it has then done less than
-//! it was asked, and says so.
+//! Each step may find pending events, which the kernel requires to be read first: the step then does less than
+//! requested, and reports that.
 
 use umem_wire::PageRange;
 
 use super::{
     COPIED_PAGE_BYTES_MAX, FaultSource, GuestMemory, GuestRegion, PageId, Part, failed, what,
 };
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, WITHOUT_PASSES};
 use crate::fault::uffd::{Placed, Stop};
 use crate::memory::claims::RunKind;
 use crate::memory::pages::PageState;
 
-/// The most that is made visible with the gate held open, unless a page is larger: a reader of fault
-/// reports waits for this at most, some 20 µs.
+/// The most bytes made visible with the gate held open, unless a page is larger: it delays a reader of fault reports by
+/// at most some 20 µs.
 const GATE_BYTES_MAX: u64 = 64 << 10;
 
-/// A page of zeroes, as large as the largest that UFFDIO_ZEROPAGE does not know (hugetlb).
+/// A zero page, as large as the largest page that UFFDIO_ZEROPAGE does not support (hugetlb).
 static ZEROES: [u8; COPIED_PAGE_BYTES_MAX as usize] = [0; COPIED_PAGE_BYTES_MAX as usize];
 
 impl GuestMemory {
-    /// Anonymous memory: copies what has come of a run into place and marks it cached; the first
-    /// `done` bytes have been already. Moves `done` on to what is in place now, whatever happens: less than all of
-    /// it when events are pending, which have to be read before it can go on, or after an error.
+    /// Anonymous memory: copies the arrived bytes of a run into place and marks them cached, except the first `done`
+    /// bytes, which are in place. Always advances `done` to the bytes in place: fewer than all when events are pending,
+    /// which must be read first, or after an error.
     pub(crate) fn place(&self, range: PageRange, bytes: &[u8], done: &mut usize) -> Result<()> {
         let region = self.region(range.region);
         let start = region.byte_offset(range.first);
@@ -107,8 +107,8 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Makes a cached page visible to the guest and wakes whoever waits for it. False when events
-    /// are pending that have to be read first: try again after that.
+    /// Makes a cached page visible to the guest and wakes its waiting threads. False when pending events must be read
+    /// first: try again then.
     pub(crate) fn mark(&self, id: PageId) -> Result<bool> {
         let region = self.region(id.region);
         debug_assert_eq!(region.pages.get(id.page), PageState::Cached);
@@ -116,7 +116,7 @@ impl GuestMemory {
         if region.memory.unit_is_page() {
             return self.show(region, offset);
         }
-        // Whoever waits faults again, and is shown the one page that it needs.
+        // A waiting thread faults again, and gets the one page that it needs.
         let part = region.part_at(offset);
         let address = part.address + (offset - part.offset);
         self.sources[part.source]
@@ -126,8 +126,8 @@ impl GuestMemory {
         Ok(true)
     }
 
-    /// Somebody waits at an address whose page is cached: it was late, or the page has been discarded
-    /// since, or reclaimed. False as for [`mark`](GuestMemory::mark).
+    /// A vCPU waits at an address whose page is cached: its fault was late, or the page has been discarded or reclaimed
+    /// since. False as for [`mark`](GuestMemory::mark).
     pub(crate) fn show_at(&self, address: u64) -> Result<bool> {
         let Some((index, offset)) = self.locate(address) else { return Ok(true) };
         let region = &self.regions[index];
@@ -140,8 +140,8 @@ impl GuestMemory {
         let source = &self.sources[part.source];
         let uffd = &source.uffd;
         let (address, len) = (part.address + (offset - part.offset), region.page_bytes());
-        // A page of zeroes is in no file yet; a neighbour that lands in the same huge page may
-        // allocate it between the two calls, so that the first one works the second time.
+        // A zero page is in no file yet. A neighbour that lands in the same huge page may allocate it between the two
+        // calls, so that the first call succeeds the second time.
         for _ in 0..3 {
             if region.memory.kind.lands_in_file() {
                 match uffd.map(address, len).map_err(|error| failed(region, error))?.stop {
@@ -162,14 +162,14 @@ impl GuestMemory {
                 Some(Stop::Already | Stop::NotPresent) => {}
             }
         }
-        // Whoever waits finds the page there, or faults again and asks anew.
+        // A woken thread finds the page, or faults again.
         uffd.wake(address, len).context(|| what(region))?;
         Ok(true)
     }
 
-    /// Private memory: makes a range that has come visible, so that it can be touched: data from the
-    /// file, the rest as zeroes. Returns how many of its pages are: fewer than all when events are
-    /// pending. For the toucher, which is not the one that reads them.
+    /// Private memory: makes an arrived range visible, so that it can be touched: data from the file, the rest as
+    /// zeroes. Returns the number of visible pages: fewer than all when events are pending. For the touch thread, which
+    /// does not read the events.
     pub(crate) fn show_private(&self, range: PageRange, kind: RunKind) -> Result<u64> {
         let region = self.region(range.region);
         let mut at = region.byte_offset(range.first);
@@ -188,7 +188,7 @@ impl GuestMemory {
                     placed = mapped.map_err(|error| failed(region, error))?;
                 }
                 if placed.stop == Some(Stop::NotPresent) {
-                    // Page by page where it was to be data: the one that was discarded.
+                    // Page by page if it was expected to be data: one of the pages was discarded.
                     let len = if kind == RunKind::Data { region.page_bytes() } else { to - at };
                     placed = zero(region, source, address, len)?;
                 }
@@ -205,7 +205,7 @@ impl GuestMemory {
     }
 }
 
-/// Zeroes at an address; UFFDIO_ZEROPAGE does not know the pages of hugetlb.
+/// Zeroes at an address; UFFDIO_ZEROPAGE does not support hugetlb.
 fn zero(region: &GuestRegion, source: &FaultSource, address: u64, len: u64) -> Result<Placed> {
     if region.memory.has_zero_page() {
         return source.uffd.zero(address, len).map_err(|error| failed(region, error));
@@ -228,9 +228,9 @@ enum There {
     IsOverwritten,
 }
 
-/// Copies whole pages to the guest. False when events are pending. Where the kernel says that they are not mapped, or
-/// not in one mapping, fewer are tried: it takes no range that goes on in another mapping, and the process may have
-/// split its own (mprotect(2), madvise(2), munmap(2) of a part).
+/// Copies whole pages to the guest. False when events are pending. If the kernel reports that they are not mapped, or
+/// not in one mapping, fewer are tried: the kernel accepts no range across mappings, and the process may have split its
+/// own (mprotect(2), madvise(2), munmap(2) of a part).
 fn copy_in(
     region: &GuestRegion,
     part: &Part,
@@ -252,7 +252,7 @@ fn copy_in(
                 overwrite(region, source, address + at as u64, &bytes[at..at + page])?;
                 at += page;
             }
-            // From an attempt before this one.
+            // Copied by an attempt before this one.
             Some(Stop::Already) => {
                 source.uffd.wake(address + at as u64, page as u64).context(|| what(region))?;
                 at += page;
@@ -277,14 +277,14 @@ fn overwrite(region: &GuestRegion, source: &FaultSource, address: u64, bytes: &[
         Some(libc::EPERM) => Error::Host(format!(
             "umem may not write over pages of RAM {} that come again while its source runs (process_vm_writev: \
              {error}): run umem as root, or as a user who may trace QEMU (kernel.yama.ptrace_scope); or use shared \
-             memory in a file here; or leave out rounds at the source (--stop-first, or -p alone)",
+             memory in a file here; or give `umem migrate` there {WITHOUT_PASSES}",
             region.name
         )),
         _ => failed(region, error),
     })
 }
 
-/// Copies what has not been discarded of one unit. False when events are pending.
+/// Copies the parts of one unit that have not been discarded. False when events are pending.
 fn copy_rest(
     region: &GuestRegion,
     part: &Part,
@@ -322,7 +322,7 @@ struct Units<'a> {
     is_plain: bool,
 }
 
-/// Plain units as long runs, the others one by one.
+/// Groups units without discards into long runs, the others one by one.
 fn runs(
     bytes: &[u8],
     unit_bytes: usize,
@@ -359,13 +359,13 @@ mod tests {
     const TOKEN_RETRY: u64 = 1;
     const TOKEN_FAULTS: u64 = 2;
     const TOKEN_TICK: u64 = 3;
-    /// The ring is left after so long, to look who has been woken.
+    /// Interval in which the test leaves the ring to check the threads.
     const TICK: Duration = Duration::from_millis(5);
 
-    /// Two threads touch two pages of one landing unit, the second one when the unit is cached and the lane that
-    /// has landed it has not looked yet who waits. No block leaves the userfaultfd.
+    /// Two threads touch two pages of one landing unit, the second when the unit is cached and the landing lane has not
+    /// yet looked for waiting threads. No block leaves the userfaultfd.
     #[test]
-    fn second_fault_of_a_unit_wakes_the_first_one_too() {
+    fn second_fault_of_a_unit_also_wakes_the_first() {
         let Guest { memory, mapping, .. } = Guest::in_units_of(13);
         let memory = Arc::new(memory);
         let mut ring = Ring::new(&Config::default()).unwrap();
@@ -401,19 +401,19 @@ mod tests {
         while region.pages.is_wanted(0) {
             serve();
         }
-        memory.finished(range, RunKind::Data, |page| panic!("{page:?} is told of twice")).unwrap();
-        // Whoever was woken faults again: its page is in the file, and not in the mapping.
+        memory.finished(range, RunKind::Data, |page| panic!("{page:?} is reported twice")).unwrap();
+        // A woken thread faults again: its page is in the file, and not in the mapping.
         let (mut seen, began) = (Vec::new(), Instant::now());
         while seen.len() < 2 {
             seen.extend(woken.try_iter());
             serve();
-            assert!(began.elapsed() < Duration::from_secs(60), "a thread waits for ever");
+            assert!(began.elapsed() < Duration::from_secs(60), "a thread waits forever");
         }
         assert_eq!(seen, [0xa5, 0xa5]);
     }
 
     #[test]
-    fn plain_units_are_copied_together() {
+    fn adjacent_plain_units_are_copied_in_one_call() {
         let bytes = [0; 5 * 4096];
         let runs: Vec<_> = runs(&bytes, 4096, |unit| unit != 2)
             .map(|run| (run.start / 4096, run.bytes.len() / 4096, run.is_plain))

@@ -1,4 +1,4 @@
-//! One region of the guest: its file, where the guest's process has it, and what of it has come.
+//! One region of the guest: its file, its mappings in the guest's process, and its page states.
 
 use std::ops::Range;
 
@@ -10,43 +10,42 @@ use crate::memory::kind::{Backing, Kind, RegionMemory};
 use crate::memory::pages::{PageState, PageStates};
 use crate::memory::region::RamFile;
 
-/// A piece of a region that the guest's process maps in one, with one userfaultfd.
+/// A piece of a region that the guest's process maps contiguously, with one userfaultfd.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Part {
-    /// Where it begins in the region, bytes.
+    /// Its offset in the region, bytes.
     pub(crate) offset: u64,
     pub(crate) bytes: u64,
-    /// Where the guest's process maps it.
+    /// Its address in the guest's process.
     pub(crate) address: u64,
     /// Its userfaultfd: an index of [`GuestMemory::sources`](super::GuestMemory::sources).
     pub(crate) source: usize,
 }
 
-/// One region: its file, where the guest has it, and what of it has come.
+/// One region: its file, its mappings in the guest, and its page states.
 pub(crate) struct GuestRegion {
     pub(crate) name: String,
     pub(crate) bytes: u64,
-    /// What it is, and so what can be done with it. Its unit, the larger of both sides' page sizes, lands as one: all
-    /// page numbers count units.
+    /// Its properties. Its unit, the larger of both sides' page sizes, lands as one: all page numbers count units.
     pub(crate) memory: RegionMemory,
     pub(super) file: Option<RamFile>,
-    /// In the order of their offsets; together they are the region.
+    /// In the order of their offsets; together they cover the region.
     pub(super) parts: Vec<Part>,
     pub(crate) pages: PageStates,
     pub(super) fragments: Fragments,
     pub(super) blocks: Blocks,
 }
 
-/// What a region is made from.
+/// The parameters of a region.
 pub(crate) struct RegionSetup {
     pub(crate) name: String,
     pub(crate) kind: Kind,
     pub(crate) bytes: u64,
     pub(crate) unit_shift: u8,
     pub(crate) page_shift: u8,
-    /// None for memory that has none ([`Kind::lands_in_file`]).
+    /// None for memory without a file ([`Kind::lands_in_file`]).
     pub(crate) file: Option<RamFile>,
-    /// Sorted, without gaps, each of whole units.
+    /// Sorted, contiguous, each of whole units.
     pub(crate) parts: Vec<Part>,
 }
 
@@ -77,17 +76,17 @@ impl GuestRegion {
     /// The file that pages land in.
     ///
     /// # Panics
-    /// For anonymous memory, which has none.
+    /// For anonymous memory, which has no file.
     pub(crate) fn file(&self) -> &RamFile {
         self.file.as_ref().expect("anonymous memory lands in buffers")
     }
 
-    /// All of it has come: its guest may be moved on.
+    /// The region is complete: the file's guest may be moved again.
     pub(crate) fn end_move(&self) {
         self.file.iter().for_each(RamFile::end_move);
     }
 
-    /// log2 of what lands as one. All page numbers count these.
+    /// log2 of the size of a landing unit. All page numbers count these.
     pub(crate) fn unit_shift(&self) -> u8 {
         self.memory.unit_shift
     }
@@ -101,7 +100,7 @@ impl GuestRegion {
         1 << self.page_shift()
     }
 
-    /// The part that a byte of the region is in.
+    /// The part that contains a byte of the region.
     pub(crate) fn part_at(&self, offset: u64) -> &Part {
         let after = self.parts.partition_point(|part| part.offset <= offset);
         &self.parts[after - 1]
@@ -121,21 +120,21 @@ impl GuestRegion {
         })
     }
 
-    /// What the file has of pages that have come, from `page` on, and how many are alike: one that it has
-    /// not is of zeroes, or the guest's own already, which zeroes do not change.
+    /// Whether the file has data for arrived pages from `page` on, and how many pages are alike. A page without data in
+    /// the file is zero, or mapped by the guest already, and a zero page does not change it.
     pub(super) fn kind_at(&self, page: u64, end: u64) -> Result<(RunKind, u64)> {
         let data = self.file().next_data_in(self.byte_offset(page)..self.byte_offset(end))?;
         let next = data.map_or(end, |offset| (offset >> self.unit_shift()).min(end));
         Ok(if next > page { (RunKind::Hole, next - page) } else { (RunKind::Data, 1) })
     }
 
-    /// Nothing of the unit has been discarded.
+    /// No byte of the unit has been discarded.
     pub(super) fn is_plain(&self, unit: u64) -> bool {
         self.pages.get(unit) == PageState::Landing
             && (self.memory.unit_is_page() || !self.fragments.any_in(unit, 1))
     }
 
-    /// Bytes of the region have been discarded by the guest.
+    /// The guest has discarded bytes of the region.
     pub(super) fn discard(&self, bytes: Range<u64>) {
         let unit_bytes = 1u64 << self.unit_shift();
         let whole = bytes.start.next_multiple_of(unit_bytes)..bytes.end / unit_bytes * unit_bytes;
@@ -155,7 +154,7 @@ impl GuestRegion {
                 let unit = rest.start >> self.unit_shift();
                 let first = (rest.start - self.byte_offset(unit)) >> self.page_shift();
                 self.fragments.add(unit, first, (rest.end - rest.start) >> self.page_shift());
-                // What has come already is the kernel's to discard.
+                // The kernel discards pages that have arrived.
                 if self.pages.get(unit) == PageState::Cached {
                     self.fragments.take(unit);
                 }
@@ -163,8 +162,8 @@ impl GuestRegion {
         }
     }
 
-    /// Landing → Cached for pages whose bytes are in the file. Of what has been discarded meanwhile the bytes are
-    /// given back first. The gate of the part that they lie in is held open.
+    /// Landing → Cached for pages whose bytes are in the file. Bytes of parts discarded meanwhile are freed first. The
+    /// caller holds the gate of their part open.
     pub(super) fn finish_in_file(&self, first: u64, pages: u64) -> Result<()> {
         let unit_bytes = 1 << self.unit_shift();
         self.discard_fragments(first, pages)?;
@@ -172,7 +171,7 @@ impl GuestRegion {
             .finish(first, pages, |page| self.file().discard(self.byte_offset(page), unit_bytes))
     }
 
-    /// Gives back what has landed in the file for discarded parts of units.
+    /// Frees the landed bytes of discarded parts of units.
     fn discard_fragments(&self, first: u64, units: u64) -> Result<()> {
         if self.memory.unit_is_page() || !self.fragments.any_in(first, units) {
             return Ok(());

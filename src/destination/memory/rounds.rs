@@ -24,7 +24,7 @@ use umem_wire::checksum::{ZERO_SUM, digest};
 use umem_wire::{PageRange, RegionId};
 
 use super::{GuestMemory, GuestRegion, PageId};
-use crate::error::{Error, Result, lane_name};
+use crate::error::{Error, Result, WITHOUT_PASSES, lane_name};
 use crate::memory::bits::Bits;
 use crate::memory::claims::RunKind;
 use crate::memory::sums;
@@ -71,7 +71,8 @@ pub(crate) fn check(regions: &[GuestRegion], can_empty: bool) -> Result<()> {
     if let (true, Some(private)) = (can_empty, private) {
         return Err(Error::Unsupported(format!(
             "RAM {} has no file here and RAM {} is of kind private, and the source sends pages while its guest runs, \
-             which one of the two alone can take: leave out --precopy there, or --kind private here",
+             which one of the two alone can take: give `umem migrate` there {WITHOUT_PASSES}, or leave out --kind private \
+             here",
             region.name, private.name
         )));
     }
@@ -80,7 +81,7 @@ pub(crate) fn check(regions: &[GuestRegion], can_empty: bool) -> Result<()> {
     }
     Err(Error::Unsupported(format!(
         "RAM {} is {} memory here, in which a page cannot land twice, and the source sends pages while its guest runs: \
-         leave out --precopy there, or give the guest here memory of kind shared or private",
+         give `umem migrate` there {WITHOUT_PASSES}, or give the guest here memory of kind shared or private",
         region.name, region.memory.kind
     )))
 }

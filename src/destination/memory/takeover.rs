@@ -1,31 +1,47 @@
-//! Where another process may have to go on: the states of pages are kept in a memory file that outlives this
-//! one, and a process that takes over goes on with them.
+//! Support for takeovers: the page states live in a memory file that outlives this process, and the process that takes
+//! over continues with them.
 
 use std::sync::atomic::Ordering::SeqCst;
 
 use umem_wire::{PageRange, RegionId};
 
 use super::{GuestMemory, GuestRegion, what};
+use crate::control::destination::Record;
+use crate::control::destination::takeover::Recalled;
 use crate::error::{Context, Error, Result};
 use crate::fault::uffd::{Event, MESSAGE_BYTES};
 use crate::memory::claims::RunKind;
 use crate::memory::pages::{PageState, PageStates};
 use crate::memory::words::{COUNTERS, EVENTS_BYTES, Extent, State};
+use crate::session::{DestinationState, since_boot, when};
 
-/// What is counted for a process that may have to take over: the index of its word.
+/// Words counted for a takeover: each variant is the index of its word.
 #[derive(Clone, Copy)]
 pub(super) enum Told {
     ZeroBytes = 0,
     HoleBytes = 1,
     PagesDemand = 2,
-    /// Not counted: the page that is being [given](GuestMemory::give), packed, plus 1; 0 for none.
+    /// No count: the page that is being [given](GuestMemory::give), packed, plus 1; 0 for none.
     Giving = 3,
+    /// Not counted: how far the switchover has come. 0 before it, 1 from *switched* on, 2 from *running* on.
+    Standing = 4,
+    /// From the guest's stop at the source until the source sent the switchover, in microseconds. Valid from
+    /// *switched* on.
+    StoppedUs = 5,
+    /// The arrival of the switchover, in nanoseconds [since boot](since_boot). Valid from *switched* on.
+    SwitchedAt = 6,
+    /// The start of the guest, in nanoseconds since boot. Valid from *running* on.
+    RunningAt = 7,
 }
 
-const _: () = assert!((Told::Giving as usize) < COUNTERS);
+const _: () = assert!((Told::RunningAt as usize) < COUNTERS);
+
+/// Values of [`Told::Standing`].
+const SWITCHED: u64 = 1;
+const RUNNING: u64 = 2;
 
 impl GuestMemory {
-    /// What a memory file for the states has to hold of each region.
+    /// The requirements on a memory file for the states, by region.
     pub(crate) fn extents(&self) -> Vec<Extent> {
         let extent = |region: &GuestRegion| Extent {
             pages: region.bytes >> region.unit_shift(),
@@ -34,8 +50,7 @@ impl GuestMemory {
         self.regions.iter().map(extent).collect()
     }
 
-    /// Keeps the states in this file from now on, and takes them as they are there. Before any page
-    /// comes.
+    /// Keeps the states in this file from now on, and takes over its contents. Before any page arrives.
     pub(crate) fn share(&mut self, state: &State) {
         for (index, region) in self.regions.iter_mut().enumerate() {
             let words = state.region(index);
@@ -51,8 +66,47 @@ impl GuestMemory {
         self.told = Some(state.counters());
     }
 
-    /// Goes on where a process was killed, as the [table](crate::memory::words) says; `share` has been
-    /// called, and nobody else is at work yet. Who waits is not woken yet.
+    /// Notes in the memory file that the guest belongs to this side, or runs. This cannot fail, unlike the session
+    /// file, which a full disk keeps from being written. A process that takes over relies on it: a guest that runs
+    /// must not be reported as one that was never switched over.
+    pub(crate) fn note_standing(&self, record: &Record) {
+        let Some(told) = &self.told else { return };
+        let store = |word: Told, value| told[word as usize].store(value, SeqCst);
+        match *record {
+            Record::Switched { stopped_us, at } => {
+                store(Told::StoppedUs, stopped_us);
+                store(Told::SwitchedAt, since_boot(at));
+                store(Told::Standing, SWITCHED);
+            }
+            Record::Running { at } => {
+                store(Told::RunningAt, since_boot(at));
+                store(Told::Standing, RUNNING);
+            }
+            Record::Loaded { .. } | Record::Complete { .. } | Record::Parted => {}
+        }
+    }
+
+    /// How far the process before this had come: the later of what its session file says and what
+    /// [`GuestMemory::note_standing`] has noted.
+    pub(crate) fn noted_standing(&self, recalled: Recalled) -> Recalled {
+        let Some(told) = &self.told else { return recalled };
+        let load = |word: Told| told[word as usize].load(SeqCst);
+        let mut recalled = recalled;
+        let standing = load(Told::Standing);
+        if standing >= SWITCHED && recalled.state == DestinationState::Loaded {
+            recalled.state = DestinationState::Switched;
+            recalled.stopped_us = load(Told::StoppedUs);
+            recalled.switched = Some(when(load(Told::SwitchedAt)));
+        }
+        if standing >= RUNNING && recalled.state == DestinationState::Switched {
+            recalled.state = DestinationState::Running;
+            recalled.running = Some(when(load(Told::RunningAt)));
+        }
+        recalled
+    }
+
+    /// Continues where a process was killed, as the [table](crate::memory::words) describes. `share` has been called,
+    /// and no other thread runs yet. Waiting threads are not woken yet.
     pub(crate) fn take_over(&self) -> Result<()> {
         self.keep_given()?;
         self.roll_back()?;
@@ -84,7 +138,7 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// What has come so far, as the process before this has counted; what it was killed over is data.
+    /// The progress so far, as counted by the previous process; pages in flight at its death count as data.
     fn recount(&self) {
         let Some(told) = &self.told else { return };
         let told = |what: Told| told[what as usize].load(SeqCst);
@@ -113,8 +167,8 @@ impl GuestMemory {
         }
     }
 
-    /// Private memory that has come is touched and released, whatever the process before this had done
-    /// of that. The toucher runs.
+    /// Private memory that has arrived is touched and released again, whatever the previous process had done. The touch
+    /// thread runs.
     pub(crate) fn touch_again(&self) -> Result<()> {
         for (index, region) in self.regions.iter().enumerate() {
             if !region.memory.kind.needs_touch() {
@@ -138,8 +192,8 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Wakes all who wait: those whose page is not there fault again, and are heard of by whoever reads
-    /// the events now.
+    /// Wakes all waiting threads: those without their page fault again, and the thread that reads the events now sees
+    /// them.
     pub(crate) fn wake_all(&self) -> Result<()> {
         for region in &self.regions {
             for part in &region.parts {
@@ -154,5 +208,47 @@ impl GuestMemory {
         if let Some(told) = &self.told {
             told[what as usize].fetch_add(value, SeqCst);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use umem_wire::destination::Mode;
+
+    use super::super::fixture::Guest;
+    use super::*;
+
+    const MODE: Mode = Mode { postcopy: true, background: true };
+
+    fn recalled(state: DestinationState) -> Recalled {
+        Recalled { state, mode: MODE, stopped_us: 0, switched: None, running: None }
+    }
+
+    #[test]
+    fn what_the_session_file_lacks_of_the_switchover_is_in_the_memory_file() {
+        let mut guest = Guest::new();
+        let state = State::new(guest.memory.extents(), 1).unwrap();
+        guest.memory.share(&state);
+        let loaded = recalled(DestinationState::Loaded);
+        let noted = |guest: &Guest| guest.memory.noted_standing(loaded);
+        guest.memory.note_standing(&Record::Loaded { mode: MODE, runs: true });
+        assert_eq!(noted(&guest).state, DestinationState::Loaded);
+
+        let at = Instant::now();
+        guest.memory.note_standing(&Record::Switched { stopped_us: 1500, at });
+        let switched = noted(&guest);
+        assert_eq!((switched.state, switched.stopped_us), (DestinationState::Switched, 1500));
+        assert_eq!(switched.running, None);
+
+        let later = at + Duration::from_millis(2);
+        guest.memory.note_standing(&Record::Running { at: later });
+        let running = noted(&guest);
+        assert_eq!(running.state, DestinationState::Running);
+        assert!(running.ran_after() <= Duration::from_millis(3), "{:?}", running.ran_after());
+        // A session file that has more is right.
+        let complete = recalled(DestinationState::Complete);
+        assert_eq!(guest.memory.noted_standing(complete).state, DestinationState::Complete);
     }
 }

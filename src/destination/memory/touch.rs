@@ -1,14 +1,13 @@
-//! Private memory: what has landed in the file becomes the guest's own, and the file gives it back.
+//! Private memory: pages that have landed in the file become anonymous pages of the guest, and the file frees them.
 //!
-//! One thread, one ring. For each run that has landed it makes the pages visible in the guest (data
-//! from the file, the rest as zeroes), asks the guest side to *touch* them (`touch ADDRESS LENGTH` on
-//! the hand-over socket), which makes a copy of each that is the guest's alone, and on the answer
-//! releases the file's pages with MADV_REMOVE. A block leaves its userfaultfd with its last page
-//! released: until then a discard by the guest is reported, and the file's page goes with it, so that
-//! no mapping can fall back to it.
+//! One thread, one ring. For each landed run it makes the pages visible in the guest (data from the file, the rest as
+//! zeroes). Then it asks the guest's process to *touch* them (`touch ADDRESS LENGTH` on the hand-over socket), which
+//! copies each page into the process's own memory. After the answer it releases the file's pages with MADV_REMOVE. A
+//! block leaves its userfaultfd with its last page released: until then a discard by the guest is reported, and the
+//! file's page is freed with it, so that no mapping can fall back to it.
 //!
-//! With `--postcopy-flags 0` the guest side is asked at the end only, when every page has come: the
-//! guest's own accesses do the touching meanwhile, and the file keeps everything until then.
+//! With `--postcopy-flags 0` the guest's process is asked only at the end, when every page has arrived: until then the
+//! guest's own accesses touch pages, and the file keeps everything.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -39,8 +38,7 @@ const TOKEN_RETRY: u64 = 2;
 /// The release of entry `i` of the table has this token plus `i`.
 const TOKEN_RELEASED: u64 = 16;
 
-/// Bytes that the guest side is asked to touch before it has answered: enough to keep it busy while
-/// answers travel.
+/// The most bytes of unanswered touch requests: enough to keep the guest's process busy while answers are in flight.
 const ASKED_BYTES_MAX: u64 = 8 << 20;
 
 /// Releases in flight.
@@ -49,21 +47,21 @@ const RELEASES_MAX: usize = 64;
 /// Answers taken with one receive.
 const RECEIVE_BYTES: usize = 4096;
 
-/// An answer longer than this is none.
+/// The longest valid answer.
 const ANSWER_BYTES_MAX: usize = 1024;
 
-/// How lanes hand over what has landed.
+/// The queue from lanes to the touch thread.
 pub(crate) struct TouchQueue {
     sender: Sender<Work>,
     waker: Waker,
-    /// A wake is on its way that the thread has not seen.
+    /// The eventfd is signalled and the thread has not read it.
     is_woken: Arc<AtomicBool>,
     eager: bool,
 }
 
 enum Work {
     Landed(PageRange, RunKind),
-    /// Every page has come: touch all that is left.
+    /// Every page has arrived: touch the rest.
     Rest,
     End,
 }
@@ -74,13 +72,13 @@ impl TouchQueue {
         self.send(Work::Landed(range, kind));
     }
 
-    /// Pages are touched and released as they come, not only at the end.
+    /// Touch and release pages as they arrive, not only at the end.
     pub(crate) fn is_eager(&self) -> bool {
         self.eager
     }
 
     fn send(&self, work: Work) {
-        // Where the thread has ended its own note says why.
+        // If the thread has ended, its own message carries the reason.
         let _ = self.sender.send(work);
         if !self.is_woken.swap(true, SeqCst) {
             self.waker.wake();
@@ -88,14 +86,14 @@ impl TouchQueue {
     }
 }
 
-/// The control thread's hold on the toucher.
+/// The control thread's handle of the touch thread.
 pub(crate) struct Toucher {
     sender: Sender<Work>,
     waker: Waker,
 }
 
 impl Toucher {
-    /// Every page has come.
+    /// Every page has arrived.
     pub(crate) fn touch_the_rest(&self) {
         let _ = self.sender.send(Work::Rest);
         self.waker.wake();
@@ -107,24 +105,24 @@ impl Toucher {
     }
 }
 
-/// What the thread needs.
+/// The parts of the thread.
 pub(crate) struct TouchThread {
     pub(crate) guest: Arc<GuestMemory>,
-    /// The hand-over socket; nobody else reads it meanwhile.
+    /// The hand-over socket; no other thread reads it meanwhile.
     pub(crate) socket: OwnedFd,
-    /// Touch as pages come.
+    /// Touch as pages arrive.
     pub(crate) eager: bool,
     pub(crate) core: Place,
     pub(crate) post: Post<Note>,
 }
 
-/// The others' end of the way to the thread, before it runs.
+/// The handles for other threads, before the thread runs.
 pub(crate) struct Ways {
     sender: Sender<Work>,
     is_woken: Arc<AtomicBool>,
 }
 
-/// Makes the thread's end and the others'.
+/// Makes the thread's end and the other threads' ends.
 pub(crate) fn ways() -> (TouchReceiver, Ways) {
     let (sender, receiver) = channel();
     let is_woken = Arc::new(AtomicBool::new(false));
@@ -140,7 +138,7 @@ impl Ways {
     }
 }
 
-/// Where the thread's work comes from.
+/// The receiving end of the thread's work.
 pub(crate) struct TouchReceiver {
     receiver: Receiver<Work>,
     is_woken: Arc<AtomicBool>,
@@ -160,7 +158,7 @@ enum Answer {
     },
 }
 
-/// A range that the guest side has been asked to touch, at these addresses.
+/// A range that the guest's process has been asked to touch, at these addresses.
 struct Asked {
     range: PageRange,
     address: u64,
@@ -174,9 +172,9 @@ struct TouchState {
     post: Post<Note>,
     /// Landed and not visible yet.
     hidden: VecDeque<(PageRange, RunKind)>,
-    /// Visible data that is to be touched next.
+    /// Visible data that is touched next.
     ready: VecDeque<PageRange>,
-    /// Visible data that is to be touched at the end.
+    /// Visible data that is touched at the end.
     later: Later,
     asked: VecDeque<Asked>,
     asked_bytes: u64,
@@ -193,12 +191,12 @@ struct TouchState {
     ended: bool,
 }
 
-/// Pages to touch at the end: one bit each, as they may be all of the guest's.
+/// Pages to touch at the end: one bit each, because they may be all of the guest's.
 #[derive(Default)]
 struct Later {
     /// By region.
     bits: Vec<Vec<u64>>,
-    /// Where the next ones are looked for.
+    /// The position of the search for the next pages.
     region: usize,
     page: u64,
 }
@@ -219,7 +217,7 @@ impl Later {
         }
     }
 
-    /// The next run, which is of one block; every page is given once.
+    /// The next run, within one block; returns every page once.
     fn take(&mut self, guest: &GuestMemory) -> Option<PageRange> {
         while let Some(bits) = self.bits.get_mut(self.region) {
             let shift = guest.regions[self.region].unit_shift();
@@ -246,7 +244,7 @@ fn index(word: u64) -> usize {
 }
 
 impl TouchThread {
-    /// Serves until told to end.
+    /// Serves until it is ordered to end.
     pub(crate) fn run(self, work: TouchReceiver, started: Started<Waker>) -> Result<()> {
         let mut ring = Ring::new(&Config {
             name: "touch".into(),
@@ -313,11 +311,11 @@ impl TouchState {
         self.send(ring)
     }
 
-    /// Makes visible what has landed.
+    /// Makes landed pages visible.
     fn show(&mut self, ring: &mut Ring) -> Result<()> {
         while let Some((range, kind)) = self.hidden.pop_front() {
             let done = match self.guest.show_private(range, kind) {
-                // What has been shown of it is found to be so the next time.
+                // Pages already visible are skipped next time.
                 Err(Error::OutOfMemory(why)) => {
                     self.guest.cannot_show(&why);
                     self.hidden.push_front((range, kind));
@@ -342,7 +340,7 @@ impl TouchState {
         Ok(())
     }
 
-    /// Neighbours are touched together, as far as a block goes.
+    /// Touches neighbouring pages together, within a block.
     fn push_ready(&mut self, range: PageRange) {
         if !self.eager {
             self.later.add(range);
@@ -362,7 +360,7 @@ impl TouchState {
     }
 
     fn ask(&mut self) {
-        // At the end everything is visible before the first of it is taken.
+        // At the end everything is visible before the first page is touched.
         let is_time = self.eager || (self.touch_rest && self.hidden.is_empty());
         if !is_time {
             return;
@@ -413,7 +411,7 @@ impl TouchState {
             }
             TOKEN_SENT => {
                 self.sending = false;
-                // A guest side that has ended is noticed by its process's end.
+                // The end of the guest's process is detected elsewhere.
                 Ok(())
             }
             TOKEN_RECEIVED => {
@@ -447,7 +445,7 @@ impl TouchState {
             let line: Vec<u8> = self.answers.drain(..=end).collect();
             let strange = || {
                 let text = String::from_utf8_lossy(&line).trim().to_owned();
-                Error::Preload(format!("the answer to a touch request is not understood: {text}"))
+                Error::Preload(format!("invalid answer to a touch request: {text}"))
             };
             match serde_json::from_slice(&line).map_err(|_| strange())? {
                 Answer::Failed { error, text } => {
@@ -455,7 +453,7 @@ impl TouchState {
                     self.asked_bytes -= asked.len;
                     if !self.take_unmapped(asked.range)? {
                         return Err(Error::Preload(format!(
-                            "the guest side could not touch its pages: {text} ({error})"
+                            "the guest's process could not touch its pages: {text} ({error})"
                         )));
                     }
                 }
@@ -470,13 +468,13 @@ impl TouchState {
             }
         }
         if self.answers.len() > ANSWER_BYTES_MAX {
-            return Err(Error::Preload("the answer to a touch request has no end".into()));
+            return Err(Error::Preload("the answer to a touch request has no newline".into()));
         }
         Ok(())
     }
 
-    /// Of a range that could not be touched, nobody misses what is not mapped any more; the rest of it is asked for
-    /// once more, page by page. False where all of it is mapped: something else is wrong.
+    /// Of a range that could not be touched, pages that are no longer mapped are done; the rest is requested once more,
+    /// page by page. False if all of the range is mapped: the failure has another cause.
     fn take_unmapped(&mut self, range: PageRange) -> Result<bool> {
         let pages = range.first..range.first + range.pages;
         let mut still_mapped = Vec::new();
@@ -497,7 +495,7 @@ impl TouchState {
         Ok(any_unmapped)
     }
 
-    /// Releases what has been touched.
+    /// Releases touched pages.
     fn release(&mut self, ring: &mut Ring) -> Result<()> {
         while let Some(entry) = self.releasing.iter().position(Option::is_none)
             && let Some(range) = self.touched.pop_front()

@@ -1,10 +1,10 @@
-//! What a source is told that comes when its guest does not need it any more.
+//! The answers to a source that connects when its guest no longer needs it.
 //!
-//! The guest has all of its memory, or has ended, and the source has not heard of it: its process was killed,
-//! or the network was gone for too long. One that is resumed then would look for this side for ever, as it
-//! must not give up pages that a guest may need. So somebody has to be here when it comes: the umem that
-//! has received the guest, as long as it stays for its guest's sake; after that who resumes the
-//! session, whose record stays until the source has been told.
+//! The guest has all of its memory, or has ended, and the source missed that: its process was killed, or the network
+//! was gone for too long. A source that is resumed then would retry indefinitely, because it must not give up pages
+//! that a guest may need. So a process must answer it here: the umem that received the guest, while it stays with the
+//! guest's process; later a `umem incoming --resume`, because the session's record stays until the source has been
+//! notified.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, recv, send};
 use umem_wire::{
-    Event as Heard, Frame, PageRange, Receiver, RegionTable, Seal, Standing, Target, resume,
+    Event as Received, Frame, PageRange, Receiver, RegionTable, Seal, Standing, Target, resume,
     transmit,
 };
 
@@ -28,31 +28,31 @@ use crate::runtime::inbox::{Inbox, Wake};
 use crate::session::{DestinationRecord, SessionFile};
 use crate::transport::lane::{self, Lane};
 
-/// How long a source may take to read what it is told, and then to close its lanes.
+/// How long a source may take to read the answer, and then to close its lanes.
 const READ_PATIENCE: Duration = Duration::from_secs(30);
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
-/// A session of which only the source does not know that it is over.
+/// A session that is over, unknown to its source.
 pub(in crate::destination) struct CompletionNotifier {
     core: Core,
     door: LaneAcceptor,
     word: Word,
-    /// Whose record goes as soon as the source knows.
+    /// The record to remove as soon as the source knows.
     keeper: SessionFile<DestinationRecord>,
-    /// Lanes that have come in, as long as they are of use.
+    /// Lanes that have arrived, while they are needed.
     lanes: Option<Lanes>,
 }
 
-/// What it is told.
+/// The answer.
 pub(in crate::destination) enum Word {
-    /// Every page has come: where this side stands, and the pages there are.
+    /// Every page has arrived: this side's state, and the number of pages.
     Complete { standing: Standing, landing: RegionTable },
-    /// Nothing will go on.
+    /// The session failed for good.
     Failed(Error),
 }
 
 impl CompletionNotifier {
-    /// For a source that comes until then, or at any time.
+    /// Waits for the source until `until`, or without limit.
     pub(in crate::destination) fn new(
         mut door: LaneAcceptor,
         word: Word,
@@ -63,7 +63,7 @@ impl CompletionNotifier {
         CompletionNotifier { core: Core::new(until), door, word, keeper, lanes: None }
     }
 
-    /// Waits for the source to come. False if it does not, or somebody interrupts.
+    /// Waits for the source to connect. False if it does not, or after an interrupt.
     pub(in crate::destination) fn wait(&mut self, inbox: &Inbox<Note>) -> Result<bool> {
         loop {
             let next = self.door.next_deadline().into_iter().chain(self.core.deadline()).min();
@@ -73,15 +73,15 @@ impl CompletionNotifier {
                 Wake::Ready(index) => self.door.answer(index)?,
                 Wake::Message(_) | Wake::Timeout => {}
             }
-            self.look(inbox)?;
+            self.take_lanes(inbox)?;
             if let Some(is_told) = self.core.outcome() {
                 return Ok(is_told);
             }
         }
     }
 
-    /// Stays as long as the guest's process runs, which is a child, and tells the source if it comes
-    /// meanwhile. The exit status is the process's, as of [`GuestSide::outlive`].
+    /// Stays while the guest's process, a child, runs, and answers the source if it connects meanwhile. The exit status
+    /// is the process's, as of [`GuestSide::outlive`].
     pub(in crate::destination) fn stay(
         mut self,
         side: &mut GuestSide,
@@ -103,7 +103,7 @@ impl CompletionNotifier {
                 Wake::Ready(index) => self.door.answer(index - 1)?,
                 Wake::Message(_) | Wake::Timeout => {}
             }
-            self.look(inbox)?;
+            self.take_lanes(inbox)?;
             if self.core.outcome().is_some() {
                 output.tell(&Event::Remark(Remark::SourceTold));
                 drop(self);
@@ -112,8 +112,8 @@ impl CompletionNotifier {
         }
     }
 
-    /// Looks at who has come in.
-    fn look(&mut self, inbox: &Inbox<Note>) -> Result<()> {
+    /// Handles new connections.
+    fn take_lanes(&mut self, inbox: &Inbox<Note>) -> Result<()> {
         self.door.forget_late(Instant::now());
         self.lanes = self.door.whole();
         let news = if self.lanes.is_some() { Input::Came } else { Input::Tick };
@@ -122,7 +122,7 @@ impl CompletionNotifier {
         fed
     }
 
-    /// Has the core handle this, and whatever comes of what it has done.
+    /// Passes an event to the core, and carries out the effects and their results.
     fn feed(&mut self, input: Input, inbox: &Inbox<Note>) -> Result<()> {
         let mut talk = self.lanes.as_ref().map(|lanes| Talk::new(&lanes.demand, &self.word, inbox));
         let mut next = Some(input);
@@ -131,7 +131,7 @@ impl CompletionNotifier {
                 match (effect, &mut talk) {
                     (Effect::Forget, _) => self.keeper.remove(),
                     (_, None) => {}
-                    (Effect::Tell, Some(talk)) => next = Some(talk.tell(&self.word)?),
+                    (Effect::Tell, Some(talk)) => next = Some(talk.notify(&self.word)?),
                     (Effect::Hear, Some(talk)) => next = Some(talk.hear_goodbye()?),
                     (Effect::Answer, Some(talk)) => {
                         talk.answer()?;
@@ -144,11 +144,11 @@ impl CompletionNotifier {
     }
 }
 
-/// What is said and heard on a new demand lane.
+/// The exchange on a new demand lane.
 struct Talk<'a> {
     lane: &'a Lane,
     seal: Seal,
-    /// None where nothing but the lane's end is an answer.
+    /// None if the lane's end is the only possible answer.
     receiver: Option<Receiver>,
     inbox: &'a Inbox<Note>,
 }
@@ -164,7 +164,7 @@ impl<'a> Talk<'a> {
         Talk { lane, seal: Seal::new(lane.is_checked()), receiver, inbox }
     }
 
-    fn tell(&mut self, word: &Word) -> Result<Input> {
+    fn notify(&mut self, word: &Word) -> Result<Input> {
         match word {
             Word::Complete { standing, landing } => {
                 let is_told = self.tell_all(standing, landing)?;
@@ -177,41 +177,41 @@ impl<'a> Talk<'a> {
         }
     }
 
-    /// Says where this side stands, that it has every page, and that this is all. False if the source has gone
-    /// meanwhile, or does not read.
+    /// Sends this side's state, that every page is cached, and the completion. False if the source has closed the lane
+    /// or does not read.
     fn tell_all(&mut self, standing: &Standing, landing: &RegionTable) -> Result<bool> {
         let until = Instant::now() + READ_PATIENCE;
         let have =
             resume::have_ranges(landing).map(|range| Frame::Have { range, words: all(range) });
         let first = std::iter::once(Frame::Resume(*standing));
         for frame in first.chain(have).chain([Frame::Complete(standing.totals)]) {
-            if !self.say(&frame, until)? {
+            if !self.send(&frame, until)? {
                 return Ok(false);
             }
         }
         Ok(true)
     }
 
-    /// Hears whether the source has written down what it was told. One that compares memory before may need longer
-    /// than it is waited for, and dials again then.
+    /// Receives the source's confirmation that it recorded the completion. A source that compares digests first may
+    /// take longer than the wait, and dials again then.
     fn hear_goodbye(&mut self) -> Result<Input> {
         let until = Instant::now() + CLOSE_PATIENCE;
         let has_word = self.receiver.is_some();
-        while let Some(event) = self.hear(until)? {
-            // What it says in the second case it will not come back for.
-            if let Heard::Complete(_) | Heard::Error(_) = event {
+        while let Some(event) = self.receive(until)? {
+            // A refused source does not reconnect for the answer.
+            if let Received::Complete(_) | Received::Error(_) = event {
                 return Ok(Input::Parted);
             }
         }
         Ok(if has_word { Input::Closed } else { Input::Parted })
     }
 
-    /// Says that the goodbye has come, and lets the source close the lane.
+    /// Confirms the goodbye, and lets the source close the lane.
     fn answer(&mut self) -> Result<()> {
         let until = Instant::now() + CLOSE_PATIENCE;
-        while let Some(event) = self.hear(until)? {
-            if let Heard::Ping(number) = event
-                && !self.say(&Frame::Pong(number), until)?
+        while let Some(event) = self.receive(until)? {
+            if let Received::Ping(number) = event
+                && !self.send(&Frame::Pong(number), until)?
             {
                 return Ok(());
             }
@@ -219,17 +219,16 @@ impl<'a> Talk<'a> {
         Ok(())
     }
 
-    fn say(&mut self, frame: &Frame, until: Instant) -> Result<bool> {
+    fn send(&mut self, frame: &Frame, until: Instant) -> Result<bool> {
         let mut bytes = Vec::new();
         transmit::encode(frame, &mut bytes);
         self.seal.frames(&mut bytes);
         send_all(self.lane, &bytes, until, self.inbox)
     }
 
-    /// What the source says next; none at the lane's end, when the time is up, and where somebody interrupts. What it
-    /// says is read in any case: a connection that is closed over what was not read is reset, and what was said on it
-    /// could be lost.
-    fn hear(&mut self, until: Instant) -> Result<Option<Heard>> {
+    /// The source's next frame; None at the lane's end, at the deadline, and after an interrupt. Frames are read in any
+    /// case: closing a socket with unread data sends RST and discards data in flight.
+    fn receive(&mut self, until: Instant) -> Result<Option<Received>> {
         let mut buffer = vec![0; 4096];
         loop {
             let exact = match &mut self.receiver {
@@ -240,14 +239,14 @@ impl<'a> Talk<'a> {
                     }
                     match receiver.next_target() {
                         Target::Control { exact } => exact.min(buffer.len()),
-                        // A page that nobody has asked for.
+                        // A page without a demand.
                         _ => return Ok(None),
                     }
                 }
             };
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                // However much it still says.
+                // Bounds a source that keeps sending.
                 return Ok(None);
             }
             let socket = self.lane.as_fd();
@@ -270,7 +269,7 @@ impl<'a> Talk<'a> {
     }
 }
 
-/// A bit for each page, as a have frame has them.
+/// A bit for each page, as in a have frame.
 fn all(range: PageRange) -> Vec<u64> {
     let mut words =
         vec![u64::MAX; usize::try_from(range.pages.div_ceil(64)).expect("they fit a frame")];
@@ -306,7 +305,7 @@ mod tests {
     use umem_wire::RegionId;
 
     #[test]
-    fn every_page_of_a_range_has_its_bit_and_nothing_else_has() {
+    fn range_sets_exactly_the_bits_of_its_pages() {
         for pages in [1, 63, 64, 65, 128, 200] {
             let words = all(PageRange { region: RegionId(0), first: 0, pages });
             let ones: u32 = words.iter().map(|word| word.count_ones()).sum();

@@ -1,6 +1,6 @@
-//! What this process leaves behind should it be killed, and when it writes it down.
+//! The state that this process leaves for a takeover, and when it writes that state.
 //!
-//! What another one does with that, and why it is enough, is in [`takeover`](super::takeover).
+//! [`takeover`](super::takeover) describes the takeover, and why this state is sufficient.
 
 use crate::runtime::{hex, private_socket};
 use std::io::ErrorKind;
@@ -26,15 +26,15 @@ use crate::session::{
     SessionFile, TotalsRecord, VERSION, since_boot,
 };
 
-/// What is kept for the case that this process is killed, before it is.
+/// The state of a running session for a takeover.
 pub(in crate::destination) struct Persistence {
     keeper: SessionFile<DestinationRecord>,
-    /// Our end of the monitor's socket, where nobody could open another one.
+    /// This side's end of the monitor's socket, if no other process could open another connection.
     qmp: Option<OwnedFd>,
 }
 
-/// Prepares a session that begins. None where one of those who would have a part in taking over cannot,
-/// or there is no place for its file.
+/// Prepares a session that begins. None if a party to a takeover does not support it, or if there is no directory for
+/// the session file.
 pub(in crate::destination) fn keep(
     options: &crate::destination::Options,
     uri: &str,
@@ -54,7 +54,7 @@ pub(in crate::destination) fn keep(
     let pid = monitor.pid();
     let guest = GuestRecord {
         pid,
-        // One that has ended is noticed elsewhere.
+        // A process that has ended is detected elsewhere.
         began: began(pid).unwrap_or(0),
         owner: monitor.owner(),
         created: monitor.created().iter().map(Created::absolute).collect::<Result<_>>()?,
@@ -91,11 +91,10 @@ pub(in crate::destination) fn keep(
     };
     match SessionFile::new(&directory, lanes.hello.session, Role::Destination, record) {
         Ok(keeper) => Ok(Some(Persistence { keeper, qmp })),
-        // Its number is the source's choice: one that is in use here is no reason to refuse a guest.
+        // The source chooses the session's number: a number in use here is no reason to refuse a guest.
         Err(error @ Error::Environment(_)) => {
-            output.remark(&format!(
-                "this process cannot be taken over from if it is killed: {error}"
-            ));
+            output
+                .remark(&format!("no other process can take over if this one is killed: {error}"));
             Ok(None)
         }
         Err(error) => Err(error),
@@ -103,8 +102,8 @@ pub(in crate::destination) fn keep(
 }
 
 impl Persistence {
-    /// Has the pages' states kept where they outlive this process, and gives the guest's side what it
-    /// has to keep.
+    /// Moves the page states to memory that outlives this process, and hands the guest's process the objects that it
+    /// keeps for a takeover.
     pub(in crate::destination) fn begin(
         self,
         guest: &mut GuestMemory,
@@ -120,8 +119,10 @@ impl Persistence {
 }
 
 impl Migration<'_> {
-    /// Writes down how far this side has come, where that is kept at all.
+    /// Writes the session's progress to its file, if there is one.
     pub(in crate::destination) fn write(&self, what: Record) -> Result<()> {
+        // First, as the session file may not take it.
+        self.guest.note_standing(&what);
         self.edit(|record| {
             record.state = what.state();
             match what {
@@ -139,7 +140,7 @@ impl Migration<'_> {
         })
     }
 
-    /// The source finds this side somewhere else from now on.
+    /// The source finds this side at another address from now on.
     pub(in crate::destination) fn write_address(&self, uri: &str) -> Result<()> {
         self.edit(|record| record.uri = Some(uri.to_owned()))
     }
@@ -148,22 +149,22 @@ impl Migration<'_> {
         self.keeper.as_ref().map_or(Ok(()), |keeper| keeper.edit(change))
     }
 
-    /// Nobody has to take over any more.
+    /// No takeover is needed any more.
     pub(in crate::destination) fn forget_session(&self) {
         self.keeper.iter().for_each(SessionFile::remove);
     }
 }
 
-/// What the core has to know of a session that another process can take over.
+/// The core's view of a session that another process can take over.
 pub(in crate::destination) fn session_of(keeper: &SessionFile<DestinationRecord>) -> Session {
     Session { number: keeper.session(), directory_option: keeper.directory_option() }
 }
 
-/// The file of the socket at which the guest's side is reached.
+/// The file name of the guest process's socket.
 pub(in crate::destination) const GUEST_SOCKET: &str = "guest";
 
-/// A path of a unix socket may have 107 bytes, and its directory's may be long: named by a descriptor of
-/// that, it is short.
+/// A path of a unix socket is limited to 107 bytes, and its directory's path may be long: through a descriptor of the
+/// directory the path is short.
 fn short(path: &Path) -> std::io::Result<(std::fs::File, PathBuf)> {
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::OpenOptionsExt;

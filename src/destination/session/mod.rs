@@ -1,4 +1,4 @@
-//! What another process needs to go on, and how a session ends.
+//! Session records for a takeover, and the end of a session.
 
 pub(in crate::destination) mod farewell;
 pub(in crate::destination) mod keeping;

@@ -34,6 +34,7 @@ use crate::control::destination::{Core, Input, Terms};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::destination::admission::accept::LaneAcceptor;
 use crate::destination::admission::prepare::{Adopted, Prepared, check_pieces};
+use crate::destination::lanes::demand::RequestsFrom;
 use crate::destination::link::Link;
 use crate::destination::memory::GuestMemory;
 use crate::destination::side::{GuestProcess, GuestSide};
@@ -161,8 +162,6 @@ impl Taken {
     fn go_on(&self, options: &ResumeOptions, inbox: &Inbox<Note>, guest: Guest) -> Result<()> {
         let Guest { side, handed, entrusted } = guest;
         let observer = Observer::start(&options.observe, Role::Destination, None, &self.output)?;
-        let host =
-            HostThread::<dyn DestinationHost>::start(self.host(entrusted.qmp), inbox.post())?;
         let landing = landing(&self.record)?;
         let mut prepared = Prepared::again(side, handed);
         let Adopted { regions, sources, landing } = prepared.adopt_again(&landing)?;
@@ -172,7 +171,10 @@ impl Taken {
         }
         let state = State::found(entrusted.state, memory.extents(), memory.sources.len())?;
         memory.share(&state);
+        let recalled = memory.noted_standing(Recalled::from(&self.record));
         memory.take_over()?;
+        let host = self.host(recalled.state, entrusted.qmp);
+        let host = HostThread::<dyn DestinationHost>::start(host, inbox.post())?;
         let plan = crate::destination::Plan {
             touch: self.record.touch,
             cores: &options.cores,
@@ -189,16 +191,22 @@ impl Taken {
             has_bulk_lanes: self.record.bulk_lanes > 0,
             is_checked: link.is_checked(),
             is_private: memory.needs_touch(),
+            runs_itself: !self.record.guest.has_monitor,
             is_embedded: inbox.is_embedded(),
             session: Some(session_of(&self.keeper)),
             step_timeout: plan.step_timeout,
         };
-        let recalled = Recalled::from(&self.record);
+        let has_run = recalled.state >= DestinationState::Running;
+        let requests_from = match self.record.guest.has_monitor || has_run {
+            true => RequestsFrom::Start,
+            false => RequestsFrom::Command,
+        };
         let serving = Serving {
             core: Core::recalled(terms, &recalled, Instant::now()),
             link,
             keeper: Some(self.keeper.clone()),
             lane: None,
+            requests_from,
             acks: self.record.capabilities & Capabilities::ACKS.0 != 0,
             lane_count: usize::from(self.record.bulk_lanes),
             landing,
@@ -226,10 +234,13 @@ impl Taken {
     }
 
     /// The monitor, which may still have to be told to run.
-    fn host(&self, entrusted: Option<UnixStream>) -> Box<dyn DestinationHost> {
+    fn host(
+        &self,
+        state: DestinationState,
+        entrusted: Option<UnixStream>,
+    ) -> Box<dyn DestinationHost> {
         let guest = &self.record.guest;
-        let runs =
-            !matches!(self.record.state, DestinationState::Loaded | DestinationState::Switched);
+        let runs = !matches!(state, DestinationState::Loaded | DestinationState::Switched);
         if !guest.has_monitor || runs {
             return Box::new(RunsItself);
         }

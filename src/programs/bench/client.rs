@@ -17,13 +17,13 @@ use crate::runtime::print;
 use crate::transport::lane::HELLO_TIMEOUT;
 use crate::transport::secure::connect_to;
 
-/// How long a server may take to count, and to check what has landed.
+/// How long a server may take to count, and to check landed pages.
 const RESULT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How far the control connection may be behind a lane when the server gives up.
 const CAUSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Runs the test, and prints what it gave. The value is the exit status.
+/// Runs the test, and prints its results. The value is the exit status.
 pub(crate) fn run(options: &Client) -> Result<i32> {
     let mut report = Report::new(options);
     match test(options, &mut report) {
@@ -37,7 +37,7 @@ pub(crate) fn run(options: &Client) -> Result<i32> {
     }
 }
 
-/// False when it was interrupted, and reported as far as it went.
+/// False if the test was interrupted; its partial results are reported.
 fn test(options: &Client, report: &mut Report) -> Result<bool> {
     let inbox = Inbox::new()?;
     let mut test = options.test.clone();
@@ -74,7 +74,7 @@ fn test(options: &Client, report: &mut Report) -> Result<bool> {
     let theirs = loop {
         match reply(&inbox, &mut control, RESULT_TIMEOUT)? {
             Message::Result(measured) => break measured,
-            // Of the last intervals.
+            // For the last intervals.
             Message::Faults(latency) => report.faults(&test, latency),
             Message::Failed(text) => return Err(gave_up(&text)),
             other => return Err(unexpected(&other)),
@@ -82,18 +82,18 @@ fn test(options: &Client, report: &mut Report) -> Result<bool> {
     };
     let ours = sides.end()?;
     if theirs.len() != ours.len() {
-        return Err(Error::Bench("the server has measured another test than this one".into()));
+        return Err(Error::Bench("the server's results belong to another test".into()));
     }
     report.completed(&test, &ours, &theirs, ended == Ended::Interrupted);
     Ok(ended != Ended::Interrupted)
 }
 
-/// How a test came to its end.
+/// How a test ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ended {
     /// Its time was up.
     Stopped,
-    /// Its bytes have been moved.
+    /// All bytes have been moved.
     Finished,
     Interrupted,
 }
@@ -109,7 +109,7 @@ fn watch(
     let mut omitting = !options.omit.is_zero();
     let mut since = Instant::now();
     let mut ticks = 1;
-    // When the last interval ended.
+    // The time at which the last interval ended.
     let mut last = Duration::ZERO;
     loop {
         let end = if omitting { Some(options.omit) } else { options.duration };
@@ -125,7 +125,7 @@ fn watch(
             },
             Wake::Signal => Some(Ended::Interrupted),
             Wake::Ready(_) => {
-                heard(control, &options.test, report)?;
+                handle_message(control, &options.test, report)?;
                 None
             }
             Wake::Timeout => {
@@ -160,8 +160,8 @@ fn watch(
     }
 }
 
-/// What the server says in the middle of a test.
-fn heard(control: &mut Control, test: &Test, report: &mut Report) -> Result<()> {
+/// A message of the server in the middle of a test.
+fn handle_message(control: &mut Control, test: &Test, report: &mut Report) -> Result<()> {
     match control.receive()? {
         None => {}
         Some(Message::Faults(latency)) => report.faults(test, latency),
@@ -171,8 +171,7 @@ fn heard(control: &mut Control, test: &Test, report: &mut Report) -> Result<()> 
     Ok(())
 }
 
-/// An interval is over. What faults have taken at the server has to be asked for; the interval is
-/// reported when that is known.
+/// An interval has ended. The server's fault latencies must be requested; the interval is reported with the answer.
 fn interval(
     options: &Client,
     control: &Control,
@@ -223,7 +222,7 @@ fn reply(inbox: &Inbox<Note>, control: &mut Control, limit: Duration) -> Result<
                 }
             }
             Wake::Signal => return Err(interrupted()),
-            // A lane that had ended in order; a failure now is the server's, which says so itself.
+            // A lane that had ended with its end frame; a failure now is the server's, which sends the reason.
             Wake::Message(_) => {}
             Wake::Timeout => {
                 return Err(Error::Bench(format!(
@@ -235,7 +234,7 @@ fn reply(inbox: &Inbox<Note>, control: &mut Control, limit: Duration) -> Result<
     }
 }
 
-/// Why a lane was lost: a server that gives up says so on the control connection.
+/// The reason of a lost lane: a server that gives up sends it on the control connection.
 fn cause(inbox: &Inbox<Note>, control: &mut Control, error: Error) -> Error {
     match reply(inbox, control, CAUSE_TIMEOUT) {
         Ok(Message::Failed(text)) => gave_up(&text),

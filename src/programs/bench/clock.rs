@@ -1,4 +1,4 @@
-//! Processor time of threads, and how long they waited for a processor.
+//! Processor time of threads, and their time waiting for a processor.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ pub(super) fn thread_time() -> Duration {
     clock_time(libc::CLOCK_THREAD_CPUTIME_ID).unwrap_or_default()
 }
 
-/// What a clock says; none when it has gone, as a thread's does with the thread.
+/// The value of a clock; None if it is gone, as a thread's clock is after the thread.
 pub(super) fn clock_time(clock: libc::clockid_t) -> Option<Duration> {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the call writes to a local variable.
@@ -16,8 +16,8 @@ pub(super) fn clock_time(clock: libc::clockid_t) -> Option<Duration> {
     (result == 0).then(|| Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or(0)))
 }
 
-/// How long a thread of this process has been ready to run and had no core (`Documentation/scheduler/
-/// sched-stats.rst`); none where the kernel does not say, or the thread has gone.
+/// How long a thread of this process was runnable and had no core (`Documentation/scheduler/sched-stats.rst`); None if
+/// the kernel does not report it, or the thread has ended.
 pub(super) fn waited(thread: i32) -> Option<Duration> {
     let text = std::fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).ok()?;
     let nanoseconds = text.split_ascii_whitespace().nth(1)?;
@@ -29,7 +29,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_living_thread_has_waited_for_some_time() {
+    fn waiting_time_is_read_for_an_existing_thread_only() {
         let own = nix::unistd::gettid().as_raw();
         assert!(waited(own).is_some_and(|waited| waited < Duration::from_secs(86_400)));
         assert_eq!(waited(0), None);

@@ -1,30 +1,30 @@
-//! How many demand faults a test may have, and the regions that they happen in.
+//! Limits of a test's demand faults, and their regions.
 
 use super::pages::{PAGE_BYTES, Place};
 
-/// Bytes of a region: little enough to be made in no time, and freed before much has come together.
+/// Bytes of a region: small enough to be made quickly, and freed before many pages accumulate.
 pub(super) const REGION_BYTES: u64 = 16 << 20;
 
-/// Pages of it. A power of two, so that every odd step leads through all of them.
+/// Pages of a region. A power of two, so that every odd step visits all of them.
 pub(super) const REGION_PAGES: u64 = REGION_BYTES / PAGE_BYTES;
 
 /// The most faults of one test: as many regions as one lane may have.
 pub(super) const FAULTS_MAX: u64 = umem_wire::limits::REGIONS_MAX as u64 * REGION_PAGES;
 
-/// Faults a second at most: what one userfaultfd takes before it becomes what is measured.
+/// The most faults a second: beyond it one userfaultfd becomes the bottleneck.
 pub(crate) const FAULT_RATE_MAX: u32 = 200_000;
 
-/// What is asked of a test.
+/// The fault options of a test.
 pub(super) struct Faults {
-    /// A second.
+    /// Faults a second.
     pub(super) rate: u32,
-    /// In all.
+    /// Faults in total.
     pub(super) count: u64,
-    /// Nothing lands.
+    /// Pages do not land.
     pub(super) discard: bool,
 }
 
-/// What is wrong with a test's faults, if anything.
+/// Checks a test's faults; the error names the problem.
 pub(super) fn check(asked: &Faults, place: Place) -> std::result::Result<(), String> {
     if asked.rate == 0 {
         return match asked.count {
@@ -56,7 +56,7 @@ pub(super) fn check(asked: &Faults, place: Place) -> std::result::Result<(), Str
     Ok(())
 }
 
-/// The pages that a test of this length will touch, and a tenth more for what starts before the clock.
+/// The pages that a test of this length will touch, plus a tenth for those touched before the clock starts.
 pub(crate) fn faults(rate: u32, seconds: f64) -> u64 {
     (f64::from(rate) * (seconds * 1.1 + 1.0)).ceil() as u64
 }

@@ -1,10 +1,9 @@
-//! `--fault-rate`: demand faults beside the stream, on a demand lane of their own.
+//! `--fault-rate`: demand faults during the stream, on a demand lane of their own.
 //!
-//! At either end the lane is served by the thread that serves it in a migration
-//! (`source::demand`, `destination::demand`), at its priority. At the receiver a few threads stand for
-//! vCPUs: each page is touched once, when its turn has come, and the access is timed from before it to
-//! its return. The pages are in memory of their own, so that every access waits: regions that all have
-//! one file at the source. A region that has been touched whole is given back.
+//! At either end the lane is served by the thread that serves it in a migration (`source::demand`,
+//! `destination::demand`), at its priority. At the receiver a few threads stand for vCPUs: each page is touched once,
+//! at its scheduled time, and the access is timed from start to return. The pages are in memory of their own, so that
+//! every access waits: regions that all share one file at the source. A region that has been touched whole is freed.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -28,12 +27,12 @@ use crate::statistics::{Latency, latency_histogram, record};
 use crate::transport::lane::Lane;
 use crate::{destination, source};
 
-/// The step from one page to the next, far apart: no access prepares the next one.
+/// The step from one page to the next, far apart: no access prefetches the next one.
 const STEP: u64 = 1597;
 
 const _: () = assert!(REGION_PAGES.is_power_of_two() && STEP % 2 == 1);
 
-/// An access takes 0.1 to 1 ms, so that one thread can wait for about this many a second.
+/// An access takes 0.1 to 1 ms, so one thread can wait for about this many a second.
 const RATE_PER_THREAD: u32 = 1000;
 const THREADS_MAX: u32 = 16;
 
@@ -46,7 +45,7 @@ fn regions(test: &Test) -> usize {
     usize::try_from(test.faults.div_ceil(REGION_PAGES)).expect("few regions")
 }
 
-/// Where the pages of faults come from.
+/// The source of the pages of faults.
 pub(super) struct FaultSource {
     memory: Arc<SourceMemory>,
     table: RegionTable,
@@ -57,17 +56,17 @@ impl FaultSource {
         let place = test.place();
         let file = filled(place.pages, 0, REGION_BYTES)?;
         let memory = source_memory(&file, regions(test), place.unit())?;
-        // There is no guest that could change them.
+        // The file has no guest that could change it.
         memory.stopped.store(true, SeqCst);
         let table = memory.landing().clone();
         Ok(FaultSource { memory: Arc::new(memory), table })
     }
 
-    /// Answers until the lane is cut off. Runs on the calling thread; `core` is one that nobody has named.
+    /// Answers until the lane is cut off. Runs on the calling thread; `core` is a core that the user did not name.
     pub(super) fn serve(&self, lane: Lane, core: Option<usize>) -> Result<()> {
         use std::io::Write;
         let mut frame = Vec::new();
-        // From here on pages may be asked for.
+        // From here on pages may be requested.
         transmit::encode(&Frame::Stopped { postcopy: true, background: false }, &mut frame);
         lane.blocking()?.write_all(&frame).context(|| lane.name.clone())?;
         let mut receiver = Receiver::for_source(&self.table);
@@ -88,14 +87,14 @@ impl FaultSource {
     }
 }
 
-/// Where faults happen.
+/// The memory where faults happen.
 pub(super) struct FaultLanding {
     landing: Landing,
     rate: u32,
-    /// Pages there are.
+    /// Number of pages.
     faults: u64,
     next: AtomicU64,
-    /// Of each region, pages that have been touched.
+    /// Touched pages of each region.
     touched: Vec<AtomicU64>,
     state: Mutex<State>,
     stopped: Condvar,
@@ -103,7 +102,7 @@ pub(super) struct FaultLanding {
 
 struct State {
     is_stopped: bool,
-    /// Latencies since counting began, and since they were last asked for, µs.
+    /// Latencies since counting began, and since the last query, µs.
     all: Histogram<u64>,
     interval: Histogram<u64>,
 }
@@ -130,7 +129,7 @@ impl FaultLanding {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks for pages, and makes them visible, until the lane is cut off. Runs on the calling thread.
+    /// Requests pages, and makes them visible, until the lane is cut off. Runs on the calling thread.
     pub(super) fn serve(&self, lane: Lane, core: Option<usize>) -> Result<()> {
         let mut receiver = Receiver::for_destination(LaneRole::Demand);
         receiver.set_regions(&self.landing.table);
@@ -141,6 +140,7 @@ impl FaultLanding {
             core,
             follows: core.is_some(),
             idle_cores: IdleCores::default(),
+            requests_from: destination::lanes::demand::RequestsFrom::Stop,
             has_background: false,
             recovers: false,
             acks: Acks::new(false),
@@ -150,7 +150,7 @@ impl FaultLanding {
         lane.run(Started::unheard()).map(drop)
     }
 
-    /// Touches pages as their turns come, beside other threads that do. `began` is the same for all.
+    /// Touches pages at their scheduled times, beside other threads that do. `began` is the same for all.
     pub(super) fn touch(&self, began: Instant) -> Result<()> {
         loop {
             let number = self.next.fetch_add(1, Relaxed);
@@ -169,7 +169,7 @@ impl FaultLanding {
             let took = at.elapsed();
             let mut state = self.state();
             if state.is_stopped {
-                // Nobody answers any more: zeroes.
+                // The lane is cut off: the page reads as zeroes.
                 return Ok(());
             }
             if found != word(page, 0) {
@@ -184,7 +184,7 @@ impl FaultLanding {
         }
     }
 
-    /// False when it was stopped before.
+    /// False if it was stopped before.
     fn wait_until(&self, turn: Instant) -> bool {
         let mut state = self.state();
         while !state.is_stopped {
@@ -198,7 +198,7 @@ impl FaultLanding {
         false
     }
 
-    /// Counts from here.
+    /// Starts counting.
     pub(super) fn measure(&self) {
         let mut state = self.state();
         state.all.reset();
@@ -218,13 +218,13 @@ impl FaultLanding {
         latency
     }
 
-    /// Nothing counts from here on, and whoever waits for a page goes on.
+    /// Stops counting; threads that wait for a page continue.
     pub(super) fn stop(&self) {
         self.state().is_stopped = true;
         self.stopped.notify_all();
     }
 
-    /// Whoever waits for a page that will not come is let go. After [`FaultLanding::stop`].
+    /// Releases threads that wait for a page that will not arrive. After [`FaultLanding::stop`].
     pub(super) fn let_go(&self) -> Result<()> {
         self.landing.guest.unregister_all()
     }
@@ -235,7 +235,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_page_of_a_region_has_its_turn() {
+    fn every_page_of_a_region_is_touched_once() {
         let mut seen = vec![false; REGION_PAGES as usize];
         for number in 0..REGION_PAGES {
             let page = number * STEP % REGION_PAGES;

@@ -1,6 +1,6 @@
-//! What a lane's thread does: sends or lands pages pass by pass, or moves bytes that nobody keeps.
+//! The work of a lane's thread: sends or lands pages pass by pass, or moves bytes that are discarded.
 //!
-//! All of them go on until their last byte, or until their socket is shut down under them.
+//! Each continues until its last byte, or until its socket is shut down.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -31,13 +31,13 @@ use crate::source::memory::SourceMemory;
 use crate::transport::lane::Lane;
 use crate::{destination, source};
 
-/// Bytes that one sendfile is asked for; also the file that goes again and again.
+/// Bytes of one sendfile call; also the size of the file that is sent repeatedly.
 const SEND_BYTES: usize = 1 << 20;
 
-/// Bytes of the buffer that everything is received into: it stays in the processor's cache.
+/// Bytes of the receive buffer: it stays in the processor's cache.
 const HOT_BYTES: usize = 256 << 10;
 
-/// A connection of a test, counted from 0, with the congestion control that was asked for.
+/// A connection of a test, counted from 0, with the requested congestion control.
 pub(super) fn lane(socket: OwnedFd, index: u16, test: &Test) -> Result<Lane> {
     let (each, congestion) = (test.connections_each(), test.congestion.as_deref());
     let back = if test.bidir && index >= each { " back" } else { "" };
@@ -59,8 +59,8 @@ pub(super) fn lane(socket: OwnedFd, index: u16, test: &Test) -> Result<Lane> {
     Ok(lane)
 }
 
-/// Lets the kernel queue as much as it likes. Lanes have it queue little, because the order of pages may
-/// still change; bytes that nobody keeps have no order.
+/// Lets the kernel queue any amount. Lanes have it queue little, because the order of pages may still change; discarded
+/// bytes have no order.
 pub(super) fn queue_freely(lane: &Lane) -> Result<()> {
     if lane.congestion.is_none() {
         return Ok(());
@@ -68,7 +68,7 @@ pub(super) fn queue_freely(lane: &Lane) -> Result<()> {
     lane.set_queue_bytes(u32::MAX).context(|| lane.name.clone())
 }
 
-/// TCP segments that a lane has sent again; none where it is no TCP.
+/// TCP segments that a lane has retransmitted; None for other sockets.
 pub(super) fn retransmits(lane: &Lane) -> Option<u64> {
     lane.congestion.as_ref()?;
     // SAFETY: plain numbers, for which zeroes are valid.
@@ -87,7 +87,7 @@ pub(super) fn retransmits(lane: &Lane) -> Option<u64> {
     (result == 0).then_some(info.tcpi_total_retrans.into())
 }
 
-/// A lane's part in the sending of pages.
+/// A lane's part in sending pages.
 pub(super) struct SendPages {
     pub(super) lane: Lane,
     pub(super) index: u16,
@@ -104,9 +104,9 @@ impl SendPages {
             let Some(memory) = self.passes.enter(pass)? else {
                 return Ok(());
             };
-            // What the first pass has learnt of the way need not be learnt again.
+            // Measurements of the path carry over from the first pass.
             memory.zero_copy_is_copied.fetch_or(is_copied, Relaxed);
-            // Nobody gives orders.
+            // The order channel is unused.
             let (_, orders) = std::sync::mpsc::channel();
             source::lanes::bulk::BulkLane {
                 lane: self.lane.clone(),
@@ -117,7 +117,7 @@ impl SendPages {
                 lanes: self.lanes.into(),
                 core: self.core.again(),
                 zero_copy: self.zero_copy,
-                // Nobody needs to be told of a pass's end.
+                // The end of a pass has no receiver.
                 post: Inbox::new()?.post(),
             }
             .run(Started::unheard())?;
@@ -129,12 +129,12 @@ impl SendPages {
     }
 }
 
-/// A lane's part in the landing of pages.
+/// A lane's part in landing pages.
 pub(super) struct LandPages {
     pub(super) lane: Lane,
     pub(super) core: Place,
     pub(super) passes: Arc<Passes<Landing>>,
-    /// Gives memory back.
+    /// Frees memory.
     pub(super) retire: SyncSender<Arc<Landing>>,
 }
 
@@ -151,7 +151,7 @@ impl LandPages {
                 acks: Acks::new(false),
                 guest: landing.guest.clone(),
                 core: self.core.again(),
-                // Nobody waits for a page.
+                // No thread waits for a page.
                 servers: Servers::new(Vec::new()),
                 ahead: ahead.take(),
                 post: Inbox::new()?.post(),
@@ -159,7 +159,7 @@ impl LandPages {
             ahead = lane.pass(Started::unheard())?;
             drop(landing);
             if let Some(landing) = self.passes.leave(pass) {
-                // Fails only when that thread has, which says why.
+                // Fails only if that thread has failed, which posts the reason.
                 let _ = self.retire.send(landing);
             }
         }
@@ -186,8 +186,8 @@ pub(super) fn receive_any(lane: &Lane, bytes: Option<u64>, received: &AtomicU64)
     })
 }
 
-/// [`SEND_BYTES`] of anything. A file on a disk's file system, as iperf3 has it: its cached pages come in
-/// larger pieces than those of a memfd, which costs both ends a third less. Where there is none, a memfd.
+/// A file of [`SEND_BYTES`] with arbitrary contents. A file on a disk's file system, as with iperf3: its cached pages
+/// come in larger pieces than those of a memfd, which costs both ends a third less. Without one, a memfd.
 fn any_file() -> Result<File> {
     let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
     let contents = vec![0xa5; SEND_BYTES];
@@ -203,8 +203,8 @@ fn any_file() -> Result<File> {
     Ok(file)
 }
 
-/// A lane that is waited for outside of the calls that move bytes. A call that waits inside is worse over
-/// loopback: who fills the socket's queue sleeps, and the receiver's core does the work of sending, too.
+/// A lane whose readiness is polled. A call that blocks is slower over loopback: the sender that fills the socket's
+/// queue sleeps, and the receiver's core does the work of sending, too.
 struct Polled<'a>(&'a Lane);
 
 impl<'a> Polled<'a> {
@@ -213,7 +213,7 @@ impl<'a> Polled<'a> {
         Ok(Polled(lane))
     }
 
-    /// Repeats `call`, which gets the number of bytes that are left, until there are none.
+    /// Repeats `call` with the number of bytes left, until there are none.
     fn all(
         &self,
         bytes: Option<u64>,

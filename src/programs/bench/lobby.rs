@@ -1,6 +1,6 @@
-//! Connections that have not said yet what they are for.
+//! Connections that have not sent their hello.
 //!
-//! Whoever can reach the port can open one: they are few ([`LOBBY_MAX`]), each may say one line, and has
+//! Any peer that reaches the port can open one: they are few ([`LOBBY_MAX`]), each may send one line, and has
 //! [`HELLO_TIMEOUT`] for it.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,12 +9,12 @@ use std::time::Instant;
 use super::protocol::{Line, Read, Request, read_hello, refusal, send_line};
 use crate::transport::lane::HELLO_TIMEOUT;
 
-/// Connections that wait at a time: all lanes of a test in both directions, and a few strangers.
+/// The most connections that wait at a time: all lanes of a test in both directions, and a few others.
 const LOBBY_MAX: usize = 2 * (umem_wire::limits::LANES_MAX as usize + 1) + 16;
 
 #[derive(Default)]
 pub(super) struct Lobby {
-    /// In the order in which they came.
+    /// In the order of arrival.
     waiting: Vec<Waiting>,
 }
 
@@ -25,7 +25,7 @@ struct Waiting {
 }
 
 impl Lobby {
-    /// Lets somebody in; when it is full whoever has waited longest has to go.
+    /// Adds a connection; if the lobby is full, the oldest is dropped.
     pub(super) fn admit(&mut self, socket: OwnedFd) {
         if self.waiting.len() == LOBBY_MAX {
             self.show_out();
@@ -34,20 +34,20 @@ impl Lobby {
         self.waiting.push(Waiting { socket, line: Line::default(), deadline });
     }
 
-    /// Shows out whoever has waited longest: false if nobody waits.
+    /// Drops the oldest connection: false if there is none.
     pub(super) fn show_out(&mut self) -> bool {
         let is_somebody = !self.waiting.is_empty();
         self.waiting.drain(..usize::from(is_somebody));
         is_somebody
     }
 
-    /// Shows out those whose time is up.
+    /// Drops connections past their deadline.
     pub(super) fn expire(&mut self) {
         let now = Instant::now();
         self.waiting.retain(|waiting| waiting.deadline > now);
     }
 
-    /// When the next one's time is up.
+    /// The next deadline.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.waiting.first().map(|waiting| waiting.deadline)
     }
@@ -56,8 +56,8 @@ impl Lobby {
         self.waiting.iter().map(|waiting| waiting.socket.as_fd())
     }
 
-    /// Hears one of [`Lobby::sockets`] out: what it is for, once it has said so. Strangers are told, and
-    /// shown out.
+    /// Reads from one of [`Lobby::sockets`]: returns its purpose once its hello is complete. Foreign peers get an error
+    /// and are dropped.
     pub(super) fn hear(&mut self, index: usize) -> Option<(OwnedFd, Request)> {
         let waiting = &mut self.waiting[index];
         let said = match waiting.line.read(waiting.socket.as_fd()) {
@@ -77,9 +77,9 @@ impl Lobby {
     }
 }
 
-/// Turns a connection away, with the reason.
+/// Rejects a connection with the reason.
 #[expect(clippy::needless_pass_by_value, reason = "the connection ends here")]
 pub(super) fn refuse(socket: OwnedFd, text: &str) {
-    // Who has gone, or does not read, needs no answer.
+    // A peer that has gone or does not read needs no answer.
     let _ = send_line(socket.as_fd(), &refusal(text));
 }

@@ -1,7 +1,6 @@
-//! The memory of a test: the file that is sent, and what pages land in.
+//! The memory of a test: the file that is sent, and the memory that pages land in.
 //!
-//! Every pass sends the same file, whose pages can be told from their number, and lands in memory of its
-//! own that nobody has touched.
+//! Every pass sends the same file, whose pages are derived from their numbers, and lands in fresh memory of its own.
 
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -25,18 +24,17 @@ use crate::memory::region::RamFile;
 use crate::source::memory::SourceMemory;
 use crate::statistics::Counters;
 
-/// Of the passes' memories there are two most of the time: the one that is filled and the one that is
-/// given back.
+/// Usually two memories of passes exist: the one being filled and the one being freed.
 const WARM_REGIONS: u64 = 2;
 
-/// Bytes that are placed to learn what placing takes.
+/// Bytes placed to measure the cost of placing.
 const SAMPLE_BYTES: u64 = 64 << 20;
 
 /// A buffer that stays in the processor's cache; whole pages.
 const HOT_BYTES: usize = 256 << 10;
 
-/// The sender's files: one for whole passes, and one for the last if it is smaller. They stay mapped from
-/// pass to pass, as nobody measures how fast this machine maps a file and lets go of it again.
+/// The sender's files: one for whole passes, and one for the last if it is smaller. They stay mapped from pass to pass,
+/// because the speed of mapping and unmapping a file is not measured.
 pub(super) struct Source {
     whole: Option<RamFile>,
     last: Option<RamFile>,
@@ -44,7 +42,7 @@ pub(super) struct Source {
 }
 
 impl Source {
-    /// For `bytes` of pages, whole ones, or without end.
+    /// For `bytes` of whole pages, or without end.
     pub(super) fn new(
         place: Place,
         zero_percent: u32,
@@ -71,7 +69,7 @@ impl Source {
     }
 }
 
-/// What sends a file, as often as there are regions.
+/// Sends a file once for each region.
 pub(super) fn source_memory(
     file: &OwnedFd,
     regions: usize,
@@ -80,7 +78,7 @@ pub(super) fn source_memory(
     landing_in(unit, (0..regions).map(|index| ram(file, index)).collect::<Result<_>>()?)
 }
 
-/// What sends these files, none of which has been sent.
+/// Sends these files, from the start.
 fn landing_in(unit: PageSize, files: Vec<RamFile>) -> Result<SourceMemory> {
     let units = vec![unit; files.len()];
     let memory = SourceMemory::new(files, false);
@@ -120,11 +118,10 @@ fn name(index: usize) -> String {
     format!("bench{index}")
 }
 
-/// Where pages land: memory that nobody has touched, mapped as a guest would have it, and registered with
-/// a userfaultfd.
+/// Memory where pages land: untouched, mapped as a guest would map it, and registered with a userfaultfd.
 pub(super) struct Landing {
     pub(super) guest: Arc<GuestMemory>,
-    /// The landing table; the other side makes the same.
+    /// The landing table; the other side computes the same.
     pub(super) table: RegionTable,
     mappings: Vec<Mapping>,
 }
@@ -135,7 +132,7 @@ impl Landing {
         Landing::of_regions(place, bytes, 1)
     }
 
-    /// Of several regions of this many bytes each, whole landing units.
+    /// Several regions of this many bytes each, whole landing units.
     pub(super) fn of_regions(place: Place, bytes: u64, regions: usize) -> Result<Landing> {
         let uffd = Uffd::for_this_process().context(|| "userfaultfd")?;
         let (mut mappings, mut guest_regions, mut table) = (Vec::new(), Vec::new(), Vec::new());
@@ -162,7 +159,7 @@ impl Landing {
         Ok(Landing { guest, table, mappings })
     }
 
-    /// Compares every page that is said to have landed with what it has to be. Returns how many are.
+    /// Compares every landed page with its expected contents. Returns the number of pages.
     pub(super) fn verify(&self, zero_percent: u32) -> Result<u64> {
         let (mut expected, mut found) =
             (vec![0; PAGE_BYTES as usize], vec![0; PAGE_BYTES as usize]);
@@ -188,21 +185,21 @@ impl Landing {
         Ok(verified)
     }
 
-    /// The first word of a page, for whoever waits for it.
+    /// The first word of a page, for a thread that waits for it.
     pub(super) fn touch(&self, region: usize, offset: u64) -> u64 {
         let mut word = [0; size_of::<u64>()];
         self.mappings[region].read(offset, &mut word);
         u64::from_le_bytes(word)
     }
 
-    /// Gives a region's memory back. Every page of it has come.
+    /// Frees a region's memory. Every page of it has arrived.
     pub(super) fn release(&self, region: usize) -> Result<()> {
         let guest = &self.guest.regions[region];
         if !guest.memory.is_copied_in() {
             return guest.file().discard(0, guest.bytes);
         }
         let mapping = &self.mappings[region];
-        // SAFETY: our own mapping, whose pages have been looked at; nobody has pointers into it.
+        // SAFETY: our own mapping, whose pages have been checked; there are no pointers into it.
         unsafe { madvise(mapping.start.cast(), mapping.len, MmapAdvise::MADV_DONTNEED) }
             .context(|| "giving memory back")
     }
@@ -265,12 +262,12 @@ impl Mapping {
         Ok(Mapping { start: start.cast(), len })
     }
 
-    /// Copies what is there; waits where it has not come.
+    /// Copies bytes; waits for missing pages.
     fn read(&self, offset: u64, to: &mut [u8]) {
         let offset = usize::try_from(offset).expect("64-bit Linux");
         assert!(offset + to.len() <= self.len);
         for (index, byte) in to.iter_mut().enumerate() {
-            // SAFETY: inside our own mapping; volatile, as somebody else brings the page.
+            // SAFETY: inside our own mapping; volatile, because another thread places the page.
             *byte = unsafe { self.start.add(offset + index).read_volatile() };
         }
     }
@@ -288,16 +285,16 @@ impl Drop for Mapping {
     }
 }
 
-/// Places as much memory as the passes will have, and gives it back: what this machine has not used for
-/// long may take several times longer to get, where it is a virtual one.
+/// Places as much memory as the passes will have, and frees it: on a virtual machine, memory that has not been used for
+/// long may take several times longer to get.
 pub(super) fn warm(place: Place, region_bytes: u64) -> Result<()> {
     fill(place, WARM_REGIONS * region_bytes)
 }
 
-/// Processor seconds that placing a GiB in fresh memory takes here, from a buffer in the cache and with
-/// nothing else to do; the memory is warm. It tells what of a receiver's time is the memory's.
+/// Processor seconds for placing a GiB in fresh memory here, from a cached buffer and without other work; the memory is
+/// warm. The figure shows the memory's share of a receiver's time.
 pub(super) fn placing_s_per_gib(place: Place, region_bytes: u64) -> Result<f64> {
-    // Warm memory is what the passes have.
+    // The passes use warm memory too.
     let bytes = SAMPLE_BYTES.min(WARM_REGIONS * region_bytes);
     let before = thread_time();
     fill(place, bytes)?;
@@ -305,7 +302,7 @@ pub(super) fn placing_s_per_gib(place: Place, region_bytes: u64) -> Result<f64> 
     Ok(seconds / (bytes as f64 / f64::from(1 << 30)))
 }
 
-/// Fills fresh memory from a buffer in the cache, as a lane does that has received it.
+/// Fills fresh memory from a cached buffer, as a lane does after a receive.
 fn fill(place: Place, bytes: u64) -> Result<()> {
     let unit = usize::try_from(place.unit().bytes()).expect("64-bit Linux");
     let step = HOT_BYTES.max(unit);
@@ -345,7 +342,7 @@ mod tests {
     const SHARED: Place = Place { kind: MemoryKind::Shared, pages: PageKind::Small };
 
     #[test]
-    fn a_page_that_is_wrong_is_found() {
+    fn wrong_page_is_found() {
         let landing = Landing::new(SHARED, 4 << 20).unwrap();
         let region = &landing.guest.regions[0];
         let mut page = vec![0; PAGE_BYTES as usize];
@@ -363,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn a_share_of_the_pages_is_zero() {
+    fn requested_share_of_pages_is_zero() {
         let zeroes = (0..10_000).filter(|&page| is_zero(page, 30)).count();
         assert!((2_500..3_500).contains(&zeroes), "{zeroes}");
         let file = filled(PageKind::Small, 30, 1 << 20).unwrap();

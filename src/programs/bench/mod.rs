@@ -1,17 +1,15 @@
-//! `umem bench`: what a link gives for pages, with iperf3's habits.
+//! `umem bench`: the page throughput of a link, with iperf3's interface.
 //!
-//! A *test* is a stream of pages between a client and a server, in one direction or both. It consists of
-//! *passes*: each is the background of a migration of its own, made by the same code
-//! (`source::bulk`, `destination::bulk`), from a file of real pages into a fresh one that is registered
-//! with a userfaultfd. So every page is allocated, checked, landed and unregistered as in a migration;
-//! what a pass has filled is given back by a thread beside the lanes ([`passes`]). With `--discard`
-//! nothing lands: sendfile at one end, a hot buffer at the other ([`lanes`]). With `--fault-rate` pages are
-//! asked for meanwhile (`faults.rs`).
+//! A *test* is a stream of pages between a client and a server, in one direction or both. It consists of *passes*: each
+//! is the background of a migration of its own, made by the same code (`source::bulk`, `destination::bulk`), from a
+//! file of real pages into a fresh one that is registered with a userfaultfd. So every page is allocated, checked,
+//! landed and unregistered as in a migration; a thread beside the lanes frees the memory of a finished pass
+//! ([`passes`]). With `--discard` pages do not land: sendfile at one end, a hot buffer at the other ([`lanes`]). With
+//! `--fault-rate` pages are demanded meanwhile (`faults.rs`).
 //!
-//! The two programs talk on a control connection, in lines of JSON ([`protocol`]); each lane is a
-//! connection that says whose it is and then belongs to the stream. The client says when to measure
-//! and when to stop; either side counts what it has sent or landed by itself ([`side`],
-//! for each direction).
+//! The two programs exchange lines of JSON on a control connection ([`protocol`]). Each lane is a connection that sends
+//! its purpose and then belongs to the stream. The client decides when to measure and when to stop; either side counts
+//! its own sent or landed bytes ([`side`], for each direction).
 //!
 //! ```text
 //! client                                server
@@ -50,5 +48,5 @@ pub(crate) use pages::{MemoryKind, PageKind, REGION_BYTES_MAX};
 pub(crate) use protocol::{JOIN_TIMEOUT, Test};
 pub(crate) use server::{Server, run as run_server};
 
-/// iperf3 has 5201.
+/// iperf3 uses 5201.
 pub(crate) const PORT: u16 = 5202;

@@ -1,4 +1,4 @@
-//! What a test's memory consists of, what its pages hold, and how much of it there may be.
+//! The kind and contents of a test's memory, and its maximum size.
 
 use std::fmt;
 use std::fs::File;
@@ -12,22 +12,21 @@ use crate::error::{Context, Error, Result};
 use crate::memory::BLOCK_BYTES;
 use crate::memory::kind::Kind;
 
-/// What page numbers count, and reports: the smallest unit in which pages land.
+/// The unit of page numbers and reports: the smallest landing unit.
 pub(crate) const PAGE_BYTES: u64 = 4096;
 
-/// Bytes of a pass at most: long enough that its beginning and end do not show, and few enough that
-/// the memory is back in time.
+/// The most bytes of a pass: enough for its start and end not to matter, and few enough that the memory is freed in
+/// time.
 pub(crate) const REGION_BYTES_MAX: u64 = 512 << 20;
 
-/// Passes whose memory there is at a time, at most: the one that is filled, the next one that some
-/// lanes are in already, one that waits to be given back and one that is being given back; or the one
-/// that is sent. And some room for others.
+/// The most passes whose memory exists at a time: the one being filled, the next one that some lanes are in already,
+/// one that waits to be freed and one being freed; or the one that is sent. Plus room for other programs.
 pub(super) const REGIONS_ALIVE_MAX: u64 = 6;
 
 /// Free pages of 2 MiB in the kernel's pool.
 const HUGE_PAGES_FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
 
-/// The size of its pages.
+/// The size of a test's pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum PageKind {
     /// Shared: a memfd of 4 KiB pages, unless the system gives shared memory huge ones.
@@ -38,7 +37,7 @@ pub(crate) enum PageKind {
     Huge,
 }
 
-/// How the mapping that stands for the guest's has its memory.
+/// How the mapping that stands for the guest's is backed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum MemoryKind {
@@ -48,7 +47,7 @@ pub(crate) enum MemoryKind {
     Anonymous,
 }
 
-/// What pages land in.
+/// The memory that pages land in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     pub(super) kind: MemoryKind,
@@ -61,13 +60,13 @@ impl Place {
         self == Place { kind: MemoryKind::Anonymous, pages: PageKind::Huge }
     }
 
-    /// What lands as one: both sides know it without a word.
+    /// The landing unit: both sides derive it independently.
     pub(super) fn unit(self) -> PageSize {
         if self.is_hugetlb() { PageSize::SIZE_2M } else { PageSize::SIZE_4K }
     }
 
-    /// Bytes of a pass that this machine has the memory for, whole blocks, where there are `directions`
-    /// at once; `lands` says whether pages land here, too.
+    /// Bytes of a pass that this machine has the memory for, whole blocks, with `directions` at once; `lands`: pages
+    /// land here, too.
     pub(super) fn region_bytes(self, directions: u64, lands: bool) -> Result<u64> {
         let mut bytes = available_bytes()?;
         let what = "memory are available here";
@@ -101,7 +100,7 @@ fn available_bytes() -> Result<u64> {
     Ok(kib.map_or(0, |kib| kib << 10))
 }
 
-/// None where the kernel has no pool.
+/// None if the kernel has no pool.
 fn pool_bytes() -> u64 {
     let text = std::fs::read_to_string(HUGE_PAGES_FREE).unwrap_or_default();
     text.trim().parse::<u64>().unwrap_or(0) * BLOCK_BYTES
@@ -187,12 +186,12 @@ impl FromStr for MemoryKind {
     }
 }
 
-/// What a page holds, by its number: every word of it.
+/// The contents of a page, by its number: every word of it.
 pub(super) fn word(page: u64, index: usize) -> u64 {
     mix(page).wrapping_add(index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
 }
 
-/// Spreads the numbers (splitmix64's finish).
+/// Mixes the numbers (splitmix64's finalizer).
 fn mix(page: u64) -> u64 {
     let mut x = page.wrapping_add(0x9e37_79b9_7f4a_7c15);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -200,7 +199,7 @@ fn mix(page: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// One of the pages that a test has zero.
+/// Whether a page is one of the test's zero pages.
 pub(super) fn is_zero(page: u64, zero_percent: u32) -> bool {
     mix(page) % 100 < u64::from(zero_percent)
 }

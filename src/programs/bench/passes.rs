@@ -1,9 +1,8 @@
-//! How one pass follows the other.
+//! The succession of passes.
 //!
-//! Lanes go from pass to pass by themselves, so that they do not wait for each other; a pass that all of
-//! them have left is retired: its memory is checked, if that was asked for, and given back by the
-//! retirer's thread. When that is behind, lanes wait for it: this is what bounds the memory
-//! ([`REGIONS_ALIVE_MAX`](super::pages::REGIONS_ALIVE_MAX)).
+//! Lanes go from pass to pass independently, so that they do not wait for each other. A pass that all lanes have left
+//! is retired: the retirer's thread checks its memory, if requested, and frees it. Lanes wait for a slow retirer, which
+//! bounds the memory ([`REGIONS_ALIVE_MAX`](super::pages::REGIONS_ALIVE_MAX)).
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +11,7 @@ use super::protocol::Counts;
 use crate::error::Result;
 use crate::statistics::Counters;
 
-/// A memory that a pass goes from or into.
+/// The memory of a pass.
 pub(super) trait Memory: Send + Sync {
     fn counters(&self) -> &Counters;
 }
@@ -26,13 +25,13 @@ pub(super) struct Passes<M> {
 }
 
 struct State<M> {
-    /// The next pass that nobody has entered.
+    /// The next pass without a lane.
     next: u64,
-    /// Bytes in the passes from there on; none where there is no end.
+    /// Bytes in the passes from there on; None without an end.
     left: Option<u64>,
-    /// Passes that some lane is in, or has yet to enter.
+    /// Passes that a lane is in, or has yet to enter.
     alive: Vec<Alive<M>>,
-    /// Of the passes that have been left.
+    /// Counters of the finished passes.
     counted: Counts,
 }
 
@@ -58,7 +57,7 @@ impl<M: Memory> Passes<M> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The memory of a pass, for a lane that has left the one before; none after the last one.
+    /// The memory of a pass, for a lane that has left the one before; None after the last one.
     pub(super) fn enter(&self, number: u64) -> Result<Option<Arc<M>>> {
         let mut state = self.state();
         if let Some(alive) = state.alive.iter().find(|alive| alive.number == number) {
@@ -76,7 +75,7 @@ impl<M: Memory> Passes<M> {
         Ok(Some(memory))
     }
 
-    /// A lane has left a pass, and holds nothing of it any more. The last one gets its memory.
+    /// A lane has left a pass, and holds no reference to it any more. The last lane gets its memory.
     pub(super) fn leave(&self, number: u64) -> Option<Arc<M>> {
         let mut state = self.state();
         let index = state.alive.iter().position(|alive| alive.number == number)?;
@@ -89,7 +88,7 @@ impl<M: Memory> Passes<M> {
         Some(memory)
     }
 
-    /// What is left when lanes have been cut off: the memory that they were in.
+    /// The memory that is left when lanes have been cut off.
     pub(super) fn take_rest(&self) -> Vec<Arc<M>> {
         let mut state = self.state();
         let alive = std::mem::take(&mut state.alive);
@@ -98,7 +97,7 @@ impl<M: Memory> Passes<M> {
         alive.into_iter().map(|alive| alive.memory).collect()
     }
 
-    /// What has been moved until now.
+    /// Bytes moved so far.
     pub(super) fn counts(&self) -> Counts {
         let state = self.state();
         let alive = state.alive.iter().map(|alive| counts(alive.memory.counters()));
@@ -128,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn passes_end_with_the_bytes_and_count_each_lane_once() {
+    fn passes_end_at_the_byte_limit_and_count_each_lane_once() {
         let made = Arc::new(Mutex::new(Vec::new()));
         let makes = made.clone();
         let passes = Passes::new(2, 8 << 20, Some((8 << 20) + 8192), move |bytes| {

@@ -1,7 +1,7 @@
-//! What client and server say to each other: lines of JSON, of limited length.
+//! Messages between client and server: lines of JSON, of limited length.
 //!
-//! The first line of every connection carries a magic word and a version, so that whoever is no bench
-//! of umem's is turned away before anything else of it is looked at.
+//! The first line of every connection carries a magic word and a version, so that a foreign peer is refused before any
+//! other byte is parsed.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -17,58 +17,58 @@ use crate::error::{Error, Result};
 use crate::runtime::role::Role;
 use crate::statistics::Latency;
 
-/// Bytes of a line at most, its end included.
+/// The most bytes of a line, its newline included.
 pub(super) const LINE_BYTES_MAX: usize = 4096;
 
 const MAGIC: &str = "umem-bench";
 
-/// A host that says nothing for this long is asked whether it is still there, again and again as many
-/// times as the system has it: one that has vanished does not keep a server busy for ever.
+/// A peer that is silent for this long is probed by TCP keepalive, as many times as the system's setting: a vanished
+/// peer does not keep a server busy forever.
 const SILENCE_SECONDS: u32 = 10;
 
 /// Both sides must be of the same version.
 const VERSION: u32 = 2;
 
-/// Bytes of the name of a congestion control at most (TCP_CA_NAME_MAX, with its terminating zero).
+/// The most bytes of a congestion control's name (TCP_CA_NAME_MAX, with its terminating zero).
 const CONGESTION_BYTES_MAX: usize = 15;
 
-/// The most that a test may be told to move, 1 PiB: beyond it somebody mistook the unit.
+/// The most bytes of a test, 1 PiB: a larger number is a mistaken unit.
 pub(crate) const TEST_BYTES_MAX: u64 = 1 << 50;
 
-/// How long a client may take to open its lanes, if nobody says otherwise: before that it fills the memory that it
-/// will send. And how long nothing may move then.
+/// How long a client may take to open its lanes by default; it fills the memory that it will send before. Also the
+/// longest time without progress.
 pub(crate) const JOIN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What is to be measured.
+/// The parameters of a test.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Test {
     /// In each direction.
     pub(crate) lanes: u16,
-    /// Move as much as this in each direction, whole pages, and end; none ends when the client says so.
+    /// Move this many bytes in each direction, whole pages, and end; None: the client ends the test.
     pub(crate) bytes: Option<u64>,
     /// The server sends.
     pub(crate) reverse: bool,
     /// Both send.
     pub(crate) bidir: bool,
-    /// Nothing lands.
+    /// Pages do not land.
     pub(crate) discard: bool,
     pub(crate) kind: MemoryKind,
     pub(crate) pages: PageKind,
-    /// Demand faults a second in each direction, beside the stream, and as many as there may be in all.
+    /// Demand faults a second in each direction during the stream, and their limit in total.
     pub(crate) fault_rate: u32,
     pub(crate) faults: u64,
     pub(crate) zero_percent: u32,
-    /// Compare every page with what it has to be, after its pass.
+    /// Compare every page with its expected contents after its pass.
     pub(crate) verify: bool,
     /// None leaves the lanes' own choice.
     pub(crate) congestion: Option<String>,
-    /// Bytes of a pass at most, whole blocks of 2 MiB. The server may lower it.
+    /// The most bytes of a pass, whole blocks of 2 MiB. The server may lower it.
     pub(crate) region_bytes: u64,
 }
 
 impl Test {
-    /// What is wrong with it, if anything: one line that says what would be right.
+    /// Checks the parameters; the error is one line that names a valid value.
     pub(crate) fn check(&self) -> std::result::Result<(), String> {
         let lanes_max = umem_wire::limits::LANES_MAX;
         if self.lanes == 0 || self.lanes > lanes_max {
@@ -107,18 +107,18 @@ impl Test {
         Ok(())
     }
 
-    /// What pages land in.
+    /// The memory that pages land in.
     pub(super) fn place(&self) -> Place {
         Place { kind: self.kind, pages: self.pages }
     }
 
-    /// The bytes that are moved, whole landing units unless nothing lands.
+    /// The bytes to move, whole landing units unless pages are discarded.
     pub(super) fn whole_bytes(&self) -> Option<u64> {
         let unit = self.place().unit().bytes();
         self.bytes.map(|bytes| bytes.next_multiple_of(unit))
     }
 
-    /// In the order in which results and connections are.
+    /// In the order of results and connections.
     pub(super) fn directions(&self) -> &'static [Direction] {
         match (self.bidir, self.reverse) {
             (true, _) => &[Direction::Forward, Direction::Reverse],
@@ -127,18 +127,18 @@ impl Test {
         }
     }
 
-    /// Connections of one direction: its lanes, and behind them the one for faults if there is one.
+    /// Connections of one direction: its lanes, then the fault lane if there is one.
     pub(super) fn connections_each(&self) -> u16 {
         self.lanes + u16::from(self.fault_rate > 0)
     }
 
-    /// Connections beside the control connection.
+    /// Connections besides the control connection.
     pub(super) fn connections(&self) -> u16 {
         self.connections_each() * self.directions().len() as u16
     }
 }
 
-/// Which way pages go.
+/// The direction of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Direction {
     /// From the client to the server.
@@ -147,7 +147,7 @@ pub(super) enum Direction {
     Reverse,
 }
 
-/// Which of the two programs.
+/// One of the two programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
     Client,
@@ -155,7 +155,7 @@ pub(super) enum End {
 }
 
 impl End {
-    /// What this end does in a direction.
+    /// The role of this end in a direction.
     pub(super) fn role(self, direction: Direction) -> Role {
         match (self, direction) {
             (End::Client, Direction::Forward) | (End::Server, Direction::Reverse) => Role::Source,
@@ -172,14 +172,13 @@ struct Hello {
     request: Request,
 }
 
-/// What a connection is for.
+/// The purpose of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Request {
     /// Control of a test.
     Test(Test),
-    /// One of the connections ([`Test::connections`]) of the test that was accepted with this cookie,
-    /// counted from 0.
+    /// One of the connections ([`Test::connections`]) of the test that was accepted with this cookie, counted from 0.
     Join { cookie: String, lane: u16 },
 }
 
@@ -188,7 +187,7 @@ pub(super) fn hello(request: Request) -> String {
     line(&Hello { magic: MAGIC.into(), version: VERSION, request })
 }
 
-/// Reads a connection's first line, without its end.
+/// Parses a connection's first line, without its newline.
 pub(super) fn read_hello(line: &[u8]) -> std::result::Result<Request, String> {
     #[derive(Deserialize)]
     struct Opening {
@@ -210,47 +209,47 @@ pub(super) fn read_hello(line: &[u8]) -> std::result::Result<Request, String> {
     Ok(hello.request)
 }
 
-/// What follows on the control connection.
+/// Messages on the control connection after the hello.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Message {
-    /// The test may begin: lanes are expected with this cookie.
+    /// The test is accepted: lanes are expected with this cookie.
     Accepted { cookie: String, region_bytes: u64 },
-    /// It may not, and why.
+    /// The test is refused, with the reason.
     Refused(String),
-    /// Every lane is there.
+    /// All lanes are open.
     Started,
     /// Count from here.
     Measure,
     /// Count until here, and cut the stream off.
     Stop,
-    /// Everything has gone or come; say so when it has on the other side too.
+    /// All bytes have been sent or received; answer when that is true on the other side too.
     Finish,
-    /// What faults have taken at the server since this was asked last?
+    /// Request for the server's fault latencies since the last request.
     AskFaults,
     /// The answer.
     Faults(Latency),
-    /// What the server has counted, for each direction.
+    /// The server's counters, for each direction.
     Result(Vec<Measured>),
-    /// The sender cannot go on, and why.
+    /// The sender cannot continue, with the reason.
     Failed(String),
 }
 
-/// What one side has measured, between two moments.
+/// The measurements of one side, between two moments.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Measured {
     pub(crate) seconds: f64,
     pub(crate) counts: Counts,
-    /// TCP segments sent again; none on unix sockets.
+    /// Retransmitted TCP segments; None on unix sockets.
     pub(crate) retransmits: Option<u64>,
     /// Processor time of the process, seconds: the same in each direction.
     pub(crate) user_s: f64,
     pub(crate) system_s: f64,
     /// The busiest lane's thread: its processor time as a share of the time.
     pub(crate) busy: f64,
-    /// The same of a thread that ran, or could have run and had no core; none where the kernel does not say.
+    /// The same share, of time running or runnable without a core; None if the kernel does not report it.
     pub(crate) pressed: Option<f64>,
-    /// The receiver: what placing a GiB in fresh memory takes here by itself, processor seconds.
+    /// The receiver: the cost of placing a GiB in fresh memory without other work, processor seconds.
     pub(crate) placing_s_per_gib: Option<f64>,
     /// The receiver, with `--verify`.
     pub(crate) verified_pages: u64,
@@ -259,14 +258,14 @@ pub(crate) struct Measured {
     pub(crate) congestion: String,
 }
 
-/// What has been moved.
+/// Counters of moved bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Counts {
-    /// Bytes of page contents, or any with `--discard`.
+    /// Bytes of page contents, or any bytes with `--discard`.
     pub(crate) bytes: u64,
-    /// Bytes of pages of zeroes, which cross as a header.
+    /// Bytes of zero pages, which are sent as a header.
     pub(crate) zero_bytes: u64,
-    /// The sender: of `bytes`, those not copied on the way to the network, and those that were.
+    /// The sender: of `bytes`, those not copied on the path to the network, and those copied.
     pub(crate) zero_copied_bytes: u64,
     pub(crate) copied_bytes: u64,
 }
@@ -280,7 +279,7 @@ impl Counts {
 impl std::ops::Add for Counts {
     type Output = Counts;
 
-    /// The other side may say any numbers.
+    /// The other side may send any numbers.
     fn add(self, other: Counts) -> Counts {
         Counts {
             bytes: self.bytes.saturating_add(other.bytes),
@@ -294,8 +293,8 @@ impl std::ops::Add for Counts {
 impl std::ops::Sub for Counts {
     type Output = Counts;
 
-    /// What came since `earlier`. A zero-copy send that turns out to have been copied moves bytes from
-    /// one counter to the other, also those counted earlier.
+    /// The difference since `earlier`. A zero-copy send that turns out to have been copied moves bytes from one counter
+    /// to the other, also those counted earlier.
     fn sub(self, earlier: Counts) -> Counts {
         Counts {
             bytes: self.bytes.saturating_sub(earlier.bytes),
@@ -312,23 +311,23 @@ fn line(value: &impl Serialize) -> String {
     line
 }
 
-/// Bytes of a line that is coming in, in as many pieces as it likes. Never reads beyond its end: what
-/// follows on a lane is the stream's.
+/// Bytes of a line that arrives in any number of pieces. Never reads beyond the newline: the bytes after it belong to
+/// the stream.
 #[derive(Default)]
 pub(super) struct Line {
     bytes: Vec<u8>,
 }
 
-/// What reading without waiting brought.
+/// The result of a read without waiting.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Read {
-    /// A whole line, without its end.
+    /// A whole line, without its newline.
     Whole(Vec<u8>),
-    /// Not yet.
+    /// The line is incomplete.
     Partial,
     /// The other side has closed the connection, or it broke.
     Closed,
-    /// More than [`LINE_BYTES_MAX`] without an end.
+    /// More than [`LINE_BYTES_MAX`] without a newline.
     TooLong,
 }
 
@@ -350,7 +349,7 @@ impl Line {
             };
             let end = seen.iter().position(|&byte| byte == b'\n');
             let wanted = end.map_or(seen.len(), |end| end + 1);
-            // What was seen is there, and nobody else reads it.
+            // The peeked bytes are there, and have no other reader.
             let flags = MsgFlags::MSG_DONTWAIT;
             match nix::sys::socket::recv(socket.as_raw_fd(), &mut ahead[..wanted], flags) {
                 Ok(count) => self.bytes.extend_from_slice(&ahead[..count]),
@@ -369,13 +368,13 @@ impl Line {
 pub(super) struct Control {
     socket: OwnedFd,
     line: Line,
-    /// `client` or `server`: who is at the other end.
+    /// `client` or `server`: the peer.
     peer: &'static str,
 }
 
 impl Control {
     pub(super) fn new(socket: OwnedFd, peer: &'static str) -> Control {
-        // Fails where it is no TCP, whose other end cannot go without a word.
+        // Fails for a socket other than TCP, whose end is always reported.
         let _ = setsockopt(&socket, sockopt::KeepAlive, &true);
         let _ = setsockopt(&socket, sockopt::TcpKeepIdle, &SILENCE_SECONDS);
         let _ = setsockopt(&socket, sockopt::TcpKeepInterval, &SILENCE_SECONDS);
@@ -387,8 +386,7 @@ impl Control {
         self.socket
     }
 
-    /// Writes a line. Lines are few and short, so that one which does not fit means a peer that does
-    /// not read.
+    /// Writes a line. Lines are few and short, so a full socket means a peer that does not read.
     pub(super) fn send(&self, message: &Message) -> Result<()> {
         self.write(&line(message))
     }
@@ -397,13 +395,13 @@ impl Control {
         send_line(self.socket.as_fd(), line).map_err(|errno| self.lost(errno.desc()))
     }
 
-    /// The next message, if it has come whole.
+    /// The next message, if it is complete.
     pub(super) fn receive(&mut self) -> Result<Option<Message>> {
         match self.line.read(self.socket.as_fd()) {
             Read::Whole(line) => parse(&line).map(Some).map_err(|what| self.lost(&what)),
             Read::Partial => Ok(None),
             Read::Closed => Err(self.lost("it closed the connection")),
-            Read::TooLong => Err(self.lost("it sent a line without an end")),
+            Read::TooLong => Err(self.lost("it sent a line without a newline")),
         }
     }
 
@@ -432,7 +430,7 @@ pub(super) fn send_line(socket: BorrowedFd<'_>, line: &str) -> nix::Result<()> {
     }
 }
 
-/// The line that turns a connection away.
+/// The line that rejects a connection.
 pub(super) fn refusal(text: &str) -> String {
     line(&Message::Refused(text.chars().take(LINE_BYTES_MAX / 8).collect()))
 }
@@ -444,7 +442,7 @@ pub(super) fn region_bytes(test: &Test, end: End) -> Result<u64> {
     test.place().region_bytes(directions.len() as u64, directions.iter().any(lands))
 }
 
-/// The other side has said what does not belong there.
+/// The other side has sent a message in the wrong phase.
 pub(super) fn unexpected(message: &Message) -> Error {
     Error::Bench(format!("the other side sent {message:?} in the wrong phase"))
 }
@@ -474,13 +472,13 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_hello_is_read_as_written() {
+    fn bench_hello_round_trips() {
         let line = hello(Request::Test(test()));
         assert_eq!(read_hello(line.trim_end().as_bytes()), Ok(Request::Test(test())));
     }
 
     #[test]
-    fn strangers_and_other_versions_are_told_apart() {
+    fn foreign_protocol_and_other_version_give_different_errors() {
         for line in ["GET / HTTP/1.1\r", "", "{}", r#"{"magic":"iperf","version":1}"#] {
             assert!(
                 read_hello(line.as_bytes()).unwrap_err().contains("umem bench client"),
@@ -523,7 +521,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_line_ends_where_it_ends() {
+    fn line_reader_stops_at_the_newline() {
         let (mut here, there) = UnixStream::pair().unwrap();
         let mut line = Line::default();
         assert_eq!(line.read(there.as_fd()), Read::Partial);

@@ -1,5 +1,5 @@
-//! What a test gave: a table on the terminal as it runs, or one JSON object at its end with the names
-//! that iperf3 has, and ours under `umem`.
+//! The results of a test: a table on the terminal while it runs, or one JSON object at its end with iperf3's names, and
+//! umem's own under `umem`.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -24,22 +24,22 @@ pub(super) struct Tick {
     /// In each direction, since counting began.
     pub(super) so_far: Vec<SoFar>,
     pub(super) omitted: bool,
-    /// What faults have taken here in the interval.
+    /// Fault latencies here in the interval.
     pub(super) ours: Option<Latency>,
 }
 
-/// The report of a test, as it grows.
+/// The growing report of a test.
 pub(super) struct Report {
     json: bool,
-    /// A file for a page.
+    /// A file for an HTML page.
     page: Option<PathBuf>,
     start: Value,
     intervals: Vec<Value>,
-    /// Intervals that wait for what faults have taken at the server.
+    /// Intervals that wait for the server's fault latencies.
     waiting: VecDeque<Tick>,
-    /// The end of the one that was reported last.
+    /// The end of the last reported interval.
     last: Vec<SoFar>,
-    /// Counting has begun anew behind this many of those that wait.
+    /// Counting has restarted behind this many of the waiting intervals.
     anew: Option<usize>,
 }
 
@@ -105,7 +105,7 @@ impl Report {
         }
     }
 
-    /// An interval is over; with `asked` it is reported when the server's faults have been heard.
+    /// An interval has ended; with `asked` it is reported when the server's fault latencies have arrived.
     pub(super) fn tick(&mut self, test: &Test, tick: Tick, asked: bool) {
         if asked {
             self.waiting.push_back(tick);
@@ -114,7 +114,7 @@ impl Report {
         }
     }
 
-    /// The server has said what faults took there in the interval that has waited longest.
+    /// The server's fault latencies for the oldest waiting interval.
     pub(super) fn faults(&mut self, test: &Test, theirs: Latency) {
         let Some(tick) = self.waiting.pop_front() else { return };
         self.interval(test, tick, Some(theirs));
@@ -126,7 +126,7 @@ impl Report {
         }
     }
 
-    /// Counting begins anew behind the intervals that are over.
+    /// Counting restarts behind the intervals that have ended.
     pub(super) fn measure(&mut self) {
         if self.waiting.is_empty() {
             self.last.clear();
@@ -183,7 +183,7 @@ impl Report {
         self.last = tick.so_far;
     }
 
-    /// The end. What both programs have measured is in the order of the directions.
+    /// The end. The measurements of both programs are in the order of the directions.
     pub(super) fn completed(
         &self,
         test: &Test,
@@ -239,7 +239,7 @@ impl Report {
                 end[named(name, test, result.direction)] = result.sum(side, name == "sum_sent");
             }
             let mut umem = result.umem(test);
-            // No thread's share can be told from the other direction's.
+            // A thread's share cannot be separated from the other direction's.
             umem["cpu_s_per_gb"] = json!(cpu_s_per_gb(ours, theirs, all_bytes));
             end[named("umem", test, result.direction)] = umem;
         }
@@ -260,7 +260,7 @@ impl Report {
     }
 }
 
-/// What one direction gave.
+/// The result of one direction.
 struct Outcome<'a> {
     direction: Direction,
     sent: &'a Measured,
@@ -291,7 +291,7 @@ impl<'a> Outcome<'a> {
         }
     }
 
-    /// For people.
+    /// For the terminal.
     fn print(&self, test: &Test) {
         let Outcome { sent, received, .. } = self;
         for (name, side) in [("sent", sent), ("received", received)] {
@@ -322,7 +322,7 @@ impl<'a> Outcome<'a> {
         print::out_line(&self.verdict.text);
     }
 
-    /// As iperf3 has it.
+    /// With iperf3's names.
     fn sum(&self, side: &Measured, is_sent: bool) -> Value {
         let mut sum = json!({
             "start": 0,
@@ -338,7 +338,7 @@ impl<'a> Outcome<'a> {
         sum
     }
 
-    /// What iperf3 does not have.
+    /// umem's own figures.
     fn umem(&self, test: &Test) -> Value {
         let Outcome { sent, received, verdict, .. } = self;
         let mut umem = json!({
@@ -364,7 +364,7 @@ impl<'a> Outcome<'a> {
     }
 }
 
-/// What a server says of a test that it has served.
+/// The server's sentence about a finished test.
 pub(super) fn served(test: &Test, measured: &[Measured]) -> String {
     let sentence = |(direction, measured): (&Direction, &Measured)| {
         format!(
@@ -378,13 +378,13 @@ pub(super) fn served(test: &Test, measured: &[Measured]) -> String {
     test.directions().iter().zip(measured).map(sentence).collect::<Vec<_>>().join("; ")
 }
 
-/// A key of the report: iperf3's where there is one direction, and its names for the second one.
+/// A key of the report: iperf3's for one direction, and its name for the second one.
 pub(super) fn named(key: &str, test: &Test, direction: Direction) -> String {
     let is_second = test.bidir && direction == Direction::Reverse;
     format!("{key}{}", if is_second { "_bidir_reverse" } else { "" })
 }
 
-/// Which way, where there are two: as iperf3 has it.
+/// The direction, if there are two: iperf3's labels.
 fn way(test: &Test, direction: Direction) -> &'static str {
     match direction {
         _ if !test.bidir => "",
@@ -431,7 +431,7 @@ fn cpu_s_per_gb(one: &Measured, other: &Measured, bytes: u64) -> f64 {
     if gb > 0.0 { (cpu(one) + cpu(other)) / gb } else { 0.0 }
 }
 
-/// Of the bytes that were sent, those not copied; none where the way does not tell.
+/// The share of sent bytes that were not copied; None if the path does not report it.
 fn zero_copy_share(sent: &Counts) -> Option<f64> {
     let all = sent.zero_copied_bytes.saturating_add(sent.copied_bytes);
     (all > 0).then(|| sent.zero_copied_bytes as f64 / all as f64)

@@ -20,18 +20,18 @@ use crate::transport::lane::{Lane, Listener, new_session};
 use crate::transport::secure::WayIn;
 use crate::transport::uri::Uri;
 
-const BUSY: &str = "the server is busy with another test: try again when that has ended";
+const BUSY: &str = "the server is busy with another test: try again when that test has ended";
 
-/// What `umem bench server` was told.
+/// The options of `umem bench server`.
 pub(crate) struct Server {
     pub(crate) uri: Uri,
-    /// A client that is this silent, in the middle of a test or before it, has lost the server to the next.
+    /// A client that is silent for this long, before or during a test, loses the server to the next.
     pub(crate) idle_timeout: Duration,
     /// End after one test.
     pub(crate) one_off: bool,
-    /// Listen also where others than this machine can connect.
+    /// Listen also on addresses that other machines can reach.
     pub(crate) insecure: bool,
-    /// Cores of the lanes; none leaves the choice.
+    /// Cores of the lanes; None leaves the choice to umem.
     pub(crate) cores: Vec<usize>,
     pub(crate) json: bool,
 }
@@ -43,8 +43,8 @@ pub(crate) fn run(options: &Server) -> Result<()> {
     let uri = listener.uri(&options.uri);
     if !options.insecure && !WayIn::Listener(&listener).is_local() {
         return Err(Error::Usage(format!(
-            "{uri} would be open to everybody who can reach it, and tests take memory: give --insecure \
-             where you trust every host of the network"
+            "{uri} would be open to every host that can reach it, and tests take memory: give --insecure \
+             if every host of the network is trusted"
         )));
     }
     let output = Output::new(options.json);
@@ -80,20 +80,20 @@ pub(crate) fn run(options: &Server) -> Result<()> {
     }
 }
 
-/// Where everything that happens to a server comes in.
+/// The event queue of a server.
 struct Desk {
     inbox: Inbox<Note>,
     listener: Listener,
     lobby: Lobby,
 }
 
-/// What happened.
+/// An event.
 enum Happened {
     Note(Note),
     Signal,
-    /// The test's control connection has something to say.
+    /// The test's control connection is readable.
     Control,
-    /// Somebody has said what it is here for.
+    /// A connection has sent its hello.
     Newcomer(OwnedFd, Request),
     Timeout,
 }
@@ -106,7 +106,7 @@ impl Desk {
             let until = until.into_iter().flatten().min();
             let left = until.map(|until| until.saturating_duration_since(Instant::now()));
             let first = usize::from(control.is_some());
-            // In the order of importance: a crowd at the door does not keep a test waiting.
+            // In the order of importance: many new connections do not delay a test.
             let mut sockets: Vec<_> = control.iter().map(|control| control.as_fd()).collect();
             sockets.extend(self.lobby.sockets());
             let door = sockets.len();
@@ -119,7 +119,7 @@ impl Desk {
                     match self.listener.accept()? {
                         Accepted::One(socket) => self.lobby.admit(socket),
                         Accepted::Gone => {}
-                        // Whoever has waited longest has to go; where nobody waits there is only time.
+                        // The oldest connection is dropped; without one the accept is only tried again later.
                         Accepted::NoRoom(_) if self.lobby.show_out() => {}
                         Accepted::NoRoom(_) => self.listener.leave(),
                     }
@@ -137,7 +137,7 @@ impl Desk {
         }
     }
 
-    /// Waits for a client with a test; none when interrupted.
+    /// Waits for a client with a test; None when interrupted.
     fn next_test(&mut self) -> Result<Option<(OwnedFd, Test)>> {
         loop {
             match self.wait(None, None)? {
@@ -146,14 +146,14 @@ impl Desk {
                 Happened::Newcomer(socket, Request::Join { .. }) => {
                     refuse(socket, "the test of this lane has ended");
                 }
-                // What a thread of an earlier test had left to say.
+                // Late messages of an earlier test's threads.
                 Happened::Note(_) | Happened::Control | Happened::Timeout => {}
             }
         }
     }
 }
 
-/// Carries a test out, and tells the client if that cannot be.
+/// Runs a test, and notifies the client of a failure.
 fn serve(
     desk: &mut Desk,
     control: &mut Control,
@@ -167,7 +167,7 @@ fn serve(
     match result {
         Ok(measured) => Ok((test, measured)),
         Err(error) => {
-            // Fails where the client was the reason.
+            // Fails if the client was the cause.
             let _ = control.send(&Message::Failed(error.to_string()));
             Err(error)
         }
@@ -193,7 +193,7 @@ fn carry_out(
     let mut finishing = false;
     let mut quiet = Quiet::new(options.idle_timeout);
     while !(finishing && sides.has_ended()) {
-        quiet.look(&sides)?;
+        quiet.check(&sides)?;
         match desk.wait(Some(control), Some(quiet.until))? {
             Happened::Note(note) => {
                 sides.take(note)?;
@@ -227,7 +227,7 @@ fn carry_out(
     Ok(measured)
 }
 
-/// Since when nothing has moved, so that a client which stands still does not keep others out.
+/// The time of the last progress, so that a stalled client does not block others.
 struct Quiet {
     limit: Duration,
     until: Instant,
@@ -239,7 +239,7 @@ impl Quiet {
         Quiet { limit, until: Instant::now() + limit, moved: 0 }
     }
 
-    fn look(&mut self, sides: &Sides) -> Result<()> {
+    fn check(&mut self, sides: &Sides) -> Result<()> {
         let bytes = |counts: Counts| counts.bytes.saturating_add(counts.zero_bytes);
         let moved = sides.so_far().into_iter().map(|(_, counts, _)| bytes(counts));
         let moved = moved.fold(0, u64::saturating_add);
@@ -252,12 +252,12 @@ impl Quiet {
         }
         let seconds = self.limit.as_secs();
         Err(Error::Bench(format!(
-            "nothing has moved for {seconds} s (--idle-timeout): others may want to test"
+            "nothing has moved for {seconds} s (--idle-timeout): the server is free for the next test"
         )))
     }
 }
 
-/// Waits until every lane of the test is there.
+/// Waits until every lane of the test is open.
 fn gather(
     desk: &mut Desk,
     control: &mut Control,

@@ -1,4 +1,4 @@
-//! One side of one direction of a test while it runs: its lanes' threads, and what they have moved.
+//! One side of one direction of a running test: its lanes' threads and counters.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -23,11 +23,11 @@ use crate::source::memory::SourceMemory;
 use crate::statistics::{CpuTime, Latency};
 use crate::transport::lane::Lane;
 
-/// What threads tell the control thread.
+/// Messages of threads to the control thread.
 pub(super) enum Note {
     /// A lane of this direction has moved its last byte.
     LaneEnded(Direction),
-    /// A thread could not go on.
+    /// A thread has failed.
     Failed(Error),
 }
 
@@ -44,7 +44,7 @@ impl Failure for Note {
     }
 }
 
-/// What takes a while before the lanes may start, and memory: to be made when the test is agreed on.
+/// The preparation of a side, which takes time and memory: made when the test is agreed on.
 pub(super) struct Prepared {
     direction: Direction,
     role: Role,
@@ -98,13 +98,13 @@ impl Prepared {
     }
 }
 
-/// A side that runs.
+/// A running side.
 pub(super) struct Side {
     direction: Direction,
     work: Work,
     faults: Option<Faults>,
     placing_s_per_gib: Option<f64>,
-    /// Those of the stream.
+    /// The threads of the stream.
     lanes: Vec<Lane>,
     fault_lane: Option<Lane>,
     threads: Vec<JoinHandle<Option<()>>>,
@@ -112,14 +112,14 @@ pub(super) struct Side {
     retirer: Option<JoinHandle<Option<Result<u64>>>>,
     zero_percent: u32,
     verify: bool,
-    /// Lanes are cut off: what they have to say of it is no failure.
+    /// Lanes are cut off: their errors are no failures from here on.
     stopping: Arc<AtomicBool>,
     running: usize,
     since: Moment,
     until: Option<Moment>,
 }
 
-/// A moment, and what had been counted by then.
+/// A moment, and the counters at it.
 #[derive(Clone)]
 struct Moment {
     at: Instant,
@@ -129,20 +129,20 @@ struct Moment {
     threads: Vec<Times>,
 }
 
-/// A lane's thread's times.
+/// The times of a lane's thread.
 struct Clock {
     id: libc::clockid_t,
     thread: i32,
-    /// All of them, once it has ended.
+    /// The total, once it has ended.
     total: OnceLock<Times>,
 }
 
-/// What a thread has done with its time.
+/// How a thread spent its time.
 #[derive(Clone, Copy, Default)]
 struct Times {
-    /// It ran.
+    /// Running.
     ran: Duration,
-    /// It could have run, and had no core; none where that is not known.
+    /// Runnable without a core; None if unknown.
     waited: Option<Duration>,
 }
 
@@ -164,15 +164,14 @@ impl Clock {
         self.total.get().copied().unwrap_or_else(of_the_living)
     }
 
-    /// By the thread itself, at its end.
+    /// Called by the thread itself, at its end.
     fn end(&self) {
         let _ = self.total.set(Times { ran: thread_time(), waited: waited(self.thread) });
     }
 }
 
 impl Side {
-    /// Starts the threads of these connections, all of the direction. `cores` are those that were named,
-    /// if any.
+    /// Starts the threads of these connections, all of one direction. `cores` are the named cores, if any.
     pub(super) fn start(
         test: &Test,
         prepared: Prepared,
@@ -209,7 +208,7 @@ impl Side {
         let chosen = Cores::choose(&[], role);
         for (index, lane) in side.lanes.clone().into_iter().enumerate() {
             let core = match cores {
-                // As in iperf3, which is what the figure stands beside.
+                // As in iperf3, so that the figures compare.
                 [] if test.discard => Place::Anywhere,
                 // As in a migration.
                 [] => chosen.bulk(index),
@@ -234,7 +233,7 @@ impl Side {
         Ok(side)
     }
 
-    /// The thread that gives memory back, where pages land.
+    /// The thread that frees memory, if pages land.
     fn start_retirer(&mut self, inbox: &Inbox<Note>) -> Result<SyncSender<Arc<Landing>>> {
         let (retire, retired) = sync_channel(1);
         if matches!(self.work, Work::Land(_)) {
@@ -248,7 +247,7 @@ impl Side {
         Ok(retire)
     }
 
-    /// The thread that serves the fault lane, and those that touch pages.
+    /// The thread that serves the fault lane, and the touching threads.
     fn start_faults(&mut self, rate: u32, core: Option<usize>, inbox: &Inbox<Note>) -> Result<()> {
         let (Some(faults), Some(lane)) = (self.faults.clone(), self.fault_lane.clone()) else {
             return Ok(());
@@ -273,7 +272,7 @@ impl Side {
         Ok(())
     }
 
-    /// Starts a thread of this side; `is_lane` has its end counted.
+    /// Starts a thread of this side; with `is_lane` its end is counted.
     fn spawn(
         &mut self,
         inbox: &Inbox<Note>,
@@ -304,7 +303,7 @@ impl Side {
         Ok(clock)
     }
 
-    /// Counts from here.
+    /// Starts counting.
     pub(super) fn measure(&mut self) {
         self.since = self.moment();
         if let Some(landing) = self.fault_landing() {
@@ -319,7 +318,7 @@ impl Side {
         }
     }
 
-    /// What faults have taken here since the last call; none where there are none.
+    /// Fault latencies here since the last call; None without faults.
     pub(super) fn interval_faults(&self) -> Option<Latency> {
         self.fault_landing().map(FaultLanding::interval)
     }
@@ -328,7 +327,7 @@ impl Side {
         self.direction
     }
 
-    /// A lane has ended; with the last one counting ends.
+    /// A lane has ended; counting ends with the last one.
     pub(super) fn lane_ended(&mut self) {
         self.running -= 1;
         if self.running == 0 {
@@ -340,8 +339,8 @@ impl Side {
         self.running == 0
     }
 
-    /// Cuts the lanes off from here on: what their threads say from now on is no failure. The other side
-    /// is to know before [`Side::end`], which closes them.
+    /// Cuts the lanes off: later errors of their threads are no failures. The other side must be notified before
+    /// [`Side::end`], which closes them.
     pub(super) fn stop(&mut self) {
         if self.until.is_none() {
             self.until = Some(self.moment());
@@ -352,7 +351,7 @@ impl Side {
         }
     }
 
-    /// Ends the threads, checks what has landed if that was asked for, and gives the memory back.
+    /// Ends the threads, checks the landed pages if requested, and frees the memory.
     pub(super) fn end(mut self) -> Result<Measured> {
         self.stop();
         let verified_pages = self.join()?;
@@ -377,11 +376,11 @@ impl Side {
         })
     }
 
-    /// Returns the number of pages that were checked.
+    /// Returns the number of checked pages.
     fn join(&mut self) -> Result<u64> {
         self.stopping.store(true, SeqCst);
         for lane in self.lanes.iter().chain(&self.fault_lane) {
-            // Fails where the other side has gone.
+            // Fails if the other side has gone.
             let _ = nix::sys::socket::shutdown(
                 lane.as_fd().as_raw_fd(),
                 nix::sys::socket::Shutdown::Both,
@@ -392,7 +391,7 @@ impl Side {
         }
         let let_go = self.fault_landing().map_or(Ok(()), FaultLanding::let_go);
         for thread in self.threads.drain(..) {
-            // What it died of has been posted.
+            // The reason of its failure has been posted.
             let _ = thread.join();
         }
         let_go?;
@@ -412,7 +411,7 @@ impl Side {
         Ok(verified)
     }
 
-    /// What has been moved since counting began, how long that took, and what was sent again.
+    /// Bytes moved since counting began, the time, and the retransmitted segments.
     pub(super) fn so_far(&self) -> (Duration, Counts, Option<u64>) {
         let now = self.until.clone().unwrap_or_else(|| self.moment());
         let again = now.retransmits.zip(self.since.retransmits);
@@ -454,14 +453,14 @@ impl Moment {
 }
 
 impl Drop for Side {
-    /// A test that has failed leaves no thread behind.
+    /// A failed test leaves no thread behind.
     fn drop(&mut self) {
         let _ = self.join();
     }
 }
 
-/// Gives back the memory of passes that all lanes have left, after it has been checked if that was asked
-/// for. Returns how many pages were.
+/// Frees the memory of passes that all lanes have left, after a check if requested. Returns the number of checked
+/// pages.
 fn give_back(retired: &Receiver<Arc<Landing>>, verify: bool, zero_percent: u32) -> Result<u64> {
     let mut verified = 0;
     while let Ok(landing) = retired.recv() {
@@ -472,8 +471,8 @@ fn give_back(retired: &Receiver<Arc<Landing>>, verify: bool, zero_percent: u32) 
     Ok(verified)
 }
 
-/// The most that any thread ran, and ran or waited for a core, as shares of the time between. Threads that
-/// had not started when counting began had used no time.
+/// The largest shares of time of any thread, running, and running or runnable without a core. Threads that had not
+/// started when counting began had used no time.
 fn shares(since: &[Times], until: &[Times], seconds: f64) -> (f64, Option<f64>) {
     let since = since.iter().copied().chain(std::iter::repeat(Times::default()));
     let (mut busy, mut pressed) = (0.0_f64, None::<f64>);
@@ -500,7 +499,7 @@ mod tests {
     use super::share;
 
     #[test]
-    fn lanes_share_all_of_the_bytes() {
+    fn lanes_divide_all_bytes() {
         for (bytes, lanes) in [(10, 3), (2, 5), (1 << 40, 7), (0, 1)] {
             assert_eq!((0..lanes).map(|lane| share(bytes, lane, lanes)).sum::<u64>(), bytes);
         }

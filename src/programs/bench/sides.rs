@@ -1,4 +1,4 @@
-//! What one of the two programs does in a test: a [`Side`] for each direction.
+//! The work of one of the two programs in a test: a [`Side`] for each direction.
 
 use std::time::Duration;
 
@@ -9,19 +9,19 @@ use crate::runtime::inbox::Inbox;
 use crate::statistics::Latency;
 use crate::transport::lane::Lane;
 
-/// What has been moved since counting began, how long that took, and what was sent again.
+/// Bytes moved since counting began, the time, and the retransmitted segments.
 pub(super) type SoFar = (Duration, Counts, Option<u64>);
 
 /// In the order of [`Test::directions`].
 pub(super) struct Sides(Vec<Side>);
 
-/// What takes a while before the lanes may start.
+/// The preparation before the lanes may start.
 pub(super) fn prepare(test: &Test, end: End) -> Result<Vec<Prepared>> {
     test.directions().iter().map(|&direction| Prepared::new(test, end, direction)).collect()
 }
 
 impl Sides {
-    /// Starts the threads of all connections, which are in their order.
+    /// Starts the threads of all connections, which are in order.
     pub(super) fn start(
         test: &Test,
         prepared: Vec<Prepared>,
@@ -40,12 +40,12 @@ impl Sides {
         Ok(sides)
     }
 
-    /// Counts from here.
+    /// Starts counting.
     pub(super) fn measure(&mut self) {
         self.0.iter_mut().for_each(Side::measure);
     }
 
-    /// Takes a note; true when the last lane of all has ended.
+    /// Handles a message; true when the last lane has ended.
     pub(super) fn take(&mut self, note: Note) -> Result<bool> {
         match note {
             Note::Failed(error) => Err(error),
@@ -67,9 +67,9 @@ impl Sides {
         self.0.iter_mut().for_each(Side::stop);
     }
 
-    /// Ends the threads, and says what they have done.
+    /// Ends the threads, and returns the results.
     pub(super) fn end(mut self) -> Result<Vec<Measured>> {
-        // All of them first: no direction goes on alone.
+        // All of them first: no direction continues alone.
         self.stop();
         self.0.into_iter().map(Side::end).collect()
     }
@@ -78,7 +78,7 @@ impl Sides {
         self.0.iter().map(Side::so_far).collect()
     }
 
-    /// What faults have taken in this program since the last call; none where there are none.
+    /// Fault latencies in this program since the last call; None without faults.
     pub(super) fn interval_faults(&self) -> Option<Latency> {
         self.0.iter().find_map(Side::interval_faults)
     }

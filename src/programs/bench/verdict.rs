@@ -1,20 +1,20 @@
-//! What limited a test, in a sentence.
+//! The bottleneck of a test, in a sentence.
 
 use super::protocol::{Measured, Test};
 
-/// From this share of its time on a thread is what everything else waits for.
+/// A thread that runs for at least this share of its time is the bottleneck.
 const BUSY: f64 = 0.9;
 
-/// From this share of the receiver's time on placing pages in memory is what it is busy with.
+/// A receiver that spends at least this share of its time on placing pages is limited by page allocation.
 const PLACING: f64 = 0.5;
 
-/// What the test's rate rests on.
+/// The bottleneck of a test.
 #[derive(Debug)]
 pub(super) struct Verdict {
     /// For programs: `page_allocation`, `receiver_cpu`, `sender_cpu`, `other_load`
     /// or `link`.
     pub(super) limit: &'static str,
-    /// For people.
+    /// For users.
     pub(super) text: String,
 }
 
@@ -61,8 +61,7 @@ impl Verdict {
     }
 }
 
-/// The end whose thread would be busy if it had a core to itself, and the share of the time for which it
-/// had none.
+/// The end whose thread would be busy if it had a core to itself, and the share of time without one.
 fn crowded(sent: &Measured, received: &Measured) -> Option<(&'static str, f64)> {
     let share = |side: &Measured| side.pressed.filter(|&pressed| pressed >= BUSY);
     let of = |name, side: &Measured| share(side).map(|pressed| (name, pressed - side.busy));
@@ -77,7 +76,7 @@ mod tests {
     use crate::programs::bench::protocol::tests::test;
 
     #[test]
-    fn the_verdict_names_what_everything_waits_for() {
+    fn verdict_names_the_bottleneck() {
         let test = test();
         let side = |busy, placing_s_per_gib| Measured {
             seconds: 1.0,

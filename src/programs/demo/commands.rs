@@ -1,4 +1,4 @@
-//! What the demo's processes are started with.
+//! The command lines of the demo's processes.
 
 use super::process::{Process, this_program};
 use super::ram::RAM_NAME;
@@ -14,7 +14,7 @@ impl Demo<'_> {
         Ok(guest)
     }
 
-    /// What both guests are told.
+    /// The arguments of both guests.
     fn guest_arguments(&self, socket: &str) -> Vec<String> {
         let demo = self.options;
         let mut arguments = vec!["guest".to_owned()];
@@ -75,16 +75,14 @@ impl Demo<'_> {
     }
 
     pub(super) fn start_migrate(&self, uri: &str) -> Result<Process> {
-        // The destination shows the progress of both.
+        // The destination prints the progress of both.
         let mut arguments: Vec<String> =
             ["migrate", "--json", "--quiet", "--qmp"].map(str::to_owned).to_vec();
         arguments.push(self.directory.file("source.qmp"));
         arguments.push("--lanes".into());
         arguments.push(self.options.lanes.to_string());
         arguments.extend(self.options.checksum.then(|| "--checksum".to_owned()));
-        if self.options.postcopy {
-            arguments.push("-p".into());
-        }
+        arguments.push(if self.options.postcopy { "-p" } else { "--stop-first" }.into());
         arguments.extend(self.options.precopy.then(|| "--precopy".to_owned()));
         arguments.extend(self.security());
         if let Some(limit) = self.options.max_postcopy_bandwidth {
@@ -95,7 +93,7 @@ impl Demo<'_> {
         Process::start("umem migrate", &arguments)
     }
 
-    /// What both sides are told of it.
+    /// The arguments of both sides.
     fn security(&self) -> Vec<String> {
         let Options { tls_creds, secret_file, .. } = self.options;
         [("--tls-creds", tls_creds), ("--secret-file", secret_file)]
@@ -107,7 +105,7 @@ impl Demo<'_> {
             .collect()
     }
 
-    /// What either side is to show: figures for the report in a file of this name, a trace.
+    /// The output options of either side: figures for the report in a file of this name, a trace.
     fn shown(&self, recording: &str) -> Vec<String> {
         let mut arguments = Vec::new();
         if self.options.report.is_some() {

@@ -1,4 +1,4 @@
-//! The demo's children: started, listened to, and ended with it.
+//! The demo's child processes: started, read from, and ended with the demo.
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,17 +14,17 @@ use crate::observe::output::Output;
 use crate::runtime::inbox::{Inbox, Wake, unblock_signals};
 use crate::runtime::process::ProcessHandle;
 
-/// A child that says nothing for this long is stuck.
+/// A child without an event for this long is stuck.
 pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A child of the demo, which reads its JSON events. Dropping it ends it.
+/// A child process whose JSON events the demo reads. Dropping it ends the process.
 pub(super) struct Process {
     pub(super) name: &'static str,
     child: Child,
     pub(super) events: BufReader<ChildStdout>,
-    /// The guest that `umem incoming` has started.
+    /// The pid of the guest that `umem incoming` started.
     pub(super) guest: Option<ProcessHandle>,
-    /// Where its progress is passed on to.
+    /// The output for its progress.
     pub(super) progress: Option<Output>,
     finished: bool,
 }
@@ -34,12 +34,12 @@ impl Process {
         use std::os::unix::process::CommandExt;
         let mut command = Command::new(this_program()?);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
-        // The terminal's signals are the demo's, which ends its processes in the right order.
+        // The terminal's signals go to the demo, which ends its processes in the right order.
         command.process_group(0);
         // SAFETY: only prctl, sigaction and sigprocmask run between fork and exec, all async-signal-safe.
         unsafe {
             command.pre_exec(|| {
-                // A demo that is killed takes its processes with it.
+                // The kernel ends the child if the demo is killed.
                 nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
                 Ok(unblock_signals()?)
             });
@@ -50,7 +50,7 @@ impl Process {
         Ok(Process { name, child, events, guest: None, progress: None, finished: false })
     }
 
-    /// Reads events until one of this name comes.
+    /// Reads events up to one of this name.
     pub(super) fn event(&mut self, inbox: &Inbox<()>, name: &str) -> Result<Value> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -62,11 +62,11 @@ impl Process {
         }
     }
 
-    /// The next event, which has begun to come. Progress is passed on.
+    /// The next event, whose first bytes are here. Progress is forwarded.
     pub(super) fn read(&mut self) -> Result<Value> {
         let mut line = String::new();
         if self.events.read_line(&mut line).context(|| self.name)? == 0 {
-            let what = format!("{} ended early; its own message says why", self.name);
+            let what = format!("{} ended early; its own message has the reason", self.name);
             return Err(Error::Host(what));
         }
         let event: Value = serde_json::from_str(&line).unwrap_or_default();
@@ -93,7 +93,7 @@ impl Process {
         Ok(())
     }
 
-    /// Waits for its end, which must be a good one.
+    /// Waits for its exit, which must be a success.
     pub(super) fn finish(&mut self, inbox: &Inbox<()>) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         let mut rest = [0; 4096];
@@ -124,7 +124,7 @@ impl Drop for Process {
     }
 }
 
-/// Which of these children has said something, if one has.
+/// The index of a readable child.
 pub(super) fn wait(
     inbox: &Inbox<()>,
     pipes: &[BorrowedFd<'_>],
@@ -136,7 +136,7 @@ pub(super) fn wait(
         Wake::Ready(index) => Ok(Some(index)),
         Wake::Message(()) => Ok(None),
         Wake::Signal => Err(Error::Interrupted("the demo's processes have been ended".into())),
-        Wake::Timeout => Err(Error::Host(format!("{names} does not go on"))),
+        Wake::Timeout => Err(Error::Host(format!("{names} makes no progress"))),
     }
 }
 

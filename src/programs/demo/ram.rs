@@ -1,4 +1,4 @@
-//! What is behind the RAM of the demo's guests: files that nothing is left of.
+//! The RAM of the demo's guests: files that leave nothing behind.
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
@@ -9,27 +9,27 @@ use crate::error::{Context, Result};
 /// The region of either guest.
 pub(super) const RAM_NAME: &str = "ram0";
 
-/// RAM for one guest: a file without a name, which goes when its last user does.
+/// RAM of one guest: an unnamed file, freed with its last user.
 pub(super) struct DemoRam {
     file: OwnedFd,
     pub(super) what: &'static str,
 }
 
 impl DemoRam {
-    /// Bytes that its pages take.
+    /// Bytes that its pages occupy.
     pub(super) fn allocated_bytes(&self) -> Result<u64> {
         let stat = nix::sys::stat::fstat(&self.file).context(|| "the RAM file")?;
         // fstat(2) counts in units of 512 bytes.
         Ok(u64::try_from(stat.st_blocks).expect("not negative") * 512)
     }
 
-    /// How the children open it, as a value of `--ram`.
+    /// The path for the children, as a value of `--ram`.
     pub(super) fn option(&self) -> String {
         format!("{RAM_NAME}=/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
     }
 }
 
-/// A file in a tmpfs of our own with huge pages, where we may mount one; else a memfd.
+/// A file in a private tmpfs with huge pages, if this process may mount one; else a memfd.
 pub(super) fn shared_ram(size_mib: u64) -> Result<DemoRam> {
     match huge_tmpfs_file(size_mib) {
         Some(file) => Ok(DemoRam { file, what: "tmpfs with huge pages" }),
@@ -42,7 +42,7 @@ pub(super) fn memfd_ram() -> Result<DemoRam> {
     Ok(DemoRam { file, what: "memfd" })
 }
 
-/// Makes a tmpfs that is mounted nowhere (fsopen(2)), so that nothing is left of it afterwards.
+/// Makes a tmpfs that is mounted nowhere (fsopen(2)), so that it leaves nothing behind.
 pub(crate) fn huge_tmpfs_file(size_mib: u64) -> Option<OwnedFd> {
     const FSOPEN_CLOEXEC: u32 = 1;
     const FSCONFIG_SET_STRING: u32 = 1;
@@ -50,7 +50,7 @@ pub(crate) fn huge_tmpfs_file(size_mib: u64) -> Option<OwnedFd> {
     const FSMOUNT_CLOEXEC: u32 = 1;
     let owned = |fd: libc::c_long| {
         let fd = i32::try_from(fd).ok().filter(|&fd| fd >= 0)?;
-        // SAFETY: the kernel has just made this descriptor for us.
+        // SAFETY: the kernel has just made this descriptor for this process.
         Some(unsafe { OwnedFd::from_raw_fd(fd) })
     };
     // SAFETY: a constant string and flags.
@@ -77,7 +77,7 @@ pub(crate) fn huge_tmpfs_file(size_mib: u64) -> Option<OwnedFd> {
     let mount =
         owned(unsafe { libc::syscall(libc::SYS_fsmount, fs.as_raw_fd(), FSMOUNT_CLOEXEC, 0) })?;
     let flags = libc::O_RDWR | libc::O_CREAT | libc::O_EXCL | libc::O_CLOEXEC;
-    // SAFETY: a constant name, relative to a mount that nobody else can reach.
+    // SAFETY: a constant name, relative to a mount that no other process can reach.
     let file = owned(libc::c_long::from(unsafe {
         libc::openat(mount.as_raw_fd(), c"ram".as_ptr(), flags, 0o600)
     }))?;

@@ -1,4 +1,4 @@
-//! The kernel: its version, and its interfaces that umem cannot do without.
+//! The kernel: its version, and the interfaces that umem requires.
 
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
@@ -11,7 +11,7 @@ use crate::memory;
 use crate::runtime::idle;
 use crate::runtime::process::{read, sudo};
 
-/// What the README asks for: IORING_MSG_RING_FLAGS_PASS is the newest thing umem uses.
+/// The README's requirement: IORING_MSG_RING_FLAGS_PASS is the newest feature in use.
 const OLDEST: (u32, u32) = (6, 3);
 
 pub(super) fn release() -> Check {
@@ -25,7 +25,7 @@ pub(super) fn release() -> Check {
 
 pub(super) fn pages() -> Check {
     let bytes = memory::small_page_bytes();
-    let check = Check::ok("pages", "what memory comes in", format!("{bytes} bytes"));
+    let check = Check::ok("pages", "the unit of memory", format!("{bytes} bytes"));
     match memory::check_pages() {
         Ok(()) => check,
         Err(_) => check.missing("boot a kernel with pages of 4 KiB"),
@@ -38,7 +38,7 @@ fn version(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
-/// Makes a ring as umem's threads do, with every check of theirs.
+/// Makes a ring as umem's threads do, with all of their checks.
 pub(super) fn io_uring() -> Check {
     let check = |found: &str| Check::ok("io_uring", "all that umem sends and receives", found);
     let disabled = read("/proc/sys/kernel/io_uring_disabled");
@@ -60,11 +60,14 @@ pub(super) fn io_uring() -> Check {
     }
 }
 
-/// What is wrong with a limit of descriptors shows in a check of its own, so that each of these two
-/// opens one alone.
+/// A low descriptor limit shows in a check of its own, so each of these two opens one descriptor alone.
 pub(super) fn userfaultfd() -> Check {
     let check = |found: &str| {
-        Check::ok("userfaultfd", "at the destination, tells which page a vCPU waits for", found)
+        Check::ok(
+            "userfaultfd",
+            "at the destination, reports the page that a vCPU waits for",
+            found,
+        )
     };
     match open::open(Faults::All) {
         Ok((_, Way::Device)) => check(&format!("allowed by the permissions of {DEVICE}")),
@@ -86,7 +89,7 @@ pub(super) fn userfaultfd() -> Check {
     }
 }
 
-/// How this user gets it.
+/// The command that gives this user access.
 fn permission(has_device: bool) -> String {
     match has_device {
         true => format!("{}setfacl -m u:{}:rw {DEVICE}", sudo(), user()),
@@ -103,7 +106,7 @@ const FEATURES: [(u64, &str, bool); 5] = [
     (open::MINOR_HUGETLBFS, "MINOR_HUGETLBFS", false),
 ];
 
-/// The kernel tells every user what it has: of a userfaultfd for user mode too.
+/// The kernel reports its features to every user, also with a userfaultfd for user mode.
 pub(super) fn userfaultfd_features() -> Check {
     let check = |found: String| {
         Check::ok("userfaultfd features", "which kinds of memory a guest may have", found)
@@ -132,12 +135,12 @@ pub(super) fn userfaultfd_features() -> Check {
     }
 }
 
-/// Keeps them awake as a demand thread does, and lets go at once.
+/// Keeps the cores awake as a demand thread does, and releases them at once.
 pub(super) fn idle_cores() -> Check {
     let check = |found: &str| {
         Check::ok(
             "idle cores",
-            "kept awake while a vCPU waits for a page, as they take long to wake",
+            "kept awake while a vCPU waits for a page, because waking them takes long",
             found,
         )
     };
@@ -156,16 +159,16 @@ pub(super) fn kvm() -> Check {
     let check = |found: &str| {
         Check::ok(
             "/dev/kvm",
-            "none of umem's: QEMU's -accel kvm; without it guests are emulated",
+            "for QEMU's -accel kvm, not for umem; without it guests are emulated",
             found,
         )
     };
     match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => check("may be used"),
+        Ok(_) => check("usable"),
         Err(error) if error.kind() == ErrorKind::PermissionDenied => {
             check("no permission").warning(format!("{}usermod -aG kvm {}", sudo(), user()))
         }
-        Err(_) => check("not there"),
+        Err(_) => check("missing"),
     }
 }
 
@@ -174,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn releases_are_compared_by_number() {
+    fn kernel_releases_compare_numerically() {
         for (release, expected) in [
             ("6.18.44", Some((6, 18))),
             ("6.3.0-rc1+", Some((6, 3))),

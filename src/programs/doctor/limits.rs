@@ -1,4 +1,4 @@
-//! What this process may have.
+//! The limits of this process.
 
 use nix::sys::resource::Resource;
 use umem_wire::limits::LANES_MAX;
@@ -40,8 +40,8 @@ pub(super) fn locked_memory() -> Check {
     }
 }
 
-/// The kernel's default is 65,530. A region takes 2,048 at most (`src/memory/blocks.rs`), and a QEMU
-/// some hundred of its own.
+/// The kernel's default is 65,530. A region takes at most 2,048 (`src/memory/blocks.rs`), and a QEMU some hundred of
+/// its own.
 const MAPPINGS: u64 = 16_384;
 
 pub(super) fn mappings() -> Check {
@@ -61,7 +61,7 @@ pub(super) fn mappings() -> Check {
     }
 }
 
-/// Asks for what a demand thread asks for, on a thread that ends with it.
+/// Requests a demand thread's priority, on a thread that ends with the check.
 pub(super) fn priority() -> Check {
     let got = std::thread::spawn(go_first).join().unwrap_or(Priority::Unchanged);
     let check = |found: &str| {
@@ -75,7 +75,7 @@ pub(super) fn priority() -> Check {
     }
 }
 
-/// Asks for what a bulk thread asks for, in the same way.
+/// Requests a bulk thread's priority, in the same way.
 pub(super) fn early() -> Check {
     let is_allowed = std::thread::spawn(go_early).join().unwrap_or(false);
     let check = |found: &str| {

@@ -1,4 +1,4 @@
-//! Where the guest's RAM lies.
+//! The place of the guest's RAM.
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
@@ -7,7 +7,7 @@ use crate::runtime::process::{read, sudo};
 
 const SHARED_MEMORY: &str = "/dev/shm";
 
-/// Less than any guest of use takes.
+/// Less than any useful guest takes.
 const FREE_BYTES: u64 = 256 << 20;
 
 pub(super) fn shared() -> Check {
@@ -15,10 +15,10 @@ pub(super) fn shared() -> Check {
         |found: String| Check::ok(SHARED_MEMORY, "the usual place for the guest's RAM file", found);
     let remedy = format!("{}mount -t tmpfs -o nosuid,nodev tmpfs {SHARED_MEMORY}", sudo());
     let Ok(stat) = statfs(SHARED_MEMORY) else {
-        return check("not there".into()).warning(remedy);
+        return check("missing".into()).warning(remedy);
     };
     if stat.filesystem_type() != TMPFS_MAGIC {
-        return check("no tmpfs, so that no RAM file in it can be used".into()).warning(remedy);
+        return check("not a tmpfs: no RAM file in it can be used".into()).warning(remedy);
     }
     let unit = u64::try_from(stat.block_size()).expect("a size is not negative");
     let bytes = |blocks: u64| blocks.saturating_mul(unit);
@@ -42,7 +42,7 @@ pub(super) fn huge_pages() -> Check {
     };
     let setting = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
     let Some(enabled) = read(setting).and_then(|text| chosen(&text)) else {
-        return check("the kernel has none for shared memory".into())
+        return check("the kernel has no huge pages for shared memory".into())
             .warning("boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE");
     };
     let mounts = read("/proc/self/mounts").unwrap_or_default();
@@ -65,7 +65,7 @@ fn chosen(text: &str) -> Option<String> {
     rest.split_once(']').map(|(word, _)| word.to_owned())
 }
 
-/// What the last mount over /dev/shm says of huge pages.
+/// The huge= option of the last mount over /dev/shm.
 fn mount_option(mounts: &str) -> Option<&str> {
     let mut fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
     let options = fields.rfind(|fields| fields.get(1) == Some(&SHARED_MEMORY))?;
@@ -99,14 +99,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernels_choice_is_read() {
+    fn selected_kernel_setting_is_parsed() {
         let text = "always within_size advise [never] deny force";
         assert_eq!(chosen(text).as_deref(), Some("never"));
         assert_eq!(chosen("always never"), None);
     }
 
     #[test]
-    fn the_mount_that_is_seen_is_the_last() {
+    fn last_mount_of_a_path_is_the_visible_one() {
         let mounts = "tmpfs /dev/shm tmpfs rw,nosuid 0 0\n\
                       tmpfs /dev/shm/below tmpfs rw,huge=always 0 0\n\
                       tmpfs /dev/shm tmpfs rw,nosuid,huge=within_size,inode64 0 0";

@@ -1,11 +1,11 @@
-//! `umem doctor`: what this machine, and this user on it, have of what umem needs.
+//! `umem doctor`: whether this machine, and this user on it, meet umem's requirements.
 //!
-//! Nothing is inferred that can be tried: a ring is made, a userfaultfd opened, a thread asks for its
-//! priority. Everything is let go of again, and nothing on the machine is changed.
+//! Checks try the real thing: they make a ring, open a userfaultfd, request a thread's priority. They release
+//! everything and change nothing on the machine.
 //!
 //! - [`kernel`]: its version, io_uring, userfaultfd, idle cores, KVM
-//! - [`limits`]: what this user may have: descriptors, locked memory, mappings, priority
-//! - [`memory`]: where the guest's RAM lies: /dev/shm, huge pages
+//! - [`limits`]: this user's limits: descriptors, locked memory, mappings, priority
+//! - [`memory`]: the place of the guest's RAM: /dev/shm, huge pages
 //! - [`network`]: congestion control
 
 mod kernel;
@@ -17,11 +17,11 @@ use serde_json::json;
 
 use crate::observe::output::Output;
 
-/// What a check came to.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Status {
     Ok,
-    /// umem works, but slower than it could, or not for every guest.
+    /// umem works, but slower than possible, or not for every guest.
     Warning,
     /// umem cannot work on one side of a migration, or on both.
     Missing,
@@ -37,16 +37,16 @@ impl Status {
     }
 }
 
-/// One thing that was looked at.
+/// One check.
 #[derive(Debug)]
 struct Check {
     name: &'static str,
     status: Status,
-    /// What is there.
+    /// The state found.
     found: String,
-    /// What umem uses it for.
+    /// The use that umem makes of it.
     purpose: &'static str,
-    /// A command to type, or where none helps what to do.
+    /// A command to type, or another remedy.
     remedy: Option<String>,
 }
 
@@ -64,8 +64,8 @@ impl Check {
     }
 }
 
-/// Looks at everything and prints a line for each thing: its state, what it is, what it is for; below
-/// it the remedy. The value is the process's exit status: 1 if something is missing.
+/// Runs all checks and prints a line for each: status, name, state, use; below it the remedy. The value is the
+/// process's exit status: 1 if a requirement is missing.
 pub fn run(json: bool) -> i32 {
     let checks = [
         kernel::release(),

@@ -1,4 +1,4 @@
-//! How lanes share the way with others.
+//! How lanes share the path with other connections.
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socket, sockopt};

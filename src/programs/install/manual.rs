@@ -1,9 +1,9 @@
-//! Pages of the manual in roff, with man(7)'s macros, from what argh knows of a command.
+//! Manual pages in roff, with man(7)'s macros, from argh's description of a command.
 
 use argh::{CommandInfoWithArgs, FlagInfo, FlagInfoKind, Optionality, PositionalInfo};
 use roff::{Inline, Roff, bold, italic, roman};
 
-/// The page of `umem` (no command) or of `umem COMMAND`; none for a command that there is not.
+/// The page of `umem` (no command) or of `umem COMMAND`; None for an unknown command.
 pub(crate) fn page(umem: &CommandInfoWithArgs, command: Option<&str>) -> Option<String> {
     let Some(name) = command else {
         return Some(write(umem, "umem", umem));
@@ -16,7 +16,7 @@ fn write(command: &CommandInfoWithArgs, words: &str, umem: &CommandInfoWithArgs)
     let title = words.replace(' ', "-");
     let version = concat!("umem ", env!("CARGO_PKG_VERSION"));
     let mut page = Roff::new();
-    // A date that is empty; one of no characters would be left out.
+    // A blank date; an empty one would be dropped.
     page.control("TH", [title.to_uppercase().as_str(), "1", " ", version, "User Commands"]);
     let description = one_line(command.description);
     let summary = description.split_once(". ").map_or(description.as_str(), |(first, _)| first);
@@ -40,7 +40,7 @@ fn write(command: &CommandInfoWithArgs, words: &str, umem: &CommandInfoWithArgs)
             let name = format!("{words} {}", sub.name);
             item(&mut page, vec![bold(name)], sub.command.description);
         }
-        // A command's own commands have no pages of their own.
+        // Commands of a command have no pages of their own.
         for sub in command.commands.iter().filter(|_| words != "umem") {
             section(&mut page, &format!("OPTIONS OF {}", sub.name.to_uppercase()));
             page.text(synopsis(&sub.command, &format!("{words} {}", sub.name)));
@@ -139,7 +139,7 @@ fn arguments(page: &mut Roff, command: &CommandInfoWithArgs) {
     }
 }
 
-/// A sentence, and after it the command, whose lines are indented there.
+/// A sentence, followed by the command, whose lines are indented there.
 fn example(page: &mut Roff, text: &str, words: &str) {
     let text = text.replace("{command_name}", words);
     let (sentence, commands) = match text.split_once("\n") {
@@ -172,7 +172,7 @@ fn see_also(umem: &CommandInfoWithArgs, title: &str) -> Vec<Inline> {
     line
 }
 
-/// Doc comments and notes have line breaks of the source's.
+/// Doc comments and notes have the source's line breaks.
 fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -1,6 +1,6 @@
-//! What a package puts beside the executable: the manual and completions for shells, both written from
-//! the command line's own definitions, and the files in this folder: `deb`, which builds the Debian
-//! package, and the units for systemd.
+//! Files that a package installs beside the executable: the manual and shell completions, both generated from the
+//! command line's definitions, and the files in this folder: `deb`, which builds the Debian package, and the units for
+//! systemd.
 
 pub(crate) mod manual;
 
@@ -12,7 +12,7 @@ use argh_complete::bash::Bash;
 use argh_complete::fish::Fish;
 use argh_complete::zsh::Zsh;
 
-/// A shell that can complete umem's options.
+/// A shell with completions for umem's options.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Shell {
     Bash,
@@ -33,7 +33,7 @@ impl FromStr for Shell {
     }
 }
 
-/// The script that the shell reads.
+/// The completion script for the shell.
 pub(crate) fn completions(shell: Shell, umem: &CommandInfoWithArgs) -> String {
     match shell {
         Shell::Bash => Bash::generate("umem", umem),

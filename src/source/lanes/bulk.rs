@@ -1,10 +1,10 @@
-//! A bulk lane at the source: pages that nobody asked for, on a ring and a core of their own.
+//! A bulk lane at the source: background pages, on a ring and a core of their own.
 //!
-//! Runs leave in batches, one vectored send each: headers from a small buffer, pages from the
-//! mapping. While a batch is in the kernel the next one is gathered. Sends are zero-copy where the
-//! kernel really does not copy; the first notification tells. On a lane over TCP that stays on this machine a
-//! batch leaves through a pipe (`outlet.rs`). With TLS a batch is the records that are made of it, and leaves as one
-//! send of them.
+//! Runs are sent in batches, one vectored send each: headers from a small buffer, pages from the
+//! mapping. While a batch is in the kernel the next one is gathered. Sends are zero-copy if the
+//! kernel really does not copy; the first notification reports that. On a TCP lane that stays on
+//! this machine a batch goes through a pipe (`outlet.rs`). With TLS a batch is the records made of
+//! it, in one send.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -31,67 +31,69 @@ use crate::statistics::Counters;
 use crate::transport::lane::Lane;
 use crate::transport::tls::Channel;
 
-/// What the kernel answers to a zero-copy send that it does not do, and would do plainly: RLIMIT_MEMLOCK is used up by
-/// what the user has in flight (ENOMEM, ENOBUFS), there are none on this kind of socket (EOPNOTSUPP: AF_UNIX, and
-/// AF_VSOCK and MPTCP of many kernels), it does not know the operation (EINVAL), or a policy forbids it.
+/// The kernel's errors for a zero-copy send where a plain send would succeed: the user's data in
+/// flight has used up RLIMIT_MEMLOCK (ENOMEM, ENOBUFS), this kind of socket has no zero copy
+/// (EOPNOTSUPP: AF_UNIX, and AF_VSOCK and MPTCP of many kernels), the kernel does not have the
+/// operation (EINVAL), or a policy forbids it.
 const NO_ZERO_COPY: [i32; 6] =
     [libc::ENOMEM, libc::ENOBUFS, libc::EOPNOTSUPP, libc::EINVAL, libc::EPERM, libc::EACCES];
 
 const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;
-/// The background may go on, as far as its limit is concerned.
+/// The bandwidth limit allows the background to go on.
 const TOKEN_LOOK: u64 = 2;
-/// The socket takes more of the batch in the outlet.
+/// The socket has room for more of the batch in the outlet.
 const TOKEN_WRITABLE: u64 = 3;
 
-/// Acknowledgements, 32 bytes each, that are read at once.
+/// Bytes of acknowledgements, 32 each, per receive.
 const RECEIVE_BYTES: usize = 4 << 10;
 
-/// Operations of a lane's ring. Zero-copy sends stay until their bytes have been acknowledged, each of a batch.
+/// Operations of a lane's ring. A zero-copy send of a batch stays until its bytes have been
+/// acknowledged.
 const OPS_MAX: u32 = 1024;
 
-/// Sends that may wait for that: 250 MiB at least are on their way then. The rest are for everything else.
+/// Sends that may wait for that: at least 250 MiB in flight. The rest is for all other operations.
 const IN_FLIGHT_MAX: usize = OPS_MAX as usize - 64;
 
-/// What a bulk thread is told, followed by a wake. A wake without an order, where nobody can give one any more, is a
-/// [`Order::Stop`].
+/// An order to a bulk thread, followed by a wake. A wake without an order, after the sender of
+/// orders has gone, is a [`Order::Stop`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// Send what is dirty of the lane's blocks, once around, and say so.
+    /// Send the dirty pages of the lane's blocks, once around, and report the end.
     Pass,
-    /// The guest stands still: no page goes a second time from here on.
+    /// The guest has stopped: from here on each page is sent once.
     EndRounds,
-    /// Send every page that is left, then the lane's end.
+    /// Send every remaining page, then the lane's end.
     Serve,
     /// End.
     Stop,
 }
 
-/// What a lane does.
+/// A lane's stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
-    /// Nothing, until there is an order.
+    /// Waits for an order.
     Waits,
     /// A pass of the rounds.
     Pass,
-    /// Says that the rounds are over, and then waits.
+    /// Sends the rounds end, and then waits.
     EndsRounds,
-    /// Sends what is left, each page once.
+    /// Sends the remaining pages, each once.
     Serves,
 }
 
-/// What a bulk thread needs.
+/// The parts of a bulk thread.
 pub(crate) struct BulkLane {
     pub(crate) lane: Lane,
-    /// What it is told.
+    /// Its orders.
     pub(crate) orders: Orders<Order>,
-    /// It waits for orders, and sends nothing before.
+    /// Whether it waits for orders, and sends nothing before the first.
     pub(crate) has_rounds: bool,
     pub(crate) memory: Arc<SourceMemory>,
     pub(crate) index: usize,
     pub(crate) lanes: usize,
     pub(crate) core: Place,
-    /// Try zero-copy sends: not on lanes that stay on this machine.
+    /// Whether to try zero-copy sends: not on lanes that stay on this machine.
     pub(crate) zero_copy: bool,
     pub(crate) post: Post<Note>,
 }
@@ -99,7 +101,7 @@ pub(crate) struct BulkLane {
 struct BulkThread {
     name: String,
     socket: Arc<OwnedFd>,
-    /// What comes from the destination, and how both ways are secured.
+    /// The receiving direction, and the TLS keys of both directions.
     channel: Channel,
     sealer: Sealer,
     pace: Pace,
@@ -113,29 +115,29 @@ struct BulkThread {
     /// Runs gathered and not sent yet.
     runs: Vec<Run>,
     exhausted: bool,
-    /// A timer runs at whose end the lane looks again whether it may gather more.
+    /// A timer runs after which the lane checks again whether it may gather more.
     pausing: bool,
-    /// A send is in the kernel (its result has not come).
+    /// The send in the kernel, before its result.
     sending: Option<Vec<Run>>,
-    /// It is to leave without a copy.
+    /// Whether that send is zero-copy.
     sending_zero_copy: bool,
-    /// Where the count of frames was before it.
+    /// The frame count before it.
     sealed_before: Seal,
     spare: Vec<Run>,
     storage: Storage,
     lane_end_sent: bool,
     in_flight: usize,
-    /// Where batches leave without a copy, on this machine.
+    /// The pipe for batches without a copy, on this machine.
     outlet: Option<SpliceSender>,
     /// The destination has closed the lane, after its end.
     closed: bool,
 }
 
 impl BulkLane {
-    /// Sends every page that is left, then the lane's end, unless it is woken to stop. Runs on the
-    /// calling thread. Where the destination acknowledges pages it reads them until the destination has
-    /// closed the lane: an end that closes before all has been read resets the connection, and what
-    /// is on its way there would be lost.
+    /// Sends every remaining page, then the lane's end, unless it is woken to stop. Runs on the
+    /// calling thread. If the destination acknowledges pages the thread reads acknowledgements
+    /// until the destination has closed the lane: closing a socket with unread data would send RST
+    /// and discard data in flight.
     pub(crate) fn run(self, started: Started<Waker>) -> Result<()> {
         let post = self.post.clone();
         let mut ring = Ring::new(&Config {
@@ -160,7 +162,7 @@ impl BulkLane {
         let mut thread = BulkThread {
             name: self.lane.name.clone(),
             socket: socket.clone(),
-            // A batch of records is as large as the buffer that they are made in.
+            // A batch of records is as large as the buffer in which the records are made.
             pace: Pace::new(is_tcp.then(|| socket.clone())),
             stage: if self.has_rounds { Stage::Waits } else { Stage::Serves },
             orders: self.orders,
@@ -168,7 +170,7 @@ impl BulkLane {
             rounds: RoundsWalk::new(self.index, self.lanes),
             walk: Walk::new(&self.memory, self.index, self.lanes),
             memory: self.memory,
-            // A record has no place in the guest's memory.
+            // Records do not lie in the guest's memory.
             zero_copy: self.zero_copy && !channel.has_tls(),
             outlet: (is_tcp && !self.zero_copy).then(SpliceSender::new).flatten(),
             channel,
@@ -202,7 +204,7 @@ impl BulkLane {
                 }
             }
             courtesy.let_others(thread.memory.counters.pages_demand.load(Relaxed));
-            // What left through the outlet has no completion.
+            // A batch sent through the outlet has no completion.
             let goes_on = thread.outlet.is_some() && thread.is_ready();
             ring.enter(if goes_on { Wait::No } else { Wait::One })?;
             while let Some(completion) = ring.next() {
@@ -226,10 +228,10 @@ impl BulkLane {
 }
 
 impl BulkThread {
-    /// Takes the orders that there are; true if the thread is to end.
+    /// Takes pending orders; true if the thread is to end.
     fn is_to_stop(&mut self) -> bool {
         loop {
-            // Orders come one at a time: the next one follows the answer to the last.
+            // Orders come one at a time: each follows the report of the one before.
             match self.orders.try_recv() {
                 Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return true,
                 Ok(Order::Pass) => {
@@ -244,7 +246,7 @@ impl BulkThread {
         }
     }
 
-    /// Sends a batch if none is on its way, and gathers the next one.
+    /// Sends a batch if none is in flight, and gathers the next one.
     fn advance(&mut self, ring: &mut Ring) -> Result<()> {
         if self.runs.is_empty() {
             self.gather(ring)?;
@@ -276,7 +278,7 @@ impl BulkThread {
         Ok(())
     }
 
-    /// Everything of a stage of the rounds has been handed to the kernel.
+    /// Ends a stage of the rounds: all of it has been handed to the kernel.
     fn end_stage(&mut self, ring: &mut Ring) -> Result<()> {
         match self.stage {
             Stage::Pass if self.exhausted => {
@@ -293,7 +295,7 @@ impl BulkThread {
         Ok(())
     }
 
-    /// What the destination waits for before a page counts as come.
+    /// The rounds end, for which the destination waits before it counts pages as come.
     fn rounds_end(&mut self) -> Result<Op> {
         let mut frame = Vec::with_capacity(HEADER_BYTES);
         transmit::encode(&Frame::RoundsEnd, &mut frame);
@@ -316,7 +318,7 @@ impl BulkThread {
         Ok(())
     }
 
-    /// There is something to send, and no send in the kernel.
+    /// Whether there is a batch to send, and no send in the kernel.
     fn is_ready(&self) -> bool {
         let has_last = match self.stage {
             Stage::Serves => self.exhausted && !self.lane_end_sent,
@@ -327,7 +329,7 @@ impl BulkThread {
         self.sending.is_none() && (!self.runs.is_empty() || has_last)
     }
 
-    /// Goes on with the batch in the outlet.
+    /// Continues with the batch in the outlet.
     fn let_out(&mut self, ring: &mut Ring) -> Result<()> {
         let Some(outlet) = &mut self.outlet else { return Ok(()) };
         match outlet.advance(&self.socket) {
@@ -356,8 +358,8 @@ impl BulkThread {
         Ok(())
     }
 
-    /// Claims pages until there is a batch, or nothing is left; none while the background's limit is
-    /// used up, as who waits for a claimed page waits for its batch.
+    /// Claims pages until there is a batch, or no page is left; none while the bandwidth limit is
+    /// used up, as requests for claimed pages wait for their batch.
     fn gather(&mut self, ring: &mut Ring) -> Result<()> {
         if self.exhausted || self.pausing {
             return Ok(());
@@ -441,7 +443,7 @@ impl BulkThread {
         op.map_err(|what| self.lost(what))
     }
 
-    /// What the destination waits for at last. With TLS nothing is said behind it.
+    /// The lane's end, for which the destination waits last. With TLS close_notify follows it.
     fn lane_end(&mut self) -> Result<Op> {
         let mut frame = Vec::with_capacity(HEADER_BYTES);
         transmit::encode(&Frame::LaneEnd, &mut frame);
@@ -463,7 +465,8 @@ impl BulkThread {
         let has_tls = self.channel.has_tls();
         memory.into_iter().for_each(|memory| self.storage.take_back(memory, has_tls));
         match completion.outcome {
-            // Of a zero-copy send the notification follows, and corrects this if the kernel copied after all.
+            // The notification of a zero-copy send follows, and corrects this if the kernel copied
+            // after all.
             Outcome::Done(_) => self.left(!completion.last)?,
             Outcome::Released { copied } => {
                 if copied {
@@ -474,7 +477,7 @@ impl BulkThread {
                     Counters::add(&counters.copied_bytes, moved);
                 }
             }
-            // Nothing of this has left: a send that has begun tells how far it came.
+            // Nothing of this has been sent: a send that has begun reports its bytes.
             Outcome::Failed(errno)
                 if self.sending_zero_copy && NO_ZERO_COPY.contains(&errno.raw()) =>
             {
@@ -494,7 +497,7 @@ impl BulkThread {
         Ok(())
     }
 
-    /// The batch has been handed to the kernel.
+    /// Counts the batch that has been handed to the kernel.
     fn left(&mut self, without_copy: bool) -> Result<()> {
         let runs = self.sending.take().unwrap_or_default();
         let counters = &self.memory.counters;
@@ -514,7 +517,7 @@ impl BulkThread {
         Ok(())
     }
 
-    /// A destination says on a bulk lane which pages it has, or why it gives up.
+    /// On a bulk lane a destination sends acknowledgements, or its reason for giving up.
     fn received(
         &mut self,
         ring: &mut Ring,
@@ -533,7 +536,7 @@ impl BulkThread {
         self.take_received(ring, receiver)
     }
 
-    /// Takes what has come, then receives more.
+    /// Processes received bytes, then receives more.
     fn take_received(&mut self, ring: &mut Ring, receiver: &mut Receiver) -> Result<()> {
         let bytes = self.channel.plain();
         let taken = bytes.len();
@@ -555,20 +558,20 @@ impl BulkThread {
         Ok(())
     }
 
-    /// Nothing more comes.
+    /// Processes the end of the connection.
     fn ended(&mut self) -> Result<()> {
         if !self.lane_end_sent || self.channel.is_broken() {
             let cause = self.channel.cause();
             let cause = cause.map(|cause| format!(" (TLS: {cause})")).unwrap_or_default();
             return Err(self.lost(format!("the destination closed it{cause}")));
         }
-        // It has read the lane's end; that the send of it has completed may show later.
+        // The destination has read the lane's end; the completion of its send may come later.
         self.closed = true;
         Ok(())
     }
 
-    /// With TLS, unless something is on its way that this would come in the middle of: says why, or that
-    /// nothing more comes.
+    /// With TLS, unless other data is in flight: sends an alert for the peer's error, or
+    /// close_notify.
     fn part(&mut self, socket: &OwnedFd) {
         if self.sending.is_none() && !self.lane_end_sent {
             self.channel.part(socket);
@@ -594,9 +597,9 @@ mod tests {
     use crate::memory::region::RamFile;
     use crate::runtime::inbox::Inbox;
 
-    /// As a unix socket does, which is refused zero-copy sends here.
+    /// As a unix socket, which refuses zero-copy sends here.
     #[test]
-    fn a_lane_whose_socket_has_no_zero_copy_sends_goes_on_with_plain_ones() {
+    fn lane_falls_back_to_plain_sends_when_the_socket_has_no_zero_copy() {
         const BYTES: usize = 1 << 20;
         let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
         file.write_all_at(&vec![0xa5; BYTES], 0).unwrap();
@@ -625,6 +628,6 @@ mod tests {
         let came = reader.join().unwrap().unwrap();
         let pages = came.iter().filter(|&&byte| byte == 0xa5).count();
         assert!(pages >= BYTES && came.len() > BYTES, "{pages} of {BYTES} bytes came");
-        assert!(memory.zero_copy_is_copied.load(Relaxed), "it has been tried");
+        assert!(memory.zero_copy_is_copied.load(Relaxed), "zero copy has been tried");
     }
 }

@@ -1,10 +1,10 @@
 //! The demand lane at the source: requests in, pages out, on a ring of its own.
 //!
-//! The thread that reads a request answers it: no queue and no other thread stand between. Control
-//! frames share the lane, behind the answers.
+//! The thread that reads a request answers it, without a queue or another thread in between.
+//! Control frames share the lane, behind the answers.
 //!
-//! In a session without bulk lanes the background shares it too: a small batch at a time, and only when
-//! there is nothing else to send, so that an answer waits for one batch at most.
+//! In a session without bulk lanes the background shares it too: a small batch at a time, and only
+//! when there is nothing else to send, so that an answer waits for one batch at most.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -33,60 +33,60 @@ use crate::transport::lane::{Hearing, Lane, SHARED_QUEUE_BYTES};
 
 const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;
-/// Go on looking for background pages.
+/// Continue with background pages.
 const TOKEN_GO_ON: u64 = 2;
 const TOKEN_CALM: u64 = 3;
 
-/// Requests are small; what is read at once is a few of them.
+/// Requests are small; one receive takes a few of them.
 const RECEIVE_BYTES: usize = 16 << 10;
 
-/// Answers that leave with one send: two pieces each at most, of the 1024 that a send takes.
+/// Answers in one send: at most two pieces each, of the 1024 that a send takes.
 const ANSWERS_MAX: usize = 64;
 
-/// Pages that wait to be sent before no more requests are read: more than any guest has threads, and few
-/// enough that a destination which asks for everything and reads nothing takes less than a mebibyte.
+/// Queued pages at which no more requests are read: more than any guest has threads, and few enough
+/// that a destination which requests everything and reads nothing costs less than a mebibyte.
 const ANSWERS_QUEUED_MAX: usize = 16 << 10;
 
-/// The answers that a send usually holds.
+/// Bytes of the answers in a typical send.
 const SPARE_BYTES: usize = 16 << 10;
 
-/// Bytes of pages in a background batch, of which one is in flight at most: what an answer waits for,
+/// Bytes of pages in a background batch, of which at most one is in flight: an answer waits for it,
 /// 50 µs at 10 Gbit/s. A single larger page is a batch.
 const BACKGROUND_BYTES: u64 = SHARED_QUEUE_BYTES as u64;
 
 /// Runs in a background batch: two pieces each, of the 1024 that a send takes.
 const BACKGROUND_RUNS: usize = 256;
 
-/// Claims for one batch, each of [`BACKGROUND_BYTES`]: the most that is looked through for pages that
-/// are not zero while an answer may be waiting, 1 MiB, or 0.1 ms.
+/// Claims for one batch, each of [`BACKGROUND_BYTES`]: the most that is searched for pages that are
+/// not zero while an answer may be waiting, 1 MiB, or 0.1 ms.
 const BACKGROUND_CLAIMS: usize = 16;
 
-/// What the control thread tells the demand thread, followed by a wake.
+/// A command of the control thread to the demand thread, followed by a wake.
 pub(crate) enum Command {
     /// Send these bytes, whole frames.
     Send(Vec<u8>),
-    /// Send these, the device state with its end, and say when they have left.
+    /// Send the device state with its end, and report when it has been sent.
     State(Vec<u8>),
     /// Send a ping of this number, whose pong is expected.
     Ping(u64),
-    /// Send these bytes, whole frames, and a ping of this number behind them at once.
+    /// Send these bytes, whole frames, and right behind them a ping of this number.
     SendAndPing(Vec<u8>, u64),
-    /// There are no bulk lanes: send the background from here.
+    /// There are no bulk lanes: send the background on this lane.
     Background,
-    /// End, once what was to be sent has been.
+    /// End after everything queued has been sent.
     End,
 }
 
-/// What the demand thread needs.
+/// The parts of the demand thread.
 pub(crate) struct DemandLane {
     pub(crate) lane: Lane,
     /// May have read frames already.
     pub(crate) receiver: Receiver,
     pub(crate) memory: Arc<SourceMemory>,
     pub(crate) core: Option<usize>,
-    /// Nobody has named that core: go where the requests arrive.
+    /// The user has named no core: follow the core on which requests arrive.
     pub(crate) follows: bool,
-    /// Have the background go on from the demands.
+    /// Let the background go on from the demands.
     pub(crate) adapts: bool,
     pub(crate) idle_cores: IdleCores,
     pub(crate) commands: Commands<Command>,
@@ -105,24 +105,24 @@ struct DemandThread {
     detector: Option<Detector>,
     follower: AffinityFollower,
     vigil: CpuLatencyHold,
-    /// A request has come since the last look at where from.
+    /// A request has come since the last look at its origin.
     has_answered: bool,
-    /// Claimed, to be sent.
+    /// Claimed pages to send.
     answers: Vec<PageRange>,
-    /// The buffer for requests, while none are received: until what was asked for is being sent, or for longer
-    /// while there are answers enough.
+    /// The buffer for requests, while no receive is in flight: until the answers are being sent, or
+    /// longer while too many answers are queued.
     held: Option<Bytes>,
-    /// Room for what is asked about an answer's page.
+    /// A buffer for the holes around an answer's page.
     holes: Holes,
     outbox: Vec<u8>,
-    /// The last ping that has not been answered: of a flood of them no more is kept.
+    /// The last unanswered ping: only one of a flood is kept.
     ping: Option<u64>,
-    /// What goes to the control thread.
+    /// Limits the events for the control thread.
     hearing: Hearing,
     /// The buffer for answers while none is in flight.
     spare: Vec<u8>,
     background: Option<Background>,
-    /// The background has sent what its limit allows, until then.
+    /// The background has used up its bandwidth, until then.
     pausing: Option<Duration>,
     going_on: bool,
     sending: bool,
@@ -131,16 +131,16 @@ struct DemandThread {
     ending: bool,
 }
 
-/// How far the device state is on its way.
+/// The progress of the device state.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Leaving {
-    /// There is none, or it has left.
+    /// There is none, or it has been sent.
     No,
     Waits,
     Sending,
 }
 
-/// The background's way through the memory.
+/// The background's walk through the memory.
 struct Background {
     walk: Walk,
     /// Claimed and not sent yet.
@@ -203,7 +203,7 @@ impl DemandThread {
                     _ => self.received(completion)?,
                 }
             }
-            // In this order: the kernel takes them in turn, and somebody waits for the answers.
+            // In this order: the kernel processes them in turn, and vCPUs wait for the answers.
             self.send(&mut ring)?;
             self.receive_more(&mut ring)?;
             self.follow(&mut ring, socket)?;
@@ -240,14 +240,14 @@ impl DemandThread {
         }
     }
 
-    /// The next request is seldom there already: who asked waits for the answer.
+    /// The next request is seldom there already: the requester waits for the answer.
     fn receive(&self, ring: &mut Ring, buffer: Bytes) -> Result<()> {
         ring.submit(Op::recv(self.socket.clone(), buffer).poll_first(), TOKEN_RECEIVED)
             .map_err(|rejected| Error::Ring(rejected.error))?;
         Ok(())
     }
 
-    /// [`DemandThread::receive_more`] follows, behind the answers.
+    /// Processes a receive; [`DemandThread::receive_more`] follows, behind the answers.
     fn received(&mut self, completion: Completion) -> Result<()> {
         let lost =
             |what: String| Error::Lost { side: "destination", lane: self.name.clone(), what };
@@ -280,7 +280,7 @@ impl DemandThread {
         Ok(())
     }
 
-    /// Reads on, unless whoever asks does not read the answers.
+    /// Receives more, unless the peer does not read the answers.
     fn receive_more(&mut self, ring: &mut Ring) -> Result<()> {
         let may_read = self.answers.len() < ANSWERS_QUEUED_MAX;
         match self.held.take_if(|_| may_read) {
@@ -311,7 +311,8 @@ impl DemandThread {
         Ok(())
     }
 
-    /// Sends what there is, answers first, all in one; if nobody waits, the next of the background.
+    /// Sends all that is queued in one send, answers first; with nothing queued, the next
+    /// background batch.
     fn send(&mut self, ring: &mut Ring) -> Result<()> {
         if self.sending {
             return Ok(());
@@ -331,7 +332,7 @@ impl DemandThread {
         Ok(())
     }
 
-    /// Goes to the core where requests arrive; after they have been answered, not before.
+    /// Moves to the core on which requests arrive, after they have been answered.
     fn follow(&mut self, ring: &mut Ring, socket: &OwnedFd) -> Result<()> {
         if !std::mem::take(&mut self.has_answered) {
             return Ok(());
@@ -344,8 +345,8 @@ impl DemandThread {
         self.vigil.fault(ring)
     }
 
-    /// Where many pages in a row have left already there may be more of the background behind them, or it
-    /// is to wait: has this thread come back, after whatever else there is to do.
+    /// More of the background may follow pages that have been sent already, or it has to wait:
+    /// makes the thread come back after all other work.
     fn go_on(&mut self, ring: &mut Ring) -> Result<()> {
         if self.background.is_some() && !self.going_on && !self.ending {
             let op = self.pausing.take().map_or(Op::Nop, Op::timeout);
@@ -355,7 +356,7 @@ impl DemandThread {
         Ok(())
     }
 
-    /// Answers, and control frames behind them.
+    /// Queued answers, and control frames behind them.
     fn urgent(&mut self) -> Result<Option<Op>> {
         let count = self.answers.len().min(ANSWERS_MAX);
         let mut bytes = std::mem::take(&mut self.spare);
@@ -392,7 +393,7 @@ impl DemandThread {
         Ok(Some(Op::send_vectored(self.socket.clone(), pieces)))
     }
 
-    /// The next of the background, if it is sent from here; at its end the control thread is told.
+    /// The next background batch, if this lane sends it; reports the end to the control thread.
     fn batch(&mut self) -> Result<Vec<Memory>> {
         let mut pieces = Vec::new();
         let Some(Background { walk, runs }) = &mut self.background else {

@@ -8,7 +8,7 @@ use umem_wire::limits::REMAINING_RUNS_MAX;
 use umem_wire::{HEADER_BYTES, PageRange, RegionId, transmit};
 
 use super::{Holes, SourceMemory};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, WITHOUT_PASSES};
 use crate::memory::bits::Bits;
 use crate::memory::claims::{Run, RunKind, push_page};
 use crate::memory::dirty::DirtyMap;
@@ -291,9 +291,10 @@ impl SourceMemory {
 
 /// Why a migration cannot have rounds.
 pub(crate) fn no_dirty_log() -> Error {
-    Error::Unsupported(
-        "nobody tells which pages this guest writes while it runs: leave out --precopy".into(),
-    )
+    Error::Unsupported(format!(
+        "the monitor of this guest has no log of the pages that the guest writes, which passes while the guest runs \
+         need: use {WITHOUT_PASSES}"
+    ))
 }
 
 #[cfg(test)]

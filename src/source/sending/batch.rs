@@ -1,5 +1,5 @@
-//! Batches of runs, as they leave on a bulk lane: pieces of the guest's memory and the headers before them,
-//! or the records of TLS that are made of both.
+//! Batches of runs for a bulk lane: pieces of the guest's memory and the headers before them, or
+//! the TLS records made of both.
 
 use umem_ring::{Fd, Memory, Op};
 use umem_wire::HEADER_BYTES;
@@ -10,36 +10,37 @@ use crate::memory::copy::copy_out;
 use crate::memory::guarded::Gone;
 use crate::transport::tls::{Channel, Outgoing};
 
-/// The most runs of a batch, which is sent when it holds these, or as many bytes of pages as [`Pace`](super::pace::Pace) says.
-/// Each run is two pieces at most, and a vectored send takes 1024.
+/// Most runs of a batch, which is sent when it holds these, or as many bytes of pages as
+/// [`Pace`](super::pace::Pace) allows. Each run is at most two pieces, and a vectored send takes
+/// 1024.
 pub(in crate::source) const BATCH_RUNS: usize = 256;
 
-/// The headers that usually stand before a piece of pages.
+/// Bytes of the headers that usually precede a piece of pages.
 const HEADERS_BYTES: usize = 16 * HEADER_BYTES;
 
-/// A batch of zeroes and holes has no more than this of headers.
+/// Most bytes of headers, of a batch of zeroes and holes.
 const HEADERS_BYTES_MAX: usize = BATCH_RUNS * HEADER_BYTES;
 
-/// Copies of runs that are kept for the next batch, and the least that one has room for: a run on a checked lane.
+/// Copies of runs that are kept for the next batch; each has room for a run on a checked lane.
 const COPIES_MAX: usize = BATCH_RUNS;
 const COPY_BYTES: usize = CHECKED_RUN_BYTES_MAX as usize;
 const _: () = assert!(COPY_BYTES > HEADERS_BYTES_MAX);
 
-/// What batches are made of, used again and again: the kernel gives each batch back.
+/// Reused storage of batches: the kernel returns it with each batch.
 #[derive(Default)]
 pub(in crate::source) struct Storage {
     /// Empty; one for each batch that can be in the kernel at once.
     pieces: Vec<Vec<Memory>>,
     /// Empty; one for each piece of headers.
     headers: Vec<Vec<u8>>,
-    /// Full of what was sent; one for each run that is copied before it leaves.
+    /// With the data of earlier runs; one for each run that is copied before it is sent.
     copies: Vec<Vec<u8>>,
-    /// With TLS: where records are made. One batch is in the kernel at once.
+    /// With TLS: the buffer of records. One batch is in the kernel at once.
     records: Option<Outgoing>,
 }
 
 impl Storage {
-    /// An empty batch, of records where there is TLS.
+    /// An empty batch, of records if there is TLS.
     pub(in crate::source) fn batch(&mut self, has_tls: bool) -> Batch {
         if !has_tls {
             let pieces = self.pieces.pop().unwrap_or_else(|| Vec::with_capacity(2 * BATCH_RUNS));
@@ -49,7 +50,7 @@ impl Storage {
         Batch::Secured(self.records.take().unwrap_or_else(|| Outgoing::with_room(room)))
     }
 
-    /// Room for the pages of a run, of any length.
+    /// A buffer for the pages of a run, of any length.
     pub(in crate::source) fn copy(&mut self) -> Vec<u8> {
         self.copies.pop().unwrap_or_else(|| Vec::with_capacity(COPY_BYTES))
     }
@@ -85,17 +86,17 @@ impl Storage {
     }
 }
 
-/// Why a run cannot leave.
+/// Why a run cannot be sent.
 pub(in crate::source) enum Unfit {
-    /// What TLS says.
+    /// The error of TLS.
     Secured(String),
     /// Its pages cannot be read.
     Gone,
 }
 
-/// Runs that leave as one send.
+/// Runs in one send.
 pub(in crate::source) enum Batch {
-    /// Headers that have no pages behind them yet wait for the next piece.
+    /// Headers without pages behind them yet wait for the next piece.
     Clear {
         pieces: Vec<Memory>,
         headers: Vec<u8>,
@@ -104,8 +105,8 @@ pub(in crate::source) enum Batch {
 }
 
 impl Batch {
-    /// Adds a run. An error says why TLS cannot go on, or that the pages are not there any more; nothing of the
-    /// batch may leave then.
+    /// Adds a run. An error is TLS's, or means that the pages cannot be read; nothing of the batch
+    /// may be sent then.
     pub(in crate::source) fn add(
         &mut self,
         storage: &mut Storage,
@@ -139,7 +140,7 @@ impl Batch {
         Ok(())
     }
 
-    /// Adds the last frames of a lane of TLS, and says that nothing more comes.
+    /// Adds the last frames of a TLS lane, and close_notify.
     pub(in crate::source) fn end(
         &mut self,
         channel: &mut Channel,

@@ -1,4 +1,4 @@
-//! How pages leave on a bulk lane.
+//! How a bulk lane sends pages.
 
 pub(in crate::source) mod batch;
 pub(in crate::source) mod outlet;

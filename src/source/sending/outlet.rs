@@ -1,10 +1,11 @@
-//! Batches that leave through a pipe: the socket takes the pages of the guest's memory themselves, by
-//! vmsplice(2) and splice(2), and nothing copies them but the receiver.
+//! Sends batches through a pipe: by vmsplice(2) and splice(2) the socket refers to the pages of the
+//! guest's memory themselves, and only the receiver copies them.
 //!
-//! This is for lanes that stay on this machine, where a zero-copy send is copied after all: its notification
-//! says when the pages are the sender's again, so that they cannot lie in another socket's queue. These can, as
-//! nobody is told. That is right for the memory of a guest that has stopped: it changes no more while pages may
-//! be on their way, or, if the migration fails and the guest goes on, nobody uses what has been sent.
+//! For lanes that stay on this machine, where a zero-copy send is copied after all: its
+//! notification must mean that the pages are the sender's again, so that they cannot lie in another
+//! socket's queue. Spliced pages can, as there is no notification. That is safe for the memory of a
+//! stopped guest: it does not change while pages may be in flight, or, if the migration fails and
+//! the guest goes on, the sent data is not used.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -13,47 +14,47 @@ use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::sys::signal::{SigSet, Signal};
 use umem_ring::Memory;
 
-/// The pipe's size, which is counted in pages, one in each slot: the largest batch, but for its headers. Who
-/// has no privileges may have as much (pipe(7), `/proc/sys/fs/pipe-max-size`).
+/// The pipe's size, which counts pages, one in each slot: the largest batch without its headers.
+/// Unprivileged users may have as much (pipe(7), `/proc/sys/fs/pipe-max-size`).
 const PIPE_BYTES: i32 = 1 << 20;
 
-/// A smaller pipe takes more calls than what it saves.
+/// A smaller pipe costs more calls than it saves.
 const PIPE_BYTES_MIN: i32 = 256 << 10;
 
-/// A lane's pipe, and the batch that is on its way through it.
+/// A lane's pipe, and the batch in it.
 #[derive(Debug)]
 pub(in crate::source) struct SpliceSender {
     output: OwnedFd,
     input: OwnedFd,
     pieces: Vec<Memory>,
-    /// The piece that goes into the pipe next, and how much of it is in there.
+    /// The next piece for the pipe, and the bytes of it that are in the pipe.
     next: usize,
     done: usize,
     /// Bytes in the pipe.
     inside: usize,
 }
 
-/// How far a batch has come.
+/// The progress of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::source) enum Left {
-    /// The socket has all of it.
+    /// The socket has taken all of it.
     All,
-    /// It takes more when it is writable.
+    /// The socket takes more when it is writable.
     Some,
 }
 
-/// What kept a batch from leaving.
+/// Why a batch was not sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::source) enum SpliceError {
-    /// Pages cannot go this way; [`SpliceSender::into_rest`] has what has not left.
+    /// Pages cannot be spliced; [`SpliceSender::into_rest`] has the unsent part.
     Unable,
-    /// The connection is broken, or the memory.
+    /// The connection is broken, or the memory is gone.
     Failed(Errno),
 }
 
 impl SpliceSender {
-    /// None where there is no such pipe to be had. For the thread that calls this SIGPIPE is blocked from then
-    /// on: splice(2) raises it when the connection has gone, and has no flag against that.
+    /// None if there is no such pipe. Blocks SIGPIPE for the calling thread from then on: splice(2)
+    /// raises it when the connection is closed, and has no flag against that.
     pub(in crate::source) fn new() -> Option<SpliceSender> {
         let mut broken = SigSet::empty();
         broken.add(Signal::SIGPIPE);
@@ -72,16 +73,16 @@ impl SpliceSender {
         })
     }
 
-    /// Takes a batch. The one before has left.
+    /// Takes a batch, after the one before has been sent.
     pub(in crate::source) fn begin(&mut self, pieces: Vec<Memory>) {
         debug_assert!(self.pieces.is_empty() && self.inside == 0);
         (self.pieces, self.next, self.done) = (pieces, 0, 0);
     }
 
-    /// Has the socket take as much as it will, without waiting. Operations that are in a ring meanwhile go on
-    /// waiting, as what they do is settled when they begin.
+    /// Lets the socket take as much as it can, without waiting. Operations of a ring on the socket
+    /// still wait, as their mode is fixed when they begin.
     pub(in crate::source) fn advance(&mut self, socket: impl AsFd) -> Result<Left, SpliceError> {
-        // splice(2) waits for a socket that blocks, whatever its own flags are.
+        // splice(2) waits on a blocking socket, whatever its own flags are.
         let block =
             |flags| fcntl(socket.as_fd(), FcntlArg::F_SETFL(flags)).map_err(SpliceError::Failed);
         block(OFlag::O_NONBLOCK)?;
@@ -101,7 +102,7 @@ impl SpliceSender {
             let mut flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
             flags.set(SpliceFFlags::SPLICE_F_MORE, self.next < self.pieces.len());
             match splice(&self.output, None, socket, None, self.inside, flags) {
-                // Not said of a pipe that has something.
+                // Never returned for a pipe with data.
                 Ok(0) => return Err(SpliceError::Failed(Errno::EIO)),
                 Ok(count) => self.inside -= count,
                 Err(Errno::EAGAIN) => return Ok(Left::Some),
@@ -111,11 +112,11 @@ impl SpliceSender {
         }
     }
 
-    /// Puts what there is room for into the pipe.
+    /// Fills the pipe up.
     fn fill(&mut self) -> Result<(), SpliceError> {
         while let Some(piece) = self.pieces.get(self.next) {
             let put = match piece {
-                // Written, as its buffer is used again at once.
+                // Written, as its buffer is reused at once.
                 Memory::Bytes(bytes) => {
                     nix::unistd::write(&self.input, &bytes.as_slice()[self.done..])
                 }
@@ -125,12 +126,12 @@ impl SpliceSender {
                         iov_len: span.len() - self.done,
                     };
                     let (fd, flags) = (self.input.as_raw_fd(), libc::SPLICE_F_NONBLOCK);
-                    // SAFETY: one piece of a mapping, which the span keeps; the kernel takes references to its
-                    // pages, and reads them.
+                    // SAFETY: one piece of a mapping, which the span keeps; the kernel takes
+                    // references to its pages, and reads them.
                     let result = unsafe { libc::vmsplice(fd, &raw const rest, 1, flags) };
                     Errno::result(result).map(isize::unsigned_abs)
                 }
-                Memory::Pieces(_) => unreachable!("a batch is pieces that have none"),
+                Memory::Pieces(_) => unreachable!("a batch has no nested pieces"),
             };
             match put {
                 Ok(count) => {
@@ -148,12 +149,13 @@ impl SpliceSender {
         Ok(())
     }
 
-    /// The pieces of a batch that has left.
+    /// The pieces of a batch that has been sent.
     pub(in crate::source) fn end(&mut self) -> Vec<Memory> {
         std::mem::take(&mut self.pieces)
     }
 
-    /// What the socket has not taken of the batch, to be sent in another way. The pipe goes, and what is in it.
+    /// The part of the batch that the socket has not taken, to be sent in another way. Drops the
+    /// pipe with its data.
     pub(in crate::source) fn into_rest(self) -> Vec<Memory> {
         let before: usize = self.pieces[..self.next].iter().map(Memory::len).sum();
         let mut left = before + self.done - self.inside;
@@ -169,7 +171,7 @@ impl SpliceSender {
     }
 }
 
-/// A piece without its first bytes, which are fewer than all.
+/// A piece without its first `gone` bytes, fewer than all.
 fn without(piece: Memory, gone: usize) -> Memory {
     match piece {
         Memory::Bytes(bytes) => {
@@ -180,14 +182,14 @@ fn without(piece: Memory, gone: usize) -> Memory {
             let rest = span.sub(gone, span.len() - gone);
             Memory::Span(rest.expect("inside the span"))
         }
-        Memory::Pieces(_) => unreachable!("a batch is pieces that have none"),
+        Memory::Pieces(_) => unreachable!("a batch has no nested pieces"),
     }
 }
 
 fn stuck(errno: Errno) -> SpliceError {
     match errno {
-        // Memory that can be read, and has no pages to refer to; the latter three are a sandbox's answers to a call
-        // that it does not know.
+        // Readable memory without pages to refer to; the latter three are a sandbox's errors for a
+        // system call that it does not know.
         Errno::EINVAL | Errno::EFAULT | Errno::ENOSYS | Errno::EPERM | Errno::EACCES => {
             SpliceError::Unable
         }
@@ -211,7 +213,7 @@ mod tests {
 
     const RAM_BYTES: u64 = 8 << 20;
 
-    /// A file of which each word is its own offset.
+    /// A file in which each word is its own offset.
     fn ram() -> RamFile {
         let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
         let words: Vec<u8> = (0..RAM_BYTES).step_by(8).flat_map(u64::to_le_bytes).collect();
@@ -219,7 +221,7 @@ mod tests {
         RamFile::open_source("ram0", file.path(), false).unwrap()
     }
 
-    /// Headers and runs by turns, more than a pipe and a socket take, and the bytes that they are.
+    /// Headers and runs in turns, more than a pipe and a socket hold, and the bytes that they are.
     fn batch(ram: &RamFile) -> (Vec<Memory>, Vec<u8>) {
         let (mut pieces, mut bytes) = (Vec::new(), Vec::new());
         for (index, offset) in (0..RAM_BYTES).step_by(256 << 10).enumerate() {
@@ -250,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_and_pages_come_in_their_order() {
+    fn headers_and_pages_arrive_in_order() {
         let ram = ram();
         let (outgoing, mut incoming) = connection();
         let mut outlet = SpliceSender::new().unwrap();
@@ -275,13 +277,13 @@ mod tests {
     }
 
     #[test]
-    fn what_the_socket_has_not_taken_can_go_another_way() {
+    fn into_rest_returns_the_bytes_that_the_socket_has_not_taken() {
         let ram = ram();
         let (outgoing, mut incoming) = connection();
         let mut outlet = SpliceSender::new().unwrap();
         let (pieces, expected) = batch(&ram);
         outlet.begin(pieces);
-        // Nobody reads, and there is more than both sockets take.
+        // Without a reader, and with more data than both sockets hold.
         assert_eq!(outlet.advance(&outgoing), Ok(Left::Some));
         assert!(outlet.inside > 0, "the pipe has some too");
         let rest = bytes_of(&outlet.into_rest());
@@ -293,9 +295,9 @@ mod tests {
         assert!(taken == expected, "nothing is lost, and nothing comes twice");
     }
 
-    /// Something that is written to, and takes no pages.
+    /// A file that can be written to, and takes no pages.
     #[test]
-    fn where_pages_cannot_go_this_way_all_of_the_batch_is_left() {
+    fn batch_is_returned_whole_when_pages_cannot_be_spliced() {
         let ram = ram();
         let mut outlet = SpliceSender::new().unwrap();
         let (pieces, expected) = batch(&ram);
@@ -306,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_has_gone_is_an_error_and_no_signal() {
+    fn closed_connection_is_an_error_without_a_signal() {
         let ram = ram();
         let (outgoing, incoming) = connection();
         drop(incoming);

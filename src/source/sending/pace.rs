@@ -1,8 +1,8 @@
 //! How much of a lane is gathered and queued at a time.
 //!
-//! What has been claimed and has not left cannot be had any sooner by who waits for it, so it is to be little;
-//! but a lane that has nothing queued while its thread does something else stands still. Both are a matter of
-//! time, not of bytes: [`PACE`] at the rate at which the lane goes.
+//! A request for a claimed and unsent page waits for its batch, so batches should be small; but a
+//! lane without queued data idles while its thread does something else. Both are a matter of time,
+//! not of bytes: [`PACE`] at the lane's rate.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -10,23 +10,22 @@ use std::time::{Duration, Instant};
 
 use crate::transport::lane::setsockopt_raw;
 
-/// What a batch is to take, and twice that the kernel's queue behind it. With 256 KiB at any rate a lane into huge
-/// pages stayed at 37 Gbit/s; with 1 MiB it had 47.
+/// The duration of a batch; twice as much is queued in the kernel behind it. With 256 KiB at any
+/// rate a lane into huge pages stayed at 37 Gbit/s; with 1 MiB it had 47.
 const PACE: Duration = Duration::from_micros(200);
 
-/// The least of pages that a batch has, bytes: enough for the cost of a send not to show, and 0.2 ms at
-/// 10 Gbit/s.
+/// Fewest bytes of pages in a batch: enough to hide the cost of a send, and 0.2 ms at 10 Gbit/s.
 pub(in crate::source) const BATCH_BYTES_MIN: u64 = 256 << 10;
 
-/// The most: 0.2 ms at 40 Gbit/s.
+/// Most bytes of pages in a batch: 0.2 ms at 40 Gbit/s.
 const BATCH_BYTES_MAX: u64 = 1 << 20;
 
-/// How often the rate is looked at.
+/// How often the rate is measured.
 const INTERVAL: Duration = Duration::from_millis(2);
 
 /// The size of one lane's batches.
 pub(in crate::source) struct Pace {
-    /// None where the kernel is not to be told, and batches stay small.
+    /// None if the kernel's queue is not set and batches stay small.
     socket: Option<Arc<OwnedFd>>,
     batch_bytes: u64,
     since: Instant,
@@ -34,17 +33,17 @@ pub(in crate::source) struct Pace {
 }
 
 impl Pace {
-    /// For a lane over TCP; none over anything else.
+    /// For a lane over TCP; none for other lanes.
     pub(in crate::source) fn new(socket: Option<Arc<OwnedFd>>) -> Pace {
         Pace { socket, batch_bytes: BATCH_BYTES_MIN, since: Instant::now(), bytes: 0 }
     }
 
-    /// Bytes of pages that a batch is to have.
+    /// Bytes of pages for the next batch.
     pub(in crate::source) fn batch_bytes(&self) -> u64 {
         self.batch_bytes
     }
 
-    /// A batch of so many bytes has left.
+    /// Counts a batch of `bytes` that has been sent.
     pub(in crate::source) fn sent(&mut self, bytes: u64) {
         self.bytes += bytes;
         let elapsed = self.since.elapsed();
@@ -65,15 +64,16 @@ impl Pace {
     }
 }
 
-/// What leaves in [`PACE`] at the rate of so many bytes in this time, within the limits.
+/// The bytes of [`PACE`] at the rate of `bytes` in `elapsed`, within the limits.
 fn batch_bytes(bytes: u64, elapsed: Duration) -> u64 {
     let rate = bytes as f64 / elapsed.as_secs_f64().max(1e-9);
     ((rate * PACE.as_secs_f64()) as u64).clamp(BATCH_BYTES_MIN, BATCH_BYTES_MAX)
 }
 
-/// Lets the kernel queue so many unsent bytes. False: it does not know that, or the connection has gone.
+/// Sets how many unsent bytes the kernel queues. False if the socket has no such option, or is
+/// closed.
 fn queue(socket: &OwnedFd, bytes: u64) -> bool {
-    let bytes = u32::try_from(bytes).expect("twice the most that a batch has");
+    let bytes = u32::try_from(bytes).expect("twice the largest batch");
     setsockopt_raw(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, bytes).is_ok()
 }
 
@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_batch_is_a_matter_of_time() {
+    fn batch_size_follows_the_rate_within_its_limits() {
         let ms = Duration::from_millis(1);
         // 10, 20 and 100 Gbit/s.
         assert_eq!(batch_bytes(1_250_000, ms), BATCH_BYTES_MIN);
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_queues_twice_as_much() {
+    fn kernel_queue_is_twice_the_batch() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let socket = Arc::new(OwnedFd::from(socket));
@@ -118,7 +118,7 @@ mod tests {
             )
         };
         assert_eq!((result, u64::from(bytes)), (0, 2 * BATCH_BYTES_MAX));
-        // What is no TCP keeps small batches.
+        // A lane that is not TCP keeps small batches.
         let mut pace = Pace::new(None);
         pace.since = long_ago;
         pace.sent(12_500_000_000);

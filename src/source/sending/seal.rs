@@ -1,4 +1,4 @@
-//! What the source sends of its pages, with checksums where the lane has them.
+//! Frames of the source's pages, with checksums on checked lanes.
 
 use umem_ring::Memory;
 use umem_wire::{HEADER_BYTES, PageRange, Seal, transmit};
@@ -7,10 +7,10 @@ use crate::memory::claims::{Run, RunKind};
 use crate::memory::guarded::Gone;
 use crate::memory::sums;
 
-/// One lane's way to the destination: every frame passes here once, in the order in which they leave.
+/// One lane's sending direction: every frame passes here once, in the order of sending.
 pub(crate) struct Sealer {
     seal: Seal,
-    /// Of the run at hand.
+    /// Sums of the current run.
     sums: Vec<u32>,
 }
 
@@ -20,12 +20,12 @@ impl Sealer {
         Sealer { seal: Seal::new(checked), sums: Vec::new() }
     }
 
-    /// Where the count of frames is.
+    /// The frame count.
     pub(crate) fn place(&self) -> Seal {
         self.seal
     }
 
-    /// What has passed since then has not left.
+    /// Restores the frame count: the frames since then were not sent.
     pub(crate) fn go_back(&mut self, place: Seal) {
         self.seal = place;
     }
@@ -35,10 +35,10 @@ impl Sealer {
         self.seal.frames(frames);
     }
 
-    /// The header of a run, whose pages are `contents` if they go with it.
+    /// The header of a run, whose pages are `contents` if they are sent with it.
     ///
-    /// They are read here for their sums, just before the kernel reads them, so that it finds them in the
-    /// processor's cache.
+    /// They are read here for their sums, just before the kernel reads them, so that it finds them
+    /// in the processor's cache.
     pub(crate) fn run(
         &mut self,
         run: &Run,
@@ -61,7 +61,7 @@ impl Sealer {
         Ok(header)
     }
 
-    /// The header of a page that is sent from a buffer of ours.
+    /// The header of a page that is sent from a buffer of umem's own.
     pub(crate) fn page(&mut self, page: PageRange, contents: &[u8]) -> [u8; HEADER_BYTES] {
         let mut header = transmit::data_header(page);
         if self.seal.is_on() {

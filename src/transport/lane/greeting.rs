@@ -1,4 +1,4 @@
-//! What a lane opens with: its hello, and the destination's welcome.
+//! The opening of a lane: its hello, and the destination's welcome.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -10,7 +10,7 @@ use umem_wire::{
 use super::Lane;
 use crate::error::{Context, Result};
 
-/// A hello or a welcome that is coming in, in as many pieces as it likes.
+/// A hello or a welcome that is arriving, in any number of pieces.
 pub(crate) struct HelloBytes {
     bytes: [u8; HELLO_BYTES],
     filled: usize,
@@ -21,12 +21,12 @@ impl HelloBytes {
         HelloBytes { bytes: [0; HELLO_BYTES], filled: 0 }
     }
 
-    /// Some of it has come.
+    /// Whether some of it has come.
     pub(crate) fn has_begun(&self) -> bool {
         self.filled > 0
     }
 
-    /// Reads what there is, without waiting; all of it once it is whole.
+    /// Reads the bytes available, without waiting; returns the whole once it is complete.
     pub(crate) fn read(&mut self, lane: &Lane) -> io::Result<Option<[u8; HELLO_BYTES]>> {
         let rest = &mut self.bytes[self.filled..];
         match lane.hear(rest) {
@@ -46,22 +46,23 @@ fn closed() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "the other side closed it")
 }
 
-/// What a session with checksums asks for. The second is done without where the other side lacks it.
+/// The capabilities that a session with checksums asks for. Without the second at the peer, the
+/// first still holds.
 const CHECKED: Capabilities = Capabilities::CHECKSUM.union(Capabilities::WHOLE_DIGESTS);
 
-/// What this side, a destination, can do; going on over new lanes only where it can be reached again,
-/// or told by somebody how.
+/// The capabilities of a destination. `recovers`: a source can reach it again, by itself or through
+/// a takeover.
 pub(crate) fn capabilities(recovers: bool) -> Capabilities {
     let recovery = if recovers { Capabilities::RECOVERY } else { Capabilities::NONE };
     Capabilities::ACKS.union(CHECKED).union(recovery).union(Capabilities::ROUNDS)
 }
 
-/// Answers a hello that does not fit. Who has gone already needs no answer.
+/// Answers a hello that does not fit, unless its sender has closed the lane.
 pub(crate) fn refuse(lane: &Lane, code: FaultCode, text: &str) {
     let _ = lane.say(&Welcome::refuse(code, text));
 }
 
-/// A session as its source opens it: what the hellos of its lanes have in common.
+/// A session at its source: the common fields of its lanes' hellos.
 #[derive(Clone, Copy)]
 pub(crate) struct Session {
     pub(crate) id: SessionId,
@@ -70,8 +71,8 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// A new one. `acks` says whether acknowledgements are wanted, `recovers` whether this side can
-    /// open lanes again.
+    /// A new session. `acks`: acknowledgements are wanted; `recovers`: this side can open lanes
+    /// again.
     pub(crate) fn new(bulk_lanes: u16, acks: bool, recovers: bool) -> Result<Session> {
         let acks = if acks { Capabilities::ACKS } else { Capabilities::NONE };
         let recovery = if recovers { Capabilities::RECOVERY } else { Capabilities::NONE };
@@ -84,13 +85,13 @@ impl Session {
         Session { capabilities: self.capabilities.union(sums), ..self }
     }
 
-    /// The same, with pages that come while the guest runs, or without.
+    /// The same, with or without rounds.
     pub(crate) fn in_rounds(self, has_rounds: bool) -> Session {
         let rounds = if has_rounds { Capabilities::ROUNDS } else { Capabilities::NONE };
         Session { capabilities: self.capabilities.union(rounds), ..self }
     }
 
-    /// The hello of lane `index`, 0 for the demand lane, in an attempt to open them all.
+    /// The hello of lane `index`, 0 for the demand lane, in the attempt number `epoch`.
     pub(crate) fn hello(&self, index: u16, epoch: u32) -> Hello {
         Hello {
             versions: PROTOCOL,
@@ -105,7 +106,7 @@ impl Session {
     }
 }
 
-/// A session id that nobody can guess.
+/// An unpredictable session id.
 pub(crate) fn new_session() -> Result<SessionId> {
     let mut id = [0; 16];
     File::open("/dev/urandom")

@@ -1,19 +1,19 @@
-//! What the other side says on a demand lane for the control thread, and how much of it waits there at most.
+//! Limits what a peer can queue for the control thread over the demand lane.
 //!
-//! The queue between the two threads has no limit of its own: what may be put there is limited here. Pages,
-//! requests and acknowledgements never go there, a flood of pings leaves one to be answered, and pieces of
-//! device state are gathered first. Of the rest the protocol has each kind once in a lane's life.
+//! The queue between the two threads has no limit of its own; this module limits what enters it.
+//! Pages, requests and acknowledgements never enter it, a flood of pings leaves one to answer, and
+//! pieces of device state are gathered first. Each other kind of frame comes once in a lane's life.
 
 use umem_wire::Event;
 
-/// Control frames of a lane for the control thread: twice as many as there are kinds of them.
+/// Most control frames of one lane for the control thread: twice the number of their kinds.
 const FRAMES_MAX: usize = 16;
 
-/// Of one lane.
+/// The limits of one lane.
 #[derive(Debug)]
 pub(crate) struct Hearing {
     frames: usize,
-    /// Our pings that have not been answered. The next follows an answer, or a phase that nobody was asked in.
+    /// This side's unanswered pings. The next ping follows an answer, or a phase without a ping.
     asked: Vec<u64>,
 }
 
@@ -28,10 +28,10 @@ impl Hearing {
         self.asked.push(number);
     }
 
-    /// This is for the control thread. An error says why the other side cannot mean well.
+    /// Counts an event for the control thread. An error names the peer's violation.
     pub(crate) fn take(&mut self, event: &Event) -> Result<(), &'static str> {
         if let Event::Pong(number) = event {
-            // Of several pings the last may be answered alone.
+            // A pong may answer the last of several pings only.
             let place = self.asked.iter().position(|asked| asked == number);
             let place = place.ok_or("a pong for which there was no ping")?;
             self.asked.drain(..=place);
@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_ping_has_one_pong() {
+    fn pong_without_its_ping_is_refused() {
         let mut hearing = Hearing::new();
         assert!(hearing.take(&Event::Pong(1)).is_err());
         for number in 0..100 {
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_are_few() {
+    fn control_frames_over_the_limit_are_refused() {
         let mut hearing = Hearing::new();
         let taken = (0..1000).take_while(|_| hearing.take(&Event::Loaded).is_ok()).count();
         assert_eq!(taken, FRAMES_MAX);

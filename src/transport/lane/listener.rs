@@ -1,4 +1,4 @@
-//! Where a destination waits for lanes.
+//! The destination's listener for lanes.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -21,25 +21,27 @@ use crate::runtime::private_socket::bind_private;
 use crate::transport::lookup;
 use crate::transport::uri::Uri;
 
-/// How long a name's resolver may take whom nobody could stop waiting for it.
+/// How long a name's resolver may take for a caller without a way to interrupt it.
 const LOOKUP_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Where a destination waits for lanes.
+/// The destination's listener for lanes.
 pub(crate) struct Listener {
     socket: Listening,
-    /// It blocked when it was inherited, and whoever else has it (such as systemd) may rely on that.
+    /// Whether the socket blocked when it was inherited: another owner (such as systemd) may rely
+    /// on that.
     blocked: bool,
     room: Room,
 }
 
 enum Listening {
     Tcp(TcpListener),
-    /// With the path that is ours to remove.
+    /// With the path that umem has to remove.
     Unix(UnixListener, Option<PathBuf>),
 }
 
 impl Listener {
-    /// Listens there, for a caller that nobody can interrupt: a resolver has [`LOOKUP_PATIENCE`].
+    /// Listens at `uri`, for a caller that cannot be interrupted: a resolver has
+    /// [`LOOKUP_PATIENCE`].
     pub(crate) fn bind(uri: &Uri) -> Result<Listener> {
         let deadline = Instant::now() + LOOKUP_PATIENCE;
         Listener::bind_waiting(uri, &|fds, _| {
@@ -53,14 +55,15 @@ impl Listener {
         })
     }
 
-    /// The same for a thread that is waited for: it gives up when `wait` does.
+    /// Listens at `uri`, and gives up when `wait` does.
     pub(crate) fn bind_waiting(uri: &Uri, wait: Wait<'_>) -> Result<Listener> {
         let Uri::Tcp { host, port } = uri else { return Listener::bind_found(uri, &[]) };
         let found = lookup::addresses(own_host(host), *port, wait)?;
         Listener::bind_found(uri, &found.map_err(|error| not_bound(uri, error))?)
     }
 
-    /// Looks the address up for [`bind_found`](Listener::bind_found), and tells it, perhaps at once.
+    /// Looks the address up for [`bind_found`](Listener::bind_found), and passes the result on,
+    /// perhaps at once.
     pub(crate) fn look_up(
         uri: &Uri,
         tell: impl FnOnce(io::Result<Vec<SocketAddr>>) + Send + 'static,
@@ -74,7 +77,7 @@ impl Listener {
         }
     }
 
-    /// Listens there, where `found` are the addresses that its name stands for.
+    /// Listens at `uri`, whose name stands for the addresses `found`.
     pub(crate) fn bind_found(uri: &Uri, found: &[SocketAddr]) -> Result<Listener> {
         let failed = |source| not_bound(uri, source);
         let socket = match uri {
@@ -83,10 +86,10 @@ impl Listener {
                 Listening::Unix(bind_private(path).map_err(failed)?, Some(path.clone()))
             }
             Uri::Fd { number } => Listening::inherited(*number)?,
-            Uri::Exec { .. } => unreachable!("nobody listens there"),
+            Uri::Exec { .. } => unreachable!("a single connection has no listener"),
         };
         if let Listening::Tcp(listener) = &socket {
-            // What it accepts has the same.
+            // Accepted connections inherit it.
             choose_congestion(listener);
         }
         let flags = fcntl(&socket, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
@@ -94,7 +97,7 @@ impl Listener {
         let is_inherited = matches!(uri, Uri::Fd { .. });
         let blocked = is_inherited && !flags.contains(OFlag::O_NONBLOCK);
         let listener = Listener { socket, blocked, room: Room::default() };
-        // Who waits may have gone when it is accepted.
+        // A waiting connection may have closed before it is accepted.
         listener.set_nonblocking(true).map_err(failed)?;
         Ok(listener)
     }
@@ -106,7 +109,7 @@ impl Listener {
         }
     }
 
-    /// The address with the port that the kernel chose, or that somebody else has bound.
+    /// The address with the port that the kernel chose, or the one of the inherited socket.
     pub(crate) fn uri(&self, asked: &Uri) -> Uri {
         match (&self.socket, asked) {
             (Listening::Tcp(listener), Uri::Fd { .. }) => {
@@ -128,8 +131,8 @@ impl Listener {
         }
     }
 
-    /// The next connection that waits. Where there is no room for it the caller may make some, or has to
-    /// [`leave`](Listener::leave) the listener alone.
+    /// Accepts the next waiting connection. Without a free descriptor the caller has to free one,
+    /// or to [`leave`](Listener::leave) the listener.
     pub(crate) fn accept(&self) -> Result<Accepted<OwnedFd>> {
         let accepted = match &self.socket {
             Listening::Tcp(listener) => listener.accept().map(|(socket, _)| socket.into()),
@@ -138,28 +141,28 @@ impl Listener {
         Accepted::of(accepted).context(|| "accepting a lane")
     }
 
-    /// There is no room for one more connection: nobody listens for a while.
+    /// Stops listening for a while, as no descriptor is free.
     pub(crate) fn leave(&mut self) {
         self.room.lacked(Instant::now());
     }
 
-    /// What to poll, unless it has been left alone.
+    /// The descriptor to poll, except after [`leave`](Listener::leave).
     pub(crate) fn interest(&self) -> Option<BorrowedFd<'_>> {
         self.deadline().is_none().then(|| self.as_fd())
     }
 
-    /// Until when it has been left alone.
+    /// The end of the pause after [`leave`](Listener::leave).
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.room.deadline(Instant::now())
     }
 }
 
 impl Listening {
-    /// One that is bound already, as systemd hands it over; nothing that this process starts gets it.
+    /// A socket that is bound already, as systemd hands it over; closed in all child processes.
     fn inherited(number: i32) -> Result<Listening> {
         let what = || format!("fd:{number}");
-        // SAFETY: it listens, so that it was open when this process started, and nothing else in it
-        // owns it.
+        // SAFETY: the socket listens, so it was open when this process started, and nothing else in
+        // this process owns it.
         let socket = unsafe { OwnedFd::from_raw_fd(number) };
         fcntl(&socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).context(what)?;
         let address = getsockname::<SockaddrStorage>(number).context(what)?;
@@ -167,7 +170,7 @@ impl Listening {
             Some(AddressFamily::Inet | AddressFamily::Inet6) => Ok(Listening::Tcp(socket.into())),
             Some(AddressFamily::Unix) => Ok(Listening::Unix(socket.into(), None)),
             _ => Err(Error::Usage(format!(
-                "fd:{number} listens neither for TCP nor at a unix socket"
+                "fd:{number} is a listening socket, but neither TCP nor unix"
             ))),
         }
     }
@@ -199,7 +202,7 @@ impl Drop for Listener {
     }
 }
 
-/// Every address of this machine, where none is named.
+/// Every address of this machine, if no host is given.
 fn own_host(host: &str) -> &str {
     if host.is_empty() { "0.0.0.0" } else { host }
 }
@@ -208,8 +211,10 @@ pub(crate) fn not_bound(uri: &Uri, source: io::Error) -> Error {
     Error::Listen {
         uri: uri.to_string(),
         hint: match source.kind() {
-            io::ErrorKind::AddrInUse => "; stop what listens there or choose another one",
-            io::ErrorKind::PermissionDenied => "; choose a place this user may listen on",
+            io::ErrorKind::AddrInUse => {
+                "; stop the program that listens there, or choose another address"
+            }
+            io::ErrorKind::PermissionDenied => "; choose an address that this user may listen on",
             io::ErrorKind::AddrNotAvailable => "; the address is not one of this machine's",
             io::ErrorKind::NotFound => "; its directory does not exist",
             _ => "",

@@ -1,4 +1,4 @@
-//! Ending connections, for somebody else than who serves them.
+//! Ending connections from a thread that does not serve them.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -8,8 +8,8 @@ use nix::sys::socket::Shutdown;
 use super::Lane;
 use super::tuning::is_tcp;
 
-/// Connections that may have to be ended by somebody else than who serves them. Each closes when that
-/// one is done with it all the same. Clones are of the same connections.
+/// Connections that another thread than the serving one may have to end. The serving thread still
+/// closes each of them. Clones refer to the same connections.
 #[derive(Clone, Default)]
 pub(crate) struct Severable(Arc<Mutex<Vec<Weak<OwnedFd>>>>);
 
@@ -20,13 +20,13 @@ impl Severable {
         all
     }
 
-    /// These are there in place of the others.
+    /// Replaces all connections.
     pub(crate) fn replace<'a>(&self, lanes: impl IntoIterator<Item = &'a Lane>) {
         let sockets = lanes.into_iter().map(|lane| Arc::downgrade(&lane.socket)).collect();
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = sockets;
     }
 
-    /// Ends all that are still there.
+    /// Ends all connections that are still open.
     pub(crate) fn sever(&self) {
         let mut sockets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let alive = sockets.drain(..).filter_map(|socket| socket.upgrade());
@@ -34,18 +34,18 @@ impl Severable {
     }
 }
 
-/// Ends a connection at once, whatever is on its way: operations on it complete, and the other side
-/// hears of it, if it hears anything.
+/// Ends a connection at once and discards data in flight: operations on it complete, and the peer
+/// receives a reset if it can receive at all.
 pub(crate) fn sever(socket: &OwnedFd) {
-    // Both fail where the other side was first.
+    // Both calls fail if the peer was first.
     let _ = nix::sys::socket::shutdown(socket.as_raw_fd(), Shutdown::Both);
-    // What was sent and is not acknowledged would keep its memory until the connection times out.
+    // Unacknowledged data would otherwise keep its memory until the connection times out.
     let nowhere =
         libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
     let length = size_of_val(&nowhere) as libc::socklen_t;
     if is_tcp(socket) {
-        // SAFETY: the address is a local variable of the length given; this address family undoes the
-        // connection (connect(2)) and involves no other memory.
+        // SAFETY: the address is a local variable of the length given; this address family
+        // dissolves the connection (connect(2)) and involves no other memory.
         unsafe { libc::connect(socket.as_raw_fd(), &raw const nowhere, length) };
     }
 }

@@ -2,7 +2,7 @@ use std::net::{TcpListener, TcpStream};
 
 use super::*;
 
-/// What the kernel has for an option of four bytes.
+/// The kernel's value of an option of four bytes.
 fn option(lane: &Lane, level: i32, name: i32) -> i32 {
     let mut value = -1;
     let mut length = size_of_val(&value) as libc::socklen_t;
@@ -21,7 +21,7 @@ fn option(lane: &Lane, level: i32, name: i32) -> i32 {
 }
 
 #[test]
-fn packets_of_the_demand_lane_go_first() {
+fn demand_lane_gets_interactive_priority_and_low_delay() {
     for (address, level, name) in [
         ("127.0.0.1:0", libc::IPPROTO_IP, libc::IP_TOS),
         ("[::1]:0", libc::IPPROTO_IPV6, libc::IPV6_TCLASS),

@@ -1,4 +1,4 @@
-//! Connections of the side that dials, and lanes on connections that are there already.
+//! Dialed connections, and lanes on existing connections.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -21,17 +21,17 @@ use crate::transport::lane::{HELLO_TIMEOUT, Lane, choose_congestion};
 use crate::transport::lookup;
 use crate::transport::uri::Uri;
 
-/// How often a unix socket is tried whose queue of connections is full.
+/// How often connecting to a unix socket with a full queue of connections is retried.
 const CONNECT_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Connects to a destination and opens a lane there.
+/// Connects to a destination and opens a lane.
 pub(crate) fn dial(uri: &Uri, hello: &Hello, pass: &ClientAuth, wait: Wait<'_>) -> Result<Lane> {
     let name = lane_name(hello.role, hello.index);
     let lane = Lane::new(connect_to(uri, wait)?, name)?;
     introduce(lane, hello, pass, Some(HELLO_TIMEOUT), wait)
 }
 
-/// A connection to whoever listens there, and nothing said yet.
+/// A connection to the listener at `uri`, without any data sent.
 pub(crate) fn connect_to(uri: &Uri, wait: Wait<'_>) -> Result<OwnedFd> {
     match uri {
         Uri::Tcp { host, port } => connect_tcp(uri, host, *port, wait),
@@ -40,8 +40,8 @@ pub(crate) fn connect_to(uri: &Uri, wait: Wait<'_>) -> Result<OwnedFd> {
     }
 }
 
-/// Opens the one lane of a connection that is there already. Who is at its other end may have to be
-/// started first, so that the beginning of the answer is waited for without a limit.
+/// Opens the one lane of an existing connection. The process at its other end may have to be
+/// started first, so the first byte of the answer is awaited without a limit.
 pub(crate) fn open_shared(
     socket: OwnedFd,
     hello: &Hello,
@@ -51,15 +51,15 @@ pub(crate) fn open_shared(
     introduce(Lane::shared(socket)?, hello, pass, None, wait)
 }
 
-/// Opens one of several lanes on a connection that is there already: the first one as [`open_shared`] does, the
-/// others are answered as soon as it has been.
+/// Opens one of several lanes on an existing connection: the first as [`open_shared`] does; the
+/// others are answered as soon as the first has been.
 pub(crate) fn open(socket: OwnedFd, hello: &Hello, wait: Wait<'_>) -> Result<Lane> {
     let lane = Lane::new(socket, lane_name(hello.role, hello.index))?;
     let limit = (hello.index > 0).then_some(HELLO_TIMEOUT);
     introduce(lane, hello, &ClientAuth::default(), limit, wait)
 }
 
-/// Tries each address that the name has; a dead one costs [`HELLO_TIMEOUT`].
+/// Tries each address of the name; a dead one costs [`HELLO_TIMEOUT`].
 fn connect_tcp(uri: &Uri, host: &str, port: u16, wait: Wait<'_>) -> Result<OwnedFd> {
     let failed = |source| Error::Connect { uri: uri.to_string(), source };
     let mut error = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
@@ -80,7 +80,8 @@ fn connect_unix(uri: &Uri, path: &Path, wait: Wait<'_>) -> Result<OwnedFd> {
     loop {
         match connect(AddressFamily::Unix, &address, wait)? {
             Ok(socket) => return Ok(socket),
-            // Its queue of connections is full, which nothing but another try can tell.
+            // The socket's queue of connections is full; no event reports free room, so it is tried
+            // again.
             Err(Errno::EAGAIN) if Instant::now() < deadline => {
                 wait(&[], Some(CONNECT_INTERVAL))?;
             }
@@ -89,7 +90,7 @@ fn connect_unix(uri: &Uri, path: &Path, wait: Wait<'_>) -> Result<OwnedFd> {
     }
 }
 
-/// One attempt, given up after [`HELLO_TIMEOUT`] or when waiting is over.
+/// One attempt, given up after [`HELLO_TIMEOUT`] or when `wait` gives up.
 fn connect(
     family: AddressFamily,
     address: &dyn SockaddrLike,
@@ -113,29 +114,30 @@ fn connect(
         }
         Err(errno) => return Ok(Err(errno)),
     }
-    // A ring waits on sockets that block.
+    // Rings wait on blocking sockets.
     fcntl(&socket, FcntlArg::F_SETFL(OFlag::empty())).context(|| "fcntl")?;
     Ok(Ok(socket))
 }
 
-/// True when the lane stays on this machine, where zero-copy sends are copied anyway.
+/// Whether the lane stays on this machine, where zero-copy sends are copied anyway.
 pub(crate) fn stays_local(uri: &Uri, wait: Wait<'_>) -> Result<bool> {
     Ok(match uri {
-        // What is behind one connection is not known; no bulk lane is.
+        // The peer of a single connection is unknown; such a connection has no bulk lanes.
         Uri::Unix { .. } | Uri::Fd { .. } | Uri::Exec { .. } => true,
         Uri::Tcp { host, port } => lookup::addresses(host, *port, wait)?
             .is_ok_and(|addresses| addresses.iter().all(|address| address.ip().is_loopback())),
     })
 }
 
-/// True when a connection does not leave this machine, as for [`stays_local`], or when a listener's do not.
+/// Whether a connection stays on this machine, as for [`stays_local`]; for a listener: all of its
+/// connections.
 pub(crate) fn is_local(socket: &impl AsFd) -> bool {
     let socket = socket.as_fd().as_raw_fd();
     getsockname::<SockaddrStorage>(socket).is_ok_and(|address| is_this_machine(&address))
 }
 
-/// Only what is known not to leave it: other kinds of addresses lead anywhere, as those of AF_VSOCK to other virtual
-/// machines.
+/// Only addresses that are known to stay on this machine: others may lead anywhere, as AF_VSOCK to
+/// other virtual machines.
 fn is_this_machine(address: &SockaddrStorage) -> bool {
     if let Some(address) = address.as_sockaddr_in() {
         address.ip().is_loopback()
@@ -159,12 +161,12 @@ mod tests {
 
     fn vsock(cid: u32) -> SockaddrStorage {
         let address = VsockAddr::new(cid, 1);
-        // SAFETY: the address is there, and as long as it says.
+        // SAFETY: the address is complete, and has the length given.
         unsafe { SockaddrStorage::from_raw(address.as_ptr(), Some(address.len())) }.unwrap()
     }
 
     #[test]
-    fn only_what_is_known_to_stay_is_local() {
+    fn address_is_local_only_if_known_to_stay_on_this_machine() {
         assert!(is_this_machine(&vsock(libc::VMADDR_CID_LOCAL)));
         for cid in [libc::VMADDR_CID_ANY, libc::VMADDR_CID_HYPERVISOR, libc::VMADDR_CID_HOST, 3] {
             assert!(!is_this_machine(&vsock(cid)), "CID {cid} is another machine, or any");

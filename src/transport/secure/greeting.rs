@@ -1,5 +1,5 @@
-//! A connection that a source has made, up to the welcome: TLS and proofs of the secret, if there are to
-//! be any, and the hello behind them. Signals end every wait.
+//! A source's connection up to the welcome: TLS and proofs of the secret, if configured, then the
+//! hello. Signals end every wait.
 
 use std::cell::Cell;
 use std::io;
@@ -12,11 +12,11 @@ use nix::sys::socket::{MsgFlags, send};
 use umem_wire::{Capabilities, HELLO_BYTES, Hello, HelloError, Nonce, PROTOCOL, Welcome};
 
 use super::{Challenge, ClientAuth};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, WITHOUT_PASSES};
 use crate::runtime::inbox::Wait;
 use crate::transport::lane::{HELLO_TIMEOUT, HelloBytes, Lane};
 
-/// Makes a connection a lane: TLS and proofs of the secret, if there are to be any, hello and welcome.
+/// Makes a connection a lane: TLS and proofs of the secret, if configured, hello and welcome.
 pub(crate) fn introduce(
     lane: Lane,
     hello: &Hello,
@@ -25,23 +25,23 @@ pub(crate) fn introduce(
     wait: Wait<'_>,
 ) -> Result<Lane> {
     let mut lane = pass.wrap(lane, hello.role, limit, wait)?.assign(hello.role, hello.index);
-    // Who has spoken TLS is there.
+    // After a TLS handshake the peer is known to be there.
     let limit = limit.or(pass.has_tls().then_some(HELLO_TIMEOUT));
     let deadline = Cell::new(limit.map(|limit| Instant::now() + limit));
     lane.capabilities = Greeting { lane: &lane, deadline, wait }.run(hello, pass.challenge()?)?;
     Ok(lane)
 }
 
-/// A hello on its way, and the answer to it.
+/// A hello in flight, and the answer to it.
 struct Greeting<'a> {
     lane: &'a Lane,
-    /// None until the other side has said something, where that may take as long as it likes.
+    /// None until the other side has sent something, if that may take any time.
     deadline: Cell<Option<Instant>>,
     wait: Wait<'a>,
 }
 
 impl Greeting<'_> {
-    /// Returns what both sides can do.
+    /// Returns the capabilities of both sides.
     fn run(&self, hello: &Hello, challenge: Option<Challenge>) -> Result<Capabilities> {
         let (hello, proven) = match challenge {
             None => (hello.clone(), None),
@@ -64,7 +64,7 @@ impl Greeting<'_> {
 
     fn check(&self, welcome: &Welcome, hello: &Hello) -> Result<Capabilities> {
         welcome.check(hello).map_err(|error| Error::protocol(&self.lane.name, error))?;
-        // Without recovery a lost lane is the end, as it always was; that is no reason not to begin.
+        // Without recovery a lost lane ends the migration, which is no reason not to begin one.
         let lacks = |needed| {
             let needed = hello.capabilities.intersection(needed);
             !welcome.capabilities.contains(needed)
@@ -78,8 +78,8 @@ impl Greeting<'_> {
         }
         if lacks(Capabilities::ROUNDS) {
             return Err(Error::Unsupported(format!(
-                "the destination speaks protocol {} without rounds, in which pages come while the guest runs; this \
-                 side speaks {} with rounds: leave out --precopy, or use a newer umem there",
+                "the destination supports protocol {} without rounds, in which pages come while the guest runs; this \
+                 side supports {} with rounds: use {WITHOUT_PASSES}, or a newer umem there",
                 welcome.version, PROTOCOL.max
             )));
         }

@@ -1,14 +1,15 @@
-//! Who may be at the other end of a lane, and who may read what goes over it.
+//! Authentication and encryption of lanes.
 //!
-//! Two means, and neither is tied to the other. *TLS 1.3* with certificates on both sides
-//! ([`credentials`]) keeps everything secret and whole. rustls shakes hands ([`tls`](crate::transport::tls)), then records are
-//! made and taken apart there: on a bulk lane by the lane's own thread, in the buffer that its
-//! ring receives into or sends from. Before a demand lane a thread of its own does it
-//! ([`pump`]), between the connection and a socket pair, whose other end is the lane. A *secret* that both sides have ([`secret`]) says who may open a lane, and nothing
-//! more: what follows can be read, and changed by whoever sits on the path.
+//! There are two independent means. *TLS 1.3* with certificates on both sides ([`credentials`])
+//! protects the lanes' confidentiality and integrity. rustls does the handshake
+//! ([`tls`](crate::transport::tls)); umem encrypts and decrypts the records there. On a bulk lane
+//! the lane's own thread does so, in the buffer that its ring receives into or sends from. For a
+//! demand lane a separate thread does so ([`pump`]), between the connection and a socket pair whose
+//! other end is the lane. A *secret* that both sides have ([`secret`]) only authenticates the
+//! opening of a lane: an attacker on the path can read and change the data that follows.
 //!
-//! A destination has a [`ServerAuth`], a source a [`ClientAuth`]. Each lane is opened anew by them, whether it is
-//! the first or one that takes a lost lane's place: nothing is resumed.
+//! A destination has a [`ServerAuth`], a source a [`ClientAuth`]. They open each lane anew, also
+//! one that replaces a lost lane: there is no resumption.
 
 mod dialing;
 mod greeting;
@@ -39,32 +40,32 @@ pub(crate) use welcome::welcome;
 use pump::Pumps;
 use secret::{Challenge, Secret};
 
-/// What the user asks for, the same on both sides but where it says otherwise.
+/// The user's security options, the same on both sides unless noted.
 #[derive(Clone, Debug, Default)]
 pub struct Security {
     /// TLS: the directory of the certificates and keys, named as QEMU's are.
     pub tls_creds: Option<PathBuf>,
-    /// At the source: the name that the destination's certificate must have, where it is not the
-    /// URI's host.
+    /// At the source: the name that the destination's certificate must have, if it is not the URI's
+    /// host.
     pub tls_hostname: Option<String>,
     /// The file of the secret that both sides share.
     pub secret_file: Option<PathBuf>,
-    /// At the destination: anybody may connect.
+    /// At the destination: accept every peer.
     pub insecure: bool,
 }
 
-/// What a destination wants of whoever dials.
+/// The credentials that a destination requires of a source.
 #[derive(Default)]
 pub(crate) struct ServerAuth {
     tls: Option<Arc<ServerConfig>>,
     secret: Option<Secret>,
-    /// Anybody may dial.
+    /// Whether every peer is accepted.
     insecure: bool,
     pumps: Pumps,
 }
 
 impl ServerAuth {
-    /// Reads what the options name.
+    /// Reads the files that the options name.
     pub(crate) fn load(security: &Security) -> Result<ServerAuth> {
         Ok(ServerAuth {
             tls: security.tls_creds.as_deref().map(credentials::server).transpose()?,
@@ -74,36 +75,35 @@ impl ServerAuth {
         })
     }
 
-    /// Refuses to listen where anybody could dial and nobody has said that they may; what has been
-    /// agreed to is put in words.
+    /// Refuses to listen on an open address without `--insecure`; with it, returns a warning.
     pub(crate) fn check_open(&self, way_in: &WayIn<'_>, uri: &Uri) -> Result<Option<String>> {
         if self.tls.is_some() || self.secret.is_some() || way_in.is_local() {
             return Ok(None);
         }
         if self.insecure {
             return Ok(Some(format!(
-                "{uri} is open: everybody who reaches it can send a guest here, and everybody on the path \
+                "{uri} is open: any host that reaches it can send a guest here, and any host on the path \
                  can read and change it"
             )));
         }
         Err(Error::Usage(format!(
-            "{uri} would be open to everybody who can reach it: give --tls-creds DIR (certificates on \
-             both sides), or --secret-file FILE (a secret that both sides have), or --insecure where \
+            "{uri} would be open to any host that can reach it: give --tls-creds DIR (certificates on \
+             both sides), or --secret-file FILE (a secret that both sides have), or --insecure if \
              you trust every host of the network"
         )))
     }
 
-    /// A lane that has come, now that it is known what it is for.
+    /// An accepted lane, with its role.
     pub(crate) fn seat(&self, lane: Lane, role: LaneRole, index: u16) -> Result<Lane> {
         Ok(self.pumps.seat(lane, Fate::unnamed(), role)?.assign(role, index))
     }
 
-    /// What stands at the lost lane's end, as [`Pumps::explain`] tells it.
+    /// Adds the cause of a lost lane to the error, as [`Pumps::explain`] does.
     pub(crate) fn explain(&self, error: Error) -> Error {
         self.pumps.explain(error)
     }
 
-    /// For events: how lanes are secured.
+    /// The means of security, for events.
     pub(crate) fn describe(&self) -> &'static str {
         describe(self.tls.is_some(), self.secret.is_some())
     }
@@ -118,15 +118,15 @@ fn describe(tls: bool, secret: bool) -> &'static str {
     }
 }
 
-/// Where sources come in, as far as it matters who can reach it.
+/// A destination's entrance, as far as its reachability matters.
 pub(crate) enum WayIn<'a> {
     Listener(&'a Listener),
-    /// Its other end, if it is TCP, may be anybody's: who has accepted it is not known.
+    /// The peer of a TCP connection may be any host: the process that accepted it is unknown.
     Connection(&'a std::os::fd::OwnedFd),
 }
 
 impl WayIn<'_> {
-    /// Only this machine's own processes get here.
+    /// Whether only processes of this machine can reach it.
     pub(crate) fn is_local(&self) -> bool {
         match self {
             WayIn::Listener(listener) => is_local(listener),
@@ -135,7 +135,7 @@ impl WayIn<'_> {
     }
 }
 
-/// What a source shows, and what it wants to see.
+/// A source's credentials, and its requirements of a destination.
 #[derive(Default)]
 pub(crate) struct ClientAuth {
     tls: Option<Tls>,
@@ -145,12 +145,12 @@ pub(crate) struct ClientAuth {
 
 struct Tls {
     config: Arc<ClientConfig>,
-    /// Whom the destination's certificate must be for.
+    /// The name that the destination's certificate must have.
     name: ServerName<'static>,
 }
 
 impl ClientAuth {
-    /// Reads what the options name, for a destination at `uri`.
+    /// Reads the files that the options name, for a destination at `uri`.
     pub(crate) fn load(security: &Security, uri: &Uri) -> Result<ClientAuth> {
         let tls = match &security.tls_creds {
             None => None,
@@ -172,7 +172,7 @@ impl ClientAuth {
         self.secret.as_ref().map(Secret::challenge).transpose()
     }
 
-    /// Puts TLS around a connection on which nothing has been said, if that is asked for.
+    /// Wraps an unused connection in TLS, if configured.
     fn wrap(
         &self,
         lane: Lane,
@@ -212,22 +212,23 @@ impl ClientAuth {
     }
 }
 
-/// Whom the destination's certificate must be for: the URI's host, unless the user names another.
+/// The name that the destination's certificate must have: the URI's host, unless the user gives
+/// another.
 fn expected_name(uri: &Uri, named: Option<&str>) -> Result<ServerName<'static>> {
     let name = match (named, uri) {
         (Some(name), _) => name,
         (None, Uri::Tcp { host, .. }) => host,
         (None, _) => {
             return Err(Error::Usage(format!(
-                "{uri} has no host whose name the destination's certificate could have: give it with \
+                "{uri} has no host name to check the destination's certificate against: give one with \
                  --tls-hostname"
             )));
         }
     };
     ServerName::try_from(name.to_owned()).map_err(|_| {
         Error::Usage(format!(
-            "{name:?} is neither a host's name nor an address, which the destination's certificate \
-             could be for: give one with --tls-hostname"
+            "{name:?} is neither a host name nor an address, so the destination's certificate \
+             cannot have it: give one with --tls-hostname"
         ))
     })
 }
@@ -237,7 +238,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_name_that_a_certificate_must_have() {
+    fn certificate_name_is_the_uri_host_unless_given() {
         let name = |uri: &str, named| expected_name(&uri.parse().unwrap(), named);
         let there = ServerName::try_from("there.example").unwrap();
         assert_eq!(name("tcp:there.example:1", None).unwrap(), there);

@@ -1,6 +1,6 @@
-//! A connection that a destination has accepted, up to its hello: TLS and the secret, if there are to be
-//! any, and nothing is looked at before them. No step waits; the door that has many of these waits for
-//! all of them.
+//! A connection that a destination has accepted, up to its hello: TLS and the secret, if
+//! configured, come before anything else is read. No step waits; the caller has many of these and
+//! waits for all of them.
 
 use umem_wire::{FaultCode, HELLO_BYTES, Hello, HelloError};
 
@@ -10,14 +10,14 @@ use crate::runtime::inbox::{Interest, readable};
 use crate::transport::lane::{self, HelloBytes, Lane};
 use crate::transport::tls::{Handshake, Session, explain};
 
-/// Bytes that a TLS connection begins with: a record of a handshake, of TLS 1.
+/// The first bytes of a TLS connection: a handshake record of TLS 1.
 const TLS_BEGINS: &[u8] = &[22, 3];
 
-/// A connection that has not said who it is.
+/// A connection whose peer is not authenticated yet.
 pub(crate) struct Opening {
     lane: Lane,
     stage: Stage,
-    /// The certificate that the other side has shown.
+    /// The peer's certificate.
     certificate: Option<Vec<u8>>,
 }
 
@@ -29,25 +29,25 @@ enum Stage {
     Proof(HelloBytes, Box<Answer>),
 }
 
-/// A connection that has shown what it has to, and says what it is for.
+/// A connection whose peer is authenticated and has sent its hello.
 pub(crate) struct Opened {
     pub(crate) lane: Lane,
     pub(crate) hello: Hello,
-    /// What our welcome proves, where there is a secret.
+    /// The material of the welcome's proof, if there is a secret.
     pub(crate) answer: Option<Answer>,
-    /// The other side's certificate, where there is TLS.
+    /// The peer's certificate, with TLS.
     pub(crate) certificate: Option<Vec<u8>>,
 }
 
-/// How far an opening has come.
+/// The progress of an opening.
 pub(crate) enum Progress {
-    /// More has to come.
+    /// More bytes have to come.
     Waits(Opening),
     Opened(Opened),
 }
 
 impl Opening {
-    /// For a connection on which nothing has been said.
+    /// For a connection without any data received.
     pub(crate) fn new(lane: Lane, guard: &ServerAuth) -> Result<Opening, String> {
         let stage = match &guard.tls {
             None => Stage::First(HelloBytes::new()),
@@ -60,7 +60,7 @@ impl Opening {
         Ok(Opening { lane, stage, certificate: None })
     }
 
-    /// What it waits for.
+    /// The events that it waits for.
     pub(crate) fn interest(&self) -> Interest<'_> {
         match &self.stage {
             Stage::Tls(handshake) => handshake.interest(),
@@ -68,7 +68,7 @@ impl Opening {
         }
     }
 
-    /// The other side has said something.
+    /// Whether the peer has sent something.
     pub(crate) fn has_begun(&self) -> bool {
         match &self.stage {
             Stage::Tls(handshake) => handshake.has_begun(),
@@ -77,7 +77,8 @@ impl Opening {
         }
     }
 
-    /// Goes on without waiting. An error says why it is not let in; it has been told.
+    /// Advances without waiting. An error is the reason for refusing the peer, which has been sent
+    /// to it.
     pub(crate) fn advance(mut self, guard: &ServerAuth) -> Result<Progress, String> {
         loop {
             let read = match &mut self.stage {
@@ -105,10 +106,10 @@ impl Opening {
         }
     }
 
-    /// Both sides have shown their certificates.
+    /// Proceeds after both sides have shown their certificates.
     fn past_tls(self) -> Result<Opening, String> {
         let Opening { lane, stage, .. } = self;
-        let Stage::Tls(handshake) = stage else { unreachable!("TLS comes first") };
+        let Stage::Tls(handshake) = stage else { unreachable!("the handshake is the first stage") };
         let certificate = handshake.peer_certificate();
         if certificate.is_none() {
             return Err("TLS: it shows no certificate".into());
@@ -119,7 +120,7 @@ impl Opening {
         Ok(Opening { lane, stage: Stage::First(HelloBytes::new()), certificate })
     }
 
-    /// 128 bytes have come.
+    /// Processes 128 received bytes.
     fn heard(self, bytes: &[u8; HELLO_BYTES], guard: &ServerAuth) -> Result<Progress, String> {
         if let Stage::Proof(_, answer) = &self.stage {
             let hello = Hello::decode(bytes).map_err(|error| error.to_string())?;
@@ -127,7 +128,7 @@ impl Opening {
                 return Err(self.refuse("it does not know the secret of this --secret-file"));
             }
             let Opening { lane, stage: Stage::Proof(_, answer), certificate } = self else {
-                unreachable!("looked at just now");
+                unreachable!("the stage was matched above");
             };
             let opened = Opened { lane, hello, answer: Some(*answer), certificate };
             return Ok(Progress::Opened(opened));
@@ -139,7 +140,7 @@ impl Opening {
             }
             (Ok(umem_wire::Opening::Ask(nonce)), Some(secret)) => {
                 let answer = secret.answer(nonce).map_err(|error| error.to_string())?;
-                // Into a queue that has room: it has been sent nothing yet but TLS.
+                // The queue has room: only TLS has been sent before.
                 self.lane.say(&answer.encode()).map_err(|error| error.to_string())?;
                 let stage = Stage::Proof(HelloBytes::new(), Box::new(answer));
                 Ok(Progress::Waits(Opening { stage, ..self }))
@@ -151,13 +152,13 @@ impl Opening {
                 Err(self.refuse("no secret is known here: start umem incoming with --secret-file"))
             }
             (Err(HelloError::NotUmem), _) if bytes.starts_with(TLS_BEGINS) => {
-                Err("it speaks TLS, and --tls-creds is not given here".into())
+                Err("the peer uses TLS, and --tls-creds is not given here".into())
             }
             (Err(error), _) => Err(error.to_string()),
         }
     }
 
-    /// Says why it is not let in, to it and to whoever asks us.
+    /// Sends the reason for the refusal to the peer, and returns it for the log.
     fn refuse(&self, why: &str) -> String {
         lane::refuse(&self.lane, FaultCode::Refused, why);
         format!("refused: {why}")

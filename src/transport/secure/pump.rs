@@ -1,15 +1,15 @@
-//! The thread between a TLS connection and the demand lane, which encrypts what the lane sends and decrypts
-//! what comes for it. (Bulk lanes do that in their own threads.)
+//! The thread between a TLS connection and the demand lane. It encrypts the bytes that the lane
+//! sends and decrypts those that come for it. (Bulk lanes do that in their own threads.)
 //!
 //! ```text
 //! lane's ring <-- socket pair --> pump: plaintext | records <-- TCP --> the other side's pump
 //! ```
 //!
-//! It takes from the lane only when all records have left, and from the connection only when the lane has
-//! taken everything, so that it holds one buffer each way and both ends feel the other's pace. When the
-//! lane closes, what it has sent still goes out, then the notice that nothing more comes; when such a
-//! notice comes, the lane's end shows behind the last byte. A connection that ends without one has been
-//! cut: the lane ends too, and [`Fate`] says why.
+//! The pump reads from the lane only when all records have been sent, and from the connection only
+//! when the lane has taken everything. So it holds one buffer each way, and each end feels the
+//! other's backpressure. When the lane closes, its remaining bytes are still sent, then
+//! close_notify. When a close_notify comes, the lane ends after the last byte. A connection that
+//! ends without one has been cut: the lane ends too, and [`Fate`] holds the reason.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -31,25 +31,25 @@ use crate::runtime::{panics, priority};
 use crate::transport::lane::{self, Lane};
 use crate::transport::tls::{Channel, Fate, Outgoing};
 
-/// Bytes that are taken from a lane and encrypted at once: eight records, which fit a processor's second
-/// cache beside their plaintext.
+/// Bytes of a lane that are encrypted at once: eight records, which fit a core's L2 cache together
+/// with their plaintext.
 const CHUNK_BYTES: usize = 128 << 10;
 
-/// How long nothing may leave by a connection after its lane has closed, before it is given up; what still comes
-/// does not count.
+/// How long a connection may send nothing after its lane has closed, before it is dropped; received
+/// data does not extend it.
 const LINGER: Duration = Duration::from_secs(10);
 
-/// How much longer that may take in all, for the last buffer and what the kernel has queued.
+/// Most of these periods in all, for the last buffer and the data that the kernel has queued.
 const LINGERS_MAX: u32 = 3;
 
-/// Pumps that run at a time: those of a lane in use, of one that takes its place, and of lanes that were lost and have
-/// something left to say. When there are more the oldest is cut.
+/// Most pumps at a time: those of a lane in use, of its replacement, and of lost lanes with data
+/// left to send. When there are more the oldest is cut.
 const RUNNING_MAX: usize = 8;
 
-/// Connections that broke and are remembered: all of a session's lanes.
+/// Most broken connections that are remembered: all of a session's lanes.
 const CAUSES_MAX: usize = LANES_MAX as usize + 1;
 
-/// All pumps of one side. When it goes they end: what lanes have sent leaves first.
+/// All pumps of one side. Dropping it ends them, after all data of their lanes has been sent.
 pub(super) struct Pumps {
     running: Mutex<Vec<Running>>,
     /// [`LINGER`]
@@ -72,12 +72,12 @@ struct Running {
     fate: Arc<Fate>,
     thread: JoinHandle<()>,
     connection: Weak<OwnedFd>,
-    /// The lane's end, which is closed when nobody needs it any more.
+    /// The lane's end, which is closed when its last user drops it.
     lane: Weak<OwnedFd>,
 }
 
 impl Pumps {
-    /// Puts a pump before a lane of TLS, if it is to be a demand lane.
+    /// Puts a pump before a TLS lane, if it is to be a demand lane.
     pub(super) fn seat(&self, lane: Lane, fate: Arc<Fate>, role: LaneRole) -> Result<Lane> {
         if role != LaneRole::Demand {
             return Ok(lane);
@@ -88,7 +88,7 @@ impl Pumps {
         }
     }
 
-    /// Puts a pump before a connection, and gives back the lane behind it.
+    /// Puts a pump before a connection, and returns the lane behind it.
     fn start(&self, lane: Lane, mut channel: Channel, fate: Arc<Fate>) -> Result<Lane> {
         let (ours, theirs) = pair(lane.queue_bytes).context(|| "socketpair")?;
         channel.widen(CHUNK_BYTES);
@@ -96,14 +96,14 @@ impl Pumps {
             connection: lane.socket(),
             lane: theirs,
             chunk: vec![0; CHUNK_BYTES],
-            heard_all: channel.has_ended(),
+            received_all: channel.has_ended(),
             channel,
             outgoing: Outgoing::with_room(CHUNK_BYTES),
             lane_ended: None,
             until: None,
             linger: self.linger,
-            said_all: false,
-            told_end: false,
+            sent_all: false,
+            showed_end: false,
             is_cut: false,
             fate: fate.clone(),
         };
@@ -121,7 +121,7 @@ impl Pumps {
         Ok(lane)
     }
 
-    /// Adds to the error of a lost lane why its connection broke, where TLS knows.
+    /// Adds the reason why the connection broke, as TLS reports it, to the error of a lost lane.
     pub(super) fn explain(&self, error: Error) -> Error {
         let Error::Lost { side, lane, what } = error else {
             return error;
@@ -137,7 +137,7 @@ impl Pumps {
     }
 }
 
-/// Keeps of those that have ended only the last that broke, for [`Pumps::explain`].
+/// Forgets ended pumps except the last broken ones, for [`Pumps::explain`].
 fn forget_ended(pumps: &mut Vec<Running>) {
     let tells = |pump: &Running| pump.fate.cause().is_some() && pump.fate.lane().is_some();
     pumps.retain(|pump| !pump.thread.is_finished() || tells(pump));
@@ -150,7 +150,7 @@ fn forget_ended(pumps: &mut Vec<Running>) {
     });
 }
 
-/// Makes room for one more.
+/// Makes room for one more pump.
 fn cut_oldest(pumps: &[Running]) {
     let running = || pumps.iter().filter(|pump| !pump.thread.is_finished());
     let too_many = (running().count() + 1).saturating_sub(RUNNING_MAX);
@@ -164,7 +164,7 @@ impl Drop for Pumps {
         let pumps = self.running.get_mut().unwrap_or_else(PoisonError::into_inner);
         for pump in pumps.iter() {
             if let Some(lane) = pump.lane.upgrade() {
-                // Somebody still has it, who has nothing to say any more.
+                // Other owners may still hold the lane, without anything to send.
                 let _ = shutdown(lane.as_raw_fd(), Shutdown::Both);
             }
         }
@@ -174,13 +174,13 @@ impl Drop for Pumps {
     }
 }
 
-/// A lane's end and the pump's, which queue so many bytes.
+/// The lane's end and the pump's, which queue this many bytes.
 fn pair(queue_bytes: u32) -> nix::Result<(OwnedFd, OwnedFd)> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, flags)?;
     for socket in [&ours, &theirs] {
         let bytes = queue_bytes as usize;
-        // Past the system's limit it takes a privilege, without which that limit is what there is.
+        // A size above the system's limit takes a privilege; without it the limit applies.
         if setsockopt(socket, sockopt::SndBufForce, &bytes).is_err() {
             setsockopt(socket, sockopt::SndBuf, &bytes)?;
         }
@@ -191,31 +191,31 @@ fn pair(queue_bytes: u32) -> nix::Result<(OwnedFd, OwnedFd)> {
 struct Pump {
     connection: Arc<OwnedFd>,
     lane: OwnedFd,
-    /// What has come for the lane, and how both ways are secured.
+    /// The received data, and the keys of both directions.
     channel: Channel,
-    /// Records of what the lane has sent.
+    /// Records of the data that the lane has sent.
     outgoing: Outgoing,
-    /// What the lane has sent, before it is encrypted.
+    /// Data that the lane has sent, before encryption.
     chunk: Vec<u8>,
-    /// The lane sends nothing any more: when something last left.
+    /// Set when the lane has ended: the time at which data was last sent.
     lane_ended: Option<Instant>,
-    /// Then this ends, whatever still moves.
+    /// The time at which the pump ends whatever still moves.
     until: Option<Instant>,
     /// [`LINGER`]
     linger: Duration,
-    /// Nothing more leaves.
-    said_all: bool,
-    /// Nothing more comes.
-    heard_all: bool,
-    /// The lane has been shown so.
-    told_end: bool,
-    /// The connection is of no more use.
+    /// Everything has been sent.
+    sent_all: bool,
+    /// Everything has been received.
+    received_all: bool,
+    /// The lane has been shown its end.
+    showed_end: bool,
+    /// The connection is broken.
     is_cut: bool,
     fate: Arc<Fate>,
 }
 
 impl Pump {
-    /// One that panics loses its connection, as any other cause would have it.
+    /// A pump that panics loses its connection, as with any other cause.
     fn run_to_its_end(mut self) {
         let fate = self.fate.clone();
         let run = panics::caught(|| {
@@ -225,7 +225,7 @@ impl Pump {
         if let Err(panic) = run {
             fate.broke(panic.to_string());
         }
-        // Both ends show it only now.
+        // Both ends see the end only now.
     }
 
     fn run(&mut self) {
@@ -234,7 +234,7 @@ impl Pump {
             self.take_role();
             let sent = self.take_from_lane() | self.send();
             let received = self.receive() | self.give_to_lane();
-            let is_done = self.is_cut || (self.said_all && self.heard_all);
+            let is_done = self.is_cut || (self.sent_all && self.received_all);
             if is_done && self.channel.plain().is_empty() {
                 return;
             }
@@ -250,14 +250,14 @@ impl Pump {
         }
     }
 
-    /// How long there is still something to wait for, once the lane has closed.
+    /// The time left to wait after the lane has closed.
     fn left(&mut self) -> Option<Duration> {
         let (ended, now) = (self.lane_ended?, Instant::now());
         let until = *self.until.get_or_insert(now + LINGERS_MAX * self.linger);
         Some(until.min(ended + self.linger).saturating_duration_since(now))
     }
 
-    /// Demand pages go first, as in the threads of their lanes.
+    /// Demand pages take precedence, as in the threads of their lanes.
     fn take_role(&self) {
         let Some(role) = self.fate.newly_assigned() else { return };
         if role == LaneRole::Demand as u8 {
@@ -267,7 +267,7 @@ impl Pump {
         }
     }
 
-    /// Encrypts what the lane has sent, or its end, if everything before it has left.
+    /// Encrypts the lane's data, or its end, once everything before it has been sent.
     fn take_from_lane(&mut self) -> bool {
         if self.lane_ended.is_some() || self.is_cut || self.has_outgoing() {
             return false;
@@ -278,7 +278,7 @@ impl Pump {
                 channel.append(out, &self.chunk[..count]).and_then(|()| channel.flush(out))
             }
             Err(Errno::EAGAIN | Errno::EINTR) => return false,
-            // It has closed, with or without having read everything.
+            // The lane has closed, with or without having read everything.
             Ok(_) | Err(_) => {
                 self.lane_ended = Some(Instant::now());
                 channel.close(out)
@@ -298,7 +298,7 @@ impl Pump {
     fn send(&mut self) -> bool {
         let mut moved = false;
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        while self.has_outgoing() && !self.said_all {
+        while self.has_outgoing() && !self.sent_all {
             match send(self.connection.as_raw_fd(), self.outgoing.pending(), flags) {
                 Ok(count) => {
                     self.outgoing.sent(count);
@@ -307,32 +307,32 @@ impl Pump {
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return moved,
                 Err(errno) => {
-                    // What has come before it broke may still be read.
+                    // Data that came before the break may still be read.
                     self.fate.broke(errno.desc().into());
                     self.lane_ended.get_or_insert_with(Instant::now);
-                    self.said_all = true;
+                    self.sent_all = true;
                     return true;
                 }
             }
         }
-        if self.lane_ended.is_some() && !self.said_all {
+        if self.lane_ended.is_some() && !self.sent_all {
             let _ = shutdown(self.connection.as_raw_fd(), Shutdown::Write);
-            self.said_all = true;
+            self.sent_all = true;
             moved = true;
         }
         moved
     }
 
-    /// Decrypts what has come, if the lane has taken everything before it.
+    /// Decrypts received data, once the lane has taken everything before it.
     fn receive(&mut self) -> bool {
-        if self.heard_all || self.is_cut || !self.channel.plain().is_empty() {
+        if self.received_all || self.is_cut || !self.channel.plain().is_empty() {
             return false;
         }
         match self.channel.receive(&self.connection) {
             Ok(_) => {
-                self.heard_all = self.channel.has_ended();
+                self.received_all = self.channel.has_ended();
                 if let Some(cause) = self.channel.cause() {
-                    // The other side is told why; it may have gone.
+                    // The peer is sent an alert, if it is still there.
                     self.channel.protest(&mut self.outgoing);
                     self.send();
                     self.cut(cause);
@@ -344,7 +344,7 @@ impl Pump {
         true
     }
 
-    /// Hands over what has been decrypted; after the last of it the lane's end.
+    /// Hands decrypted data to the lane; after the last of it the lane's end.
     fn give_to_lane(&mut self) -> bool {
         let mut moved = false;
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
@@ -361,32 +361,32 @@ impl Pump {
                 }
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return moved,
-                // It has closed; nobody wants the rest.
+                // The lane has closed and needs no more data.
                 Err(_) => self.channel.take(left),
             }
         }
-        if self.heard_all && !self.told_end {
+        if self.received_all && !self.showed_end {
             let _ = shutdown(self.lane.as_raw_fd(), Shutdown::Write);
-            self.told_end = true;
+            self.showed_end = true;
             moved = true;
         }
         moved
     }
 
-    /// The connection is lost. What has come is still handed over, and then this ends.
+    /// The connection is lost. Received data is still handed to the lane, then the pump ends.
     fn cut(&mut self, cause: String) {
         self.fate.broke(cause);
         self.is_cut = true;
     }
 
-    /// Waits until something can move. False: nothing has, for too long.
+    /// Waits until something can move. False: nothing has for too long.
     fn wait(&mut self) -> bool {
         let left = self.left();
         let is_whole = !self.is_cut;
         let takes = is_whole && self.lane_ended.is_none() && !self.has_outgoing();
         let gives = !self.channel.plain().is_empty();
-        let sends = is_whole && self.has_outgoing() && !self.said_all;
-        let receives = is_whole && !gives && !self.heard_all;
+        let sends = is_whole && self.has_outgoing() && !self.sent_all;
+        let receives = is_whole && !gives && !self.received_all;
         let flags = |input, output| {
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::POLLIN, input);
@@ -397,7 +397,7 @@ impl Pump {
         let mut fds: Vec<PollFd<'_>> =
             [(self.lane.as_fd(), at_lane), (self.connection.as_fd(), at_connection)]
                 .into_iter()
-                // One that nothing is asked of would tell that it was closed, for ever.
+                // Polling a closed descriptor without events would report the hang-up without end.
                 .filter(|(_, flags)| !flags.is_empty())
                 .map(|(fd, flags)| PollFd::new(fd, flags))
                 .collect();

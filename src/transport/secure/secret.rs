@@ -1,4 +1,4 @@
-//! A secret that both sides know, and how each proves it without saying it.
+//! A secret that both sides know, and proofs of it that do not reveal it.
 //!
 //! ```text
 //! source                                       destination
@@ -11,8 +11,9 @@
 //!    w = HMAC-SHA256(secret, "umem welcome 1" | s | d | hello with h | welcome with a proof of zeroes)
 //! ```
 //!
-//! The hello has the session, the lane's role and index and the capabilities, so that a proof is for one
-//! lane of one session; the nonces are fresh on each side, so that it is for one connection.
+//! The hello has the session, the lane's role and index and the capabilities, so that a proof is
+//! for one lane of one session; the nonces are fresh on each side, so that it is for one
+//! connection.
 
 use std::path::Path;
 
@@ -23,7 +24,7 @@ use umem_wire::{HELLO_BYTES, Hello, Nonce, Welcome};
 use crate::error::{Error, Result};
 use crate::transport::tls::credentials::read_private;
 
-/// A shorter secret could be found by trying, by whoever has heard one lane being opened.
+/// An eavesdropper on the opening of one lane could find a shorter secret by trying.
 const SECRET_BYTES_MIN: usize = 16;
 
 /// The longest; HMAC-SHA256 has no use for more than 64 bytes.
@@ -37,7 +38,7 @@ const WELCOME_LABEL: &[u8] = b"umem welcome 1";
 pub(super) struct Secret(hmac::Key);
 
 impl Secret {
-    /// Reads a file that is its owner's alone. A line's end after the secret does not count.
+    /// Reads a file that only its owner can read. A line end after the secret is ignored.
     pub(super) fn load(path: &Path) -> Result<Secret> {
         let bytes = read_private(path, SECRET_BYTES_MAX)?;
         let secret = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
@@ -72,23 +73,23 @@ fn fresh() -> Result<Nonce> {
     let mut bytes = [0; 32];
     SystemRandom::new()
         .fill(&mut bytes)
-        .map_err(|_| Error::Environment("the kernel gives no random numbers".into()))?;
+        .map_err(|_| Error::Environment("the kernel returned no random numbers".into()))?;
     Ok(Nonce(bytes))
 }
 
-/// A source's nonce, whose answer has not come.
+/// A source's nonce, before the answer to it.
 pub(super) struct Challenge {
     secret: Secret,
     nonce: Nonce,
 }
 
 impl Challenge {
-    /// What to send first.
+    /// The bytes to send first.
     pub(super) fn ask(&self) -> [u8; HELLO_BYTES] {
         self.nonce.encode_ask()
     }
 
-    /// The hello with its proof, and what is to be checked of the welcome.
+    /// The hello with its proof, and the material to check the welcome.
     pub(super) fn prove(self, answer: Nonce, hello: &Hello) -> (Hello, Proven) {
         let Challenge { secret, nonce } = self;
         let exchange = Exchange { secret, source: nonce, destination: answer };
@@ -98,7 +99,7 @@ impl Challenge {
     }
 }
 
-/// A source that has proven the secret, and waits for the destination to do so.
+/// A source that has sent its proof, and waits for the destination's.
 pub(super) struct Proven {
     exchange: Exchange,
     hello: Hello,
@@ -113,21 +114,21 @@ impl Proven {
     }
 }
 
-/// A destination's answer to a nonce, and what it waits for then.
+/// A destination's answer to a nonce, and the material to check the proof.
 pub(crate) struct Answer(Exchange);
 
 impl Answer {
-    /// What to send.
+    /// The bytes to send.
     pub(super) fn encode(&self) -> [u8; HELLO_BYTES] {
         self.0.destination.encode_answer()
     }
 
-    /// Whether who sent this hello knows the secret.
+    /// Whether the sender of this hello knows the secret.
     pub(super) fn accepts(&self, hello: &Hello) -> bool {
         hmac::verify(&self.0.secret.0, &self.0.hello(hello), &hello.proof).is_ok()
     }
 
-    /// What shows the source that we know it too.
+    /// The welcome's proof that the destination knows the secret too.
     pub(crate) fn welcome_proof(&self, hello: &Hello, welcome: &Welcome) -> [u8; 32] {
         self.0.tag(&self.0.welcome(hello, welcome))
     }
@@ -150,13 +151,13 @@ impl Exchange {
         tag.as_ref().try_into().expect("SHA-256 has 32 bytes")
     }
 
-    /// What a hello's proof is of.
+    /// The input of a hello's proof.
     fn hello(&self, hello: &Hello) -> Vec<u8> {
         let bare = Hello { proof: [0; 32], ..hello.clone() };
         [HELLO_LABEL, &self.source.0, &self.destination.0, &bare.encode()].concat()
     }
 
-    /// What a welcome's proof is of.
+    /// The input of a welcome's proof.
     fn welcome(&self, hello: &Hello, welcome: &Welcome) -> Vec<u8> {
         let bare = Welcome { proof: [0; 32], ..welcome.clone() };
         let (hello, bare) = (hello.encode(), bare.encode());
@@ -205,21 +206,21 @@ mod tests {
     }
 
     #[test]
-    fn each_side_proves_to_the_other() {
+    fn equal_secrets_prove_each_side_to_the_other() {
         let (hello, proven, answer) = exchange(b"a secret of ours", b"a secret of ours");
         assert!(answer.accepts(&hello));
         assert!(proven.accepts(&welcome(&answer, &hello)));
     }
 
     #[test]
-    fn another_secret_is_noticed_by_both() {
+    fn different_secrets_fail_on_both_sides() {
         let (hello, proven, answer) = exchange(b"a secret of ours", b"a secret of mine");
         assert!(!answer.accepts(&hello));
         assert!(!proven.accepts(&welcome(&answer, &hello)));
     }
 
     #[test]
-    fn a_proof_is_for_one_lane_of_one_session_on_one_connection() {
+    fn proof_fails_for_another_lane_session_or_connection() {
         let secret = b"a secret of ours";
         let (hello, proven, answer) = exchange(secret, secret);
         let (_, _, elsewhere) = exchange(secret, secret);

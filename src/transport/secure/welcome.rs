@@ -1,4 +1,4 @@
-//! The destination's welcome, with what it proves.
+//! The destination's welcome, with its proof.
 
 use umem_wire::{Capabilities, FaultCode, Hello, PROTOCOL, Welcome};
 
@@ -6,7 +6,8 @@ use super::secret::Answer;
 use crate::error::{Error, Result};
 use crate::transport::lane::{Lane, refuse};
 
-/// Answers a hello that fits; `answer` says that its sender has proven the secret, and we do too.
+/// Answers a hello that fits. `answer`: the source has proven the secret, and the welcome proves it
+/// too.
 pub(crate) fn welcome(
     lane: &mut Lane,
     hello: &Hello,

@@ -1,7 +1,7 @@
-//! What stands between a socket and who reads from it: a buffer, and the records of TLS where there is TLS.
+//! The receive buffer between a socket and its reader, with TLS records if there is TLS.
 //!
-//! It goes with its lane from hand to hand. Hello and welcome are read and said through it; then it is the
-//! thread's that serves the lane, whose ring receives into its buffer, or the pump's.
+//! The channel moves with its lane. Hello and welcome pass through it; then it belongs to the
+//! thread that serves the lane, whose ring receives into its buffer, or to the pump.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -17,7 +17,7 @@ use umem_ring::Bytes;
 use super::explain;
 use super::records::{Outgoing, RECORD_BYTES_MAX, Records, Window};
 
-/// One connection's way in, and its way out where there is TLS.
+/// One connection's receiving direction, and with TLS its sending direction too.
 pub(crate) struct Channel {
     records: Option<Records>,
     /// None while a receive is in flight.
@@ -26,24 +26,25 @@ pub(crate) struct Channel {
     end: Option<End>,
 }
 
-/// Why nothing more comes through a channel of TLS.
+/// Why a TLS channel receives nothing more.
 enum End {
-    /// The other side has said so.
+    /// The peer has sent close_notify.
     Closed,
-    /// What came is of no use.
+    /// The received data is invalid.
     Broken(Error),
-    /// The connection has ended, and nobody has said that it would.
+    /// The connection has ended without close_notify.
     Cut,
 }
 
 impl Channel {
-    /// Without TLS, of a buffer of so many bytes.
+    /// Without TLS, with a buffer of `bytes`.
     pub(crate) fn clear(bytes: usize) -> Channel {
         let buffer = Some(Bytes::with_capacity(bytes));
         Channel { records: None, buffer, window: Window::default(), end: None }
     }
 
-    /// Behind a handshake, with what has been read of it already, and what has come and was not.
+    /// After a handshake, with the data already decrypted, and the data received and not decrypted
+    /// yet.
     pub(crate) fn secured(
         records: Records,
         plain: &[u8],
@@ -59,7 +60,7 @@ impl Channel {
         Channel { records: Some(records), buffer, window, end }
     }
 
-    /// Makes room for a stream of which so many bytes may have to wait, and their records.
+    /// Makes room for a stream of which `bytes` may have to wait, and their records.
     pub(crate) fn widen(&mut self, bytes: usize) {
         let mut buffer = self.take_buffer().into_vec();
         buffer.resize(buffer.len().max(bytes + RECORD_BYTES_MAX), 0);
@@ -74,14 +75,14 @@ impl Channel {
         self.records.is_some()
     }
 
-    /// With TLS: appends what is to be sent, in records as large as can be. The last one is made by
-    /// [`Channel::flush`] or [`Channel::close`]. An error says why there can be no more.
+    /// With TLS: appends data to send, in records of the largest size. [`Channel::flush`] or
+    /// [`Channel::close`] makes the last record. An error is the reason why no more can be sent.
     pub(crate) fn append(&mut self, out: &mut Outgoing, bytes: &[u8]) -> Result<(), String> {
         told(self.records_mut().append(out, bytes))
     }
 
-    /// The same for so many bytes that `copy` gives: those from an offset on, as many as it is given room
-    /// for.
+    /// The same for `bytes` bytes that `copy` provides: those from an offset on, as many as its
+    /// slice has room for.
     pub(crate) fn append_with(
         &mut self,
         out: &mut Outgoing,
@@ -91,26 +92,26 @@ impl Channel {
         told(self.records_mut().append_with(out, bytes, copy))
     }
 
-    /// With TLS: makes the last record of what has been appended.
+    /// With TLS: makes the last record of the appended data.
     pub(crate) fn flush(&mut self, out: &mut Outgoing) -> Result<(), String> {
         told(self.records_mut().flush(out))
     }
 
-    /// With TLS: the same, and behind it says that nothing more comes.
+    /// With TLS: the same, followed by close_notify.
     pub(crate) fn close(&mut self, out: &mut Outgoing) -> Result<(), String> {
         told(self.records_mut().close(out))
     }
 
     fn records_mut(&mut self) -> &mut Records {
-        self.records.as_mut().expect("who asks for records has TLS")
+        self.records.as_mut().expect("records are requested only with TLS")
     }
 
-    /// No receive is in flight, nor has one ended without giving its buffer back.
+    /// Whether no receive is in flight, and none has ended without returning its buffer.
     pub(crate) fn is_at_rest(&self) -> bool {
         self.buffer.is_some()
     }
 
-    /// What can be taken; nothing while a receive is in flight.
+    /// The decrypted data; none while a receive is in flight.
     pub(crate) fn plain(&self) -> &[u8] {
         match &self.buffer {
             Some(buffer) => &buffer.as_slice()[self.window.plain.clone()],
@@ -118,18 +119,21 @@ impl Channel {
         }
     }
 
-    /// So many bytes of it have been taken.
+    /// Removes `count` taken bytes.
     pub(crate) fn take(&mut self, count: usize) {
         self.window.plain.start += count;
-        assert!(self.window.plain.start <= self.window.plain.end, "no more than there is");
+        assert!(
+            self.window.plain.start <= self.window.plain.end,
+            "at most the data present is taken"
+        );
     }
 
-    /// The room for the next receive: what is left goes before it.
+    /// The buffer for the next receive, after moving leftover data to its front.
     pub(crate) fn free(&mut self) -> Bytes {
         let mut buffer = self.take_buffer();
         let start = self.window.pack(buffer.as_mut_slice());
         let end = buffer.capacity();
-        debug_assert!(start < end, "somebody takes what comes");
+        debug_assert!(start < end, "received data is taken");
         buffer.slice(start..end)
     }
 
@@ -168,7 +172,7 @@ impl Channel {
         received
     }
 
-    /// With TLS: what came is of no use.
+    /// With TLS: whether the received data was invalid.
     pub(crate) fn is_broken(&self) -> bool {
         matches!(self.end, Some(End::Broken(_)))
     }
@@ -178,7 +182,7 @@ impl Channel {
         self.end.is_some()
     }
 
-    /// With TLS: why the connection is of no more use, unless the other side has closed it in order.
+    /// With TLS: why the connection is unusable, unless the peer has closed it in order.
     pub(crate) fn cause(&self) -> Option<String> {
         match self.end.as_ref()? {
             End::Closed => None,
@@ -187,23 +191,23 @@ impl Channel {
         }
     }
 
-    /// Appends what tells the other side what is wrong with what it sent, if something is.
+    /// Appends an alert for the peer's error, if there is one.
     pub(crate) fn protest(&mut self, out: &mut Outgoing) {
         if let (Some(records), Some(End::Broken(error))) = (&mut self.records, &self.end) {
-            // Without it the other side sees that the connection ends.
+            // Without the alert the peer sees only that the connection ends.
             let _ = records.protest(out, error);
         }
     }
 
-    /// With TLS, at once and if there is room for that: says what is wrong with what came, if something is,
-    /// or else that nothing more comes from here. Only where nothing else is on its way.
+    /// With TLS, at once and if there is room: sends an alert for the peer's error, or otherwise
+    /// close_notify. Only when nothing else is in flight.
     pub(crate) fn part(&mut self, socket: &OwnedFd) {
         let mut out = Outgoing::default();
         match (&mut self.records, &self.end) {
             (None, _) => return,
             (Some(_), Some(End::Broken(_))) => self.protest(&mut out),
             (Some(records), _) => {
-                // Without it the other side sees that the connection ends.
+                // Without close_notify the peer sees only that the connection ends.
                 let _ = records.close(&mut out);
             }
         }
@@ -211,8 +215,8 @@ impl Channel {
         let _ = send(socket.as_raw_fd(), out.pending(), flags);
     }
 
-    /// Waits until the other side has ended the connection too, as closing it with something unread would
-    /// take back what is on its way there; so long at most.
+    /// Waits until the peer has ended the connection too, at most `patience`: closing a socket with
+    /// unread data would send RST and discard data in flight.
     pub(crate) fn linger(&mut self, socket: &OwnedFd, patience: Duration) {
         if self.records.is_none() || self.buffer.is_none() {
             return;
@@ -237,7 +241,7 @@ impl Channel {
         }
     }
 
-    /// Reads what there is, without waiting: no bytes at the end.
+    /// Reads the bytes available, without waiting: none at the end.
     pub(crate) fn hear(&mut self, socket: &impl AsFd, into: &mut [u8]) -> io::Result<usize> {
         loop {
             let plain = self.plain();
@@ -258,7 +262,7 @@ impl Channel {
         }
     }
 
-    /// The same bytes as they are sent.
+    /// The bytes as they are sent.
     pub(crate) fn sealed(&mut self, bytes: &[u8]) -> io::Result<Vec<u8>> {
         if !self.has_tls() {
             return Ok(bytes.to_vec());

@@ -1,16 +1,17 @@
 //! Certificates and keys, in QEMU's and Cloud Hypervisor's files of one directory.
 //!
-//! | file | where | what |
+//! | file | where | content |
 //! |---|---|---|
-//! | `ca-cert.pem` | both sides | the authorities that sign the other side's certificate |
-//! | `ca-crl.pem` | if there is one | certificates that they have taken back |
+//! | `ca-cert.pem` | both sides | the authorities that sign the peer's certificate |
+//! | `ca-crl.pem` | both sides, optional | certificates that they have revoked |
 //! | `server-cert.pem`, `server-key.pem` | destination | its own |
 //! | `client-cert.pem`, `client-key.pem` | source | its own |
 //!
-//! Umem refuses a key that others than its owner can read, and any of these files that somebody else than root
-//! and umem's own user owns or can write: an authority of theirs would let them in. A list of revoked
-//! certificates that has expired refuses every certificate, because nobody knows what it lacks. TLS is 1.3 alone,
-//! without resumption, early data or renegotiation: each lane shows its certificate.
+//! umem refuses a key that other users can read, and any of these files that a user other than root
+//! and umem's own owns or can write: that user could add an authority and be let in. An expired
+//! list of revoked certificates refuses every certificate, because later revocations are unknown.
+//! Only TLS 1.3 is used, without resumption, early data or renegotiation: each lane shows its
+//! certificate.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -31,10 +32,10 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use super::explain;
 use crate::error::{Error, Result};
 
-/// Bytes of a file that is read here, at most: bundles of authorities are a few hundred KiB.
+/// Most bytes of a file that is read here: bundles of authorities are a few hundred KiB.
 const FILE_BYTES_MAX: u64 = 4 << 20;
 
-/// What a destination shows and wants.
+/// A destination's credentials and requirements.
 pub(crate) fn server(directory: &Path) -> Result<Arc<ServerConfig>> {
     let provider = provider();
     let own = Own::load(directory, "server")?;
@@ -61,7 +62,7 @@ pub(crate) fn server(directory: &Path) -> Result<Arc<ServerConfig>> {
     Ok(Arc::new(config))
 }
 
-/// What a source shows and wants.
+/// A source's credentials and requirements.
 pub(crate) fn client(directory: &Path) -> Result<Arc<ClientConfig>> {
     let provider = provider();
     let own = Own::load(directory, "client")?;
@@ -87,9 +88,9 @@ pub(crate) fn client(directory: &Path) -> Result<Arc<ClientConfig>> {
     Ok(Arc::new(config))
 }
 
-/// ring's cryptography: on processors with VAES and without AVX-512 its AES-GCM does 1.5 times what
-/// aws-lc-rs's does (45 and 30 Gbit/s of 16 KiB records on one core of an AMD EPYC). AES-128 comes first,
-/// which is the fastest; both sides have the same list, so that the others are for other programs.
+/// ring's cryptography: on processors with VAES and without AVX-512 its AES-GCM has 1.5 times the
+/// rate of aws-lc-rs's (45 and 30 Gbit/s of 16 KiB records on one core of an AMD EPYC). AES-128
+/// comes first as the fastest; both sides have the same list, so the others serve other programs.
 fn provider() -> Arc<CryptoProvider> {
     use provider::cipher_suite as suite;
     Arc::new(CryptoProvider {
@@ -105,7 +106,7 @@ fn provider() -> Arc<CryptoProvider> {
 /// One side's own certificate.
 struct Own {
     path: PathBuf,
-    /// Its own first, then those between it and an authority.
+    /// The own certificate first, then those between it and an authority.
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
 }
@@ -142,7 +143,7 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
     }
 }
 
-/// What the authorities have taken back, where they say so.
+/// The authorities' revocations, if there is a list.
 fn revoked(directory: &Path) -> Result<Option<Vec<CertificateRevocationListDer<'static>>>> {
     let path = directory.join("ca-crl.pem");
     if !path.try_exists().map_err(|error| cannot_read(&path, &error))? {
@@ -163,7 +164,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     read_all(path, &file, FILE_BYTES_MAX)
 }
 
-/// Opens a file that nobody but root and umem's own user can change, and says its mode.
+/// Opens a file that only root and umem's own user can change, and returns its mode.
 fn open_trusted(path: &Path) -> Result<(File, u32)> {
     let file = File::open(path).map_err(|error| cannot_read(path, &error))?;
     let metadata = file.metadata().map_err(|error| cannot_read(path, &error))?;
@@ -187,7 +188,7 @@ fn open_trusted(path: &Path) -> Result<(File, u32)> {
     Ok((file, mode))
 }
 
-/// Reads a file that must be its owner's alone, of `bytes_max` bytes at most.
+/// Reads a file of at most `bytes_max` bytes that must be private to its owner.
 pub(crate) fn read_private(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
     let (file, mode) = open_trusted(path)?;
     if mode & 0o077 != 0 {
@@ -197,17 +198,17 @@ pub(crate) fn read_private(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
         )));
     }
     if OWNS_PROCESS.load(Relaxed) {
-        // Neither a core dump nor another process of this user is to have it.
+        // Neither a core dump nor another process of this user may get it.
         set_dumpable(false).map_err(|errno| cannot_read(path, &errno.into()))?;
     }
     read_all(path, &file, bytes_max)
 }
 
-/// Whether this process is umem, and no program that embeds it.
+/// Whether this process is umem, and not a program that embeds it.
 static OWNS_PROCESS: AtomicBool = AtomicBool::new(false);
 
-/// Says that this process is umem: it is closed to other processes of its user, debuggers and core dumps from the
-/// moment when it reads a key or a secret (prctl(2), `PR_SET_DUMPABLE`).
+/// Declares that this process is umem: it closes itself to other processes of its user, debuggers
+/// and core dumps when it reads a key or a secret (prctl(2), `PR_SET_DUMPABLE`).
 pub(crate) fn protect_process() {
     OWNS_PROCESS.store(true, Relaxed);
 }

@@ -1,8 +1,8 @@
-//! What TLS's errors mean, for the person who has to do something about them.
+//! TLS errors in plain words, with the remedy.
 
 use rustls::{AlertDescription, CertificateError, Error, InconsistentKeys, InvalidMessage};
 
-/// Why a connection is not to be trusted, or does not trust us; of "it", the other side.
+/// Why the peer is not trusted, or does not trust this side; "it" is the peer.
 pub(crate) fn failure(error: &Error) -> String {
     match error {
         Error::InvalidCertificate(error) => format!("its certificate {}", certificate(error)),
@@ -14,7 +14,7 @@ pub(crate) fn failure(error: &Error) -> String {
         Error::PeerIncompatible(what) => {
             format!("it speaks another TLS ({what:?}); umem speaks TLS 1.3")
         }
-        Error::DecryptError => "a record does not decrypt: bytes change on their way".into(),
+        Error::DecryptError => "a record does not decrypt: bytes changed in transit".into(),
         other => other.to_string(),
     }
 }
@@ -52,14 +52,14 @@ fn certificate(error: &CertificateError) -> String {
     }
 }
 
-/// An alert says what the other side does not like of ours.
+/// The peer's objection to this side, from its alert.
 fn refused(alert: AlertDescription) -> String {
     let why = match alert {
         AlertDescription::UnknownCA => {
             "does not accept our certificate: no authority in its ca-cert.pem has signed it"
         }
         AlertDescription::CertificateExpired => {
-            "does not accept our certificate: by its clock it is too old, or too new"
+            "does not accept our certificate: by its clock the certificate has expired or is not valid yet"
         }
         AlertDescription::CertificateRevoked => "does not accept our certificate: it is revoked",
         AlertDescription::CertificateRequired => "wants a certificate, and we showed none",
@@ -74,11 +74,11 @@ fn refused(alert: AlertDescription) -> String {
     format!("it {why}")
 }
 
-/// Why a certificate and a key of ours are of no use.
+/// Why a certificate and its key are not usable.
 pub(crate) fn pair(error: &Error) -> String {
     match error {
         Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
-            "the key beside it is not this certificate's".into()
+            "the key beside it belongs to another certificate".into()
         }
         other => other.to_string(),
     }

@@ -1,4 +1,4 @@
-//! What becomes of the TLS connection of a lane that is behind a pump.
+//! The fate of the TLS connection of a lane that is behind a pump.
 
 use std::sync::atomic::AtomicU8;
 use std::sync::atomic::Ordering::Relaxed;
@@ -6,12 +6,12 @@ use std::sync::{Arc, OnceLock};
 
 use umem_wire::LaneRole;
 
-/// What became of a lane's TLS connection.
+/// The fate of a lane's TLS connection.
 pub(crate) struct Fate {
     /// Why it broke, set before the lane sees its end.
     cause: OnceLock<String>,
     lane: OnceLock<String>,
-    /// 0, or 1 + the lane's role, until the pump has heard of it.
+    /// 0, or 1 + the lane's role, until the pump has read it.
     role: AtomicU8,
 }
 
@@ -30,18 +30,18 @@ impl Fate {
         Arc::new(fate)
     }
 
-    /// What the lane is for: its pump goes before others as the lane's own thread does.
+    /// Sets the lane's name and role: its pump then takes precedence as the lane's own thread does.
     pub(crate) fn assign(&self, lane: &str, role: LaneRole) {
         let _ = self.lane.set(lane.to_owned());
         self.role.store(1 + role as u8, Relaxed);
     }
 
-    /// What its lane is called, once that is known.
+    /// The lane's name, once it is known.
     pub(crate) fn lane(&self) -> Option<&str> {
         self.lane.get().map(String::as_str)
     }
 
-    /// The role that has been assigned since the last call.
+    /// The role, if it was assigned since the last call.
     pub(crate) fn newly_assigned(&self) -> Option<u8> {
         if self.role.load(Relaxed) == 0 {
             return None;
@@ -49,7 +49,7 @@ impl Fate {
         Some(self.role.swap(0, Relaxed) - 1)
     }
 
-    /// The connection broke, for the first reason that is given.
+    /// Sets the cause of the break. The first cause stays.
     pub(crate) fn broke(&self, cause: String) {
         let _ = self.cause.set(cause);
     }

@@ -1,5 +1,5 @@
-//! TLS 1.3 with certificates on both sides, without lanes: rustls shakes hands ([`session`]), then records are made
-//! and taken apart here ([`records`], [`channel`]).
+//! TLS 1.3 with certificates on both sides, without lanes: rustls does the handshake ([`session`]),
+//! then umem encrypts and decrypts records ([`records`], [`channel`]).
 
 mod channel;
 pub(crate) mod credentials;

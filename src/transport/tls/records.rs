@@ -1,16 +1,17 @@
 //! The records of a TLS 1.3 connection whose handshake is over (RFC 8446, 5 and 4.6.3).
 //!
-//! rustls makes the keys, at first and whenever they are renewed. That leaves the records, which are taken
-//! apart and made here, with ring's ciphers, in the buffers that the lanes have anyway: rustls itself copies
-//! what it decrypts into memory that it allocates for each record, and encrypts only what lies in a slice,
-//! which a guest's memory never does.
+//! rustls derives the keys, at first and on each renewal. umem encrypts and decrypts the records
+//! itself, with ring's ciphers, in the buffers that the lanes have anyway: rustls would copy
+//! decrypted data into memory that it allocates for each record, and encrypts only data in a slice,
+//! which a guest's memory never is.
 //!
 //! ```text
 //! on the wire   type 23 | version | length | encrypted: contents … type zeroes… | tag
 //! in a buffer   plaintext, ready to be taken | room | records that are not whole yet | room
 //! ```
 //!
-//! Decrypting moves the contents of a record to right behind those of the one before it, in the same pass.
+//! Decryption moves a record's contents to right behind those of the record before it, in the same
+//! pass.
 
 #[cfg(any(test, feature = "fuzz"))]
 mod fixed;
@@ -33,33 +34,33 @@ use umem_ring::Bytes;
 #[cfg(feature = "fuzz")]
 pub(crate) use fixed::fuzz;
 
-/// Type, version and length before what is encrypted.
+/// Type, version and length before the encrypted part.
 const HEADER_BYTES: usize = 5;
 
-/// Bytes of contents in a record, at most.
+/// Most bytes of contents in a record.
 pub(crate) const PLAIN_BYTES_MAX: usize = 16 << 10;
 
-/// What an encrypted record may have beside its contents: their type, zeroes, the tag.
+/// Most bytes of an encrypted record beside its contents: their type, zeroes, the tag.
 const EXPANSION_BYTES_MAX: usize = 256;
 
-/// Bytes of a record on the wire, at most.
+/// Most bytes of a record on the wire.
 pub(crate) const RECORD_BYTES_MAX: usize = HEADER_BYTES + PLAIN_BYTES_MAX + EXPANSION_BYTES_MAX;
 
 /// Bytes of the tag of every cipher of TLS 1.3.
 const TAG_BYTES: usize = 16;
 
-/// What a record of ours has beside its contents.
+/// Bytes of umem's records beside their contents.
 const BESIDE_BYTES: usize = HEADER_BYTES + 1 + TAG_BYTES;
 
-/// Records one after another that bring nothing, at most: as in BoringSSL, whose limit rustls has too.
+/// Most records in a row without content: as in BoringSSL, whose limit rustls has too.
 pub(crate) const VAIN_MAX: u32 = 32;
 
-/// Types of records' contents.
+/// Content types of records.
 pub(crate) const ALERT: u8 = 21;
 pub(crate) const HANDSHAKE: u8 = 22;
 pub(crate) const DATA: u8 = 23;
 
-/// Types of a handshake's messages that come after it.
+/// Types of handshake messages after the handshake.
 const NEW_SESSION_TICKET: u8 = 4;
 pub(crate) const KEY_UPDATE: u8 = 24;
 
@@ -67,7 +68,7 @@ pub(crate) const KEY_UPDATE: u8 = 24;
 const WARNING: u8 = 1;
 const FATAL: u8 = 2;
 
-/// Where keys come from.
+/// The source of keys.
 pub(crate) enum Keys {
     Client(KernelConnection<ClientConnectionData>),
     Server(KernelConnection<ServerConnectionData>),
@@ -76,7 +77,7 @@ pub(crate) enum Keys {
 }
 
 impl Keys {
-    /// How many records a key may encrypt.
+    /// Most records that one key may encrypt.
     fn records_max(&self) -> u64 {
         let SupportedCipherSuite::Tls13(suite) = match self {
             Keys::Client(keys) => keys.negotiated_cipher_suite(),
@@ -106,7 +107,7 @@ impl Keys {
     }
 }
 
-/// One direction's key, and how many records it has been used for.
+/// One direction's key, and its count of records.
 struct Cipher {
     key: LessSafeKey,
     iv: [u8; NONCE_LEN],
@@ -130,28 +131,28 @@ impl Cipher {
         Ok(Cipher { key: LessSafeKey::new(key), iv, sequence })
     }
 
-    /// The next record's (RFC 8446, 5.3): each is used once.
+    /// The next record's nonce (RFC 8446, 5.3): each is used once.
     fn nonce(&mut self) -> Nonce {
         let mut nonce = self.iv;
         let tail = nonce[NONCE_LEN - 8..].iter_mut();
         tail.zip(self.sequence.to_be_bytes()).for_each(|(byte, number)| *byte ^= number);
-        // At 100 Gbit/s of the smallest records it takes 3,000 years to come back to 0.
+        // At 100 Gbit/s of the smallest records the count wraps after 3,000 years.
         self.sequence += 1;
         Nonce::assume_unique_for_key(nonce)
     }
 }
 
-/// Where things are in a buffer that records are received into.
+/// The layout of a receive buffer.
 #[derive(Debug, Default)]
 pub(crate) struct Window {
-    /// What can be taken.
+    /// Plaintext that can be taken.
     pub(crate) plain: Range<usize>,
-    /// What has come and is not decrypted: part of a record.
+    /// Received bytes that are not decrypted: part of a record.
     pub(crate) sealed: Range<usize>,
 }
 
 impl Window {
-    /// Moves what there is to the buffer's beginning: where more can come.
+    /// Moves all data to the buffer's beginning; returns where more can come.
     pub(crate) fn pack(&mut self, buffer: &mut [u8]) -> usize {
         buffer.copy_within(self.plain.clone(), 0);
         self.plain = 0..self.plain.len();
@@ -167,11 +168,11 @@ pub(crate) struct Records {
     keys: Keys,
     reading: Cipher,
     writing: Cipher,
-    /// How many a key may encrypt.
+    /// Most records per key.
     records_max: u64,
-    /// The other side has renewed its key and wants ours renewed, before anything else is sent.
+    /// The peer has renewed its key and requests a renewal, which has to precede all other data.
     owes_update: bool,
-    /// Records since the last one that brought something.
+    /// Records without content since the last one with content.
     vain: u32,
     peer_has_closed: bool,
 }
@@ -189,13 +190,13 @@ impl Records {
         })
     }
 
-    /// The other side has said that nothing more comes.
+    /// Whether the peer has sent close_notify.
     pub(crate) fn peer_has_closed(&self) -> bool {
         self.peer_has_closed
     }
 
-    /// Decrypts all records that are whole. After an error nothing more can be read; what came before it
-    /// is there to be taken.
+    /// Decrypts all complete records. After an error nothing more can be read; earlier data can
+    /// still be taken.
     pub(crate) fn open(&mut self, buffer: &mut [u8], window: &mut Window) -> Result<(), Error> {
         while let Some(record) = self.next_record(buffer, window)? {
             self.open_one(buffer, window, record)?;
@@ -203,14 +204,14 @@ impl Records {
         Ok(())
     }
 
-    /// Where the first record is, if it is whole.
+    /// The range of the first record, if it is complete.
     fn next_record(
         &self,
         buffer: &[u8],
         window: &mut Window,
     ) -> Result<Option<Range<usize>>, Error> {
         if self.peer_has_closed {
-            // Whatever follows is not of this connection.
+            // All later bytes are not part of this connection.
             window.sealed.start = window.sealed.end;
             return Ok(None);
         }
@@ -235,7 +236,8 @@ impl Records {
         record: Range<usize>,
     ) -> Result<(), Error> {
         window.sealed.start = record.end;
-        let header = *buffer[record.start..].first_chunk::<HEADER_BYTES>().expect("it is whole");
+        let header =
+            *buffer[record.start..].first_chunk::<HEADER_BYTES>().expect("a complete record");
         let to = window.plain.end;
         let skipped = record.start + HEADER_BYTES - to;
         let nonce = self.reading.nonce();
@@ -262,7 +264,7 @@ impl Records {
         }
     }
 
-    /// Nobody may keep us busy with nothing.
+    /// Limits records without content, which would keep this side busy.
     fn came_in_vain(&mut self, too_many: PeerMisbehaved) -> Result<(), Error> {
         self.vain += 1;
         if self.vain > VAIN_MAX { Err(too_many.into()) } else { Ok(()) }
@@ -284,7 +286,7 @@ impl Records {
         }
     }
 
-    /// What comes after a handshake is short, so that a record has whole messages.
+    /// Messages after a handshake are short, so a record holds whole messages.
     fn messages(&mut self, mut contents: &[u8]) -> Result<(), Error> {
         loop {
             let short = || Error::from(InvalidMessage::MessageTooShort);
@@ -303,7 +305,7 @@ impl Records {
                     return Err(PeerMisbehaved::KeyEpochWithPendingFragment.into());
                 }
                 (KEY_UPDATE, ..) => return Err(InvalidMessage::InvalidKeyUpdate.into()),
-                // Nothing is resumed.
+                // Sessions are not resumed.
                 (NEW_SESSION_TICKET, _, Keys::Client(_)) => {}
                 _ => return Err(unexpected(HANDSHAKE)),
             }
@@ -314,15 +316,15 @@ impl Records {
         }
     }
 
-    /// Appends what is to be sent. It leaves in records as large as can be; the last one is not made
-    /// before [`Records::flush`].
+    /// Appends data to send, in records of the largest size. [`Records::flush`] makes the last
+    /// record.
     pub(crate) fn append(&mut self, out: &mut Outgoing, bytes: &[u8]) -> Result<(), Error> {
         let copy = |at, room: &mut [u8]| room.copy_from_slice(&bytes[at..][..room.len()]);
         self.append_with(out, bytes.len(), copy)
     }
 
-    /// The same for so many bytes that `copy` gives: those from an offset on, as many as it is given room
-    /// for.
+    /// The same for `bytes` bytes that `copy` provides: those from an offset on, as many as its
+    /// slice has room for.
     pub(crate) fn append_with(
         &mut self,
         out: &mut Outgoing,
@@ -351,14 +353,14 @@ impl Records {
         if out.filled == 0 { Ok(()) } else { self.seal(out, DATA) }
     }
 
-    /// Says that nothing more comes.
+    /// Appends close_notify.
     pub(crate) fn close(&mut self, out: &mut Outgoing) -> Result<(), Error> {
         self.flush(out)?;
         let close_notify = [WARNING, AlertDescription::CloseNotify.into()];
         self.say(out, ALERT, &close_notify)
     }
 
-    /// Says why what has come is of no use; not where the other side has said such a thing itself.
+    /// Appends an alert for invalid received data, unless the peer has sent an alert itself.
     pub(crate) fn protest(&mut self, out: &mut Outgoing, error: &Error) -> Result<(), Error> {
         match alert(error) {
             Some(alert) => self.say(out, ALERT, &[FATAL, alert.into()]),
@@ -367,26 +369,26 @@ impl Records {
     }
 
     fn is_renewal_due(&self) -> bool {
-        // The record that says so is the last one.
+        // The record with the announcement is the last one of its key.
         self.owes_update || self.writing.sequence + 1 >= self.records_max
     }
 
     pub(crate) fn renew(&mut self, out: &mut Outgoing) -> Result<(), Error> {
-        // Of the other side's key nothing is asked: it looks after that itself.
+        // No renewal of the peer's key is requested: the peer takes care of it.
         self.say(out, HANDSHAKE, &[KEY_UPDATE, 0, 0, 1, 0])?;
         self.writing = self.keys.next_for_writing()?;
         self.owes_update = false;
         Ok(())
     }
 
-    /// Makes a record of its own.
+    /// Makes a separate record.
     pub(crate) fn say(
         &mut self,
         out: &mut Outgoing,
         content: u8,
         bytes: &[u8],
     ) -> Result<(), Error> {
-        assert_eq!(out.filled, 0, "records come one after another");
+        assert_eq!(out.filled, 0, "the record before is complete");
         out.room()[..bytes.len()].copy_from_slice(bytes);
         out.filled = bytes.len();
         self.seal(out, content)
@@ -395,7 +397,7 @@ impl Records {
     fn seal(&mut self, out: &mut Outgoing, content: u8) -> Result<(), Error> {
         let length = u16::try_from(out.filled + 1 + TAG_BYTES).expect("a record is short");
         let [high, low] = length.to_be_bytes();
-        // TLS 1.2, as everybody says for the sake of those in between.
+        // TLS 1.2, as every implementation sends for the sake of middleboxes.
         let header = [DATA, 3, 3, high, low];
         let (to, record) = out.bytes[out.end..].split_at_mut(HEADER_BYTES);
         to.copy_from_slice(&header);
@@ -417,7 +419,7 @@ fn unexpected(content: u8) -> Error {
     }
 }
 
-/// What the other side is told.
+/// The alert that the peer is sent.
 fn alert(error: &Error) -> Option<AlertDescription> {
     match error {
         Error::AlertReceived(_) => None,
@@ -428,19 +430,19 @@ fn alert(error: &Error) -> Option<AlertDescription> {
     }
 }
 
-/// Records that are to leave, in a buffer that is used again and again.
+/// Records to send, in a reused buffer.
 #[derive(Default)]
 pub(crate) struct Outgoing {
     bytes: Vec<u8>,
     start: usize,
-    /// Of the last record that has been made.
+    /// End of the last complete record.
     end: usize,
-    /// Bytes of contents of the next one, which stand where they are encrypted.
+    /// Content bytes of the next record, already at their place for encryption.
     filled: usize,
 }
 
 impl Outgoing {
-    /// With room for so many bytes of contents, made into records at once.
+    /// With room for records of `plain_bytes` of contents.
     pub(crate) fn with_room(plain_bytes: usize) -> Outgoing {
         let records = plain_bytes.div_ceil(PLAIN_BYTES_MAX) + 1;
         Outgoing {
@@ -449,7 +451,7 @@ impl Outgoing {
         }
     }
 
-    /// Where contents of the next record go.
+    /// The room for the next record's contents.
     fn room(&mut self) -> &mut [u8] {
         let start = self.end + HEADER_BYTES;
         let whole = start + PLAIN_BYTES_MAX + 1 + TAG_BYTES;
@@ -463,7 +465,7 @@ impl Outgoing {
         &self.bytes[self.start..self.end]
     }
 
-    /// So many bytes of what is pending have left.
+    /// Removes `count` sent bytes.
     pub(crate) fn sent(&mut self, count: usize) {
         self.start += count;
         assert!(self.start <= self.end, "no more than there is");
@@ -474,11 +476,11 @@ impl Outgoing {
 
     /// The records, for a ring.
     pub(crate) fn into_bytes(self) -> Bytes {
-        assert_eq!(self.filled, 0, "the last record has been made");
+        assert_eq!(self.filled, 0, "no unfinished record");
         Bytes::from(self.bytes).slice(self.start..self.end)
     }
 
-    /// Makes use of a buffer that a ring has given back.
+    /// Reuses a buffer that a ring has returned.
     pub(crate) fn reuse(bytes: Bytes) -> Outgoing {
         Outgoing { bytes: bytes.into_vec(), ..Outgoing::default() }
     }

@@ -1,9 +1,10 @@
-//! rustls's side of a handshake: rustls says what the records mean, the socket is read and written here.
+//! rustls's side of a handshake: rustls interprets the records, this module reads and writes the
+//! socket.
 //!
-//! Two rules keep rustls's unbuffered interface simple. What has come is taken apart at once, up to a
-//! record that is not whole, so that sending never meets a record that has to be read first. And what is
-//! to be sent is made only when everything before it has left. When both sides have shown their certificates
-//! the keys go to [`Records`], and rustls is asked for the next ones alone.
+//! Two rules keep rustls's unbuffered interface simple. Received data is processed at once, up to
+//! an incomplete record, so that sending never meets a record that has to be read first. Data to
+//! send is produced only when everything before it has been sent. When both sides have shown their
+//! certificates the keys go to [`Records`], and rustls is used for key renewal alone.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -22,7 +23,8 @@ use super::explain;
 use super::records::{Keys, RECORD_BYTES_MAX, Records};
 use crate::runtime::inbox::{Interest, readable, writable};
 
-/// Bytes of a handshake's messages that are kept until they are whole: rustls takes no message of more.
+/// Bytes of handshake messages that are kept until they are complete: rustls accepts no larger
+/// message.
 const HANDSHAKE_BYTES_MAX: usize = 64 << 10;
 
 enum Connection {
@@ -30,8 +32,8 @@ enum Connection {
     Server(UnbufferedServerConnection),
 }
 
-/// One side of a TLS connection, up to the end of its handshake, with the records that have come and those
-/// that are to leave.
+/// One side of a TLS connection, up to the end of its handshake, with the received records and
+/// those to send.
 pub(crate) struct Session {
     connection: Box<Connection>,
     incoming: Incoming,
@@ -39,13 +41,13 @@ pub(crate) struct Session {
     peer_has_closed: bool,
 }
 
-/// What rustls said.
+/// rustls's result.
 enum State {
     /// There is more to do.
     Moved,
-    /// Nothing more before something comes; the handshake is not over.
+    /// Input is needed; the handshake is not over.
     Blocked,
-    /// The same, and it is.
+    /// Input is needed; the handshake is over.
     Open,
     PeerClosed,
 }
@@ -83,14 +85,14 @@ impl Session {
     /// Receives records, without waiting: their number of bytes, 0 at the end.
     pub(crate) fn receive(&mut self, socket: &impl AsFd) -> nix::Result<usize> {
         let room = self.incoming.room();
-        debug_assert!(!room.is_empty(), "records have been taken apart since");
+        debug_assert!(!room.is_empty(), "complete records have been taken out");
         let count = recv(socket.as_fd().as_raw_fd(), room, MsgFlags::MSG_DONTWAIT)?;
         self.incoming.end += count;
         Ok(count)
     }
 
-    /// Takes apart what has come; what comes right behind it is appended to `plain`. False: the handshake is not over.
-    /// After an error the alert that tells the other side is there to be sent.
+    /// Processes received data; plaintext after the handshake is appended to `plain`. False: the
+    /// handshake is not over. After an error the alert for the peer is ready to be sent.
     pub(crate) fn read(&mut self, plain: &mut Vec<u8>) -> Result<bool, Error> {
         loop {
             match self.process(plain) {
@@ -99,7 +101,7 @@ impl Session {
                 Ok(State::Open) => return Ok(true),
                 Ok(State::Blocked) => return Ok(false),
                 Err(error) => {
-                    // What it still has to say, which comes before any more reading.
+                    // Pending output precedes any further reading.
                     while self.common().wants_write() {
                         let _ = self.process(plain);
                     }
@@ -125,7 +127,7 @@ impl Session {
         state
     }
 
-    /// Whether records are to leave.
+    /// Whether there are records to send.
     pub(crate) fn has_outgoing(&self) -> bool {
         !self.outgoing.pending().is_empty()
     }
@@ -139,7 +141,7 @@ impl Session {
     }
 }
 
-/// Does what rustls asks for. The number is of bytes that have been read for good.
+/// Carries out rustls's request. Returns the number of bytes that were consumed.
 fn handle<D>(
     status: UnbufferedStatus<'_, '_, D>,
     plain: &mut Vec<u8>,
@@ -164,22 +166,22 @@ fn handle<D>(
             Ok(State::Moved)
         }
         ConnectionState::TransmitTlsData(data) => {
-            // It leaves before anything else does, from a buffer of ours.
+            // The data is sent before anything else, from a buffer of this module.
             data.done();
             Ok(State::Moved)
         }
         ConnectionState::BlockedHandshake => Ok(State::Blocked),
         ConnectionState::PeerClosed => Ok(State::PeerClosed),
-        // Both have closed; there is nothing left to do.
+        // Both sides have closed; nothing is left to do.
         ConnectionState::Closed => Ok(State::Open),
         ConnectionState::WriteTraffic(_) => Ok(State::Open),
-        // There is no early data without resumption, and what is not known is nothing we asked for.
+        // Without resumption there is no early data, and unknown states were not requested.
         _ => Err(Error::General("TLS in a state that was not asked for".into())),
     });
     (discard, state)
 }
 
-/// Records as they come: whole ones are taken out in front.
+/// Received records; complete ones are taken out in front.
 struct Incoming {
     bytes: Vec<u8>,
     start: usize,
@@ -203,10 +205,10 @@ impl Incoming {
 
     fn discard(&mut self, count: usize) {
         self.start += count;
-        assert!(self.start <= self.end, "no more than there is");
+        assert!(self.start <= self.end, "at most the data present is taken");
     }
 
-    /// Where more can come. What is there is a part of a record, or of a handshake's message.
+    /// The room for more data. The buffer holds a part of a record, or of a handshake message.
     fn room(&mut self) -> &mut [u8] {
         self.bytes.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
@@ -217,7 +219,7 @@ impl Incoming {
     }
 }
 
-/// Records that are to leave.
+/// Records to send.
 #[derive(Default)]
 struct Outgoing {
     bytes: Vec<u8>,
@@ -240,7 +242,7 @@ impl Outgoing {
         }
     }
 
-    /// Has `write` fill the room behind what is there; its error is the room that it needs.
+    /// Lets `write` fill the room behind the present data; its error is the room that it needs.
     fn append(&mut self, mut write: impl FnMut(&mut [u8]) -> Result<usize, usize>) {
         self.reserve(0);
         loop {
@@ -252,17 +254,17 @@ impl Outgoing {
     }
 }
 
-/// A handshake that is going on, over a socket that nobody else uses meanwhile.
+/// A handshake in progress, on a socket without other users.
 pub(crate) struct Handshake {
     socket: Arc<OwnedFd>,
     session: Session,
-    /// Of the first bytes that came.
+    /// The first bytes that came.
     began: Vec<u8>,
-    /// What came right behind the handshake.
+    /// Plaintext that came right after the handshake.
     plain: Vec<u8>,
 }
 
-/// What umem's own first bytes begin with, where TLS would be expected.
+/// The prefix of umem's own first bytes, in place of TLS.
 const PLAIN: &[u8] = b"UMEM";
 
 impl Handshake {
@@ -277,13 +279,13 @@ impl Handshake {
         }
     }
 
-    /// Goes on, without waiting. True: both sides have shown their certificates.
+    /// Advances without waiting. True: both sides have shown their certificates.
     pub(crate) fn advance(&mut self) -> Result<bool, String> {
         loop {
             let is_open = match self.session.read(&mut self.plain) {
                 Ok(is_open) => is_open,
                 Err(error) => {
-                    // The other side is told, in what it speaks: who speaks no TLS would not understand.
+                    // The peer is sent an alert, unless it does not use TLS and could not read it.
                     if !self.is_plain() {
                         let _ = self.session.send(&self.socket);
                     }
@@ -318,12 +320,12 @@ impl Handshake {
         }
     }
 
-    /// Something has come of it.
+    /// Whether any data has come.
     pub(crate) fn has_begun(&self) -> bool {
         !self.began.is_empty()
     }
 
-    /// The other side does not know of TLS.
+    /// Whether the peer does not use TLS.
     pub(crate) fn is_plain(&self) -> bool {
         self.began == PLAIN
     }
@@ -335,12 +337,12 @@ impl Handshake {
         }
     }
 
-    /// The other side's own certificate, which it has shown to be its.
+    /// The peer's own certificate, whose possession it has proven.
     pub(crate) fn peer_certificate(&self) -> Option<Vec<u8>> {
         Some(self.session.common().peer_certificates()?.first()?.to_vec())
     }
 
-    /// What goes on from here, with what has come already.
+    /// Continues as a channel, with the data that has come already.
     pub(crate) fn finish(self) -> Result<Channel, Error> {
         let Session { connection, mut incoming, peer_has_closed, .. } = self.session;
         let (secrets, keys) = match *connection {

@@ -27,7 +27,7 @@ fn limited(suite: SupportedCipherSuite, records: u64) -> SupportedCipherSuite {
     })))
 }
 
-/// What both sides of a connection shake hands with, and how many records a key is good for.
+/// The handshake configuration of both sides, and the number of records per key.
 pub(crate) struct Certificates {
     roots: Arc<RootCertStore>,
     own: CertificateDer<'static>,
@@ -80,8 +80,8 @@ impl Certificates {
     }
 }
 
-/// Shakes hands over a connection that is there, a client's end and a server's, with keys for so many
-/// records each.
+/// A completed handshake over an existing connection, a client's end and a server's, with keys for
+/// `records` records each.
 pub(crate) fn shaken(
     suite: SupportedCipherSuite,
     records: u64,

@@ -1,5 +1,4 @@
-//! Valid frames in any order: each means at the other end what was said; with checksums too, and not with a
-//! bit of it changed.
+//! Valid frames in any order: each is decoded to its original, also with checksums, and never with a changed bit.
 
 use arbitrary::{Arbitrary, Unstructured};
 use umem_wire::checksum::SUMMED_BYTES;
@@ -17,7 +16,7 @@ pub(crate) fn run(input: &[u8]) {
         transmit::encode(&word.frame(), &mut bytes);
         bytes.extend(vec![0xa5; word.state_bytes() as usize]);
         let understood = receivers().into_iter().filter(|receiver| means(receiver, &word, &bytes));
-        assert_ne!(understood.count(), 0, "nobody understands {word:?}");
+        assert_ne!(understood.count(), 0, "no receiver accepts {word:?}");
         let bit = input.arbitrary().unwrap_or(0u32) as usize;
         for (at_destination, make) in receivers() {
             check_sealed((at_destination, make), &word, &bytes, bit);
@@ -27,7 +26,7 @@ pub(crate) fn run(input: &[u8]) {
 
 type End = (bool, fn() -> Receiver);
 
-/// Every end of every lane; true for those at the destination.
+/// Every end of every lane; true for the destination's ends.
 fn receivers() -> [End; 6] {
     [
         (true, || Receiver::for_destination(LaneRole::Demand)),
@@ -50,7 +49,7 @@ fn resumed() -> Receiver {
     receiver
 }
 
-/// With checksums a frame means what it means without, and nothing with any one bit changed.
+/// With checksums a frame decodes to the same value, and with any one bit changed to none.
 fn check_sealed(end: End, word: &Word, bytes: &[u8], bit: usize) {
     let is_understood = means(&end, word, bytes);
     let mut sealed = bytes.to_vec();
@@ -84,7 +83,7 @@ fn check_sealed(end: End, word: &Word, bytes: &[u8], bit: usize) {
     assert!(error.is_corruption(), "bit {bit} of {word:?}: {error}");
 }
 
-/// Everything that a frame brings goes to a receiver, pages with these sums.
+/// Feeds all bytes of a frame to a receiver, pages with these sums.
 fn feed(
     mut receiver: Receiver,
     at_destination: bool,
@@ -108,7 +107,8 @@ fn feed(
     }
 }
 
-/// Whether a receiver takes the frame; then it must mean what was said. One that does not must say so.
+/// Whether a receiver accepts the frame. An accepted frame must decode to its original; a rejected one must give an
+/// error.
 fn means(&(at_destination, make): &End, word: &Word, bytes: &[u8]) -> bool {
     let mut receiver = make();
     if !matches!(word, Word::Regions | Word::Ready) {

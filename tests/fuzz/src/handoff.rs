@@ -1,11 +1,10 @@
-//! What a guest's process writes to the hand-over socket, in any pieces, with any number of descriptors:
-//! the same is understood whatever the pieces.
+//! The bytes that a guest's process writes to the hand-over socket, in any pieces, with any number of descriptors: the
+//! parsed messages do not depend on the pieces.
 
 /// Pieces of a size that the socket keeps apart.
 const PIECE_BYTES_MAX: usize = 4096;
 
-/// Byte 0 says how many descriptors come first, byte 1 how many lengths of pieces follow; the rest is the
-/// message.
+/// Byte 0 is the number of descriptors, byte 1 the number of pieces' lengths that follow; the rest is the message.
 pub(crate) fn run(input: &[u8]) {
     let &[descriptors, pieces, ref rest @ ..] = input else { return };
     let (pieces, text) = rest.split_at(rest.len().min(pieces.into()));
@@ -22,7 +21,7 @@ pub(crate) fn run(input: &[u8]) {
     let apart = umem::fuzz::handoff(descriptors, apart);
     match (whole, apart) {
         (Ok(whole), Ok(apart)) => assert_eq!(whole, apart),
-        // What came before the mistake may have been read with it, or before it.
+        // Messages before the error may have been read with it, or before it.
         (Err(whole), Err(apart)) => assert!(!whole.is_empty() && !apart.is_empty()),
         (whole, apart) => panic!("{whole:?} whole, {apart:?} in pieces"),
     }

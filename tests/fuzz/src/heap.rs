@@ -1,9 +1,9 @@
-//! How much memory a call takes.
+//! The memory that a call takes.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-/// The most bytes that the calling thread held at a time during `body`, beyond what it held before.
+/// The peak of bytes that the calling thread held during `body`, beyond those held before.
 pub(crate) fn peak_bytes(body: impl FnOnce()) -> usize {
     let before = HELD.get();
     PEAK.set(before);
@@ -22,7 +22,7 @@ struct Counting;
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-// SAFETY: every call goes to the system's allocator as it came; the counters are plain cells without
+// SAFETY: every call is forwarded unchanged to the system's allocator; the counters are plain cells without
 // destructors, which allocate nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {

@@ -1,4 +1,4 @@
-//! Any 128 bytes, twice: what opens a lane, and what answers it. What is understood is what was written.
+//! Any 128 bytes, twice: a hello, and its answer. A decoded value encodes to the same bytes.
 
 use umem_wire::{Capabilities, HELLO_BYTES, Hello, HelloError, PROTOCOL, Welcome, select_version};
 

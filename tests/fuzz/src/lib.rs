@@ -1,4 +1,4 @@
-//! What each fuzz target does with an input: it panics if something is found.
+//! The fuzz targets: each panics if it finds a fault.
 //!
 //! `fuzz/` runs these under libFuzzer, and `tests/replay.rs` runs them on the committed corpus without
 //! it. A target is a function of bytes, listed in [`TARGETS`]; a new one also needs its few lines in
@@ -18,7 +18,7 @@ mod words;
 /// A fuzz target.
 #[derive(Clone, Copy, Debug)]
 pub struct Target {
-    /// Of its binary, and of its folder in `fuzz/corpus`.
+    /// The name of its binary, and of its folder in `fuzz/corpus`.
     pub name: &'static str,
     /// Tries one input.
     pub run: fn(&[u8]),
@@ -45,7 +45,7 @@ pub const TARGETS: &[Target] = &[
 /// Tries one input with the target of this name.
 ///
 /// # Panics
-/// When there is none such, or something is found.
+/// If there is no such target, or it finds a fault.
 pub fn run(name: &str, input: &[u8]) {
     let target = TARGETS.iter().find(|target| target.name == name).expect("a target's name");
     (target.run)(input);

@@ -1,5 +1,5 @@
-//! Both sides' phases, joined by a demand lane that may be slow and may break: whatever each does, and
-//! however late it hears of the other, the guest never runs on both sides.
+//! Both sides' phases, joined by a demand lane that may be slow and may break: whatever each side does, and however
+//! late it learns of the other's steps, the guest never runs on both sides.
 
 use std::collections::VecDeque;
 
@@ -9,16 +9,16 @@ use umem_wire::{Event, Totals, destination, source};
 use crate::phases::{AtDestination, AtSource, step_destination, step_source};
 use crate::words::table;
 
-/// The next thing that happens.
+/// The next event.
 #[derive(Arbitrary, Clone, Debug)]
 enum Happens {
-    /// What the source received before does not come from here.
+    /// Frames that the source received before have another origin.
     AtSource(AtSource),
     AtDestination(AtDestination),
     /// The next frame arrives.
     ReachesSource,
     ReachesDestination,
-    /// The lane breaks: what is on its way is lost, and both find out when they do.
+    /// The lane breaks: frames in flight are lost, and both sides notice that later.
     Breaks,
 }
 
@@ -37,7 +37,7 @@ pub(crate) fn run(input: &[u8]) {
     }));
 }
 
-/// Lets it all happen, and returns both sides at the end.
+/// Applies all events, and returns both sides at the end.
 fn play(all: impl IntoIterator<Item = Happens>) -> Pair {
     let mut pair = Pair {
         source: source::Phase::new(),
@@ -59,10 +59,10 @@ fn play(all: impl IntoIterator<Item = Happens>) -> Pair {
 impl Pair {
     fn happens(&mut self, happens: &Happens) {
         match happens {
-            // Nobody forges frames here.
+            // The frames are not forged.
             Happens::AtSource(AtSource::Received(_))
             | Happens::AtDestination(AtDestination::Received(_)) => {}
-            // Small pieces do: only their sum matters.
+            // Small pieces suffice: only their sum matters.
             &Happens::AtSource(AtSource::SentState { bytes }) => {
                 self.source_does(&AtSource::SentState { bytes: 1 + bytes % 1024 });
             }
@@ -93,7 +93,7 @@ impl Pair {
         }
     }
 
-    /// What it is about to send leaves once its phase allows it.
+    /// A frame to be sent leaves once its phase allows it.
     fn source_does(&mut self, what: &AtSource) {
         let next = step_source(self.source.clone(), what.input(None));
         let failed = matches!(next, source::Phase::Failed { .. });
@@ -153,7 +153,7 @@ mod tests {
     use super::*;
     use Happens::{Breaks, ReachesDestination, ReachesSource};
 
-    /// A whole migration, up to the switchover's leaving and from there on.
+    /// A whole migration: up to the sending of the switchover, and from there on.
     fn migration() -> (Vec<Happens>, Vec<Happens>) {
         let (source, destination) = (Happens::AtSource, Happens::AtDestination);
         let before = vec![
@@ -182,9 +182,9 @@ mod tests {
         (before, after)
     }
 
-    /// The pair is able to do what it is to be kept from: it comes to the end.
+    /// The pair can reach the end, so the checks are not vacuous.
     #[test]
-    fn a_migration_completes() {
+    fn undisturbed_migration_completes() {
         let (before, after) = migration();
         let pair = play(before.into_iter().chain(after));
         assert!(matches!(pair.source, source::Phase::Completed(_)), "{:?}", pair.source);
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_switchover_that_is_lost_leaves_the_guest_to_nobody() {
+    fn lost_switchover_leaves_the_guest_without_owner() {
         let (mut before, _) = migration();
         before.push(Breaks);
         before.push(Happens::AtSource(AtSource::Lost));

@@ -1,4 +1,4 @@
-//! Each side's phases under any sequence of inputs: what its documentation promises holds at every step.
+//! Each side's phases under any sequence of inputs: the documented invariants hold at every step.
 
 use arbitrary::{Arbitrary, Unstructured};
 use umem_wire::limits::STATE_BYTES_MAX;
@@ -6,7 +6,7 @@ use umem_wire::{Event, destination, source};
 
 use crate::words::Word;
 
-/// What may happen to a source.
+/// An event of a source.
 #[derive(Arbitrary, Clone, Debug)]
 pub(crate) enum AtSource {
     SentRegions,
@@ -21,7 +21,7 @@ pub(crate) enum AtSource {
     Broken,
 }
 
-/// What may happen to a destination.
+/// An event of a destination.
 #[derive(Arbitrary, Clone, Debug)]
 pub(crate) enum AtDestination {
     Received(Word),
@@ -34,7 +34,7 @@ pub(crate) enum AtDestination {
     Broken,
 }
 
-/// Byte 0 says which side.
+/// Byte 0 selects the side.
 pub(crate) fn run(input: &[u8]) {
     let &[which, ref rest @ ..] = input else { return };
     let mut rest = Unstructured::new(rest);
@@ -99,7 +99,7 @@ impl AtDestination {
     }
 }
 
-/// A step of the source, and what must hold of any.
+/// A step of the source, and the invariants of any step.
 pub(crate) fn step_source(before: source::Phase, input: source::Input<'_>) -> source::Phase {
     use source::{Input, Phase};
     let result = before.clone().step(input);
@@ -139,7 +139,7 @@ pub(crate) fn step_source(before: source::Phase, input: source::Input<'_>) -> so
     after
 }
 
-/// A step of the destination, and what must hold of any.
+/// A step of the destination, and the invariants of any step.
 pub(crate) fn step_destination(
     before: destination::Phase,
     input: destination::Input<'_>,

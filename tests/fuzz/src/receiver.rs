@@ -1,5 +1,5 @@
-//! Any bytes on any end of any lane, in any pieces: never a panic, never memory that the peer chose, and
-//! the same meaning whatever the pieces.
+//! Any bytes on any end of any lane, in any pieces: no panic, no memory of the peer's choosing, and the same events
+//! whatever the pieces.
 
 use umem_wire::limits::BODY_BYTES_MAX;
 use umem_wire::{Event, LaneRole, ReceiveError, Receiver, Target};
@@ -7,14 +7,14 @@ use umem_wire::{Event, LaneRole, ReceiveError, Receiver, Target};
 use crate::heap::peak_bytes;
 use crate::words::table;
 
-/// A receiver holds its largest body twice, as it grows and is made into its meaning, and small change;
-/// the events, which whoever drains them late holds too, are no larger than four times what came.
+/// A receiver holds its largest body twice, as it grows and is decoded, and small buffers; the events, which a slow
+/// consumer holds too, are no larger than four times the input.
 const RECEIVER_BYTES_MAX: usize = 4 * BODY_BYTES_MAX;
 
-/// Pieces in which a run lands at most, so that one of 1 GiB does not take all day.
+/// The most pieces in which a run lands, so that one of 1 GiB does not take all day.
 const RUN_PIECES_MAX: usize = 16;
 
-/// Byte 0 says which end, byte 1 how many lengths of pieces follow; the rest comes on the lane.
+/// Byte 0 selects the end, byte 1 is the number of pieces' lengths that follow; the rest arrives on the lane.
 pub(crate) fn run(input: &[u8]) {
     let &[which, pieces, ref rest @ ..] = input else { return };
     let (pieces, bytes) = rest.split_at(rest.len().min(pieces.into()));
@@ -24,7 +24,7 @@ pub(crate) fn run(input: &[u8]) {
     assert_eq!(receive(which, pieces, bytes), all);
 }
 
-/// What came of some bytes.
+/// The result of some bytes.
 #[derive(Debug, Default, PartialEq)]
 struct Outcome {
     events: Vec<Event>,
@@ -32,8 +32,8 @@ struct Outcome {
     is_ended: bool,
 }
 
-/// The end of a lane, by the lower bits of a number: its role, its side, whether it knows the regions, and
-/// whether it is checked.
+/// The end of a lane, by the lower bits of a number: its role, its side, whether it knows the regions, and whether it
+/// has checksums.
 fn receiver(which: u8) -> Receiver {
     let mut receiver = match which % 4 {
         0 => Receiver::for_destination(LaneRole::Demand),
@@ -47,7 +47,7 @@ fn receiver(which: u8) -> Receiver {
     receiver.checked(which & 8 != 0)
 }
 
-/// Feeds bytes in pieces of these lengths, over and over; without any, as much at once as is allowed.
+/// Feeds bytes in pieces of these lengths, repeated; without any, as many at once as allowed.
 fn receive(which: u8, pieces: &[u8], mut bytes: &[u8]) -> Outcome {
     let mut receiver = receiver(which);
     let at_source = which & 2 != 0;
@@ -90,7 +90,7 @@ fn receive(which: u8, pieces: &[u8], mut bytes: &[u8]) -> Outcome {
     outcome
 }
 
-/// Lengths of pieces, over and over.
+/// Lengths of pieces, repeated.
 struct Pieces<'a> {
     lengths: &'a [u8],
     next: usize,

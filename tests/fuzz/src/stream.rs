@@ -1,9 +1,9 @@
-//! A stream of QEMU's, in any pieces: the same is understood whatever the pieces, and what is left of it is a stream
-//! of which nothing more is left.
+//! A stream of QEMU's, in any pieces: the parsed records do not depend on the pieces, and the remaining stream parses
+//! to nothing further.
 
 use umem::host::pieces::{Parsed, parse};
 
-/// Byte 0 says how many lengths of pieces follow; the rest is the stream.
+/// Byte 0 is the number of pieces' lengths that follow; the rest is the stream.
 pub(crate) fn run(input: &[u8]) {
     let Some((&pieces, rest)) = input.split_first() else { return };
     let (pieces, stream) = rest.split_at(rest.len().min(pieces.into()));

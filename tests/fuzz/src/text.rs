@@ -1,8 +1,8 @@
-//! What people, monitors, the kernel and other programs write: texts, and the records of TLS.
+//! Texts of users, monitors, the kernel and other programs, and the records of TLS.
 
 use umem::Uri;
 
-/// An address means the same when umem has written it.
+/// An address printed by umem parses to the same address.
 pub(crate) fn uri(input: &[u8]) {
     let Ok(text) = str::from_utf8(input) else { return };
     match text.parse::<Uri>() {
@@ -11,7 +11,7 @@ pub(crate) fn uri(input: &[u8]) {
     }
 }
 
-/// What a QMP socket says, from its greeting on.
+/// The bytes of a QMP socket, from its greeting on.
 pub(crate) fn qmp(input: &[u8]) {
     umem::fuzz::qmp(input);
 }
@@ -28,17 +28,17 @@ pub(crate) fn session(input: &[u8]) {
     umem::fuzz::session(input);
 }
 
-/// What a client says at a control socket.
+/// The commands of a client at a control socket.
 pub(crate) fn control(input: &[u8]) {
     umem::fuzz::control(input);
 }
 
-/// What a client asks of `--metrics`.
+/// The request of a client of `--metrics`.
 pub(crate) fn metrics(input: &[u8]) {
     umem::fuzz::metrics(input);
 }
 
-/// TLS records after the handshake: what a peer sends, and what somebody on the path makes of it.
+/// TLS records after the handshake: sent by a peer, and changed by an attacker on the path.
 pub(crate) fn records(input: &[u8]) {
     umem::fuzz::records(input);
 }

@@ -1,4 +1,4 @@
-//! What one end may say to the other, as a fuzzer makes it up: valid frames over one table of regions.
+//! The frames of one end, as a fuzzer generates them: valid frames over one table of regions.
 
 use arbitrary::Arbitrary;
 use umem_wire::limits::{REMAINING_RUNS_MAX, REQUEST_ENTRIES_MAX, STATE_CHUNK_BYTES_MAX};
@@ -7,7 +7,7 @@ use umem_wire::{
     Totals,
 };
 
-/// A page or several: brought into [`table`] by [`Pages::range`].
+/// One or several pages: brought into [`table`] by [`Pages::range`].
 #[derive(Arbitrary, Clone, Copy, Debug)]
 pub(crate) struct Pages {
     region: u8,
@@ -15,7 +15,7 @@ pub(crate) struct Pages {
     pages: u16,
 }
 
-/// A frame in short. A new kind of frame is a variant here.
+/// A frame in short form. A new kind of frame is a variant here.
 #[derive(Arbitrary, Clone, Debug)]
 pub(crate) enum Word {
     Data(Pages),
@@ -61,7 +61,7 @@ pub(crate) fn table() -> RegionTable {
 }
 
 impl Pages {
-    /// In the table; `is_run` keeps to what one data run may hold.
+    /// In the table; `is_run` bounds it to one data run.
     fn range(self, is_run: bool) -> PageRange {
         let table = table();
         let region = RegionId(u16::from(self.region) % table.len() as u16);
@@ -74,7 +74,7 @@ impl Pages {
 }
 
 impl Word {
-    /// As it is sent. What follows it, pages or device state, is as long as the frame says.
+    /// The encoded frame. Pages or device state behind it are as long as the frame announces.
     pub(crate) fn frame(&self) -> Frame {
         match self.clone() {
             Word::Data(pages) => Frame::Data(pages.range(true)),
@@ -86,7 +86,7 @@ impl Word {
                     (range.region, range.first)
                 });
                 let pages: Vec<_> = pages.collect();
-                // One page is asked for at least.
+                // A request has at least one page.
                 Frame::Request(if pages.is_empty() { vec![(RegionId(0), 0)] } else { pages })
             }
             Word::Ack(pages) => Frame::Ack(pages.range(false)),
@@ -124,7 +124,7 @@ impl Word {
         }
     }
 
-    /// What the receiver of it says.
+    /// The event of its receiver.
     pub(crate) fn event(&self) -> Event {
         match self.frame() {
             Frame::Data(range) => Event::Data(range),

@@ -1,4 +1,4 @@
-//! The fuzz targets' corpus, every input once: what fuzzing has reached stays as it was found to be.
+//! The fuzz targets' corpus, every input once: faults found by fuzzing stay fixed.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
 
@@ -18,7 +18,7 @@ fn names(folder: &Path) -> BTreeSet<String> {
 }
 
 #[test]
-fn every_input_of_the_corpus_holds() {
+fn corpus_inputs_pass() {
     for target in TARGETS {
         let folder = fuzz().join("corpus").join(target.name);
         let inputs = names(&folder);
@@ -30,9 +30,9 @@ fn every_input_of_the_corpus_holds() {
     }
 }
 
-/// Spoilt copies of the corpus, the same each time: what a fuzzer would try first. `UMEM_FUZZ_RUNS` of each input.
+/// Damaged copies of the corpus, the same each time: a fuzzer's first attempts. `UMEM_FUZZ_RUNS` of each input.
 #[test]
-fn inputs_like_those_of_the_corpus_hold() {
+fn damaged_corpus_inputs_pass() {
     let runs = std::env::var("UMEM_FUZZ_RUNS").map_or(5, |runs| runs.parse().expect("a number"));
     for target in TARGETS {
         let folder = fuzz().join("corpus").join(target.name);
@@ -42,7 +42,7 @@ fn inputs_like_those_of_the_corpus_hold() {
         for input in &inputs {
             for run in 0..runs {
                 let spoilt = random.spoil(input, &inputs);
-                // Shown where it panics.
+                // Printed if it panics.
                 println!("{} {run} {:?}", target.name, String::from_utf8_lossy(&spoilt));
                 (target.run)(&spoilt);
             }
@@ -95,7 +95,7 @@ impl Random {
 
 /// A target without a binary would never be fuzzed, and a folder without a target never be replayed.
 #[test]
-fn targets_binaries_and_folders_are_the_same() {
+fn targets_match_binaries_and_corpus_folders() {
     let targets: BTreeSet<String> = TARGETS.iter().map(|target| target.name.to_owned()).collect();
     assert_eq!(names(&fuzz().join("corpus")), targets);
     let manifest = fs::read_to_string(fuzz().join("Cargo.toml")).unwrap();

@@ -1,8 +1,8 @@
-//! Memory that the guest gives back to the host, by QEMU's virtio balloon: pages go into the balloon, or are
-//! reported as free. Then they have to read as zeroes, and all others as they were written.
+//! Memory that the guest gives back to the host, through QEMU's virtio balloon: pages go into the balloon, or are
+//! reported as free. They must read as zeroes then, and all others as written.
 //!
-//! A driver in user space, of the device's older interface (virtio 1.2, "legacy"): its registers are ports, and it
-//! is told of pages by their physical numbers. It needs no module of the kernel's.
+//! A driver in user space for the device's older interface (virtio 1.2, "legacy"): its registers are ports, and pages
+//! are named by their physical numbers. It needs no kernel module.
 
 use std::arch::asm;
 use std::fs;
@@ -14,7 +14,7 @@ use crate::memory::{Wrong, mix};
 const PAGE_SIZE: usize = 4096;
 const WORDS: usize = PAGE_SIZE / size_of::<u64>();
 
-/// Beside the pages that are given back: those that the queues lie in.
+/// Besides the ballooned pages: those of the queues.
 const RING_PAGES: usize = 256;
 
 // Registers of the device, from its first port on.
@@ -44,12 +44,12 @@ pub(crate) struct Balloon {
     memory: *mut u8,
     /// Their physical numbers.
     frames: Vec<u64>,
-    /// One a page: what of it was written last.
+    /// One a page: its last written generation.
     generations: Vec<u64>,
     inflate: Queue,
     deflate: Queue,
     report: Queue,
-    /// A page for what a queue's descriptor names.
+    /// A page for the contents of a queue's descriptor.
     message: usize,
     seed: u64,
 }
@@ -58,7 +58,7 @@ pub(crate) struct Balloon {
 struct Queue {
     number: u16,
     size: u16,
-    /// Two pages whose physical numbers follow each other: what we write, and what the device does.
+    /// Two pages with consecutive physical numbers: the driver's ring and the device's.
     ours: *mut u8,
     theirs: *mut u8,
     count: u16,
@@ -93,7 +93,7 @@ impl Balloon {
         self.generations.len() as u64
     }
 
-    /// Gives a page back, looks at what the guest sees of it then, and takes it again.
+    /// Gives a page back, checks its contents in the guest, and takes it again.
     pub(crate) fn give(&mut self, page: u64, is_reported: bool) -> Result<(), Wrong> {
         let page = page as usize;
         let frame = self.frames[page];
@@ -150,7 +150,7 @@ impl Balloon {
     }
 
     fn tell(&self, frame: u64) {
-        // SAFETY: the message's page, which nobody else uses.
+        // SAFETY: the message's page, which has no other user.
         unsafe { self.words(self.message).cast::<u32>().write_volatile(frame as u32) };
     }
 
@@ -180,10 +180,10 @@ impl Balloon {
 }
 
 impl Queue {
-    /// Has the device take one buffer, and waits until it has.
+    /// Submits one buffer to the device, and waits until it is used.
     fn send(&mut self, port: u16, address: u64, length: u32, flags: u16) {
-        // SAFETY: the two pages of the queue: the descriptors, 16 bytes each, the ring of those that are available
-        // behind them, and, in the second page, the ring of those that have been used.
+        // SAFETY: the two pages of the queue: the descriptors, 16 bytes each, the available ring behind them, and, in
+        // the second page, the used ring.
         unsafe {
             self.ours.cast::<u64>().write_volatile(address);
             self.ours.add(8).cast::<u32>().write_volatile(length);
@@ -204,7 +204,7 @@ impl Queue {
     }
 }
 
-/// The first port of the balloon, which may be used from now on by this thread.
+/// The first port of the balloon; this thread may access its ports from now on.
 fn find_device() -> Result<u16, String> {
     let error = |what: &str| {
         let what = what.to_owned();
@@ -228,7 +228,7 @@ fn find_device() -> Result<u16, String> {
         let config = config.map_err(error("the balloon's configuration"))?;
         let mut command = [0; 2];
         config.read_exact_at(&mut command, 4).map_err(error("its command register"))?;
-        // It answers at its ports, and reaches memory by itself.
+        // The device answers at its ports, and reaches memory by itself.
         command[0] |= 0b101;
         config.write_all_at(&command, 4).map_err(error("its command register"))?;
         let resources = read("resource");
@@ -239,7 +239,7 @@ fn find_device() -> Result<u16, String> {
     Err("there is no balloon".into())
 }
 
-/// Small pages that are there and stay where they are.
+/// Small pages that are present and not moved.
 fn map(pages: usize) -> Result<*mut u8, String> {
     let length = pages * PAGE_SIZE;
     let access = libc::PROT_READ | libc::PROT_WRITE;
@@ -268,7 +268,7 @@ fn frames_of(memory: *mut u8, pages: usize) -> Result<Vec<u64>, String> {
     Ok(entries.iter().map(|&entry| u64::from_ne_bytes(entry) << 9 >> 9).collect())
 }
 
-/// Pairs of pages behind the first `skipped` ones that follow each other in physical memory.
+/// Pairs of pages behind the first `skipped` ones that are adjacent in physical memory.
 fn neighbours(frames: &[u64], skipped: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
     let mut pages: Vec<(u64, usize)> = frames.iter().copied().zip(0..).skip(skipped).collect();
     pages.sort_unstable();

@@ -1,4 +1,4 @@
-//! Whole lines on the console, which the kernel has opened for us as standard output.
+//! Whole lines on the console, which the kernel has opened as standard output.
 
 use std::io::Write;
 
@@ -18,6 +18,6 @@ pub(crate) fn make_raw() {
 /// One write, so that lines of different threads do not mix.
 pub(crate) fn line(text: &str) {
     let line = format!("{text}\n");
-    // A console that cannot be written leaves nowhere to say so.
+    // An unwritable console leaves no place for an error.
     let _ = std::io::stdout().lock().write_all(line.as_bytes());
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 const LINEAR: u64 = 16;
 const SUB_BUCKETS: u64 = 8;
-/// Up to 2^36 µs, nineteen hours; what is longer counts as that.
+/// Up to 2^36 µs, nineteen hours; longer times count as that.
 const BUCKETS: usize = (LINEAR + (36 - 4) * SUB_BUCKETS) as usize;
 
 pub(crate) struct Latencies {
@@ -33,7 +33,7 @@ impl Latencies {
         self.max_us.fetch_max(us, Relaxed);
     }
 
-    /// Summarises what was recorded since the last call, and starts anew.
+    /// Summarises the latencies since the last call, and resets.
     pub(crate) fn take(&self) -> Summary {
         let counts: Vec<u64> =
             self.buckets.iter().map(|bucket| u64::from(bucket.swap(0, Relaxed))).collect();

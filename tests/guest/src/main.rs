@@ -1,8 +1,8 @@
-//! `/init` of the Linux guest that the tests move: fills its memory with words that can be checked,
-//! reads and writes them at random for ever, and says on the console what it found.
+//! `/init` of the Linux guest that the tests move: fills its memory with verifiable words, reads and writes them at
+//! random forever, and prints its findings on the console.
 //!
-//! Every page has a generation. Its words follow from seed, page and generation alone, so a page
-//! that arrives wrong, twice, late or in the wrong place is seen, and so is a write that got lost.
+//! Every page has a generation. Its words follow from seed, page and generation alone, so a page that arrives wrong,
+//! twice, late or in the wrong place is detected, and so is a lost write.
 //!
 //! # Parameters, on the kernel's command line
 //!
@@ -25,11 +25,10 @@
 //! umem-guest failed: …
 //! ```
 //!
-//! A beat comes about every 100 ms of the guest's time. Its counts are totals: page checks and page
-//! writes of the threads, wrong words, completed sweeps, pages given to the host. Its latencies are those of the first touch
-//! of a page since the beat before, in microseconds (the upper end of a bucket, at most 12 % high;
-//! `max_us` is exact). `ms` is the guest's clock since the memory was full. Only the first wrong
-//! word gets a BAD line.
+//! A beat comes about every 100 ms of the guest's time. Its counts are totals: page checks and page writes of the
+//! threads, wrong words, completed sweeps, ballooned pages. Its latencies are those of the first touch of a page since
+//! the beat before, in microseconds (the upper end of a bucket, at most 12 % high; `max_us` is exact). `ms` is the
+//! guest's clock since the memory was full. Only the first wrong word gets a BAD line.
 
 mod balloon;
 mod console;
@@ -102,7 +101,7 @@ struct Counts {
 }
 
 impl Guest {
-    /// One thread of load, for ever.
+    /// One load thread, forever.
     fn work(&self, index: u64) {
         let pages = self.memory.pages();
         let mut random = Random::new(self.parameters.seed, index);
@@ -119,7 +118,7 @@ impl Guest {
         }
     }
 
-    /// Checks all pages in order, for ever.
+    /// Checks all pages in order, forever.
     fn sweep(&self) {
         loop {
             for page in 0..self.memory.pages() {
@@ -130,7 +129,7 @@ impl Guest {
         }
     }
 
-    /// Gives pages to the host by turns in the two ways that there are, for ever, and looks at others.
+    /// Gives pages to the host, alternating between the two methods, forever, and checks other pages.
     fn give(&self) {
         let mut balloon = match Balloon::new(self.parameters.balloon_mib, self.parameters.seed) {
             Ok(balloon) => balloon,

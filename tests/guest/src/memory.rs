@@ -1,4 +1,4 @@
-//! The memory that is checked: one anonymous mapping, and for each page its generation and a lock.
+//! The checked memory: one anonymous mapping, and for each page its generation and a lock.
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,7 +9,7 @@ const WORDS: u64 = (PAGE_SIZE / size_of::<u64>()) as u64;
 /// 2^64 divided by the golden ratio, odd.
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// In a page's state: somebody is checking or writing it. The other bits are its generation.
+/// In a page's state: a thread is checking or writing it. The other bits are its generation.
 const LOCKED: u32 = 1 << 31;
 
 pub(crate) struct Memory {
@@ -24,7 +24,7 @@ unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
 
-/// What a check found: the first wrong word, and how many there were.
+/// The result of a check: the first wrong word, and the number of wrong words.
 pub(crate) struct Wrong {
     pub(crate) word: u64,
     pub(crate) want: u64,
@@ -74,7 +74,7 @@ impl Memory {
         });
     }
 
-    /// Waits for the page; whoever holds it may be waiting for its arrival.
+    /// Waits for the page; its holder may be waiting for its arrival.
     pub(crate) fn lock(&self, page: u64) -> Page<'_> {
         let state = &self.states[page as usize];
         loop {
@@ -90,20 +90,20 @@ impl Memory {
     }
 }
 
-/// A page that is locked, until it is dropped.
+/// A locked page, until it is dropped.
 pub(crate) struct Page<'a> {
     words: *mut u64,
     state: &'a AtomicU32,
     generation: u32,
-    /// What distinguishes this page's words from any other's.
+    /// The key that distinguishes this page's words from all others.
     contents: u64,
     memory: PhantomData<&'a Memory>,
 }
 
 impl Page<'_> {
-    /// Reads one word, so that a page that is not here has to come.
+    /// Reads one word, so that a missing page must arrive.
     pub(crate) fn touch(&self) {
-        // SAFETY: the page is mapped and locked by us; volatile, so that the read is made.
+        // SAFETY: the page is mapped and locked by this thread; volatile, so that the read is made.
         unsafe { self.words.read_volatile() };
     }
 
@@ -111,7 +111,7 @@ impl Page<'_> {
     pub(crate) fn check(&self) -> Result<(), Wrong> {
         let mut wrong: Option<Wrong> = None;
         for (word, want) in self.expected() {
-            // SAFETY: `word` is below WORDS; the page is mapped and locked by us.
+            // SAFETY: `word` is below WORDS; the page is mapped and locked by this thread.
             let got = unsafe { self.words.add(word as usize).read_volatile() };
             if got != want {
                 wrong.get_or_insert(Wrong { word, want, got, count: 0 }).count += 1;
@@ -120,7 +120,7 @@ impl Page<'_> {
         wrong.map_or(Ok(()), Err)
     }
 
-    /// Gives the page its next generation, and the words of that.
+    /// Writes the words of the page's next generation.
     pub(crate) fn rewrite(&mut self) {
         self.generation = (self.generation + 1) & !LOCKED;
         for (word, value) in self.expected() {

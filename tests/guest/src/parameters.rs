@@ -1,4 +1,4 @@
-//! What the kernel's command line asks for.
+//! The parameters on the kernel's command line.
 
 use std::fs;
 use std::str::FromStr;
@@ -22,7 +22,7 @@ pub(crate) enum Mode {
 }
 
 impl Parameters {
-    /// Mounts /proc, where the command line and the size of memory are.
+    /// Mounts /proc, which has the command line and the size of memory.
     pub(crate) fn read() -> Result<Self, String> {
         mount_proc()?;
         let read =
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn typing_errors_are_told() {
+    fn wrong_parameters_are_reported() {
         for line in ["umem.mib=x", "umem.mode=slow", "umem.mibs=1"] {
             assert!(Parameters::parse(line, MEMINFO).is_err(), "{line}");
         }

@@ -1,23 +1,22 @@
-//! The guest: its instructions, and what it and the monitor know of each other.
+//! The guest: its instructions, and the data that it shares with the monitor.
 //!
 //! # The guest's address space
 //!
 //! | from | what |
 //! |---|---|
-//! | 0 | RAM, the memory that is demand-paged |
+//! | 0 | RAM, the demand-paged memory |
 //! | [`BOARD`] | the monitor's own memory: a page of code, a page of [`Plan`]s, page tables |
-//! | [`Report`] | nothing: a device, which the monitor plays |
+//! | [`Report`] | no memory: a device, which the monitor emulates |
 //!
-//! A vCPU starts at [`BOARD`] in 64-bit user mode, every address mapped to itself, without a stack or
-//! an interrupt table (any exception is a triple fault and ends the guest), with the address of its
-//! plan in RBP. It goes through the pages of its plan twice. The first time it compares each word of
-//! a page with what the monitor's `Pattern` puts there and then writes its own; the second time it
-//! compares with those. At the end it writes its counts to [`Report`]; with the last of them it is
-//! done.
+//! A vCPU starts at [`BOARD`] in 64-bit user mode, every address mapped to itself, without a stack or an interrupt
+//! table (any exception is a triple fault and ends the guest), with the address of its plan in RBP. It goes through the
+//! pages of its plan twice. The first time it compares each word of a page with the monitor's `Pattern` and then writes
+//! its own; the second time it compares with those. At the end it writes its counts to [`Report`]; after the last count
+//! it is done.
 //!
-//! User mode, because a KVM that does without the processor's virtualization (kvm_pvm, as in some
-//! virtual machines) runs only that at full speed. It interprets what a kernel would do and all other
-//! modes, at several microseconds an instruction: a minute for each MiB here.
+//! User mode, because a KVM without the processor's virtualization (kvm_pvm, as in some virtual machines) runs only
+//! user mode at full speed. It interprets kernel mode and all other modes, at several microseconds an instruction: a
+//! minute for each MiB here.
 
 use std::arch::global_asm;
 use std::mem::offset_of;
@@ -31,10 +30,10 @@ use crate::pattern::{FACTORS, Pattern, ZERO_BITS};
 /// A page of the guest.
 pub(crate) const PAGE_BYTES: u32 = 4096;
 
-/// Where code and plans are: beyond all RAM.
+/// The address of code and plans: beyond all RAM.
 pub(crate) const BOARD: u32 = 0xe000_0000;
 
-/// What can be addressed below [`BOARD`], rounded down to a GiB.
+/// The addressable size below [`BOARD`], rounded down to a GiB.
 pub(crate) const RAM_BYTES_MAX: u64 = 3 << 30;
 
 /// Pages of the board: code, plans, and page tables.
@@ -49,10 +48,10 @@ const TABLE: u64 = 0x27;
 /// … and dirty, and 2 MiB large.
 const LARGE_PAGE: u64 = TABLE | 0x40 | 0x80;
 
-/// As many plans as there is room for in their page.
+/// The most plans that fit in their page.
 pub(crate) const VCPUS_MAX: u32 = PAGE_BYTES / size_of::<Plan>() as u32;
 
-/// What one vCPU is to do, and what it has counted.
+/// The work of one vCPU, and its counts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
@@ -72,9 +71,8 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// The share of one of `vcpus`. All of them together walk through memory by jumps of `stride`,
-    /// taking turns; that meets every page once because stride and number of pages have no divisor
-    /// in common.
+    /// The share of one of `vcpus`. All of them together walk through memory in steps of `stride`, taking turns; that
+    /// visits every page once because stride and number of pages are coprime.
     fn new(ram_pages: u32, vcpu: u32, vcpus: u32, pattern: &Pattern) -> Plan {
         assert!(vcpu < vcpus && vcpus <= ram_pages);
         let stride = stride(ram_pages);
@@ -108,8 +106,8 @@ fn gcd(a: u32, b: u32) -> u32 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// The guest's addresses where a vCPU reports, 32 bits each, in this order. There is no memory, so
-/// that KVM gives what is written there to the monitor.
+/// The guest's addresses of a vCPU's reports, 32 bits each, in this order. There is no memory, so KVM passes these
+/// writes to the monitor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum Report {
@@ -140,18 +138,18 @@ global_asm!(
     "        bswap   eax",
     "        imul    eax, eax, {factor_1}",
     ".endm",
-    // Begins going through the pages.
+    // Starts the walk over the pages.
     ".macro begin",
     "        mov     edi, [rbp + {first}]",
     "        mov     ecx, [rbp + {count}]",
     ".endm",
-    // RSI and EBX = where page EDI begins and ends
+    // RSI and EBX = start and end of page EDI
     ".macro enter_page",
     "        mov     esi, edi",
     "        shl     esi, 12",
     "        lea     ebx, [rsi + {page_bytes}]",
     ".endm",
-    // Goes on to the next page, at \again, if there is one.
+    // Continues with the next page, at \again, if there is one.
     ".macro next_page again",
     "        add     edi, [rbp + {step}]",
     "        cmp     edi, [rbp + {ram_pages}]",
@@ -183,7 +181,7 @@ global_asm!(
     "40:     add     esi, 4",
     "        cmp     esi, ebx",
     "        jne     30b",
-    // … and write ours.
+    // … and write the guest's.
     "        enter_page",
     "50:     word    {key_second}",
     "        mov     [rsi], eax",
@@ -192,7 +190,7 @@ global_asm!(
     "        jne     50b",
     "        inc     dword ptr [rbp + {pages}]",
     "        next_page 20b",
-    // Second time: compare with ours.
+    // Second time: compare with the guest's.
     "        begin",
     "60:     enter_page",
     "70:     word    {key_second}",
@@ -206,7 +204,7 @@ global_asm!(
     "        report  {report_pages}, {pages}",
     "        report  {report_wrong_first}, {wrong_first}",
     "        report  {report_wrong_second}, {wrong_second}",
-    // Not reached: the monitor does not go on after the last report.
+    // Not reached: the monitor stops after the last report.
     "        hlt",
     "umem_test_kvm_guest_end:",
     ".purgem word",
@@ -239,8 +237,8 @@ unsafe extern "C" {
 }
 
 fn code() -> &'static [u8] {
-    // SAFETY: the two symbols enclose the bytes of the assembly above, which are read-only and
-    // there for as long as the program.
+    // SAFETY: the two symbols enclose the bytes of the assembly above, which are read-only and exist as long as the
+    // program.
     unsafe {
         let start = &raw const umem_test_kvm_guest_start;
         let end = &raw const umem_test_kvm_guest_end;
@@ -265,7 +263,7 @@ impl Board {
         let bytes = NonZeroUsize::new(BOARD_PAGES * page).expect("some pages");
         let board = Board { memory: Memory::private(bytes)? };
         assert!(code().len() <= page);
-        // SAFETY: the code fits in the first of our pages, which nobody else has yet.
+        // SAFETY: the code fits in the first of our pages, which has no other user yet.
         unsafe {
             board.start().copy_from_nonoverlapping(NonNull::from(code()).cast(), code().len());
         }
@@ -303,7 +301,7 @@ impl Board {
         &self.memory
     }
 
-    /// Where a vCPU finds its plan.
+    /// The address of a vCPU's plan.
     pub(crate) fn plan_address(vcpu: u32) -> u32 {
         BOARD + PAGE_BYTES + vcpu * size_of::<Plan>() as u32
     }
@@ -337,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn the_code_is_whole() {
+    fn generated_code_is_complete() {
         // mov edi, [rbp + 4] … hlt
         assert_eq!(code()[..3], [0x8b, 0x7d, 0x04]);
         assert_eq!(code().last(), Some(&0xf4));

@@ -14,29 +14,29 @@ use crate::code::{BOARD, Board, Report};
 use crate::memory::Memory;
 use crate::pattern::Pattern;
 
-/// Three pages that KVM needs for itself on some Intel processors, where the guest has nothing.
+/// Three pages that KVM needs for itself on some Intel processors, at an address that the guest does not use.
 const TSS: usize = 0xfffb_d000;
 
 const RAM_SLOT: u32 = 0;
 const BOARD_SLOT: u32 = 1;
 
-/// Whether vCPUs have interrupts, which decides how KVM waits for a page (none ever comes in).
+/// Whether vCPUs have interrupts, which decides how KVM waits for a page (no interrupt ever arrives).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Interrupts {
     /// The vCPU's own thread waits in the fault.
     None,
-    /// With an interrupt controller and interrupts enabled KVM may halt the vCPU and let one of the
-    /// kernel's workers take the fault: asynchronous page faults.
+    /// With an interrupt controller and interrupts enabled, KVM may halt the vCPU and let a kernel worker take the
+    /// fault: asynchronous page faults.
     Some,
 }
 
-/// What the guest has found.
+/// The guest's results.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Found {
     pub(crate) pages: u64,
     pub(crate) wrong_first: u64,
     pub(crate) wrong_second: u64,
-    /// How often KVM gave a vCPU back to its monitor.
+    /// How often KVM returned to the monitor.
     pub(crate) exits: u64,
 }
 
@@ -94,8 +94,8 @@ impl Machine {
             memory_size: memory.bytes() as u64,
             userspace_addr: memory.start().as_ptr() as u64,
         };
-        // SAFETY: the mapping is the guest's and holds nothing of ours that Rust relies on; it is
-        // there for as long as the process, and so the virtual machine.
+        // SAFETY: the mapping is the guest's and has no Rust references; it exists as long as the process, and so the
+        // virtual machine.
         unsafe { self.vm.set_user_memory_region(region) }
             .map_err(|error| format!("memory slot {slot}: {error}"))
     }
@@ -125,7 +125,7 @@ impl Machine {
         })
         .map_err(what)?;
         if self.interrupts == Interrupts::Some {
-            // Beside an interrupt controller all but the first would wait to be started by it.
+            // Beside an interrupt controller all but the first would wait for a start by it.
             vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).map_err(what)?;
         }
         Ok(vcpu)
@@ -146,7 +146,7 @@ const RFLAGS_IF: u64 = 1 << 9;
 const EXECUTE_READ: u8 = 11;
 const READ_WRITE: u8 = 3;
 
-/// What is common to the segments: all of memory, for user mode.
+/// Common to the segments: all of memory, for user mode.
 const SEGMENT: kvm_segment = kvm_segment {
     base: 0,
     limit: u32::MAX,
@@ -166,7 +166,7 @@ const SEGMENT: kvm_segment = kvm_segment {
 fn start(index: usize, vcpu: VcpuFd, results: Sender<Result<Found>>) -> Result<()> {
     let body = move || {
         let result = run(vcpu).map_err(|error| format!("vCPU {index}: {error}"));
-        // Nobody listens any more when another one has failed.
+        // The receiver has gone when another vCPU has failed.
         let _ = results.send(result);
     };
     thread::Builder::new()

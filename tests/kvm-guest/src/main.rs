@@ -1,8 +1,8 @@
-//! A monitor of our own and a KVM guest of a few instructions, for the tests.
+//! A minimal monitor and a KVM guest of a few instructions, for the tests.
 //!
-//! The guest checks every word of its memory, writes it anew, and checks what it wrote. The monitor
-//! never touches that memory, so every fault in it is taken by KVM on the guest's behalf, in kernel
-//! context: this is what umem meets under a QEMU with `-accel kvm`, without a Linux in the guest.
+//! The guest checks every word of its memory, writes it anew, and checks its writes. The monitor never touches that
+//! memory, so KVM takes every fault in it on the guest's behalf, in kernel context: as under a QEMU with `-accel kvm`,
+//! without a Linux in the guest.
 //!
 //! ```text
 //! umem-test-kvm-guest --ram PATH --mib N --fill       writes PATH as the guest expects to find it
@@ -10,21 +10,21 @@
 //! umem-test-kvm-guest --handoff SOCKET --mib N        runs the guest in anonymous memory
 //! ```
 //!
-//! Under `umem incoming … -- umem-test-kvm-guest …` the last two take their memory from there. When
-//! the guest is done there is one line on stdout, and the exit status is 0 only if no word was wrong:
+//! Under `umem incoming … -- umem-test-kvm-guest …` the last two get their memory from umem. When the guest is done it
+//! prints one line on stdout, and the exit status is 0 only if no word was wrong:
 //!
 //! ```text
 //! {"event":"done","pages":16384,"wrong_first":0,"wrong_second":0,"exits":6}
 //! ```
 //!
-//! `pages` have been checked, written and checked again; `wrong_first` words were not as filled,
-//! `wrong_second` not as the guest had written them; `exits` is how often KVM gave a vCPU back.
+//! `pages` have been checked, written and checked again; `wrong_first` words differed from the fill, `wrong_second`
+//! from the guest's writes; `exits` is how often KVM returned to the monitor.
 //!
 //! | module | |
 //! |---|---|
-//! | `memory` | where the guest's memory comes from |
-//! | `pattern` | what is in it, as the monitor writes it |
-//! | `code` | the guest's instructions, and what it and the monitor know of each other |
+//! | `memory` | the guest's memory |
+//! | `pattern` | its first contents, as the monitor writes them |
+//! | `code` | the guest's instructions, and the data shared with the monitor |
 //! | `machine` | KVM: a virtual machine with that memory, that code and some vCPUs |
 
 #![allow(
@@ -52,7 +52,7 @@ use machine::{Interrupts, Machine};
 use memory::{Backing, Memory};
 use pattern::Pattern;
 
-/// What goes wrong ends the process: one line says what, and what to do where that is known.
+/// An error ends the process with one line, with the remedy if known.
 type Result<T> = std::result::Result<T, String>;
 
 /// Run a KVM guest that checks and writes every word of its memory.
@@ -61,13 +61,13 @@ struct Options {
     /// the file that is the guest's memory, mapped shared; made if it is not there
     #[argh(option)]
     ram: Option<PathBuf>,
-    /// where a umem takes the guest's memory over, which is anonymous then
+    /// the socket of a umem that takes the guest's memory over, which is anonymous then
     #[argh(option)]
     handoff: Option<PathBuf>,
     /// size of the memory, MiB, where the file is empty (default 64)
     #[argh(option, default = "64")]
     mib: u64,
-    /// what the contents are derived from (default 1)
+    /// the seed of the contents (default 1)
     #[argh(option, default = "1")]
     seed: u32,
     /// vCPUs, which share the pages (default 2)
@@ -79,7 +79,7 @@ struct Options {
     /// let KVM resolve faults in its workers while the vCPU is halted (asynchronous page faults)
     #[argh(switch)]
     async_faults: bool,
-    /// a FIFO: when the guest is done, wait for a byte from there before saying so and ending
+    /// a FIFO: when the guest is done, wait for a byte from there before the report and the end
     #[argh(option)]
     until: Option<PathBuf>,
 }
@@ -90,13 +90,13 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("umem-test-kvm-guest: {error}");
-            // At once: a vCPU may wait in a fault that nobody answers any more.
+            // At once: a vCPU may wait in a fault that gets no answer any more.
             std::process::exit(1);
         }
     }
 }
 
-/// True when the guest found nothing wrong.
+/// True if the guest found no wrong word.
 fn run(options: &Options) -> Result<bool> {
     let pattern = Pattern::new(options.seed);
     let backing = match (&options.ram, &options.handoff) {

@@ -1,4 +1,4 @@
-//! Where the guest's memory comes from.
+//! The guest's memory.
 
 use std::fs::OpenOptions;
 use std::num::NonZeroUsize;
@@ -12,8 +12,8 @@ use crate::Result;
 use crate::code::{PAGE_BYTES, RAM_BYTES_MAX};
 use crate::pattern::GROUP_BYTES;
 
-/// What is behind the guest's memory. Each kind that umem knows has its own hand-over: a file is taken
-/// by the preload object as it is mapped; anonymous memory is handed over by its owner.
+/// The kinds of the guest's memory. Each kind has its own hand-over: the preload object takes a file as it is mapped;
+/// anonymous memory is handed over by its owner.
 #[derive(Clone, Debug)]
 pub(crate) enum Backing {
     /// A file mapped shared; it gets its size here if it is empty.
@@ -25,8 +25,8 @@ pub(crate) enum Backing {
 /// The name of the guest's memory, for umem.
 const RAM_NAME: &str = "ram0";
 
-/// A mapping that a guest may use. There is never a reference into it: others write there. It stays
-/// until the process ends, because so long a vCPU may be in a fault of it.
+/// A mapping for a guest. There is never a reference into it, because others write there. It stays until the process
+/// ends, because a vCPU may be in a fault of it until then.
 #[derive(Debug)]
 pub(crate) struct Memory {
     start: NonNull<u8>,
@@ -34,8 +34,7 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
-    /// Maps the memory of a guest, without touching it. `bytes` is its size where that is still
-    /// open.
+    /// Maps the memory of a guest, without touching it. `bytes` is its size if the file is empty.
     pub(crate) fn map(backing: &Backing, bytes: u64) -> Result<Memory> {
         match backing {
             Backing::SharedFile(path) => {
@@ -84,7 +83,7 @@ impl Memory {
     }
 }
 
-/// The size of a guest's memory, if a guest can have it.
+/// The size of a guest's memory, if it is valid.
 pub(crate) fn check_size(bytes: u64) -> Result<NonZeroUsize> {
     usize::try_from(bytes)
         .ok()

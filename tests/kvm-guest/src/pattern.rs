@@ -1,4 +1,4 @@
-//! What is in the guest's memory at first. The guest computes the same in `code`.
+//! The first contents of the guest's memory. The guest computes the same in `code`.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
@@ -10,13 +10,12 @@ use crate::memory::check_size;
 /// Pages are alike in groups of 64 KiB, which is sixteen pages.
 pub(crate) const GROUP_BYTES: u64 = 64 << 10;
 
-/// Of eight groups one is written with zeroes (number 6) and one is never written (number 7): those
-/// whose addresses have both of these bits. The guest finds zeroes in both.
+/// Of eight groups one is written with zeroes (number 6) and one is never written (number 7): those whose addresses
+/// have both of these bits. The guest reads zeroes in both.
 pub(crate) const ZERO_BITS: u32 = 6 * GROUP_BYTES as u32;
 
-/// Odd, so that different addresses give different words. The low bits of addresses are always zero,
-/// and a product's high bits depend on more than its low ones: that is why [`word`] turns the bytes
-/// round between its two multiplications.
+/// Odd, so that different addresses give different words. The low bits of addresses are always zero, and a product's
+/// high bits depend on more than its low ones: so [`word`] swaps the bytes between its two multiplications.
 pub(crate) const FACTORS: [u32; 2] = [0x9e37_79b1, 0x85eb_ca77];
 
 /// The word at an address of the guest's memory, where it is not zero.
@@ -28,9 +27,9 @@ fn word(address: u32, key: u32) -> u32 {
 /// The contents of a guest's memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pattern {
-    /// The key of what the guest finds …
+    /// The key of the expected words …
     pub(crate) key_first: u32,
-    /// … and of what it writes.
+    /// … and of the guest's writes.
     pub(crate) key_second: u32,
 }
 
@@ -41,7 +40,7 @@ impl Pattern {
         Pattern { key_first, key_second: !key_first }
     }
 
-    /// Writes what the guest is to find into a file.
+    /// Writes the expected contents into a file.
     pub(crate) fn fill(&self, path: &Path, bytes: u64) -> Result<()> {
         let what = |error: std::io::Error| format!("filling {}: {error}", path.display());
         check_size(bytes)?;
@@ -70,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_of_a_group_differ_and_neighbours_look_unrelated() {
+    fn pattern_words_differ_within_a_group_and_between_neighbours() {
         let key = Pattern::new(1).key_first;
         let words: std::collections::HashSet<u32> =
             (0..1 << 16).map(|index| word(index * 4, key)).collect();
@@ -82,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_found_and_what_is_written_differ_everywhere() {
+    fn expected_and_written_words_differ_everywhere() {
         let Pattern { key_first, key_second } = Pattern::new(7);
         assert!(
             (0..1 << 20).all(|index| word(index * 4, key_first) != word(index * 4, key_second))

@@ -1,5 +1,5 @@
-//! A program that maps a RAM file and treats the mapping as it is told, for the tests of the preload
-//! object: it calls the C library as a monitor would, and knows nothing of umem.
+//! A program that maps a RAM file and treats the mapping by command, for the tests of the preload object: it calls the
+//! C library as a monitor would, and does not know umem.
 //!
 //! It reads one command a line and answers each with one line. Offsets and lengths are bytes.
 //!
@@ -35,11 +35,11 @@ fn main() {
         let words: Vec<&str> = line.split(' ').collect();
         let answer = mapping.carry_out(&words);
         println!("{}", answer.unwrap_or_else(|errno| format!("errno {errno}")));
-        std::io::stdout().flush().expect("somebody reads the answers");
+        std::io::stdout().flush().expect("the test reads the answers");
     }
 }
 
-/// The one mapping. It is only ever reached through its address: others write there.
+/// The one mapping. It is reached only through its address, because others write there.
 struct Mapping {
     start: *mut c_void,
     file: c_int,
@@ -59,7 +59,7 @@ impl Mapping {
             }
             ["advise", offset, length, advice] => {
                 let (start, advice) = (self.at(number(offset)), flags(advice));
-                // SAFETY: advice on our own mapping, in which nothing of Rust's lies.
+                // SAFETY: advice on our own mapping, which holds no Rust objects.
                 let result = unsafe { libc::madvise(start.cast(), number(length), advice) };
                 if result == 0 { Ok("ok".into()) } else { Err(errno()) }
             }
@@ -70,7 +70,7 @@ impl Mapping {
             }
             ["unmap", offset, length] => {
                 let start = self.at(number(offset));
-                // SAFETY: a part of our own mapping, in which nothing of Rust's lies.
+                // SAFETY: a part of our own mapping, which holds no Rust objects.
                 let result = unsafe { libc::munmap(start.cast(), number(length)) };
                 if result == 0 { Ok("ok".into()) } else { Err(errno()) }
             }
@@ -132,8 +132,7 @@ impl Mapping {
     }
 
     fn read(&self, offset: usize) -> u8 {
-        // SAFETY: the tests name offsets inside the mapping; in a child it may be gone, which is what
-        // they want to see.
+        // SAFETY: the tests name offsets inside the mapping; in a child it may be gone, which the tests check.
         unsafe { self.at(offset).read_volatile() }
     }
 

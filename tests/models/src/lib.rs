@@ -1,15 +1,15 @@
-//! Model checks of what umem's threads share: page states, wanted bits, discards, blocks, claims.
+//! Model checks of the state that umem's threads share: page states, wanted bits, discards, blocks, claims.
 //!
 //! The files under test are the product's own, compiled once more with another `memory::sync`: loom runs a model
-//! again and again, with every order of its threads' steps on atomics and locks that could make a difference.
-//! What the product's files stand on, RAM files and shared words, is made up here ([`standins`]).
+//! repeatedly, with every order of its threads' steps on atomics and locks that could make a difference. The
+//! dependencies of these files, RAM files and shared words, are replaced here ([`standins`]).
 //!
 //! The models are functions, which `tests/models.rs` runs.
 
 // In a test build the product's files would bring their own tests along, which run without a model.
 #![cfg(not(test))]
-// The models use a part of what the product's files offer, and its interface is none here; links in them lead to
-// others of the product's.
+// The models use a part of the product files' interface, and export none; links in these files lead to other files of
+// the product.
 #![allow(dead_code, unused_imports, unreachable_pub, rustdoc::broken_intra_doc_links)]
 
 mod models;
@@ -51,7 +51,7 @@ mod guest {
 
     use crate::error::Result;
 
-    /// What the modules of the guest may do with a region.
+    /// The operations of the guest's modules on a region.
     pub(crate) fn finish(region: &GuestRegion, first: u64, pages: u64) -> Result<()> {
         region.finish_in_file(first, pages)
     }

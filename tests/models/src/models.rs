@@ -1,4 +1,4 @@
-//! The models, each with what must be true in every order of its threads' steps.
+//! The models, each with its invariant for every order of its threads' steps.
 
 mod claiming;
 mod discarding;
@@ -16,7 +16,7 @@ use crate::guest::{GuestRegion, Part, RegionSetup};
 use crate::memory::kind::Kind;
 use crate::memory::region::RamFile;
 
-/// Runs a model in every order, but for those that take a thread's turn away more than three times.
+/// Runs a model in every order with at most three preemptions.
 fn check(model: impl Fn() + Send + Sync + 'static) {
     let mut builder = Builder::new();
     builder.preemption_bound = Some(3);

@@ -1,4 +1,4 @@
-//! What the files under test stand on.
+//! The dependencies of the files under test.
 
 pub(crate) mod error {
     #[derive(Debug)]
@@ -42,8 +42,7 @@ pub(crate) mod region {
     use crate::sync::AtomicU32;
     use crate::sync::Ordering::SeqCst;
 
-    /// A RAM file of a few pages of 4 KiB, of each of which it is known whether it is of zeroes. The kernel locks
-    /// a page for what is done to it.
+    /// A RAM file of a few pages of 4 KiB, each marked zero or not. The kernel locks a page for each operation on it.
     pub(crate) struct RamFile {
         pub(crate) backing: Backing,
         pages: Vec<AtomicU32>,
@@ -70,7 +69,7 @@ pub(crate) mod region {
             Ok(())
         }
 
-        /// Of what marks a file as being moved, which no thread here looks at.
+        /// For the mark of a file that is being moved, which no thread here reads.
         pub(crate) fn end_move(&self) {}
 
         pub(crate) fn next_data(&self, _: u64) -> Result<Option<u64>> {

@@ -1,8 +1,8 @@
-//! loom's atomics in the place of the standard library's.
+//! loom's atomics in place of the standard library's.
 //!
-//! loom takes a sequentially consistent load or store for an acquiring or releasing one, and would report what
-//! cannot be. Read-modify-write operations see the last value there is, in loom as everywhere; so an access that
-//! is to be sequentially consistent is one here, and those that ask for less get what loom makes of them.
+//! loom weakens a sequentially consistent load or store to an acquiring or releasing one, and would report impossible
+//! results. Read-modify-write operations see the latest value, in loom as everywhere. So a sequentially consistent
+//! access is one of those here, and weaker accesses use loom's own.
 
 pub(crate) use std::sync::PoisonError;
 pub(crate) use std::sync::atomic::Ordering;

@@ -1,4 +1,4 @@
-//! The order in which the pages are looked at, what is expected of each, and the threads that look.
+//! The order of the page checks, the expected contents, and the checking threads.
 
 use std::fs::File;
 use std::ops::Range;
@@ -9,41 +9,41 @@ use std::thread;
 use crate::Result;
 use crate::memory::Memory;
 
-/// Threads that look at pages.
+/// Number of checking threads.
 const THREADS: usize = 2;
 
-/// Of so many pages at least one is given back, in ranges of up to [`RANGE_PAGES_MAX`] …
+/// The least share of discarded pages: one of this many, in ranges of up to [`RANGE_PAGES_MAX`] …
 const DISCARDED_ONE_IN: usize = 32;
 const RANGE_PAGES_MAX: usize = 8;
 
-/// … and no fewer than this, of those that have been seen as well as of the others.
+/// … and no fewer than this, of checked pages as well as of the others.
 const DISCARDED_MIN: usize = 4;
 
-/// With fewer pages there is nothing to choose.
+/// Fewer pages leave no choice.
 const BALLOON_PAGES_MIN: usize = 16;
 
 /// Wrong pages that are described; all are counted.
 const DESCRIBED_MAX: u64 = 10;
 
-/// What has been found.
+/// The findings.
 pub(crate) struct Found {
     pub(crate) pages: u64,
-    /// How often a page was not as expected.
+    /// How often a page had unexpected contents.
     pub(crate) wrong_pages: u64,
     pub(crate) discarded_seen: usize,
     pub(crate) discarded_unseen: usize,
 }
 
-/// Looks at all pages of a memory.
+/// Checks all pages of a memory.
 pub(crate) struct Checker<'a> {
     memory: &'a Memory,
     snapshot: &'a File,
     random: Random,
     /// All pages in random order.
     order: Vec<u64>,
-    /// How many are looked at before the middle.
+    /// The number of pages before the middle.
     first: usize,
-    /// What is given back in the middle …
+    /// The ranges to discard in the middle …
     discarded: Vec<Range<u64>>,
     /// … by page.
     is_discarded: Vec<bool>,
@@ -60,7 +60,7 @@ impl<'a> Checker<'a> {
     ) -> Checker<'a> {
         let mut order: Vec<u64> = (0..memory.pages()).collect();
         let mut random = Random(seed);
-        // Every order is as likely as any other (Fisher and Yates, 1938).
+        // Every order is equally likely (Fisher and Yates, 1938).
         for last in (1..order.len()).rev() {
             order.swap(last, random.below(last + 1));
         }
@@ -70,14 +70,14 @@ impl<'a> Checker<'a> {
         Checker { memory, snapshot, random, order, first, discarded, is_discarded, wrong_pages }
     }
 
-    /// Compares the first pages with the snapshot, and says how many that are.
+    /// Compares the first pages with the snapshot, and returns their number.
     pub(crate) fn see_the_first(&self) -> usize {
         let (first, _) = self.parts();
         self.compare(first, Expect::Snapshot);
         first.len()
     }
 
-    /// Chooses what is given back while the rest is looked at.
+    /// Chooses the ranges to discard while the rest is checked.
     pub(crate) fn choose_what_goes(&mut self) -> Result<()> {
         let pages = self.order.len();
         if self.first.min(pages - self.first) < BALLOON_PAGES_MIN {
@@ -99,8 +99,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// Compares the rest with the snapshot, while what was chosen is given back, which must read as
-    /// zeroes then.
+    /// Compares the rest with the snapshot, while the chosen ranges are discarded, which must read as zeroes then.
     pub(crate) fn see_the_rest(&self) -> Result<()> {
         let (_, rest) = self.parts();
         let (gone, stay) = self.split(rest);
@@ -127,17 +126,17 @@ impl<'a> Checker<'a> {
         Found { pages: self.memory.pages(), wrong_pages, discarded_seen, discarded_unseen }
     }
 
-    /// What is looked at before the middle, and after it.
+    /// The pages before the middle, and after it.
     fn parts(&self) -> (&[u64], &[u64]) {
         self.order.split_at(self.first)
     }
 
-    /// Pages that are given back, and those that stay.
+    /// Discarded pages, and the others.
     fn split(&self, pages: &[u64]) -> (Vec<u64>, Vec<u64>) {
         pages.iter().partition(|&&page| self.is_discarded[index(page)])
     }
 
-    /// How many of them have been seen before, and how many not.
+    /// How many of them have been checked before, and how many not.
     fn discarded_pages(&self) -> [usize; 2] {
         let (seen, unseen) = self.parts();
         [seen, unseen].map(|part| self.split(part).0.len())
@@ -161,8 +160,7 @@ impl<'a> Checker<'a> {
             }
             let (words, _) = want.as_chunks::<8>();
             let wrong = words.iter().enumerate().find_map(|(index, want)| {
-                // SAFETY: a word of the page, which is inside the mapping; volatile, as somebody else
-                // fills it.
+                // SAFETY: a word of the page, which is inside the mapping; volatile, because another process fills it.
                 let got = unsafe { start.add(index).read_volatile() }.to_ne_bytes();
                 (got != *want).then_some((index, got, *want))
             });
@@ -183,7 +181,7 @@ fn index(page: u64) -> usize {
     usize::try_from(page).expect("64-bit Linux")
 }
 
-/// What pages must hold.
+/// The expected contents of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Expect {
     Snapshot,
@@ -214,7 +212,7 @@ mod tests {
 
     use super::*;
 
-    /// A memory that nobody fills, and a snapshot of zeroes but for one byte.
+    /// A memory without a filler, and a snapshot of zeroes except for one byte.
     fn checked(wrong_byte: Option<u64>) -> Found {
         let memory = Memory::map(1 << 20, 2, false).unwrap();
         let mut path = std::env::temp_dir();
@@ -239,12 +237,12 @@ mod tests {
     }
 
     #[test]
-    fn every_byte_counts() {
+    fn check_detects_a_change_of_any_byte() {
         let found = checked(None);
         assert_eq!((found.pages, found.wrong_pages), (256, 0));
         let (seen, unseen) = (found.discarded_seen as u64, found.discarded_unseen as u64);
         assert!(seen >= 4 && unseen >= 4 && seen + unseen < 64, "{seen} {unseen}");
-        // What stays is compared twice, what is discarded once at most.
+        // Kept pages are compared twice, discarded ones once at most.
         let wrong = |page: u64| checked(Some(page * 4096 + page * 16)).wrong_pages;
         let total: u64 = (0..256).map(wrong).sum();
         assert_eq!(total, 2 * (256 - seen - unseen) + seen);

@@ -1,17 +1,16 @@
-//! A process whose memory is a snapshot that is still elsewhere: it hands anonymous memory over as a
-//! Firecracker does when it restores one, and then checks every byte of it.
+//! A process whose memory is a snapshot that is still elsewhere: it hands anonymous memory over as Firecracker does at
+//! a restore, and then checks every byte of it.
 //!
 //! ```text
 //! umem-test-snapshot-client --handoff SOCKET --mib N --expect SNAPSHOT [--regions 2] [--huge]
 //! ```
 //!
-//! It knows nothing of umem: it sends Firecracker's message and its userfaultfd, keeps the socket and
-//! the userfaultfd open, and neither says nor reads anything more. Two threads compare the memory with
-//! the snapshot, page by page in a random order. With `--balloon` they give some of it back in the
-//! middle, pages that they have seen and pages that they have not, and these must read as zeroes from
-//! then on. At the end everything is compared once more.
+//! It does not know umem: it sends Firecracker's message and its userfaultfd, keeps the socket and the userfaultfd
+//! open, and sends or reads nothing more. Two threads compare the memory with the snapshot, page by page in a random
+//! order. With `--balloon` they discard some of it in the middle, both checked and unchecked pages, and these must read
+//! as zeroes from then on. At the end everything is compared once more.
 //!
-//! What happens is told on stdout, one line each; the exit status is 0 only if no byte was wrong:
+//! Events are printed on stdout, one line each; the exit status is 0 only if no byte was wrong:
 //!
 //! ```text
 //! {"event":"handed_over","seed":7}
@@ -23,7 +22,7 @@
 //! | module | |
 //! |---|---|
 //! | `memory` | the mappings, and their hand-over |
-//! | `check` | the order of the pages, what is expected of each, the threads |
+//! | `check` | the order of the pages, their expected contents, the threads |
 
 #![allow(
     clippy::print_stdout,
@@ -44,40 +43,40 @@ use argh::FromArgs;
 use check::Checker;
 use memory::Memory;
 
-/// What goes wrong ends the process: one line says what, and what to do where that is known.
+/// An error ends the process with one line, with the remedy if known.
 type Result<T> = std::result::Result<T, String>;
 
-/// Have anonymous memory filled as a Firecracker does, and check every byte of it.
+/// Have anonymous memory filled as Firecracker does, and check every byte of it.
 #[derive(FromArgs)]
 struct Options {
-    /// the unix socket of whoever fills the memory
+    /// the unix socket of the program that fills the memory
     #[argh(option)]
     handoff: PathBuf,
     /// size of the memory, MiB
     #[argh(option)]
     mib: u64,
-    /// the file that the memory is to be equal to
+    /// the file with the expected contents
     #[argh(option)]
     expect: PathBuf,
-    /// mappings that the memory consists of, 1 or 2 (default 1)
+    /// number of mappings of the memory, 1 or 2 (default 1)
     #[argh(option, default = "1")]
     regions: usize,
     /// pages of 2 MiB, from the kernel's hugetlb pool
     #[argh(switch)]
     huge: bool,
-    /// pages that are looked at before the middle (default: half of them)
+    /// pages that are checked before the middle (default: half of them)
     #[argh(option)]
     first: Option<usize>,
-    /// give some of the memory back in the middle
+    /// discard some of the memory in the middle
     #[argh(switch)]
     balloon: bool,
-    /// what the order of the pages is derived from (default: a new one each time, printed)
+    /// the seed of the order of pages (default: a new one each time, printed)
     #[argh(option)]
     seed: Option<u64>,
     /// a FIFO: in the middle, wait for a byte from there
     #[argh(option)]
     pause: Option<PathBuf>,
-    /// a FIFO: when everything has been seen, wait for a byte from there before checking it again
+    /// a FIFO: when everything has been checked, wait for a byte from there before checking it again
     #[argh(option)]
     until: Option<PathBuf>,
 }
@@ -88,17 +87,17 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("umem-test-snapshot-client: {error}");
-            // At once: a thread may wait in a fault that nobody answers any more.
+            // At once: a thread may wait in a fault that gets no answer any more.
             std::process::exit(1);
         }
     }
 }
 
-/// True when every byte was right.
+/// True if every byte was right.
 fn run(options: &Options) -> Result<bool> {
     let seed = options.seed.unwrap_or_else(|| std::process::id().into());
     let memory = Memory::map(options.mib << 20, options.regions, options.huge)?;
-    // To the end of the process: a closed userfaultfd would let missing pages read as zeroes.
+    // Until the process ends: a closed userfaultfd would let missing pages read as zeroes.
     let _open = memory.hand_over(&options.handoff)?;
     say(&format!(r#"{{"event":"handed_over","seed":{seed}}}"#));
 
@@ -124,10 +123,10 @@ fn run(options: &Options) -> Result<bool> {
     Ok(found.wrong_pages == 0)
 }
 
-/// One line, at once.
+/// One line, flushed.
 fn say(line: &str) {
     let mut stdout = std::io::stdout().lock();
-    // Whoever has stopped listening does not need to hear it.
+    // A closed stdout has no reader.
     let _ = writeln!(stdout, "{line}");
     let _ = stdout.flush();
 }

@@ -1,4 +1,4 @@
-//! The mappings, and their hand-over: what Firecracker does before it runs a guest from a snapshot.
+//! The mappings, and their hand-over: as Firecracker before it runs a guest from a snapshot.
 
 use std::ffi::c_void;
 use std::io::IoSlice;
@@ -17,8 +17,8 @@ use crate::Result;
 const PAGE_BYTES: u64 = 4096;
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
-/// Anonymous memory in one or two mappings. They stay until the process ends, and there is never a
-/// reference into them: somebody else fills them.
+/// Anonymous memory in one or two mappings. They stay until the process ends, and there is never a reference into them,
+/// because another process fills them.
 pub(crate) struct Memory {
     regions: Vec<Region>,
     pub(crate) page_bytes: u64,
@@ -28,7 +28,7 @@ pub(crate) struct Memory {
 struct Region {
     start: NonNull<c_void>,
     bytes: u64,
-    /// Where in the snapshot it begins.
+    /// Its offset in the snapshot.
     offset: u64,
 }
 
@@ -37,7 +37,7 @@ unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
 
-/// What has to stay open for as long as a page may be missing.
+/// The objects that must stay open as long as a page may be missing.
 pub(crate) struct HandedOver {
     _socket: UnixStream,
     _uffd: OwnedFd,
@@ -70,7 +70,7 @@ impl Memory {
         self.regions.iter().map(|region| region.bytes).sum::<u64>() / self.page_bytes
     }
 
-    /// Where in the snapshot a page is, and where here.
+    /// The offset of a page in the snapshot, and its address here.
     pub(crate) fn page(&self, page: u64) -> (u64, NonNull<u64>) {
         let offset = page * self.page_bytes;
         let region = self.regions.iter().rfind(|region| region.offset <= offset);
@@ -87,18 +87,18 @@ impl Memory {
         self.regions.iter().any(holds)
     }
 
-    /// Gives pages of one region back, as a balloon device does.
+    /// Discards pages of one region, as a balloon device does.
     pub(crate) fn discard(&self, pages: &Range<u64>) -> Result<()> {
         assert!(self.are_of_one_region(pages));
         let (_, start) = self.page(pages.start);
         let bytes = (pages.end - pages.start) * self.page_bytes;
         let bytes = usize::try_from(bytes).expect("64-bit Linux");
-        // SAFETY: inside the mapping, in which nothing of Rust's lies.
+        // SAFETY: inside the mapping, which holds no Rust objects.
         unsafe { madvise(start.cast(), bytes, MmapAdvise::MADV_DONTNEED) }
             .map_err(|errno| format!("discarding pages {pages:?}: {errno}"))
     }
 
-    /// Registers the memory with one userfaultfd and sends it to whoever listens at `socket`.
+    /// Registers the memory with one userfaultfd and sends it to the listener at `socket`.
     pub(crate) fn hand_over(&self, socket: &Path) -> Result<HandedOver> {
         let uffd = self.register()?;
         let stream = UnixStream::connect(socket)
@@ -124,12 +124,12 @@ impl Memory {
             unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
         let number = i32::try_from(number).ok().filter(|&number| number >= 0);
         let number = number.ok_or_else(|| what("userfaultfd"))?;
-        // SAFETY: the kernel has just made it for us.
+        // SAFETY: the kernel has just made it for this process.
         let uffd = unsafe { OwnedFd::from_raw_fd(number) };
         let huge = self.page_bytes == HUGE_PAGE_BYTES;
         let features = uffd::EVENT_REMOVE | if huge { uffd::MISSING_HUGETLBFS } else { 0 };
         let mut api = uffd::Api { api: uffd::API, features, ioctls: 0 };
-        // SAFETY: the structure is the one that the ioctl takes; below as well.
+        // SAFETY: the structure has the ioctl's layout; below as well.
         unsafe { uffd::handshake(number, &mut api) }.map_err(|_| what("UFFDIO_API"))?;
         for region in &self.regions {
             let (start, length) = (region.start.addr().get() as u64, region.bytes);
@@ -169,7 +169,7 @@ fn map(bytes: u64, huge: bool) -> Result<NonNull<c_void>> {
 }
 
 mod uffd {
-    //! As far as needed here; numbers and layouts are those of `linux/userfaultfd.h`.
+    //! The needed part; numbers and layouts are those of `linux/userfaultfd.h`.
 
     pub(super) const API: u64 = 0xaa;
     pub(super) const EVENT_REMOVE: u64 = 1 << 3;
@@ -201,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn two_regions_cover_the_snapshot_once() {
+    fn regions_cover_the_snapshot_once() {
         let memory = Memory::map(3 << 20, 2, false).unwrap();
         let [first, second] = &memory.regions[..] else { panic!() };
         assert_eq!((first.offset, second.offset), (0, first.bytes));
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn the_message_is_firecrackers() {
+    fn handover_message_matches_firecracker() {
         let region = Region {
             start: NonNull::new(std::ptr::without_provenance_mut(4096)).unwrap(),
             bytes: 8192,

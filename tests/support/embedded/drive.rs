@@ -1,4 +1,4 @@
-//! Takes both sides' events and answers them, as the programs around them would.
+//! Takes both sides' events and answers them, as embedding programs would.
 
 #![allow(clippy::disallowed_methods, reason = "it may open all that it polls")]
 
@@ -17,7 +17,7 @@ use super::super::random::Random;
 use super::model::{Guest, Habits, Running};
 use super::relay::{Deeds, Place, Relay, Spoilt};
 
-/// When a migration is stuck: long after it should have ended, on any machine.
+/// The time after which a migration counts as stuck, on any machine.
 const DEADLINE: Duration = Duration::from_secs(100);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub(crate) enum Side {
     Destination,
 }
 
-/// How the two sides reach each other.
+/// How the two sides connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Route {
     Unix,
@@ -35,7 +35,7 @@ pub(crate) enum Route {
     Given,
 }
 
-/// What is told by the relay: pause this side by hand, and go on like this.
+/// Orders of the relay: pause this side manually, and resume like this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pausing {
     /// As before.
@@ -44,56 +44,56 @@ pub(crate) enum Pausing {
     Elsewhere,
 }
 
-/// One migration that is to be.
+/// The parameters of a migration.
 pub(crate) struct Move<'a> {
     pub(crate) seed: u64,
     pub(crate) route: Route,
-    /// 0 for one connection.
+    /// 0 for a single connection.
     pub(crate) bulk_lanes: u16,
     pub(crate) postcopy: bool,
     pub(crate) recovers: bool,
-    /// Both sides check what comes. Without that nothing may be spoilt on the way.
+    /// Both sides use checksums. Without them no byte may be damaged in transit.
     pub(crate) checksum: bool,
     pub(crate) state_bytes: u64,
     pub(crate) habits: Habits,
-    /// From the beginning, from the device state's loading, from the switchover, and from when both sides
-    /// know that the guest runs.
+    /// From the start, from the loading of the device state, from the switchover, and from when both sides know that
+    /// the guest runs.
     pub(crate) deeds: [Deeds; 4],
-    /// By the number that the relay tells.
+    /// By the number that the relay reports.
     pub(crate) pauses: [(Side, Pausing); 2],
     /// For sockets.
     pub(crate) directory: &'a Path,
 }
 
-/// How a side ended.
+/// The end of a side.
 #[derive(Debug)]
 pub(crate) enum End {
     Completed(Box<umem::report::Completed>),
     Failed(Failure),
-    /// The other side had ended, and this one could not know.
+    /// The other side had ended, unknown to this one.
     Dropped,
 }
 
-/// What became of a migration.
+/// The result of a migration.
 pub(crate) struct Moved {
     pub(crate) source: End,
     pub(crate) destination: End,
-    /// The destination's guest was to run.
+    /// The destination's guest was asked to run.
     pub(crate) has_run: bool,
-    /// Still does, if its accesses have no end.
+    /// The guest still runs, if its accesses are endless.
     pub(crate) running: Option<Running>,
-    /// Times that a side was told that there were connections again.
+    /// How often a side reported new connections.
     pub(crate) resumed: u32,
-    /// Times that a side had enough of wrong checksums, and waited for somebody to say that it go on.
+    /// How often a side paused because of wrong checksums, and waited for a resume.
     pub(crate) rests: u32,
     pub(crate) spoilt: Spoilt,
 }
 
-/// Whether a side has connections, as far as it has said.
+/// The connection state of a side, by its events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Link {
     Up,
-    /// It opens them, or waits for the other side to.
+    /// The side opens them, or waits for the other side.
     Recovering,
     Paused,
 }
@@ -111,7 +111,7 @@ struct Drive<'a> {
     running: Option<Running>,
     ends: [Option<End>; 2],
     links: [Link; 2],
-    /// By hand, until it has been taken up again.
+    /// Paused manually, until it is resumed.
     pausing: [Option<Pausing>; 2],
     places: u32,
     has_run: bool,
@@ -119,17 +119,17 @@ struct Drive<'a> {
     rests: u32,
 }
 
-/// What a pause is called that nobody has asked for.
+/// The text of a pause without an order.
 const IN_VAIN: &str = "consecutive connections failed checksum verification";
 
 const SOURCE: usize = 0;
 const DESTINATION: usize = 1;
 
 impl Move<'_> {
-    /// Runs it. `before_stop` is done to the source's guest when it is to stop.
+    /// Runs it. `before_stop` is called on the source's guest when it is asked to stop.
     ///
     /// # Panics
-    /// When it is stuck, or an event comes that must not.
+    /// If the migration is stuck, or an impossible event comes.
     pub(crate) fn run(
         self,
         leaving: &Arc<Guest>,
@@ -167,7 +167,7 @@ impl Move<'_> {
                 let to = place(&destination.uri().expect("it listens").to_string());
                 let relay = Relay::start(self.seed, Some((from, to)));
                 let uri = relay.place.as_ref().expect("it has one").uri();
-                // A lane at least has to be dialled.
+                // At least one lane has to be dialled.
                 let lanes = self.bulk_lanes.max(1);
                 source.dial(uri.parse().expect("an address"), lanes).expect("an address");
                 (relay, destination)
@@ -232,14 +232,14 @@ impl Drive<'_> {
             self.mend();
         }
         if !self.has_run {
-            // Its memory is worth nothing, and what was being loaded from it neither.
+            // The guest's memory is void, and so is the device state being loaded.
             self.arriving.abandon();
         }
         let failed = matches!(self.ends[DESTINATION], Some(End::Failed(_)));
         if self.has_run && failed {
             self.arriving.abandon();
             let destination = self.destination.as_ref().expect("it has failed");
-            destination.guest_has_stopped().expect("the last event has come");
+            destination.guest_has_stopped().expect("the last event has arrived");
         }
         if let Some(loader) = self.loader.take() {
             loader.join().expect("it does not panic");
@@ -249,7 +249,7 @@ impl Drive<'_> {
         }
         self.source = None;
         let destination = self.destination.take().map(Arc::into_inner);
-        assert!(destination.is_none_or(|last| last.is_some()), "nobody else has the handle");
+        assert!(destination.is_none_or(|last| last.is_some()), "the handle has no other owner");
     }
 
     fn wait(&self, deadline: Instant) {
@@ -281,7 +281,7 @@ impl Drive<'_> {
 
     fn of_source(&mut self, event: Event) {
         let source = self.source.as_ref().expect("it has said something");
-        // Answers, here and below, are refused where the migration has failed meanwhile.
+        // Answers, here and below, are refused if the migration has failed meanwhile.
         match event {
             Event::Stop => drop(source.stopped()),
             Event::SaveState => drop(source.saved(self.state.clone())),
@@ -358,7 +358,7 @@ impl Drive<'_> {
         }
     }
 
-    /// Does what somebody in front of both machines would do.
+    /// Acts as an administrator with access to both machines would.
     fn mend(&mut self) {
         let is_down = |link: Link| link != Link::Up;
         let is_at_source = matches!(
@@ -368,13 +368,13 @@ impl Drive<'_> {
         if self.ends[DESTINATION].is_none() && is_down(self.links[DESTINATION]) {
             let destination = self.destination.as_ref().expect("it has not ended");
             if matches!(self.ends[SOURCE], Some(End::Completed(_))) {
-                // It has everything, and waits for a source that knows it.
+                // The destination is complete, and waits for a source that knows that.
                 destination.cancel();
             } else if is_at_source {
                 self.ends[DESTINATION] = Some(End::Dropped);
             }
         } else if self.ends[DESTINATION].is_none() && is_at_source {
-            // It may still be waiting for a source.
+            // The side may still wait for a source.
             self.destination.as_ref().expect("it has not ended").cancel();
         }
         if self.ends.iter().any(Option::is_some) {
@@ -386,7 +386,7 @@ impl Drive<'_> {
         }
     }
 
-    /// Others are given when both sides have lost theirs, or one was paused and the other heard of it.
+    /// New connections are given when both sides have lost theirs, or one was paused and the other has noticed.
     fn mend_given(&mut self) {
         if self.links != [Link::Paused; 2] {
             return;
@@ -397,7 +397,7 @@ impl Drive<'_> {
             (0..=self.plan.bulk_lanes).map(|_| self.relay.pair()).unzip();
         let (source, destination) = (self.source.as_ref(), self.destination.as_ref());
         let (source, destination) = (source.expect("there"), destination.expect("there"));
-        // Refused by one that has ended, whose last event is on its way.
+        // Refused by a side that has ended, whose last event is queued.
         if self.random.percent(50) {
             let _ = source.reconnect(here);
             let _ = destination.reconnect(there);
@@ -433,7 +433,7 @@ impl Drive<'_> {
         self.relay.place.as_ref().expect("it is dialled").uri().parse().expect("an address")
     }
 
-    /// The destination listens somewhere else, and the relay leads there.
+    /// The destination listens on another address, and the relay connects there.
     fn move_door(&self, destination: &Destination) -> umem::Result<()> {
         let uri = match self.plan.route {
             Route::Unix => {

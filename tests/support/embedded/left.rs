@@ -1,8 +1,8 @@
-//! What this process has, to be compared with what it had before.
+//! The resources of this process, to compare with an earlier state.
 
 use std::time::{Duration, Instant};
 
-/// Long after what is ending has ended, and how often it is looked at, as nothing tells.
+/// Time after which everything has ended, and the interval of polling, because there is no notification.
 const PATIENCE: Duration = Duration::from_secs(20);
 const INTERVAL: Duration = Duration::from_millis(5);
 
@@ -11,9 +11,9 @@ const INTERVAL: Duration = Duration::from_millis(5);
 pub(crate) struct Left {
     descriptors: usize,
     threads: usize,
-    /// Mappings of memory files, rings and other things that have a name and are no program.
+    /// Mappings of memory files, rings and other named objects other than programs.
     mapped: usize,
-    /// Mappings that are registered with a userfaultfd.
+    /// Mappings registered with a userfaultfd.
     registered: usize,
     /// Descriptors and mappings of files in /dev/shm.
     in_shm: usize,
@@ -41,11 +41,11 @@ impl Left {
         }
     }
 
-    /// Waits until there is what there was `before`: the kernel ends a thread a little after whoever
-    /// waits for it has heard of that, and a ring after its descriptor.
+    /// Waits until the state equals `before`: the kernel frees a thread a little after the join returns, and a ring
+    /// after its descriptor.
     ///
     /// # Errors
-    /// What there is when it has not come to that.
+    /// The state, if it does not return to `before`.
     pub(crate) fn returned_to(before: &Left) -> Result<(), Left> {
         let began = Instant::now();
         loop {
@@ -58,8 +58,7 @@ impl Left {
     }
 }
 
-/// All mappings of this process: those of its allocator and of stacks that wait for another thread come
-/// and go by themselves.
+/// All mappings of this process: those of its allocator and of cached stacks change by themselves.
 pub(crate) fn mappings() -> usize {
     std::fs::read_to_string("/proc/self/maps").expect("in /proc").lines().count()
 }

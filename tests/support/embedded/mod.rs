@@ -1,5 +1,5 @@
-//! Both sides of a migration in one process, as `umem::embed` runs them: real memory, userfaultfd, io_uring
-//! and sockets, a wire that breaks, and a guest that checks every word.
+//! Both sides of a migration in one process, as `umem::embed` runs them: real memory, userfaultfd, io_uring and
+//! sockets, a wire that breaks, and a guest that checks every word.
 
 mod drive;
 mod left;

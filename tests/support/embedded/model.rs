@@ -1,4 +1,4 @@
-//! A guest's memory, what it must hold, and a guest that reads and writes it and checks every word.
+//! A guest's memory, its expected contents, and a guest that reads and writes it and checks every word.
 
 use std::ffi::c_void;
 use std::fs::File;
@@ -18,10 +18,10 @@ use super::super::random::{Random, mix};
 pub(crate) const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;
 
-/// Pages that one thread of the guest owns in a row.
+/// Consecutive pages owned by one thread of the guest.
 const STRIPE: u64 = 8;
 
-/// What a region is at the destination; at the source it is always a memory file.
+/// The kind of a region at the destination; at the source it is always a memory file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Backing {
     Shared,
@@ -36,8 +36,8 @@ pub(crate) struct Region {
     pages: u64,
 }
 
-// SAFETY: whoever reaches the memory through it does so word by word with volatile accesses, and no page
-// is written by one thread while another one touches it.
+// SAFETY: all accesses through it are volatile and word by word, and no page is written by one thread while another
+// thread touches it.
 unsafe impl Send for Region {}
 // SAFETY: as above.
 unsafe impl Sync for Region {}
@@ -70,7 +70,7 @@ impl Region {
     }
 
     fn read(&self, page: u64, index: usize) -> u64 {
-        // SAFETY: mapped; a missing page is waited for.
+        // SAFETY: mapped; a missing page blocks the access.
         unsafe { self.word(page, index).read_volatile() }
     }
 
@@ -95,19 +95,19 @@ impl Region {
 impl Drop for Region {
     fn drop(&mut self) {
         let length = usize::try_from(self.pages).expect("64-bit") * PAGE;
-        // SAFETY: our own mapping, and nobody is left who uses it.
+        // SAFETY: our own mapping, without any other user.
         unsafe { munmap(self.start, length) }.expect("unmapping");
     }
 }
 
-/// What every page must hold: a version each; 0 is zeroes.
+/// The expected contents: a version for each page; 0 is zeroes.
 pub(crate) struct Model {
     salt: u64,
     versions: Vec<Vec<AtomicU32>>,
 }
 
 impl Model {
-    /// For regions of so many pages, all zeroes.
+    /// For regions of this many pages, all zeroes.
     pub(crate) fn new(salt: u64, pages: &[u64]) -> Model {
         let region = |&pages: &u64| (0..pages).map(|_| AtomicU32::new(0)).collect();
         Model { salt, versions: pages.iter().map(region).collect() }
@@ -130,9 +130,9 @@ impl Model {
 pub(crate) struct Guest {
     pub(crate) regions: Vec<Region>,
     pub(crate) model: Arc<Model>,
-    /// Pages that did not hold what they must.
+    /// Wrong pages.
     bad: Mutex<Vec<String>>,
-    /// Nobody believes the memory any more.
+    /// The memory is void.
     abandoned: AtomicBool,
 }
 
@@ -141,10 +141,10 @@ impl Guest {
         Arc::new(Guest { regions, model, bad: Mutex::default(), abandoned: AtomicBool::new(false) })
     }
 
-    /// Writes what a guest has after a while: data, zeroes, and pages that it never touched.
+    /// Writes the memory of a guest that has run for a while: data, zeroes, and untouched pages.
     pub(crate) fn fill(&self, random: &mut Random) {
         for (index, region) in self.regions.iter().enumerate() {
-            // Most regions have a bit of everything; some are all data, or nothing.
+            // Most regions are mixed; some are all data, or empty.
             let [data, zero] = random.pick(&[[50, 20], [50, 20], [100, 0], [10, 10], [0, 0]]);
             for page in 0..region.pages {
                 match random.below(100) {
@@ -158,7 +158,7 @@ impl Guest {
         }
     }
 
-    /// Writes a page anew.
+    /// Writes a new version of a page.
     pub(crate) fn write(&self, region: usize, page: u64) {
         let version = self.model.version(region, page);
         let next = version.load(Relaxed) + 1;
@@ -169,7 +169,7 @@ impl Guest {
         version.store(next, Relaxed);
     }
 
-    /// Looks at every word of a page.
+    /// Checks every word of a page.
     pub(crate) fn check(&self, region: usize, page: u64) {
         let version = self.model.version(region, page).load(Relaxed);
         for index in 0..WORDS {
@@ -191,18 +191,18 @@ impl Guest {
         }
     }
 
-    /// A page at random.
+    /// A random page.
     pub(crate) fn any(&self, random: &mut Random) -> (usize, u64) {
         let region = usize::try_from(random.below(self.regions.len() as u64)).expect("an index");
         (region, random.below(self.regions[region].pages))
     }
 
-    /// What was wrong so far, and is not told again.
+    /// The errors so far, cleared.
     pub(crate) fn take_bad(&self) -> Vec<String> {
         std::mem::take(&mut self.bad.lock().unwrap())
     }
 
-    /// From here on nothing is wrong.
+    /// Errors are no longer counted.
     pub(crate) fn abandon(&self) {
         self.abandoned.store(true, SeqCst);
     }
@@ -211,7 +211,7 @@ impl Guest {
         self.regions.iter().map(|region| region.pages * PAGE as u64).sum()
     }
 
-    /// Its memory is what moves.
+    /// The source's regions.
     pub(crate) fn leave(&self, setup: &mut SourceSetup) {
         for region in &self.regions {
             let file = region.file.as_ref().expect("a source's memory is a file");
@@ -219,7 +219,7 @@ impl Guest {
         }
     }
 
-    /// Its memory is where it arrives.
+    /// The destination's regions.
     pub(crate) fn arrive(&self, setup: &mut DestinationSetup) {
         for region in &self.regions {
             let memory = Memory {
@@ -227,25 +227,25 @@ impl Guest {
                 bytes: region.pages * PAGE as u64,
                 file: region.file.as_ref().map(AsFd::as_fd),
             };
-            // SAFETY: reached through volatile accesses alone, and mapped for as long as the guest is,
-            // which whoever has the setup keeps.
+            // SAFETY: reached through volatile accesses alone, and mapped for the guest's lifetime, which the owner of
+            // the setup guarantees.
             unsafe { setup.region(&region.name, &memory) }.expect("fresh memory");
         }
     }
 }
 
-/// What a guest's threads do.
+/// The work of a guest's threads.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Habits {
     pub(crate) threads: u64,
-    /// Of each thread; without end if none.
+    /// Accesses of each thread; None is endless.
     pub(crate) accesses: Option<u64>,
     /// Of a hundred accesses.
     pub(crate) writes: u64,
     pub(crate) discards: u64,
 }
 
-/// Threads of a guest that run.
+/// Running threads of a guest.
 pub(crate) struct Running {
     threads: Vec<JoinHandle<()>>,
     stop: Arc<AtomicBool>,
@@ -262,19 +262,19 @@ impl Running {
         Running { threads: (0..habits.threads).map(thread).collect(), stop }
     }
 
-    /// Until their accesses are done.
+    /// Waits until their accesses are done.
     pub(crate) fn join(self) {
         self.threads.into_iter().for_each(|thread| thread.join().expect("it does not panic"));
     }
 
-    /// After the access that each is at.
+    /// Stops after the current access of each.
     pub(crate) fn stop(self) {
         self.stop.store(true, SeqCst);
         self.join();
     }
 }
 
-/// Reads, writes and discards pages that are this thread's own.
+/// Reads, writes and discards pages of this thread.
 fn run(guest: &Guest, habits: Habits, index: u64, mut random: Random, stop: &AtomicBool) {
     let mut accesses = 0;
     while habits.accesses.is_none_or(|limit| accesses < limit) && !stop.load(Relaxed) {
@@ -296,7 +296,7 @@ fn run(guest: &Guest, habits: Habits, index: u64, mut random: Random, stop: &Ato
                 }
             }
             drawn if drawn < habits.discards + habits.writes => {
-                // What was there before is looked at first, half of the times.
+                // Half of the times the old contents are checked first.
                 if random.percent(50) {
                     guest.check(region, page);
                 }

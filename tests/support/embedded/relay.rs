@@ -1,12 +1,10 @@
-//! The wire between two embedded sides: one thread that passes bytes on in pieces, holds one direction
-//! of a lane back while others pass, breaks connections, and [spoils](super::spoil) what passes, all as a
-//! seed says.
+//! The wire between two embedded sides: one thread that relays bytes in pieces, holds one direction of a lane back
+//! while others pass, breaks connections, and [damages](super::spoil) bytes, all by a seed.
 //!
-//! What it does is decided by numbers of bytes, not by time, so that a seed makes the same choices each
-//! time; how the threads of both sides run beside it is the machine's affair. The one thing that time
-//! decides is when nothing moves any more: then what is held goes on, half of a connection that was
-//! cut closes, and so does, after a while, a connection that has lost bytes: where nothing has followed
-//! them nobody can know, and each side waits for the other.
+//! Numbers of bytes decide its actions, not time, so a seed makes the same choices each time; the schedule of both
+//! sides' threads depends on the machine. Time decides only when nothing moves any more: then held bytes continue, and
+//! the other half of a cut connection closes. After a while a connection that has lost bytes closes too: without later
+//! bytes the loss is undetectable, and each side waits for the other.
 
 #![allow(clippy::disallowed_methods, reason = "it may open all that it polls")]
 
@@ -28,16 +26,16 @@ use umem_wire::{HEADER_BYTES, HELLO_BYTES};
 use super::super::random::Random;
 use super::spoil::{Spoil, Spoiler};
 
-/// Nothing has moved for this long.
+/// The time without movement that counts as standstill.
 const STILL_MS: u8 = 3;
 
-/// So often in a row, when bytes were lost: long after whoever can notice has.
+/// Consecutive standstills before a connection with lost bytes closes: long after both sides could detect the loss.
 const STILL_TURNS: u32 = 100;
 
-/// The most that a direction holds before it reads on.
+/// The most bytes that a direction holds before it stops reading.
 const CAPACITY: usize = 64 << 10;
 
-/// Whose ends of connections a cut closes at once. The others look alive for a while.
+/// The ends of connections that a cut closes at once. The others look alive for a while.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ends {
     Both,
@@ -45,36 +43,35 @@ pub(crate) enum Ends {
     Destination,
 }
 
-/// What happens on the way.
+/// An action of the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Deed {
     /// Every connection breaks.
     Cut(Ends),
-    /// One connection breaks; which, modulo those there are.
+    /// One connection breaks; its index modulo the number of connections.
     CutOne(usize, Ends),
-    /// Whoever drives the two sides is told: with this number.
+    /// The driver of both sides gets an order with this number.
     Tell(u8),
-    /// Bytes are spoilt, on a way of a connection: which, modulo those there are, or the next on which
-    /// something comes. After so many bytes there.
+    /// Bytes are damaged in one direction of a connection: its index modulo the number of connections, or the next one
+    /// with traffic. After this many bytes there.
     Spoil(Option<usize>, u64, Spoil),
-    /// Of so many connections that are still to come a bit changes that the source says first behind its
-    /// hello.
+    /// On this many future connections one bit of the source's first bytes behind its hello changes.
     Ruin(u32),
 }
 
-/// What a path has done to bytes.
+/// Damage done by a path.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Spoilt {
-    /// Times that it spoilt some.
+    /// How often it damaged bytes.
     pub(crate) count: u64,
-    /// Connections that it closed at last, as both sides waited for lost bytes.
+    /// Connections that it closed because both sides waited for lost bytes.
     pub(crate) stuck: u64,
 }
 
-/// Deeds, each after so many bytes, of all lanes and both directions, since the one before it.
+/// Actions, each after this many bytes of all lanes and both directions since the previous one.
 pub(crate) type Deeds = Vec<(u64, Deed)>;
 
-/// Where the source dials, and where that leads to.
+/// The source's address and the destination's.
 #[derive(Clone, Debug)]
 pub(crate) enum Place {
     Unix(PathBuf),
@@ -119,7 +116,7 @@ impl Listener {
         match self {
             Listener::Unix(listener) => listener.accept().ok().map(|(socket, _)| socket.into()),
             Listener::Tcp(listener) => listener.accept().ok().map(|(socket, _)| {
-                // Pieces are to leave as they come.
+                // Pieces are sent at once.
                 let _ = socket.set_nodelay(true);
                 socket.into()
             }),
@@ -129,7 +126,7 @@ impl Listener {
 
 /// See the [module](self).
 pub(crate) struct Relay {
-    /// Where the source dials.
+    /// The address for the source to dial.
     pub(crate) place: Option<Place>,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -138,25 +135,25 @@ pub(crate) struct Relay {
 struct Shared {
     orders: Mutex<Orders>,
     bell: EventFd,
-    /// Readable when something has been told.
+    /// Readable when an order is queued.
     told: EventFd,
 }
 
 #[derive(Default)]
 struct Orders {
-    /// To be done from now on.
+    /// Actions from now on.
     deeds: Vec<(u64, Deed)>,
     /// New connections, the source's end and the destination's.
     given: Vec<[OwnedFd; 2]>,
     told: Vec<u8>,
     spoilt: Spoilt,
-    /// Where it leads to from now on.
+    /// The destination's address from now on.
     to: Option<Place>,
     has_ended: bool,
 }
 
 impl Relay {
-    /// Between connections that are [given](Relay::pair), or, with places, from the first to the second.
+    /// Between connections that are [given](Relay::pair), or, with addresses, from the first to the second.
     pub(crate) fn start(seed: u64, way: Option<(Place, Place)>) -> Relay {
         let bell = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).unwrap();
         let shared = Arc::new(Shared { orders: Mutex::default(), bell: bell(), told: bell() });
@@ -191,7 +188,7 @@ impl Relay {
         Relay { place, shared, thread: Some(thread.unwrap()) }
     }
 
-    /// Does these from now on, after what it is doing.
+    /// Schedules these actions after the current ones.
     pub(crate) fn then(&self, deeds: impl IntoIterator<Item = (u64, Deed)>) {
         self.shared.orders.lock().unwrap().deeds.extend(deeds);
         let _ = self.shared.bell.write(1);
@@ -206,13 +203,13 @@ impl Relay {
         (source.into(), destination.into())
     }
 
-    /// New connections lead there.
+    /// New connections go to this address.
     pub(crate) fn lead_to(&self, to: Place) {
         self.shared.orders.lock().unwrap().to = Some(to);
         let _ = self.shared.bell.write(1);
     }
 
-    /// Readable when there is something in [`take_told`](Relay::take_told).
+    /// Readable when [`take_told`](Relay::take_told) has an order.
     pub(crate) fn told(&self) -> std::os::fd::BorrowedFd<'_> {
         self.shared.told.as_fd()
     }
@@ -244,17 +241,17 @@ impl Drop for Relay {
 /// One direction of a connection.
 struct Pipe {
     connection: u64,
-    /// The source's end comes first in both directions' names.
+    /// In both directions the source's end is named first.
     from_source: bool,
     from: Arc<OwnedFd>,
     to: Arc<OwnedFd>,
     random: Random,
     bytes: Vec<u8>,
     spoiler: Spoiler,
-    /// Until so many bytes have passed elsewhere.
+    /// Held until this many bytes have passed elsewhere.
     held: Option<u64>,
     has_ended: bool,
-    /// Its other end was cut: what still comes is lost, and it closes when nothing moves.
+    /// Its other end was cut: arriving bytes are lost, and it closes at standstill.
     is_ghost: bool,
 }
 
@@ -263,17 +260,17 @@ struct Thread {
     seed: u64,
     way: Option<(Listener, Place)>,
     pipes: Vec<Pipe>,
-    /// That there have been.
+    /// New connections so far.
     connections: u64,
     deeds: VecDeque<(u64, Deed)>,
-    /// For the next on whose way something comes.
+    /// For the next direction with traffic.
     spoils: VecDeque<(u64, Spoil)>,
-    /// Connections that are to be spoilt as they come.
+    /// Future connections to damage.
     ruins: u32,
-    /// Bytes since the last deed, and in all.
+    /// Bytes since the last action, and in total.
     since: u64,
     passed: u64,
-    /// Turns in which nothing has moved.
+    /// Turns without movement.
     turns_still: u32,
 }
 
@@ -288,7 +285,7 @@ impl Thread {
                     is_still = false;
                 }
             }
-            // Last, as what was ready is of the pipes that there were.
+            // Last, because the ready list refers to the old pipes.
             if ready[1] && self.accept() {
                 is_still = false;
             }
@@ -321,7 +318,7 @@ impl Thread {
         goes_on
     }
 
-    /// What is ready: the bell, the listener, then each pipe's end to read from and to write to.
+    /// The ready descriptors: the eventfd, the listener, then each pipe's end to read from and to write to.
     fn wait(&self) -> Vec<bool> {
         let mut fds = vec![PollFd::new(self.shared.bell.as_fd(), PollFlags::POLLIN)];
         let nothing = PollFlags::empty();
@@ -386,7 +383,7 @@ impl Thread {
         }
     }
 
-    /// Takes what there is, up to a number of bytes that the seed says; false if nothing moved.
+    /// Relays the available bytes, up to a number from the seed; false if nothing moved.
     fn read(&mut self, index: usize) -> bool {
         let passed = self.passed;
         let pipe = &mut self.pipes[index];
@@ -427,7 +424,7 @@ impl Thread {
         if pipe.bytes.is_empty() || pipe.held.is_some() {
             return false;
         }
-        // Not beyond the next deed.
+        // Not beyond the next action.
         let left = self.deeds.front().map_or(u64::MAX, |(after, _)| after - self.since);
         let count = pipe.bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX)).max(1);
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
@@ -442,7 +439,7 @@ impl Thread {
                 self.act();
             }
             Err(Errno::EAGAIN | Errno::EINTR) => return false,
-            // Its reader has gone: so does whoever writes.
+            // Its reader has closed: the writer's end closes too.
             Err(_) => {
                 pipe.bytes.clear();
                 pipe.has_ended = true;
@@ -452,7 +449,7 @@ impl Thread {
         true
     }
 
-    /// What is due.
+    /// Runs the due actions.
     fn act(&mut self) {
         let passed = self.passed;
         for pipe in &mut self.pipes {
@@ -491,7 +488,7 @@ impl Thread {
         }
     }
 
-    /// What is on its way is lost.
+    /// Bytes in flight are lost.
     fn cut(&mut self, which: Option<u64>, ends: Ends) {
         for pipe in &mut self.pipes {
             if which.is_some_and(|connection| connection != pipe.connection) || pipe.is_ghost {
@@ -533,7 +530,7 @@ impl Thread {
     }
 }
 
-/// An end of what was said is an end for who hears it.
+/// The end of a stream is relayed to its reader.
 fn pass_end(pipe: &Pipe) {
     if pipe.bytes.is_empty() {
         let _ = shutdown(pipe.to.as_raw_fd(), Shutdown::Write);

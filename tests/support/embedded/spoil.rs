@@ -1,35 +1,35 @@
-//! What a bad path does to bytes that pass: changes them, has them come again, loses them, mixes them up.
+//! Damage of a bad path: bytes are changed, duplicated, lost or reordered.
 //!
-//! Only for migrations with checksums. Without them umem takes what TCP brings for what was sent, as there is
-//! nothing by which it could know better, and so would its guest.
+//! Only for migrations with checksums. Without them umem takes the bytes of TCP as correct, because damage is
+//! undetectable, and the guest would too.
 
 use std::collections::VecDeque;
 
 use umem_wire::HEADER_BYTES;
 
-/// What becomes of bytes. A stretch that could be whole headers begins where one could, so that whole frames
-/// come again, or not, or in another order: most of what is sent is headers and pages.
+/// A kind of damage. A stretch that could be whole headers begins at a possible header, so that whole frames are
+/// duplicated, lost or reordered: most of the stream is headers and pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Spoil {
-    /// This bit of a byte, 0 to 7, is another one.
+    /// This bit of a byte, 0 to 7, is flipped.
     Flip(u8),
-    /// So many come twice.
+    /// This many bytes are duplicated.
     Repeat(usize),
-    /// So many do not come.
+    /// This many bytes are lost.
     Drop(usize),
-    /// So many change places with as many behind them, or fewer if those are not there yet.
+    /// This many bytes change places with as many behind them, or fewer if fewer are there.
     Swap(usize),
 }
 
-/// What is to happen on one way of one connection.
+/// The scheduled damage of one direction of one connection.
 #[derive(Default)]
 pub(crate) struct Spoiler {
-    /// Each after so many bytes since the one before it.
+    /// Each after this many bytes since the previous one.
     due: VecDeque<(u64, Spoil)>,
     passed: u64,
-    /// What there has been.
+    /// The damage done so far.
     pub(crate) done: u64,
-    /// Bytes are lost, and nothing that came afterwards has shown it, as far as is known here.
+    /// Bytes are lost, and no later byte has revealed that, as far as this side knows.
     pub(crate) has_lost: bool,
 }
 
@@ -38,7 +38,7 @@ impl Spoiler {
         self.due.push_back((after, what));
     }
 
-    /// What `piece` becomes, at the end of `bytes`.
+    /// The damaged form of `piece`, appended to `bytes`.
     pub(crate) fn pass(&mut self, mut piece: &[u8], bytes: &mut Vec<u8>) {
         while let Some((after, what)) = self.due.front_mut() {
             *after += what.up_to_header(self.passed + *after);
@@ -62,14 +62,14 @@ impl Spoiler {
     }
 }
 
-/// What comes before, and the rest if there is some.
+/// The bytes before the damage, and the rest.
 fn split(piece: &[u8], after: u64) -> Option<(&[u8], &[u8])> {
     let parts = piece.split_at_checked(usize::try_from(after).ok()?)?;
     (!parts.1.is_empty()).then_some(parts)
 }
 
 impl Spoil {
-    /// How many bytes there are from here to where it may begin.
+    /// The distance to the next possible start.
     fn up_to_header(self, at: u64) -> u64 {
         let header = HEADER_BYTES as u64;
         match self {
@@ -82,8 +82,8 @@ impl Spoil {
         }
     }
 
-    /// Puts what becomes of the first bytes of `piece`, which has some, behind `bytes`. How many it took, and
-    /// whether that was all.
+    /// Appends the damaged form of the first bytes of `piece`, which is not empty, to `bytes`. Returns how many it
+    /// consumed, and whether the damage is complete.
     fn apply(&mut self, piece: &[u8], bytes: &mut Vec<u8>) -> (usize, bool) {
         match self {
             Spoil::Flip(bit) => {
@@ -105,7 +105,7 @@ impl Spoil {
                 let count = (piece.len() / 2).min(*count);
                 bytes.extend_from_slice(&piece[count..2 * count]);
                 bytes.extend_from_slice(&piece[..count]);
-                // With a single byte there is nothing to change places with: it passes, and the next ones may.
+                // A single byte has no partner to change places with: it passes, and the next ones may change.
                 let taken = (2 * count).max(1);
                 bytes.extend_from_slice(&piece[2 * count..taken]);
                 (taken, count > 0)

@@ -1,4 +1,4 @@
-//! Bodies: which length a header may announce, and what the bytes mean.
+//! Bodies: the length that a header may announce, and the decoding of the bytes.
 
 use super::have::{self, HAVE_WORD_PAGES};
 use super::header::{Header, is_last_remaining, standing_of};
@@ -30,14 +30,14 @@ const _: () = assert!(REGIONS_MAX * UNIT_BYTES <= BODY_BYTES_MAX);
 const _: () = assert!(REGIONS_MAX * DIGEST_BYTES <= BODY_BYTES_MAX);
 const _: () = assert!(REMAINING_RUNS_MAX * REMAINING_RUN_BYTES <= BODY_BYTES_MAX);
 
-/// A body that is to come: what it is, and its length, which is within the kind's limit.
+/// A body that is to come: its content, and its length, which is within the kind's limit.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Body {
     pub(crate) content: Content,
     pub(crate) bytes: usize,
 }
 
-/// What a body holds.
+/// The content of a body.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Content {
     Request,
@@ -45,17 +45,17 @@ pub(crate) enum Content {
     Units,
     DeviceState,
     Totals,
-    /// Switched, and running since so many µs after it.
+    /// Whether switched, and the µs after it since when the guest runs.
     Standing(bool, Option<u64>),
     Have(PageRange),
     Digests,
-    /// Whether it is the last one.
+    /// Whether the frame is the last one.
     Remaining(bool),
     Fault(FaultCode),
 }
 
 impl Body {
-    /// The whole frame, given its body, and room for the pages of a request: an empty vector.
+    /// The whole frame, given its body and an empty vector for the pages of a request.
     pub(crate) fn frame(
         self,
         bytes: &[u8],

@@ -1,9 +1,9 @@
-//! What can be wrong with a frame.
+//! Errors in a frame.
 
 use super::kind::Kind;
 use crate::region::{PageRange, RegionError};
 
-/// What is wrong with one frame, whoever sent it and when.
+/// An error in a single frame, independent of its sender and its time.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum FrameError {
     /// No frame has this tag.
@@ -17,7 +17,7 @@ pub enum FrameError {
         /// The field's name in the layout.
         field: &'static str,
     },
-    /// A body shorter, longer or more uneven than this kind can have.
+    /// A body of a length that this kind cannot have.
     #[error("{kind} frame: a body of {body_bytes} bytes is not possible")]
     BodyLength {
         /// The frame's kind.
@@ -42,13 +42,13 @@ pub enum FrameError {
     /// A guest that runs without having been switched over.
     #[error("resume frame: a guest that runs before the switchover")]
     Standing,
-    /// A have frame that speaks of no pages, of too many, or from the middle of a word on.
+    /// A have frame that names no pages, too many pages, or starts in the middle of a word.
     #[error("have frame: {0} is not possible")]
     HaveRange(PageRange),
     /// A have frame with bits past its last page.
     #[error("have frame: bits past the last page")]
     HavePadding,
-    /// A regions frame whose table makes no sense.
+    /// A regions frame with an invalid table.
     #[error("regions frame: {0}")]
     Regions(RegionError),
 }

@@ -1,4 +1,4 @@
-//! What a header means.
+//! The meaning of a header.
 
 use super::body::Body;
 use super::header::{FLAG_BACKGROUND, FLAG_POSTCOPY, Header};
@@ -6,7 +6,7 @@ use super::kind::Kind;
 use super::{Frame, FrameError};
 use crate::region::{PageRange, RegionId};
 
-/// What a header means.
+/// The meaning of a header.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Head {
     /// The frame is whole.
@@ -18,8 +18,8 @@ pub(crate) enum Head {
 }
 
 impl Header {
-    /// What the header says, and what has to come before the frame is whole. Pages are not checked
-    /// here: that takes the table of regions.
+    /// The header's meaning, and what has to come before the frame is whole. Pages are not checked
+    /// here, as that takes the table of regions.
     pub(crate) fn head(self) -> Result<Head, FrameError> {
         let range =
             PageRange { region: RegionId(self.region), first: self.first, pages: self.pages };

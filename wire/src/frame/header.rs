@@ -1,4 +1,4 @@
-//! Headers: their layout, their fields, and what they mean.
+//! Headers: their layout, their fields, and their meaning.
 
 use super::kind::Kind;
 use super::standing::Standing;
@@ -27,18 +27,18 @@ const FLAG_RUNNING: u8 = 2;
 
 const _: () = assert!(field::EXTRA + size_of::<u64>() == HEADER_BYTES);
 
-/// Where the sums of a header are.
+/// The offset of the sums in a header.
 pub(crate) const EXTRA_AT: usize = field::EXTRA;
 
-/// Where a header says how long its body is.
+/// The offset of the body's length in a header.
 pub(crate) const BODY_BYTES_AT: usize = field::BODY_BYTES;
 
-/// The length of the body behind a header of our own.
+/// The body length in a header that this end has encoded.
 pub(crate) fn body_bytes(header: &[u8; HEADER_BYTES]) -> usize {
     u32_at(header, BODY_BYTES_AT) as usize
 }
 
-/// A header whose tag is known, field by field. [`Header::head`] says what it means.
+/// A header with a known tag, field by field. [`Header::head`] gives its meaning.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Header {
     pub(crate) kind: Kind,
@@ -65,7 +65,7 @@ impl Header {
         Header { first, ..Header::new(kind) }
     }
 
-    /// The caller has kept the kind's limit, all of which fit 32 bits.
+    /// The caller has checked the kind's limit; all limits fit 32 bits.
     pub(crate) const fn with_body(kind: Kind, body_bytes: usize) -> Header {
         assert!(body_bytes <= BODY_BYTES_MAX, "a body over its limit");
         Header { body_bytes: body_bytes as u32, ..Header::new(kind) }
@@ -83,7 +83,7 @@ impl Header {
         out
     }
 
-    /// Reads the fields, and checks that the kind exists and uses every field that is not zero.
+    /// Reads the fields. Checks that the kind exists and that unused fields are zero.
     pub(crate) fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Header, FrameError> {
         let tag = bytes[field::KIND];
         let header = Header {
@@ -101,7 +101,7 @@ impl Header {
         }
     }
 
-    /// The first field that is set although the kind does not use it.
+    /// The first field that is not zero although the kind does not use it.
     fn unused_field(&self) -> Option<&'static str> {
         let Header { kind, flags, region, body_bytes, first, pages, extra: _ } = *self;
         let nothing = Header::new(kind);
@@ -153,7 +153,7 @@ pub(crate) fn remaining_flags(last: bool) -> u8 {
     u8::from(last) * FLAG_LAST
 }
 
-/// Whether no remaining frame follows the one with these flags.
+/// Whether the remaining frame with these flags is the last.
 pub(super) fn is_last_remaining(flags: u8) -> bool {
     flags & FLAG_LAST != 0
 }
@@ -164,7 +164,7 @@ pub(crate) fn standing_flags(standing: &Standing) -> u8 {
         | (u8::from(standing.running.is_some()) * FLAG_RUNNING)
 }
 
-/// Whether the guest has switched, and runs: never the second without the first.
+/// Whether the guest has switched, and whether it runs; the second only with the first.
 pub(super) fn standing_of(flags: u8) -> Result<(bool, bool), FrameError> {
     match (flags & FLAG_SWITCHED != 0, flags & FLAG_RUNNING != 0) {
         (false, true) => Err(FrameError::Standing),

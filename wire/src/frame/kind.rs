@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// A frame's tag. Zero is never one.
+/// A frame's tag. Zero is never a tag.
 #[derive(Copy, Clone, PartialEq, Eq, Hash, Debug)]
 #[repr(u8)]
 pub enum Kind {
@@ -12,13 +12,13 @@ pub enum Kind {
     Zero = 2,
     /// Pages that the source's file does not have.
     Hole = 3,
-    /// Pages that somebody at the destination waits for.
+    /// Pages that a vCPU at the destination waits for.
     Request = 4,
-    /// Pages that the destination has made its own.
+    /// Pages that the destination has cached.
     Ack = 5,
     /// The source's table of regions.
     Regions = 16,
-    /// The destination's guest waits to be moved into.
+    /// The destination is ready to receive the guest.
     Ready = 17,
     /// The source's guest has stopped.
     Stopped = 18,
@@ -26,33 +26,33 @@ pub enum Kind {
     DeviceState = 19,
     /// The device state is complete.
     Load = 20,
-    /// The destination's guest has taken the device state.
+    /// The destination's guest has loaded the device state.
     Loaded = 21,
     /// The guest belongs to the destination.
     Switchover = 22,
     /// The destination's guest runs.
     Running = 23,
-    /// Nothing more comes on this bulk lane.
+    /// The last frame of a bulk lane.
     LaneEnd = 24,
     /// Every page is cached; also the source's goodbye.
     Complete = 25,
-    /// Where the destination stands, on a demand lane that replaces a lost one.
+    /// The destination's standing, on a demand lane that replaces a lost one.
     Resume = 26,
-    /// Which pages the destination has, behind a resume frame.
+    /// Which pages the destination has, after a resume frame.
     Have = 27,
-    /// What all that has landed comes to, region by region.
+    /// Digests of all that has landed, region by region.
     Digests = 28,
     /// The source sends pages while its guest runs.
     Rounds = 29,
-    /// No page comes a second time on this bulk lane from here on.
+    /// From here on each page comes once on this bulk lane.
     RoundsEnd = 30,
-    /// Pages that are still to come, of those that came in rounds.
+    /// Pages that are still to come after rounds.
     Remaining = 31,
-    /// Please answer.
+    /// Asks for a pong.
     Ping = 32,
-    /// The answer.
+    /// Answers a ping.
     Pong = 33,
-    /// The destination has taken what remains: from here on each page comes once.
+    /// The destination has taken note of the remaining pages: from here on each page comes once.
     Settled = 34,
     /// The sender gives up.
     Error = 255,

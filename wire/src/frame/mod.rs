@@ -18,7 +18,7 @@
 //! | loaded, lane end, rounds, rounds end, settled | | |
 //! | stopped | flags: 1 postcopy, 2 background | |
 //! | device state | | opaque |
-//! | load | first: bytes of state in all | |
+//! | load | first: total bytes of state | |
 //! | switchover, running | first: µs | |
 //! | complete | | five u64, see [`Totals`] |
 //! | resume | flags: 1 switched, 2 running; first: µs if it runs | five u64, see [`Totals`] |
@@ -28,9 +28,10 @@
 //! | ping, pong | first: any number | |
 //! | error | first: code | UTF-8 without control characters |
 //!
-//! `extra` holds checksums where both ends can check ([`checksum`](crate::checksum)), else it is zero.
+//! `extra` holds checksums where both ends support them ([`checksum`](crate::checksum)), otherwise
+//! zero.
 //!
-//! Nothing here panics on what a peer sent.
+//! No input from a peer makes this module panic.
 
 mod body;
 mod error;
@@ -73,21 +74,21 @@ pub enum Frame {
     Zero(PageRange),
     /// Pages that the source's file does not have: they read as zeroes and take no memory.
     Hole(PageRange),
-    /// Pages that somebody at the destination waits for, 1 to [`REQUEST_ENTRIES_MAX`] of them, each
+    /// Pages that a vCPU at the destination waits for, 1 to [`REQUEST_ENTRIES_MAX`] of them, each
     /// as region and page index.
     Request(Vec<(RegionId, u64)>),
-    /// Pages that the destination has made its own; the source may free them.
+    /// Pages that the destination has cached; the source may free them.
     Ack(PageRange),
     /// The source's table of regions.
     Regions(RegionTable),
-    /// The regions match and the destination's guest waits to be moved into. Holds each region's
+    /// The regions match and the destination is ready to receive the guest. Holds each region's
     /// landing unit, in the order of the source's table.
     Ready(Vec<PageSize>),
-    /// The source's guest has stopped; comes before the first page in every mode.
+    /// The source's guest has stopped; precedes the first page in every mode.
     Stopped {
         /// Whether pages are sent after the switchover.
         postcopy: bool,
-        /// Whether pages are sent that nobody asked for.
+        /// Whether pages are sent without a request.
         background: bool,
     },
     /// A piece of device state, 1 to [`STATE_CHUNK_BYTES_MAX`] bytes, which follow the header.
@@ -100,7 +101,7 @@ pub enum Frame {
         /// Bytes in all its pieces.
         state_bytes: u64,
     },
-    /// The destination's guest has taken the device state.
+    /// The destination's guest has loaded the device state.
     Loaded,
     /// The guest belongs to the destination.
     Switchover {
@@ -112,38 +113,41 @@ pub enum Frame {
         /// µs since the switchover frame arrived.
         us_since_switchover: u64,
     },
-    /// Nothing more comes on this bulk lane.
+    /// The last frame of this bulk lane.
     LaneEnd,
-    /// Every page is cached (from the destination); goodbye (from the source).
+    /// From the destination: every page is cached. From the source: goodbye.
     Complete(Totals),
-    /// Where the destination stands, first on a demand lane that replaces a lost one.
+    /// The destination's standing, first on a demand lane that replaces a lost one.
     Resume(Standing),
     /// Which of these pages the destination has: bit `i` of word `w` is page `first + 64 * w + i`. At
     /// most [`HAVE_PAGES_MAX`] pages.
     Have {
-        /// The pages that are spoken of; the first is a multiple of 64.
+        /// The pages; the first is a multiple of 64.
         range: PageRange,
-        /// As many as the pages need.
+        /// One word for each 64 pages.
         words: Vec<u64>,
     },
     /// A digest of each region ([`checksum::digest`](crate::checksum::digest)), in the order of the
-    /// source's table: of all that has landed, or of all that was to. Before complete, from either end.
+    /// source's table, from either end before complete: the destination's of all that has landed,
+    /// the source's of all that its files hold.
     Digests(Vec<u64>),
-    /// The source's guest runs, and its pages come all the same; they may come again.
+    /// The source's guest runs while its pages come; a page may come several times.
     Rounds,
-    /// What came on this bulk lane in rounds has all come: from here on a page comes once.
+    /// All pages that this bulk lane carried in rounds have come: from here on each page comes
+    /// once.
     RoundsEnd,
-    /// Pages that came in rounds, or never, and are still to come: at most [`REMAINING_RUNS_MAX`] runs. All
-    /// others have come.
+    /// Pages that are still to come after rounds: at most [`REMAINING_RUNS_MAX`] runs. All other
+    /// pages have come.
     Remaining {
         /// Runs of pages, in any order.
         runs: Vec<PageRange>,
-        /// No further remaining frame follows.
+        /// Whether this is the last remaining frame.
         last: bool,
     },
-    /// The destination has taken what remains, and all that came in rounds: each page comes once from here on.
+    /// The destination has taken note of the remaining pages and of all pages of the rounds: from
+    /// here on each page comes once.
     Settled,
-    /// Please answer with this number.
+    /// Asks for a pong with this number.
     Ping(u64),
     /// The answer to the ping of this number.
     Pong(u64),

@@ -1,4 +1,4 @@
-//! Where an end stands: what it has moved, and whose the guest is.
+//! Where an end stands: what it has moved, and which side has the guest.
 
 use crate::bytes::u64_at;
 
@@ -7,19 +7,20 @@ pub(super) const TOTALS_BYTES: usize = 40;
 
 const _: () = assert!(TOTALS_BYTES == size_of::<Totals>());
 
-/// Where the destination stands when a session goes on.
+/// The destination's standing when a session resumes.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub struct Standing {
-    /// The switchover has come: the guest is the destination's. If not, it has to be sent again.
+    /// The switchover has come: the guest is the destination's. If not, the source has to send it
+    /// again.
     pub switched: bool,
-    /// The guest runs there, and since how many µs after the switchover frame's arrival. Only after the
-    /// switchover.
+    /// µs from the switchover frame's arrival to the guest's start; none if the guest does not run.
+    /// Only after the switchover.
     pub running: Option<u64>,
-    /// What has come in all so far.
+    /// Totals received so far.
     pub totals: Totals,
 }
 
-/// What one end has sent or received in all.
+/// Totals that one end has sent or received.
 #[derive(Copy, Clone, PartialEq, Eq, Debug, Default)]
 pub struct Totals {
     /// Bytes of pages in data runs.
@@ -28,19 +29,19 @@ pub struct Totals {
     pub zero_bytes: u64,
     /// Bytes of pages in hole runs.
     pub hole_bytes: u64,
-    /// Pages that somebody waited for.
+    /// Pages sent for a request.
     pub pages_demand: u64,
-    /// Pages that nobody waited for.
+    /// Pages sent without a request.
     pub pages_background: u64,
 }
 
 impl Totals {
-    /// Bytes of all pages, however they came. What a peer counts may be anything: the sum stays in range.
+    /// Bytes of all pages of every form. Saturates, as a peer's counts may be anything.
     pub fn bytes(&self) -> u64 {
         self.data_bytes.saturating_add(self.zero_bytes).saturating_add(self.hole_bytes)
     }
 
-    /// Pages, whether somebody waited for them or not, in the same way.
+    /// Pages of both origins. Saturates in the same way.
     pub fn pages(&self) -> u64 {
         self.pages_demand.saturating_add(self.pages_background)
     }

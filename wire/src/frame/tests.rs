@@ -1,4 +1,4 @@
-//! Frames against literal bytes.
+//! Frames compared with literal bytes.
 
 use super::header::field;
 use super::*;
@@ -66,7 +66,7 @@ fn tags_keep_their_numbers() {
 }
 
 #[test]
-fn runs_and_acks() {
+fn run_and_ack_layout() {
     let bytes = |kind| {
         let first = [0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11];
         literal(kind, 0, [2, 1], [0; 4], first, [0x99, 0, 0, 0, 0, 0, 0, 0])
@@ -82,7 +82,7 @@ fn runs_and_acks() {
 }
 
 #[test]
-fn frames_without_fields() {
+fn layout_of_frames_without_fields() {
     let bytes = |kind| literal(kind, 0, [0; 2], [0; 4], [0; 8], [0; 8]);
     assert_literal(&Frame::Loaded, &bytes(21));
     assert_literal(&Frame::LaneEnd, &bytes(24));
@@ -92,7 +92,7 @@ fn frames_without_fields() {
 }
 
 #[test]
-fn frames_with_a_number() {
+fn layout_of_frames_with_a_number() {
     let number = 0x0807_0605_0403_0201;
     let bytes = |kind| literal(kind, 0, [0; 2], [0; 4], [1, 2, 3, 4, 5, 6, 7, 8], [0; 8]);
     assert_literal(&Frame::Load { state_bytes: number }, &bytes(20));
@@ -103,7 +103,7 @@ fn frames_with_a_number() {
 }
 
 #[test]
-fn stopped_has_two_flags() {
+fn stopped_encodes_two_flags() {
     let bytes = |flags| literal(18, flags, [0; 2], [0; 4], [0; 8], [0; 8]);
     assert_literal(&Frame::Stopped { postcopy: false, background: false }, &bytes(0));
     assert_literal(&Frame::Stopped { postcopy: true, background: false }, &bytes(1));
@@ -114,7 +114,7 @@ fn stopped_has_two_flags() {
 }
 
 #[test]
-fn a_request_packs_region_and_page() {
+fn request_packs_region_and_page_into_8_bytes() {
     let mut bytes = literal(4, 0, [0; 2], [16, 0, 0, 0], [0; 8], [0; 8]);
     bytes.extend([6, 5, 4, 3, 2, 1, 0xfe, 0xff]);
     bytes.extend([9, 0, 0, 0, 0, 0, 1, 0]);
@@ -137,7 +137,7 @@ fn regions_follow_their_header() {
 }
 
 #[test]
-fn ready_has_a_byte_for_each_region() {
+fn ready_encodes_one_byte_a_region() {
     let mut bytes = literal(17, 0, [0; 2], [3, 0, 0, 0], [0; 8], [0; 8]);
     bytes.extend([12, 30, 21]);
     let units = vec![PageSize::SIZE_4K, PageSize::SIZE_1G, PageSize::SIZE_2M];
@@ -149,7 +149,7 @@ fn ready_has_a_byte_for_each_region() {
 }
 
 #[test]
-fn device_state_is_a_header_here() {
+fn device_state_encodes_as_header_only() {
     let header = literal(19, 0, [0; 2], [0, 0, 1, 0], [0; 8], [0; 8]);
     assert_eq!(encoded(&Frame::DeviceState { bytes: 65536 }), header);
     assert_eq!(transmit::device_state_header(65536)[..], header);
@@ -158,7 +158,7 @@ fn device_state_is_a_header_here() {
 }
 
 #[test]
-fn complete_carries_five_numbers() {
+fn complete_encodes_five_u64() {
     let totals = Totals {
         data_bytes: 1,
         zero_bytes: 2,
@@ -175,7 +175,7 @@ fn complete_carries_five_numbers() {
 }
 
 #[test]
-fn resume_says_where_the_destination_stands() {
+fn resume_encodes_the_destination_standing() {
     let totals = Totals { pages_demand: 3, ..Totals::default() };
     let mut totals_bytes = [0; 40];
     totals_bytes[24] = 3;
@@ -196,7 +196,7 @@ fn resume_says_where_the_destination_stands() {
 }
 
 #[test]
-fn have_is_a_bit_a_page() {
+fn have_encodes_one_bit_a_page() {
     let bytes = |first: u8, pages: u8, words: &[u64]| {
         let mut first_page = [0; 8];
         first_page[0] = first;
@@ -219,14 +219,14 @@ fn have_is_a_bit_a_page() {
 }
 
 #[test]
-fn digests_are_a_number_for_each_region() {
+fn digests_encode_one_u64_a_region() {
     let mut bytes = literal(28, 0, [0; 2], [16, 0, 0, 0], [0; 8], [0; 8]);
     bytes.extend([1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0, 0, 0, 0, 0]);
     assert_literal(&Frame::Digests(vec![0x0807_0605_0403_0201, 9]), &bytes);
 }
 
 #[test]
-fn remaining_has_sixteen_bytes_a_run() {
+fn remaining_encodes_sixteen_bytes_a_run() {
     let header = |flags, body: u8| literal(31, flags, [0; 2], [body, 0, 0, 0], [0; 8], [0; 8]);
     assert_literal(&Frame::Remaining { runs: Vec::new(), last: true }, &header(1, 0));
     let mut bytes = header(0, 32);
@@ -240,7 +240,7 @@ fn remaining_has_sixteen_bytes_a_run() {
 }
 
 #[test]
-fn an_error_has_a_code_and_a_text() {
+fn error_encodes_code_and_text() {
     let mut bytes = literal(255, 0, [0; 2], [3, 0, 0, 0], [5, 0, 0, 0, 0, 0, 0, 0], [0; 8]);
     bytes.extend("né".as_bytes());
     let fault = Fault { code: FaultCode::OutOfMemory, text: "né".into() };
@@ -255,7 +255,7 @@ fn an_error_has_a_code_and_a_text() {
 }
 
 #[test]
-fn unused_fields_are_zero() {
+fn frame_with_an_unused_field_set_is_refused() {
     let fields = [
         (field::FLAGS, "flags"),
         (field::REGION, "region"),
@@ -274,7 +274,7 @@ fn unused_fields_are_zero() {
 }
 
 #[test]
-fn bodies_keep_their_limits() {
+fn body_length_outside_its_limit_is_refused() {
     let limits = [
         (Kind::Request, [0, 7, 12, 2056], [8, 2048]),
         (Kind::Regions, [0, 79, 120, 20560], [80, 20480]),

@@ -1,4 +1,4 @@
-//! What a receiver says has happened.
+//! The events of a receiver.
 
 use crate::fault::Fault;
 use crate::frame::Standing;
@@ -7,31 +7,32 @@ use crate::region::{PageRange, RegionId, RegionTable};
 #[cfg(doc)]
 use {super::Receiver, crate::frame::Frame, crate::limits::*};
 
-/// What has happened on a lane. Region numbers are the source's.
+/// An event on a lane. Region numbers are the source's.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Event {
-    /// A data run's header came: its pages may be claimed before a byte of them lands.
+    /// A data run's header came: its pages may be claimed before their first byte lands.
     RunBegins(PageRange),
-    /// Every byte of the run that began last has landed.
+    /// Every byte of the last begun run has landed.
     Data(PageRange),
     /// These pages are zeroes.
     Zero(PageRange),
-    /// These pages are not in the source's file.
+    /// These pages are holes of the source's file.
     Hole(PageRange),
-    /// The destination waits for these pages, 1 to [`REQUEST_ENTRIES_MAX`] of them; all exist.
+    /// A vCPU at the destination waits for these pages, 1 to [`REQUEST_ENTRIES_MAX`]; all exist.
     Request(Vec<(RegionId, u64)>),
-    /// The destination has made these pages its own.
+    /// The destination has cached these pages.
     Ack(PageRange),
-    /// The source's table of regions. Pages are spoken of once the caller has answered it and told
-    /// this receiver the landing table ([`Receiver::set_regions`]).
+    /// The source's table of regions. Frames may name pages after the caller has answered it and
+    /// given this receiver the landing table ([`Receiver::set_regions`]).
     Regions(RegionTable),
-    /// See [`Frame::Ready`]. The landing table, in which this receiver counts pages from here on.
+    /// See [`Frame::Ready`]. The landing table, in whose units this receiver counts pages from here
+    /// on.
     Ready(RegionTable),
     /// See [`Frame::Stopped`].
     Stopped {
         /// Whether pages are sent after the switchover.
         postcopy: bool,
-        /// Whether pages are sent that nobody asked for.
+        /// Whether pages are sent without a request.
         background: bool,
     },
     /// The next piece of device state, 1 to [`STATE_CHUNK_BYTES_MAX`] bytes.
@@ -50,20 +51,20 @@ pub enum Event {
     },
     /// See [`Frame::Running`].
     Running {
-        /// µs since the switchover frame arrived there.
+        /// µs since the switchover frame arrived at the destination.
         us_since_switchover: u64,
     },
-    /// Nothing more comes on this lane.
+    /// The lane's last frame.
     LaneEnd,
     /// See [`Frame::Complete`].
     Complete(Totals),
     /// See [`Frame::Resume`].
     Resume(Standing),
-    /// See [`Frame::Have`]; each page is spoken of once, in order.
+    /// See [`Frame::Have`]; each page comes once, in order.
     Have {
         /// The pages.
         range: PageRange,
-        /// A bit each, words of 64.
+        /// One bit a page, words of 64.
         words: Vec<u64>,
     },
     /// See [`Frame::Digests`]: one for each region.
@@ -76,14 +77,14 @@ pub enum Event {
     Remaining {
         /// Runs of pages that are still to come.
         runs: Vec<PageRange>,
-        /// No further runs follow.
+        /// Whether these are the last runs.
         last: bool,
     },
     /// See [`Frame::Settled`].
     Settled,
-    /// The last have frame has come: every page has been spoken of.
+    /// The last have frame has come: the account covers every page.
     Accounted,
-    /// To be answered with a pong of this number.
+    /// Asks for a pong of this number.
     Ping(u64),
     /// The answer to the ping of this number.
     Pong(u64),

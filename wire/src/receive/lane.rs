@@ -1,10 +1,10 @@
-//! Which kinds of frames may come at which end of which lane.
+//! The kinds of frames that may come at each end of each lane.
 
 use crate::frame::Kind;
 use crate::hello::LaneRole;
 use crate::receive_error::ReceiveError;
 
-/// Which end of which lane this is: together with the kind it decides what may come.
+/// An end of a lane: with the frame's kind it decides whether the frame may come.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub(super) enum Lane {
     AtSource(LaneRole),
@@ -14,7 +14,7 @@ pub(super) enum Lane {
 }
 
 impl Lane {
-    /// Whether a kind of frame may come here.
+    /// Whether a kind of frame may come at this end.
     pub(super) fn check(self, kind: Kind) -> Result<(), ReceiveError> {
         let (way, lanes) = route(kind);
         let (role, way_here) = match self {
@@ -34,7 +34,7 @@ impl Lane {
     }
 }
 
-/// Which way a kind of frame goes.
+/// The direction of a kind of frame.
 #[derive(Copy, Clone, PartialEq, Eq)]
 enum Way {
     ToDestination,
@@ -42,7 +42,7 @@ enum Way {
     Both,
 }
 
-/// Which lanes a kind of frame goes over.
+/// The lanes of a kind of frame.
 #[derive(Copy, Clone, PartialEq, Eq)]
 enum Lanes {
     Demand,

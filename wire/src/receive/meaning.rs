@@ -1,5 +1,5 @@
-//! What has come whole: a header says what follows it, a frame is checked against what is known of the
-//! session, and becomes its event.
+//! Complete headers and bodies: a header determines what follows it; a frame is checked against the
+//! state of the session, and becomes its event.
 
 use crate::fault::Fault;
 use crate::frame::{Body, Content, Frame, Head, Header, Kind};
@@ -11,7 +11,8 @@ use super::lane::Lane;
 use super::{Event, Receiver, RunTarget, SPARE_BYTES_MAX, State};
 
 impl Receiver {
-    /// A header is whole, and right where there are sums, `sum` that of what follows it: what comes next?
+    /// Processes a complete header that passed its check, if there is one; `sum` covers what
+    /// follows it.
     pub(super) fn begin(
         &mut self,
         header: Header,
@@ -52,7 +53,7 @@ impl Receiver {
         }
     }
 
-    /// A body is whole.
+    /// Processes a complete body.
     pub(super) fn finish(&mut self, body: Body, bytes: Vec<u8>) -> Result<(), ReceiveError> {
         if body.content == Content::DeviceState {
             self.events.push_back(Event::DeviceState(bytes));
@@ -66,11 +67,11 @@ impl Receiver {
         self.whole(frame)
     }
 
-    /// A frame is whole: checks the pages it speaks of, and turns it into its event.
+    /// Checks a complete frame's pages and turns the frame into its event.
     fn whole(&mut self, frame: Frame) -> Result<(), ReceiveError> {
         let event = match frame {
             Frame::Data(_) | Frame::DeviceState { .. } => {
-                unreachable!("these have states and events of their own")
+                unreachable!("these kinds have their own states and events")
             }
             Frame::Zero(range) => {
                 self.check_pages(Kind::Zero, range)?;
@@ -149,7 +150,7 @@ impl Receiver {
         Ok(())
     }
 
-    /// Whether a kind of frame fits what the destination has to say first, if it has to.
+    /// Whether a kind of frame fits the account that the destination still has to send, if any.
     fn check_account(&self, kind: Kind) -> Result<(), ReceiveError> {
         match &self.account {
             Some(account) => account.check(kind),
@@ -165,7 +166,7 @@ impl Receiver {
         regions.check(range).map_err(|error| ReceiveError::Pages { kind, error })
     }
 
-    /// Where a data run begins, once it is known to be inside its region and within its limit.
+    /// Where a data run begins, after a check of its region and its limit.
     fn run_target(&self, range: PageRange) -> Result<RunTarget, ReceiveError> {
         let kind = Kind::Data;
         let regions = self.regions.as_ref().ok_or(ReceiveError::NoRegions { kind })?;

@@ -1,11 +1,11 @@
-//! The receiver of one lane: says where the next bytes go, takes note of those that came, and says
-//! what they meant.
+//! The receiver of one lane: says where the next bytes go, counts the bytes that came, and decodes
+//! them into events.
 //!
-//! It stands between a socket and guest memory, and its twist is that it never sees a page: a data
-//! run's bytes go from the socket straight into the guest's memory, so the receiver only counts
-//! them, and for that to be right the caller must never read past the end of a header or body. The
-//! caller asks [`Receiver::next_target`] before each receive and reads no more than it says. At the
-//! source no pages ever arrive: there, and only there, reading ahead is safe.
+//! It stands between a socket and guest memory and never sees a page: a data run's bytes go from
+//! the socket straight into the guest's memory, and the receiver only counts them. So the caller
+//! must never read past the end of a header or body: it asks [`Receiver::next_target`] before each
+//! receive and reads no more than the target allows. At the source, and only there, reading ahead
+//! is safe, as no pages arrive.
 //!
 //! ```text
 //!               control(32)               landed(n) … whole
@@ -27,18 +27,19 @@
 //! }
 //! ```
 //!
-//! After the last byte of a run the next target is always a whole header,
-//! `Control { exact: HEADER_BYTES }`: whatever the run was, a ring may link the receive of the next
-//! header behind the receive of the run before either has completed.
+//! After the last byte of a run the next target is always a whole header, `Control { exact:
+//! HEADER_BYTES }`: so a ring may link the receive of the next header behind the receive of any run
+//! before either has completed.
 //!
-//! On a checked lane ([`Receiver::checked`]) the caller says what a run's pages add up to
-//! ([`Receiver::verify`]) once all of it has come, and before the last byte of it counts as landed.
+//! On a checked lane ([`Receiver::checked`]) the caller gives the sums of a run's pages
+//! ([`Receiver::verify`]) after all of its bytes have come, and before the last byte counts as
+//! landed.
 //!
-//! **Invariant:** what is still to come is at least one byte, at most its limit, and belongs to a
-//! frame that may come on this lane now: an unfinished run lies inside a known region at the
-//! destination, and an unfinished body holds no more memory than 4 KiB, or than bytes came for it
-//! (twice, as vectors grow). [`Receiver::assert_invariants`] asserts it. Once a call has failed the lane is of
-//! no more use, and every later call fails the same way.
+//! **Invariant:** the rest of the current header, body or run is at least one byte, at most its
+//! limit, and belongs to a frame that may come on this lane now. At the destination an unfinished
+//! run lies inside a known region. An unfinished body holds at most the larger of 4 KiB and the
+//! bytes that came for it (twice, as vectors grow). [`Receiver::assert_invariants`] asserts this.
+//! After a call has failed the lane is unusable, and every later call fails with the same error.
 
 mod event;
 mod lane;
@@ -66,15 +67,15 @@ use lane::Lane;
 pub enum Target {
     /// To [`Receiver::control`].
     Control {
-        /// Bytes that the current header or body still wants: at the destination not one more may
-        /// be read. Zero only after an error.
+        /// Bytes that the current header or body still needs: the destination must not read more.
+        /// Zero only after an error.
         exact: usize,
     },
     /// Into guest memory, then [`Receiver::landed`].
     Run(RunTarget),
 }
 
-/// Where in guest memory the current run goes on.
+/// The place in guest memory for the rest of the current run.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub struct RunTarget {
     /// The region, in the source's numbers.
@@ -89,31 +90,32 @@ pub struct RunTarget {
 #[derive(Debug)]
 pub struct Receiver {
     lane: Lane,
-    /// The source's table, offered and not answered (at the source), or come (at the destination).
+    /// The source's table: at the source while it waits for an answer, at the destination once it
+    /// came.
     offered: Option<RegionTable>,
     /// The landing table.
     regions: Option<RegionTable>,
-    /// What the destination has to say before all else, on a lane that replaces a lost one.
+    /// The next part of the destination's account, on a lane that replaces a lost one.
     account: Option<Account>,
-    /// On a lane that is checked.
+    /// Present on a checked lane.
     checker: Option<Checker>,
     state: State,
     events: VecDeque<Event>,
-    /// Room for the next body and the next request's pages, so that requests allocate nothing.
+    /// Buffers for the next body and the next request's pages, so that requests allocate nothing.
     spare: Spare,
 }
 
-/// What bodies and requests were in, empty.
+/// Empty buffers of former bodies and requests.
 #[derive(Debug, Default)]
 struct Spare {
     body: Vec<u8>,
     pages: Vec<(RegionId, u64)>,
 }
 
-/// Larger bodies than this are not kept for: requests are smaller.
+/// Larger body buffers are not kept, as requests are smaller.
 const SPARE_BYTES_MAX: usize = 4096;
 
-/// What is arriving.
+/// The arriving part of a frame.
 #[derive(Debug)]
 enum State {
     Header {
@@ -126,7 +128,7 @@ enum State {
         bytes: Vec<u8>,
         sum: Option<u32>,
     },
-    /// With the sum that its pages must have, until they are known to.
+    /// With the sum that its pages must have, until it is checked.
     Run {
         range: PageRange,
         target: RunTarget,
@@ -140,8 +142,8 @@ impl State {
 }
 
 impl Receiver {
-    /// The source's end of the demand lane, where `table` is offered: ready is the answer to it, and
-    /// gives the landing table.
+    /// The source's end of the demand lane, after it offered `table`: ready answers it, and gives
+    /// the landing table.
     pub fn for_source(table: &RegionTable) -> Receiver {
         let receiver = Receiver::new(Lane::AtSource(LaneRole::Demand));
         Receiver { offered: Some(table.clone()), ..receiver }
@@ -152,8 +154,8 @@ impl Receiver {
         Receiver::new(Lane::AtSource(LaneRole::Bulk))
     }
 
-    /// The source's end of a demand lane that replaces a lost one: what the destination says first is
-    /// where it stands and what it has.
+    /// The source's end of a demand lane that replaces a lost one: the destination first sends its
+    /// standing and its pages.
     pub fn for_resumed_source(landing: &RegionTable) -> Receiver {
         let receiver = Receiver::new(Lane::AtSource(LaneRole::Demand));
         let (regions, account) = (Some(landing.clone()), Some(Account::Standing));
@@ -182,8 +184,8 @@ impl Receiver {
         Receiver { lane, offered, regions, account, checker, state, events, spare }
     }
 
-    /// The same receiver; if both ends of the lane can, it checks everything that comes. To be said before
-    /// the first byte.
+    /// The same receiver, on a checked lane if `checked`, that is if both ends support checksums.
+    /// To be called before the first byte.
     #[must_use]
     pub fn checked(self, checked: bool) -> Receiver {
         Receiver { checker: checked.then(Checker::default), ..self }
@@ -194,13 +196,13 @@ impl Receiver {
         self.checker.is_some()
     }
 
-    /// Gives the receiver the landing table, whose numbers travel: required before pages, requests
-    /// or acknowledgements may come. The source's end of the demand lane finds it itself.
+    /// Sets the landing table, whose numbers are used on the wire. Required before pages, requests
+    /// or acknowledgements may come. The source's end of the demand lane derives it itself.
     pub fn set_regions(&mut self, regions: &RegionTable) {
         self.regions = Some(regions.clone());
     }
 
-    /// Where the next bytes go.
+    /// The place for the lane's next bytes.
     pub fn next_target(&self) -> Target {
         match &self.state {
             State::Header { filled, .. } => Target::Control { exact: HEADER_BYTES - filled },
@@ -211,15 +213,15 @@ impl Receiver {
     }
 
     /// Takes bytes of headers and bodies: at the destination no more than the target's `exact`, at
-    /// the source any number (they make one event per 32 bytes at most). When it fails, the events
-    /// of the frames before the wrong one can still be polled.
+    /// the source any number (they make one event per 32 bytes at most). On failure the events of
+    /// the frames before the wrong one can still be polled.
     pub fn control(&mut self, bytes: &[u8]) -> Result<(), ReceiveError> {
         self.check_feed(bytes.len()).and_then(|()| self.feed(bytes)).map_err(|e| self.fail(e))
     }
 
-    /// Whether the current run's pages, all of them, are as they were sent: given the
-    /// [`page_sum`](crate::checksum::page_sum) of each [`SUMMED_BYTES`] of them in order. They must not be
-    /// used if not. Without a run, or on a lane that is not checked, there is nothing to ask about.
+    /// Checks the sum of the current run, all of which must have come, given the
+    /// [`page_sum`](crate::checksum::page_sum) of each [`SUMMED_BYTES`] of its pages in order. On
+    /// an error the pages must not be used. Without a run, or on an unchecked lane, does nothing.
     ///
     /// [`SUMMED_BYTES`]: crate::checksum::SUMMED_BYTES
     pub fn verify(&mut self, sums: &[u32]) -> Result<(), ReceiveError> {
@@ -239,7 +241,7 @@ impl Receiver {
         Err(self.fail(ReceiveError::RunSum { range }))
     }
 
-    /// Notes that bytes of the current run are in memory, no more than the target's.
+    /// Counts bytes of the current run as landed, no more than the target's.
     pub fn landed(&mut self, bytes: u64) -> Result<(), ReceiveError> {
         let wanted_bytes = match &self.state {
             State::Failed(error) => return Err(error.clone()),
@@ -265,28 +267,28 @@ impl Receiver {
         Ok(())
     }
 
-    /// The next thing that has happened, in the lane's order. Drain them before the next receive.
+    /// The next event, in the lane's order. Drain all events before the next receive.
     pub fn poll_event(&mut self) -> Option<Event> {
         self.events.pop_front()
     }
 
-    /// Takes a request's pages back when they are not needed any more; the next request is put there.
+    /// Takes a request's vector back for the next request.
     pub fn give_back(&mut self, mut pages: Vec<(RegionId, u64)>) {
         pages.clear();
         self.spare.pages = pages;
     }
 
-    /// Whether the lane's end has come: the peer may close it, and nothing is lost.
+    /// Whether the lane has ended: the peer may then close it without loss.
     pub fn is_ended(&self) -> bool {
         self.lane == Lane::Ended
     }
 
-    /// Whether the lane is between two frames: the only place where a peer may close it.
+    /// Whether the lane is between two frames, the only point where a peer may close it.
     pub fn is_between_frames(&self) -> bool {
         matches!(self.state, State::Header { filled: 0, .. })
     }
 
-    /// Notes that the peer closed the lane, which is an error inside a frame.
+    /// Notes that the peer closed the lane: an error inside a frame.
     pub fn closed(&mut self) -> Result<(), ReceiveError> {
         let missing_bytes = match self.next_target() {
             _ if self.is_between_frames() => return Ok(()),
@@ -296,8 +298,7 @@ impl Receiver {
         Err(self.fail(ReceiveError::Truncated { missing_bytes }))
     }
 
-    /// Asserts what the module says always holds. Called after every step in tests and debug
-    /// builds.
+    /// Asserts the module's invariant. Called after every step in tests and debug builds.
     pub fn assert_invariants(&self) {
         match &self.state {
             State::Header { filled, .. } => assert!(*filled < HEADER_BYTES),
@@ -350,7 +351,7 @@ impl Receiver {
         Ok(())
     }
 
-    /// Takes at least one byte and at most what the current header or body wants.
+    /// Takes at least one byte and at most what the current header or body needs.
     fn feed_some(&mut self, bytes: &[u8]) -> Result<(), ReceiveError> {
         match &mut self.state {
             State::Header { bytes: header, filled } => {
@@ -386,7 +387,7 @@ impl Receiver {
     }
 }
 
-/// Makes room for `more_bytes`, at most doubling what has come, and never past the whole body.
+/// Makes room for `more_bytes`: at most twice what has come, at most the whole body.
 fn grow(received: &mut Vec<u8>, more_bytes: usize, body_bytes: usize) {
     if received.capacity() - received.len() < more_bytes {
         let room = more_bytes.max(received.len()).min(body_bytes - received.len());

@@ -1,4 +1,4 @@
-//! The destination's end: the real phases and receivers, and pages that come once.
+//! The destination's end: the real phases and receivers; each page comes once.
 
 use umem_wire::checksum::{digest, digest_of_zeroes};
 use umem_wire::*;
@@ -11,18 +11,18 @@ pub(super) struct Destination {
     pub(super) phase: destination::Phase,
     pub(super) failure: Option<Failure>,
     regions: RegionTable,
-    /// Our number of each of the source's regions.
+    /// This side's number of each of the source's regions.
     ids: Vec<RegionId>,
     landing: Option<RegionTable>,
     pub(super) pages: Vec<Vec<Page>>,
     pub(super) lanes: Vec<LaneEnd>,
-    /// Of each lane's current run nothing has come yet that was not sent.
+    /// For each lane: all that came of its current run is unchanged.
     pub(super) are_intact: Vec<bool>,
     /// Each lane's current run.
     begun: Vec<Option<PageRange>>,
     /// Lanes on which a page may come again.
     in_rounds: Vec<bool>,
-    /// What came last of each page in rounds.
+    /// The last copy of each page in rounds.
     copies: Vec<Vec<Option<Content>>>,
     remaining: Vec<PageRange>,
     pub(super) totals: Totals,
@@ -30,7 +30,7 @@ pub(super) struct Destination {
     pub(super) digests: Vec<u64>,
     pub(super) heard_digests: Option<Vec<u64>>,
     pub(super) recovers: bool,
-    /// The lanes are lost, and there are no others yet.
+    /// The lanes are lost, and not replaced yet.
     pub(super) is_down: bool,
     epoch: u32,
 }
@@ -87,7 +87,7 @@ impl Destination {
         self.input(destination::Input::Lost);
     }
 
-    /// Gives up its lanes: what was landing has not come.
+    /// Drops its lanes: landing pages become missing.
     pub(super) fn go_down(&mut self) {
         if self.is_down {
             return;
@@ -101,7 +101,7 @@ impl Destination {
         }
     }
 
-    /// What it says first on a demand lane that replaces a lost one.
+    /// The account, first on a demand lane that replaces a lost one.
     fn account(&self, out: &mut Vec<u8>) {
         let landing = self.landing.as_ref().expect("the regions were agreed on");
         let runs = matches!(
@@ -130,7 +130,7 @@ impl Destination {
     }
 
     pub(super) fn act(&mut self, pipes: &mut [LanePipes], random: &mut Random) {
-        // The guest comes to run, with lanes or without; what is said without is said later.
+        // The guest starts with or without lanes; frames that cannot be sent now are sent later.
         match self.phase {
             destination::Phase::Failed { .. } => {
                 return pipes.iter_mut().for_each(LanePipes::close);
@@ -168,7 +168,7 @@ impl Destination {
         }
     }
 
-    /// What remains is missing, all else is here.
+    /// The remaining pages are missing, all others cached.
     fn settle(&mut self) {
         for range in std::mem::take(&mut self.remaining) {
             let ours = usize::from(self.id(range.region).0);
@@ -190,7 +190,7 @@ impl Destination {
         }
     }
 
-    /// What came in a round.
+    /// Records a copy that came in a round.
     fn copied(&mut self, range: PageRange, content: Content) {
         let ours = usize::from(self.id(range.region).0);
         let (first, pages) = (range.first as usize, range.pages as usize);
@@ -220,7 +220,7 @@ impl Destination {
         self.count_zeroes(range);
     }
 
-    /// What cannot be said, as there is no open lane, is in the account that comes first on the next.
+    /// Sends a frame. Without an open lane the account on the next lane carries its meaning.
     fn say(&self, pipes: &mut [LanePipes], frame: &Frame) {
         if let LaneEnd::Open(_) = self.lanes[0] {
             send(&mut pipes[0].to_source, frame);
@@ -231,7 +231,7 @@ impl Destination {
         self.pages.iter().flatten().all(|page| matches!(page, Page::Cached(_)))
     }
 
-    /// Asks for some pages that are missing, perhaps again.
+    /// Requests some missing pages, perhaps again.
     fn request(&mut self, pipe: &mut Pipe, random: &mut Random) {
         let mut wanted = Vec::new();
         for theirs in 0..self.ids.len() {
@@ -279,7 +279,7 @@ impl Destination {
                 let verified = match count == target.bytes && receiver.is_checked() {
                     true => {
                         let is_intact = std::mem::replace(&mut self.are_intact[lane], true);
-                        let range = self.begun[lane].expect("it has begun");
+                        let range = self.begun[lane].expect("a run has begun");
                         let landing = self.landing.as_ref().expect("pages come after the regions");
                         let (_, mut sums) = sums(landing, range);
                         sums[0] ^= u32::from(!is_intact);
@@ -339,7 +339,7 @@ impl Destination {
             let LaneEnd::Open(receiver) = &mut self.lanes[lane] else { unreachable!() };
             return receiver.set_regions(landing);
         }
-        assert!(hello.epoch > self.epoch, "an old lane came in");
+        assert!(hello.epoch > self.epoch, "a lane of an old epoch was accepted");
         self.epoch = hello.epoch;
         let mut account = Vec::new();
         self.account(&mut account);
@@ -407,7 +407,7 @@ impl Destination {
         range.pages * landing.get(range.region).unwrap().page_size.bytes()
     }
 
-    /// Each page takes each step once.
+    /// Moves each page one step, which it takes once.
     fn move_pages(&mut self, range: PageRange, from: Page, to: Page) {
         let ours = usize::from(self.id(range.region).0);
         let (first, pages) = (range.first as usize, range.pages as usize);

@@ -1,4 +1,4 @@
-//! A lane: what is on its way, and what each end has of it.
+//! A lane: the data in flight, and the state of each end.
 
 use std::collections::VecDeque;
 
@@ -34,12 +34,12 @@ impl LanePipes {
     }
 }
 
-/// One direction of a lane: what was sent and not read.
+/// One direction of a lane: sent data that is not read yet.
 pub(super) struct Pipe {
     pieces: VecDeque<Piece>,
     pub(super) closed: bool,
     pub(super) seal: Seal,
-    /// What comes is not what was sent.
+    /// The data in flight was changed.
     is_spoilt: bool,
 }
 
@@ -70,7 +70,7 @@ impl Pipe {
         self.send_bytes(&header);
     }
 
-    /// A closed pipe swallows what is sent, as a socket does for a while.
+    /// Sends bytes. A closed pipe swallows them, as a socket does for a while.
     pub(super) fn send_bytes(&mut self, bytes: &[u8]) {
         if self.closed {
             return;
@@ -87,8 +87,8 @@ impl Pipe {
         }
     }
 
-    /// Reads control bytes, some of `most`. Pages where control bytes are wanted are a mistake, unless
-    /// what comes is not what was sent.
+    /// Reads control bytes, some of `most`. Pages instead of control bytes are a mistake, unless
+    /// the data was changed.
     pub(super) fn read_control(&mut self, most: usize, random: &mut Random) -> Vec<u8> {
         if let (true, Some(Piece::Pages(run, _))) = (self.is_spoilt, self.pieces.front_mut()) {
             let count = random.partial(run.bytes.min(most as u64));
@@ -110,8 +110,8 @@ impl Pipe {
         bytes
     }
 
-    /// Reads bytes of pages, and checks that they belong where the reader puts them, as far as what comes is
-    /// what was sent. How many bytes, and whether they are those of the target.
+    /// Reads bytes of pages, and checks that they belong to the target, unless the data was
+    /// changed. Returns how many bytes, and whether they are those of the target.
     pub(super) fn read_pages(&mut self, target: RunTarget, random: &mut Random) -> (u64, bool) {
         if let (true, Some(Piece::Control(_))) = (self.is_spoilt, self.pieces.front()) {
             let most = usize::try_from(target.bytes).unwrap();
@@ -131,7 +131,7 @@ impl Pipe {
         (count, is_intact)
     }
 
-    /// Changes a bit, or has something come again.
+    /// Changes a bit, or repeats some data.
     pub(super) fn spoil(&mut self, random: &mut Random) {
         if self.pieces.is_empty() {
             return;
@@ -160,7 +160,7 @@ impl Pipe {
         }
     }
 
-    /// Ends here: some of what was not read is lost.
+    /// Ends the pipe here: some unread data is lost.
     pub(super) fn cut(&mut self, random: &mut Random) {
         self.closed = true;
         self.pieces.truncate(random.index(self.pieces.len() + 1));
@@ -170,7 +170,7 @@ impl Pipe {
     }
 }
 
-/// A lane as one end has it.
+/// One end of a lane.
 #[derive(Debug)]
 pub(super) enum LaneEnd {
     /// The peer's hello or welcome is arriving.
@@ -196,7 +196,7 @@ impl LaneEnd {
     }
 }
 
-/// What has happened, after each step.
+/// The events of the last step.
 pub(super) fn events(receiver: &mut Receiver) -> Vec<Event> {
     receiver.assert_invariants();
     std::iter::from_fn(|| receiver.poll_event()).collect()
@@ -208,7 +208,7 @@ pub(super) fn send(pipe: &mut Pipe, frame: &Frame) {
     pipe.send(&bytes);
 }
 
-/// The sums of a run's pages, and the number of the first of them in 4 KiB.
+/// The sums of a run's pages, and the index of the first in pieces of 4 KiB.
 pub(super) fn sums(table: &RegionTable, range: PageRange) -> (u64, Vec<u32>) {
     let summed = table.get(range.region).unwrap().page_size.bytes() / SUMMED_BYTES as u64;
     let first = range.first * summed;
@@ -216,7 +216,7 @@ pub(super) fn sums(table: &RegionTable, range: PageRange) -> (u64, Vec<u32>) {
     (first, (first..end).map(|page| sum(range.region, page)).collect())
 }
 
-/// What 4 KiB of a page add up to, made up.
+/// The made-up sum of 4 KiB of a page.
 fn sum(region: RegionId, page: u64) -> u32 {
     Random(u64::from(region.0) << 48 | page).next() as u32
 }

@@ -2,21 +2,22 @@
 //! lanes that are chopped at random and read in a random order, up to the last page or up to a
 //! lane's sudden end.
 //!
-//! Pages are virtual: on a pipe stands *which* bytes of which page come next, never the bytes, so
-//! gigabytes cost nothing, and a byte that would land in the wrong place is caught at once.
+//! Pages are virtual: a pipe holds *which* bytes of which page come next, never the bytes, so
+//! gigabytes cost nothing, and a byte that would land in the wrong place is detected at once.
 //!
-//! In a session that recovers lanes are cut again and again, also while they are being opened and while
-//! the destination says what it has, and opened anew: everything arrives all the same, each page once.
+//! In a session that recovers, lanes are cut again and again, also during their opening and during
+//! the account, and opened anew: every page still arrives, exactly once.
 //!
-//! Some sessions have rounds: the source's guest writes while its pages go, and they go again, each on the lane
-//! of its block. When it has stopped, what is clean counts as come, as what came last.
+//! In sessions with rounds the source's guest writes while its pages are sent, and they are sent
+//! again, each on the lane of its block. When the guest has stopped, the last copy of each clean
+//! page counts.
 //!
-//! With checksums bits change on the way too, and bytes come again: no page is cached that is not as it was
-//! sent, everything arrives all the same, and both ends' digests are equal.
+//! With checksums bits change in flight too, and bytes are repeated: no changed page is cached,
+//! every page still arrives, and both ends' digests are equal.
 //!
-//! Checked at every step: never may both guests run. At the end of a whole run: every page arrived
-//! exactly once, as what the source has. At the end of a broken one: both ends know a typed error
-//! or had finished, and the source may run exactly if it had not committed.
+//! Checked at every step: the two guests never both may run. At the end of a whole run: every page
+//! arrived exactly once, with the source's content. At the end of a broken run: both ends have a
+//! typed error or had finished, and the source may run exactly if it had not committed.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
 
@@ -32,7 +33,7 @@ use umem_wire::source::Phase;
 use world::World;
 
 #[test]
-fn whole_migrations() {
+fn undisturbed_migration_moves_every_page_once() {
     for seed in seeds(200) {
         let mut world = World::new(Random(seed));
         world.run_until(World::is_completed, |_| {});
@@ -41,7 +42,7 @@ fn whole_migrations() {
 }
 
 #[test]
-fn broken_migrations() {
+fn migration_with_a_fault_ends_with_one_guest() {
     let (mut resumed, mut lost, mut completed) = (0, 0, 0);
     for seed in seeds(400) {
         let mut world = World::new(Random(seed));
@@ -63,13 +64,13 @@ fn broken_migrations() {
 }
 
 #[test]
-fn recovered_migrations() {
+fn migration_with_cut_lanes_recovers() {
     let cuts = Harm { intervals: [30, 300, 3000], early: 100, what: World::cut_some };
     cuts.done_to_all(400, World::new);
 }
 
 #[test]
-fn corrupted_migrations() {
+fn migration_with_changed_bits_recovers() {
     let what = |world: &mut World| match world.random.chance(10) {
         true => world.cut_some(),
         false => world.spoil_some(),
@@ -78,11 +79,11 @@ fn corrupted_migrations() {
     harm.done_to_all(300, |random| World::checked(random, true));
 }
 
-/// What migrations that recover go through, up to 39 times each.
+/// The damage to migrations that recover, up to 39 times each.
 struct Harm<W> {
-    /// Once in so many steps, one of these: from very often to rarely.
+    /// Steps per cut, on average: from very often to rarely.
     intervals: [u64; 3],
-    /// Before the commit point, where it ends the migration, only in one of so many of those.
+    /// Before the commit point, where a cut ends the migration: only one in so many cuts.
     early: u64,
     what: W,
 }

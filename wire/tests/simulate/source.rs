@@ -11,14 +11,14 @@ pub(super) struct Source {
     pub(super) phase: source::Phase,
     pub(super) failure: Option<Failure>,
     pub(super) committed: bool,
-    /// With page sizes at first, from ready on with landing units.
+    /// With page sizes at first, with landing units from ready on.
     pub(super) regions: RegionTable,
-    /// Of each unit, once they are known.
+    /// Of each unit, once the units are known.
     pub(super) contents: Vec<Vec<Content>>,
     claimed: Vec<Vec<bool>>,
-    /// What is to go (again) in rounds, if there are any.
+    /// Pages that are still to be sent (again) in rounds, if there are rounds.
     dirty: Vec<Vec<bool>>,
-    /// Runs that are still sent in rounds.
+    /// Runs that are still to be sent in rounds.
     rounds: u64,
     lanes: Vec<LaneEnd>,
     pub(super) hellos: Vec<Hello>,
@@ -30,10 +30,10 @@ pub(super) struct Source {
     pub(super) is_checked: bool,
     pub(super) heard_digests: Option<Vec<u64>>,
     pub(super) recovers: bool,
-    /// The lanes are lost, and there are no others yet.
+    /// The lanes are lost, and not replaced yet.
     pub(super) is_down: bool,
     pub(super) epoch: u32,
-    /// What the destination says first on new lanes; nothing goes on before all of it.
+    /// The destination's standing on new lanes; nothing else is processed before the whole account.
     standing: Option<Standing>,
     is_accounted: bool,
 }
@@ -77,7 +77,7 @@ impl Source {
         }
     }
 
-    /// The landing table is known: makes up what the guest's memory holds, in its units.
+    /// Makes up the content of the guest's memory, in the landing table's units.
     fn land(&mut self, landing: &RegionTable, random: &mut Random) {
         let kinds = [Content::Data, Content::Data, Content::Zero, Content::Hole];
         let contents = landing.iter().map(|(_, region)| {
@@ -116,7 +116,7 @@ impl Source {
         };
     }
 
-    /// The lanes are no more: remembers why, and tells the phase.
+    /// Drops the lanes: keeps the cause, and gives it to the phase.
     fn lost(&mut self, failure: Failure) {
         if self.recovers && self.committed && failure.is_loss() {
             return self.go_down();
@@ -133,7 +133,7 @@ impl Source {
         self.is_accounted = false;
     }
 
-    /// The destination has said what it has.
+    /// Processes the destination's account.
     fn account(&mut self, event: &Event, pipes: &mut [LanePipes]) {
         match event {
             Event::Resume(standing) => self.standing = Some(*standing),
@@ -148,7 +148,7 @@ impl Source {
             }
             Event::Accounted => {
                 self.is_accounted = true;
-                let standing = self.standing.take().expect("it comes first");
+                let standing = self.standing.take().expect("the standing comes first");
                 self.totals = standing.totals;
                 if !standing.switched {
                     self.say(pipes, &Frame::Switchover { stopped_us: 2000 });
@@ -237,7 +237,8 @@ impl Source {
         self.hellos[0].capabilities.contains(Capabilities::ROUNDS)
     }
 
-    /// The guest writes somewhere, then a run of what it has written goes, on the lane of its 64 pages.
+    /// The guest writes somewhere, then a run of written pages is sent, on the lane of its 64
+    /// pages.
     fn send_in_round(&mut self, pipes: &mut [LanePipes], random: &mut Random) {
         let kinds = [Content::Data, Content::Zero, Content::Hole];
         for _ in 0..random.below(20) {
@@ -252,7 +253,7 @@ impl Source {
         let Some(first) = (start..dirty.len()).find(|&page| dirty[page]) else { return };
         let lane = 1 + (region + first / 64) % (pipes.len() - 1);
         let most = 1 + random.below(64 - first as u64 % 64);
-        // As if nobody had sent anything before: what is clean goes again, too.
+        // Nothing counts as sent: clean pages are sent again, too.
         self.claimed[region].fill(false);
         let totals = self.totals;
         let sent = self.send_run(&mut pipes[lane].to_destination, region, first, most) as usize;
@@ -261,7 +262,7 @@ impl Source {
         self.dirty[region][first..first + sent].fill(false);
     }
 
-    /// The guest stands still: what is clean has gone.
+    /// The guest has stopped: clean pages have been sent.
     fn say_what_remains(&mut self, pipes: &mut [LanePipes], random: &mut Random) {
         let mut runs: Vec<PageRange> = Vec::new();
         for (id, region) in self.regions.clone().iter() {
@@ -307,7 +308,7 @@ impl Source {
         send(&mut pipes[0].to_destination, frame);
     }
 
-    /// What all of its memory comes to.
+    /// The digests of all of its memory.
     pub(super) fn digests(&self) -> Vec<u64> {
         let of = |(region, pages): (usize, &Vec<Content>)| {
             let region = RegionId(region as u16);
@@ -322,7 +323,7 @@ impl Source {
         self.contents.iter().enumerate().map(of).collect()
     }
 
-    /// Sends the next run that nobody claimed, from a random place on; or ends the lanes.
+    /// Sends the next unclaimed run from a random place on, or ends the lanes.
     fn send_background(&mut self, pipes: &mut [LanePipes], random: &mut Random) {
         let lane = if pipes.len() == 1 { 0 } else { 1 + random.index(pipes.len() - 1) };
         let start = random.index(self.claimed.len());
@@ -386,7 +387,7 @@ impl Source {
         range.pages
     }
 
-    /// Reads ahead as it likes: nothing but control bytes ever comes.
+    /// Reads ahead as it likes: only control bytes come.
     pub(super) fn read(&mut self, lane: usize, pipes: &mut [LanePipes], random: &mut Random) {
         let over = matches!(self.phase, source::Phase::Failed { .. }) || self.is_down;
         if over || lane >= self.lanes.len() || matches!(self.lanes[lane], LaneEnd::Closed) {

@@ -1,4 +1,4 @@
-//! Both ends and the lanes between them, and what must be so at each step and at the end.
+//! Both ends and the lanes between them, and the checks at each step and at the end.
 
 use std::collections::VecDeque;
 
@@ -9,7 +9,7 @@ use crate::lane::{LaneEnd, LanePipes};
 use crate::source::Source;
 use crate::support::{Random, region};
 
-/// More steps than any run takes; one that takes them is stuck.
+/// More steps than any run takes; a run that takes them is stuck.
 const STEPS_MAX: u64 = 1_000_000;
 
 pub(super) struct World {
@@ -56,7 +56,7 @@ impl World {
         World { random, source, destination, lanes, is_checked }
     }
 
-    /// Steps until it is at its end; `before` has its turn before each step.
+    /// Steps until the end; `before` is called before each step.
     pub(super) fn run_until(
         &mut self,
         is_at_end: impl Fn(&World) -> bool,
@@ -76,7 +76,7 @@ impl World {
         }
     }
 
-    /// One end does one thing, or reads once from one lane.
+    /// One end acts once, or reads once from one lane.
     pub(super) fn step(&mut self) {
         let lane = self.random.index(self.lanes.len());
         match self.random.below(4) {
@@ -93,7 +93,7 @@ impl World {
         );
     }
 
-    /// Both ends go on over new lanes when these are lost, from the commit point on.
+    /// From the commit point on both ends open new lanes after a loss.
     pub(super) fn recover(&mut self) {
         self.source.recovers = true;
         self.destination.recovers = true;
@@ -111,7 +111,7 @@ impl World {
         cut.for_each(|(_, lane)| lane.cut(&mut self.random));
     }
 
-    /// Changes a bit of what is on its way on some lane, or has bytes of it come again.
+    /// Changes a bit in flight on some lane, or repeats bytes of it.
     pub(super) fn spoil_some(&mut self) {
         let lane = self.random.index(self.lanes.len());
         let LanePipes { to_destination, to_source } = &mut self.lanes[lane];
@@ -119,7 +119,7 @@ impl World {
         pipe.spoil(&mut self.random);
     }
 
-    /// Both ends know what the other has, as far as it got to say so, and it is the same.
+    /// Both ends know the other's digests, if sent, and they are equal.
     fn assert_digests(&self) {
         let theirs = self.source.digests();
         assert_eq!(self.source.heard_digests.as_ref(), Some(&theirs));
@@ -129,21 +129,21 @@ impl World {
         }
     }
 
-    /// What an end has given up is no more for the other either, though it may read what is on its
-    /// way; and when the source has given up it opens lanes again, sooner or later.
+    /// Lanes that one end has dropped close for the other, which may still read data in flight.
+    /// When the source has dropped its lanes it opens new ones sooner or later.
     fn reconnect(&mut self) {
         if self.source.is_down || self.destination.is_down {
             self.lanes.iter_mut().for_each(LanePipes::close);
         }
         let source_is_gone = matches!(self.source.phase, source::Phase::Completed(_));
         if source_is_gone && self.destination.is_down {
-            // It waits a while for somebody who does not come, and leaves.
+            // It waits for a source that does not come, and leaves.
             return self.destination.input(destination::Input::Lost);
         }
         if !self.source.is_down || !self.random.chance(5) {
             return;
         }
-        // A hello of a later epoch ends what is older.
+        // A hello of a later epoch ends older lanes.
         self.destination.go_down();
         let is_checked = self.is_checked;
         self.lanes.iter_mut().for_each(|lane| *lane = LanePipes::new(is_checked));
@@ -157,7 +157,7 @@ impl World {
         self.destination.are_intact.fill(true);
     }
 
-    /// Both have ended; or the guest goes on at the source, and the destination cannot know it.
+    /// Both have ended; or the guest goes on at the source, which the destination cannot know.
     pub(super) fn is_over_or_kept(&self) -> bool {
         let is_kept = matches!(self.destination.phase, destination::Phase::Loaded { .. })
             && self.destination.is_down
@@ -202,7 +202,7 @@ impl World {
         );
     }
 
-    /// Every page is here, as what the source has.
+    /// Every page is cached, with the source's content.
     fn assert_pages(&self) {
         for (theirs, region) in self.source.regions.iter() {
             let ours = self.destination.id(theirs);
@@ -214,7 +214,7 @@ impl World {
         }
     }
 
-    /// A migration that was committed has come to its end, over as many lanes as it took.
+    /// A committed migration has completed, over any number of lanes.
     pub(super) fn assert_gone_on(&self) {
         assert_eq!(self.source.failure, None);
         assert!(matches!(self.source.phase, source::Phase::Completed(_)));
@@ -244,7 +244,7 @@ impl World {
     }
 }
 
-/// What a page is at the source.
+/// The content of a page at the source.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub(super) enum Content {
     Data,
@@ -252,7 +252,7 @@ pub(super) enum Content {
     Hole,
 }
 
-/// What a page is at the destination.
+/// The state of a page at the destination.
 #[derive(Copy, Clone, PartialEq, Eq, Debug)]
 pub(super) enum Page {
     Missing,
@@ -260,7 +260,7 @@ pub(super) enum Page {
     Cached(Content),
 }
 
-/// Why an end stopped.
+/// The reason why an end stopped.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Failure {
     Hello(HelloError),
@@ -269,7 +269,7 @@ pub(super) enum Failure {
 }
 
 impl Failure {
-    /// Another lane may do better.
+    /// Whether another lane may succeed.
     pub(super) fn is_loss(&self) -> bool {
         match self {
             Failure::Receive(error) => {

@@ -1,4 +1,4 @@
-//! What the tests of this folder share: random numbers from a seed, and frames to send.
+//! Shared by the tests of this folder: random numbers from a seed, and frames to send.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
 #![allow(dead_code, reason = "each test uses its part")]
@@ -32,7 +32,8 @@ impl Random {
         self.below(100) < percent
     }
 
-    /// How many of `most` bytes a read gives: often one, often all, else anything between.
+    /// The byte count of a read of at most `most`: often one, often all, otherwise anything
+    /// between.
     pub(crate) fn partial(&mut self, most: u64) -> u64 {
         match self.below(4) {
             0 => 1,
@@ -42,8 +43,8 @@ impl Random {
     }
 }
 
-/// The seeds to run: the one in UMEM_SEED, or `0..count`, or as many as UMEM_SIM_SEEDS says. The one that
-/// runs is printed, so that a failure shows it last.
+/// The seeds to run: the one in UMEM_SEED, or `0..count`, or UMEM_SIM_SEEDS many. Each seed is
+/// printed before it runs, so that a failure shows it last.
 pub(crate) fn seeds(count: u64) -> impl Iterator<Item = u64> {
     let many = std::env::var("UMEM_SIM_SEEDS").ok();
     let count = many.map_or(count, |many| many.parse().expect("UMEM_SIM_SEEDS is a number"));
@@ -112,9 +113,9 @@ pub(crate) fn valid_frames() -> Vec<Vec<u8>> {
     frames.map(encode).into()
 }
 
-/// A receiver for each end of each kind of lane; all know [`table`] as the landing table, and on the
-/// demand lanes it may still come, or be answered. The last two are of demand lanes that replace lost
-/// ones, before and after the destination has said where it stands.
+/// A receiver for each end of each kind of lane. All know [`table`] as the landing table; on the
+/// demand lanes it may still come, or be answered. The last two are of demand lanes that replace
+/// lost ones, before and after the destination's standing.
 pub(crate) fn receivers() -> [Receiver; 6] {
     let standing = Standing { switched: true, running: None, totals: Totals::default() };
     let mut resume = Vec::new();
@@ -136,7 +137,7 @@ pub(crate) fn receivers() -> [Receiver; 6] {
     receivers
 }
 
-/// The frame that gives an event; nothing for the start of a run.
+/// The frame of an event; none for the start of a run.
 pub(crate) fn frame(event: &Event) -> Option<Frame> {
     Some(match event.clone() {
         Event::RunBegins(_) | Event::Accounted => return None,

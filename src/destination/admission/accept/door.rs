@@ -1,4 +1,4 @@
-//! The door: where sources dial, and what becomes of a connection until its lane is one of a whole session.
+//! The door: where sources connect, and the handling of a connection until its session is complete.
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -20,16 +20,15 @@ use crate::runtime::inbox::Interest;
 use crate::transport::lane::{self, HELLO_TIMEOUT, Lane, Listener};
 use crate::transport::secure::{self, Opened, Opening, Progress, ServerAuth};
 
-/// Connections that have not said yet who they are. When there are more the oldest is dropped, which
-/// has had the most time: a source says it at once. Room for all lanes of a session and as many
-/// strangers.
+/// The most connections that have not sent their hello. A surplus connection replaces the oldest, which has had the
+/// most time: a source sends its hello at once. Room for all lanes of a session and as many others.
 const PENDING_MAX: usize = 2 * (LANES_MAX as usize + 1);
 
-/// How long all lanes of a session may take to come, 64 of them on a long way.
+/// How long all lanes of a session may take to arrive: 64 of them on a long path.
 const SESSION_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Where sources dial, and everybody who has and is not a lane of a whole session yet. Or nobody dials,
-/// and there are connections that were given.
+/// The listener and the connections that are not lanes of a complete session yet; or, without a listener, connections
+/// that were given.
 pub(in crate::destination) struct LaneAcceptor {
     listener: Option<Listener>,
     guard: Arc<ServerAuth>,
@@ -38,22 +37,23 @@ pub(in crate::destination) struct LaneAcceptor {
     /// The oldest first.
     pending: VecDeque<Pending>,
     session: Option<Session>,
-    /// The session that has begun: only lanes of it come in, to replace lost ones.
+    /// The session that has begun: only lanes that replace its lost ones are accepted.
     known: Option<Known>,
 }
 
-/// A session that has begun, and what is needed to replace its lanes.
+/// A session that has begun, and the requirements on replacements of its lanes.
 struct Known {
     hello: Hello,
-    /// Who began it: nobody else goes on with it, whatever the authority has signed.
+    /// The identity of the peer that began it: another identity is refused, even with a certificate of the same
+    /// authority.
     certificate: Option<Vec<u8>>,
-    /// The highest that a demand lane has had.
+    /// The highest epoch of a demand lane.
     epoch: u32,
-    /// Why no lanes are wanted now, if they are not.
+    /// The reason to refuse lanes now, if any.
     refusal: Option<Refusal>,
 }
 
-/// Why no lanes are wanted, as a source that dials hears it.
+/// The reason to refuse lanes, as sent to a source.
 pub(in crate::destination) type Refusal = (FaultCode, Cow<'static, str>);
 
 impl Known {
@@ -68,32 +68,31 @@ impl Known {
     }
 }
 
-/// A connection that has not said who it is.
+/// A connection without a hello so far.
 struct Pending {
     opening: Opening,
-    /// None for one that was given and has said nothing: its other end may come into the source's hands at any time.
+    /// None for a given connection that has sent nothing: its other end may reach the source at any time.
     deadline: Option<Instant>,
 }
 
-/// A session some of whose lanes have come, the demand lane among them.
+/// A session with some of its lanes, the demand lane among them.
 struct Session {
     hello: Hello,
-    /// Who opened it, where TLS is asked for: nobody else opens a lane of it.
+    /// The identity of its peer, with TLS: a lane from another identity is refused.
     certificate: Option<Vec<u8>>,
     demand: Lane,
     /// Lane i at index i - 1.
     bulk: Vec<Option<Lane>>,
-    /// The next lane has to come before this …
+    /// The deadline of the next lane …
     deadline: Instant,
-    /// … and the last one before this, however often one comes.
+    /// … and of the last lane, however many arrive.
     until: Instant,
-    /// The source has begun to speak on the demand lane, which is read later: its end does not show
-    /// then.
+    /// The source has sent data on the demand lane, to be read later: its end is invisible then.
     has_spoken: bool,
 }
 
 #[derive(Clone, Copy)]
-enum Who {
+enum PollTarget {
     Stranger,
     Pending(usize),
     Session,
@@ -117,7 +116,7 @@ impl LaneAcceptor {
         }
     }
 
-    /// A door for a session that has begun, at another address than before or the first one.
+    /// A door for a session that has begun, at the first address or another one.
     pub(in crate::destination) fn of_session(
         listener: Listener,
         guard: Arc<ServerAuth>,
@@ -129,7 +128,7 @@ impl LaneAcceptor {
         LaneAcceptor { known: Some(Known::new(hello, certificate)), ..door }
     }
 
-    /// For a session that has begun, with a connection for each lane of it.
+    /// A door for a session that has begun, with one connection a lane.
     pub(in crate::destination) fn of_connections(
         sockets: Vec<OwnedFd>,
         guard: Arc<ServerAuth>,
@@ -156,59 +155,59 @@ impl LaneAcceptor {
         door
     }
 
-    /// Nobody dials.
+    /// Stops listening.
     pub(in crate::destination) fn is_of_connections(&self) -> bool {
         self.listener.is_none()
     }
 
-    /// Connections that were given are of use only together: false when one is gone.
+    /// Given connections are usable only together: false when one is lost.
     pub(in crate::destination) fn has_all(&self) -> bool {
         let of_session = |session: &Session| 1 + session.bulk.iter().flatten().count();
         let count = self.pending.len() + self.session.as_ref().map_or(0, of_session);
         count == usize::from(self.terms.lanes_max) + 1
     }
 
-    /// This session has begun: what comes in from now on are lanes that replace its lost ones.
+    /// The session has begun: from now on only lanes that replace its lost ones are accepted.
     pub(super) fn begun(&mut self, lanes: &Lanes) {
         self.known = Some(Known::new(&lanes.hello, lanes.certificate.clone()));
     }
 
-    /// Whether lanes of the session that has begun are wanted; if not, why.
+    /// Whether the session that has begun needs lanes; if not, the reason.
     pub(in crate::destination) fn set_refusal(&mut self, refusal: Option<Refusal>) {
         if let Some(known) = &mut self.known {
             known.refusal = refusal;
         }
     }
 
-    /// Whom to listen to; when one of these is ready [`answer`](LaneAcceptor::answer) takes its index.
+    /// Descriptors to poll; when one is ready, [`answer`](LaneAcceptor::answer) takes its index.
     pub(in crate::destination) fn fds(&self) -> Vec<Interest<'_>> {
-        self.who().into_iter().map(|(_, interest)| interest).collect()
+        self.poll_targets().into_iter().map(|(_, interest)| interest).collect()
     }
 
-    fn who(&self) -> Vec<(Who, Interest<'_>)> {
+    fn poll_targets(&self) -> Vec<(PollTarget, Interest<'_>)> {
         let session = self.session.iter().filter(|session| !session.has_spoken);
-        let session =
-            session.map(|session| (Who::Session, (session.demand.as_fd(), PollFlags::POLLIN)));
+        let session = session
+            .map(|session| (PollTarget::Session, (session.demand.as_fd(), PollFlags::POLLIN)));
         let pending = self.pending.iter().enumerate();
-        let pending = pending.map(|(i, p)| (Who::Pending(i), p.opening.interest()));
-        // The last, so that nobody else's index depends on whether it is listened to.
+        let pending = pending.map(|(i, p)| (PollTarget::Pending(i), p.opening.interest()));
+        // The listener comes last, so that no other index depends on whether it is polled.
         let listener = self.listener.iter().filter_map(Listener::interest);
-        let stranger = listener.map(|fd| (Who::Stranger, (fd, PollFlags::POLLIN)));
+        let stranger = listener.map(|fd| (PollTarget::Stranger, (fd, PollFlags::POLLIN)));
         session.chain(pending).chain(stranger).collect()
     }
 
     pub(in crate::destination) fn answer(&mut self, index: usize) -> Result<()> {
-        match self.who().get(index) {
-            Some((Who::Stranger, _)) => self.knock(),
-            Some(&(who, _)) => {
-                self.hear(who);
+        match self.poll_targets().get(index) {
+            Some((PollTarget::Stranger, _)) => self.accept_connection(),
+            Some(&(target, _)) => {
+                self.read_hello(target);
                 Ok(())
             }
             None => Ok(()),
         }
     }
 
-    /// All lanes of a session, once they are here.
+    /// All lanes of a session, once they have arrived.
     pub(in crate::destination) fn whole(&mut self) -> Option<Lanes> {
         self.session.take_if(|session| session.is_whole()).map(Session::into_lanes)
     }
@@ -220,15 +219,16 @@ impl LaneAcceptor {
         pending.chain(session).chain(listener).min()
     }
 
-    fn knock(&mut self) -> Result<()> {
+    fn accept_connection(&mut self) -> Result<()> {
         let Some(listener) = &mut self.listener else { return Ok(()) };
         let socket = match listener.accept()? {
             Accepted::One(socket) => socket,
             Accepted::Gone => return Ok(()),
-            // Somebody who has had time has to go; where nobody has come yet there is only time.
+            // A connection that has had time is dropped for its descriptor; without one the accept is only tried again
+            // later.
             Accepted::NoRoom(error) => {
                 match self.pending.pop_front() {
-                    Some(_) => self.ignored(&format!("it had not said who it is: {error}")),
+                    Some(_) => self.ignored(&format!("it had not sent its hello: {error}")),
                     None => listener.leave(),
                 }
                 return Ok(());
@@ -236,7 +236,7 @@ impl LaneAcceptor {
         };
         if self.pending.len() == PENDING_MAX {
             self.pending.pop_front();
-            self.ignored("others came before it had said who it is");
+            self.ignored("newer connections arrived before it had sent its hello");
         }
         self.open(Lane::new(socket, "a lane".into()), Some(Instant::now() + HELLO_TIMEOUT));
         Ok(())
@@ -250,11 +250,11 @@ impl LaneAcceptor {
         }
     }
 
-    fn hear(&mut self, who: Who) {
-        let index = match who {
-            Who::Pending(index) => index,
-            Who::Session => return self.look_after_session(),
-            Who::Stranger => return,
+    fn read_hello(&mut self, target: PollTarget) {
+        let index = match target {
+            PollTarget::Pending(index) => index,
+            PollTarget::Session => return self.look_after_session(),
+            PollTarget::Stranger => return,
         };
         let Pending { opening, deadline } = self.pending.remove(index).expect("it is there");
         match opening.advance(&self.guard) {
@@ -268,18 +268,18 @@ impl LaneAcceptor {
         }
     }
 
-    /// A lane that has said what it is for.
+    /// A lane with its hello.
     fn greet(&mut self, opened: Opened) {
         let Opened { lane, hello, answer, certificate } = opened;
         let refused = |why: &'static str| Err((FaultCode::Refused, Cow::Borrowed(why)));
         let may_come = match &mut self.known {
-            None if hello.epoch > 0 => refused("there is no migration here to go on with"),
+            None if hello.epoch > 0 => refused("this side has no migration to continue"),
             None => Ok(()),
             Some(known) if !known.is_of_session(&hello) => refused(ANOTHER),
             Some(known) if known.certificate != certificate => refused(SOMEBODY_ELSE),
             Some(Known { refusal: Some(refusal), .. }) => Err(refusal.clone()),
             Some(known) if hello.role == LaneRole::Demand => {
-                // Lanes of a later attempt end those of one before it; they are refused afterwards.
+                // Lanes of a later attempt end those of an earlier one, which are refused from then on.
                 let is_later = hello.epoch > known.epoch;
                 if is_later {
                     known.epoch = hello.epoch;
@@ -303,7 +303,7 @@ impl LaneAcceptor {
         if let Some(why) = self.terms.refusal(&hello) {
             return lane::refuse(&lane, FaultCode::Refused, &why);
         }
-        // It is let in: threads and priority are for lanes of the session alone.
+        // The lane is accepted: threads and priority are for lanes of the session alone.
         let mut lane = match self.guard.seat(lane, hello.role, hello.index) {
             Ok(lane) => lane,
             Err(error) => return self.ignored(&error.to_string()),
@@ -321,7 +321,7 @@ impl LaneAcceptor {
         }
     }
 
-    /// The demand lane of a session that is not whole is readable: mostly because it was closed.
+    /// The demand lane of an incomplete session is readable: usually because it was closed.
     fn look_after_session(&mut self) {
         let Some(session) = &mut self.session else { return };
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
@@ -330,7 +330,7 @@ impl LaneAcceptor {
             Err(Errno::EAGAIN | Errno::EINTR) => {}
             Ok(0) | Err(_) => {
                 self.session = None;
-                self.ignored("its demand lane closed before all of its lanes had come");
+                self.ignored("its demand lane closed before all of its lanes had arrived");
             }
         }
     }
@@ -339,10 +339,10 @@ impl LaneAcceptor {
         let before = self.pending.len();
         self.pending.retain(|pending| pending.deadline.is_none_or(|deadline| deadline > now));
         for _ in self.pending.len()..before {
-            self.ignored("it did not say who it is");
+            self.ignored("it did not send its hello");
         }
         if let Some(session) = self.session.take_if(|session| session.deadline <= now) {
-            let what = "not all of its lanes have come";
+            let what = "not all of its lanes have arrived";
             let demand = &session.demand;
             lane::tell(&demand.socket(), demand.is_checked(), &lost(demand, what));
             self.ignored(what);
@@ -362,7 +362,7 @@ impl Session {
         Session { hello, certificate, demand, bulk, deadline, until, has_spoken: false }
     }
 
-    /// Where a lane belongs, if it is one of ours that has not come.
+    /// The slot of a lane, if it is one of the session that has not arrived.
     fn place(&self, hello: &Hello, certificate: Option<&Vec<u8>>) -> Option<usize> {
         let is_ours = hello.role == LaneRole::Bulk
             && hello.session == self.hello.session
@@ -386,8 +386,7 @@ impl Session {
 }
 
 const ANOTHER: &str = "another migration is being received";
-const SOMEBODY_ELSE: &str =
-    "this migration began with another certificate, and goes on with it alone";
+const SOMEBODY_ELSE: &str = "this migration began with another certificate and accepts no other";
 
 fn refuse(lane: &Lane) {
     lane::refuse(lane, FaultCode::Refused, ANOTHER);

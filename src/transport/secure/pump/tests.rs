@@ -11,7 +11,7 @@ use rustls::crypto::ring::cipher_suite::TLS13_AES_128_GCM_SHA256;
 use super::*;
 use crate::transport::tls::testing::{bytes, shaken};
 
-/// Two lanes with TLS between them, over sockets that hold little.
+/// Two lanes with TLS between them, over sockets with small buffers.
 fn lanes(pumps: &Pumps, records: u64) -> (Lane, Lane) {
     let (left, right) = UnixStream::pair().unwrap();
     for socket in [&left, &right] {
@@ -21,7 +21,7 @@ fn lanes(pumps: &Pumps, records: u64) -> (Lane, Lane) {
     secured(pumps, records, lane(left, "left"), lane(right, "right"))
 }
 
-/// The same over connections that are there.
+/// The same over existing connections.
 fn secured(pumps: &Pumps, records: u64, left: Lane, right: Lane) -> (Lane, Lane) {
     let ends = (left.socket(), right.socket());
     let (client, server) = shaken(TLS13_AES_128_GCM_SHA256, records, ends);
@@ -32,7 +32,7 @@ fn secured(pumps: &Pumps, records: u64, left: Lane, right: Lane) -> (Lane, Lane)
     (start(left, client), start(right, server))
 }
 
-/// In pieces of many sizes; then this direction ends.
+/// Writes in pieces of many sizes, then ends this direction.
 fn write(lane: &Lane, bytes: &[u8]) {
     let mut file = lane.blocking().unwrap();
     let (mut rest, mut size) = (bytes, 1);
@@ -43,10 +43,9 @@ fn write(lane: &Lane, bytes: &[u8]) {
     }
 }
 
-/// Megabytes each way at once, with keys that are used up again and again: a real one's last for
-/// 256 GiB.
+/// Megabytes each way at once, with keys that are used up repeatedly: a real key lasts for 256 GiB.
 #[test]
-fn everything_arrives_while_keys_are_renewed() {
+fn data_arrives_unchanged_while_keys_are_renewed() {
     let pumps = Pumps::default();
     let (left, right) = lanes(&pumps, 40);
     let (to_right, to_left) = (bytes(1, 6 << 20), bytes(2, 3 << 20));
@@ -65,9 +64,9 @@ fn everything_arrives_while_keys_are_renewed() {
     });
 }
 
-/// A lane that closes right behind its last byte.
+/// A lane that closes right after its last byte.
 #[test]
-fn what_was_sent_before_the_end_arrives_and_the_end_behind_it() {
+fn data_sent_before_the_close_arrives_before_the_end() {
     let pumps = Pumps::default();
     let (left, right) = lanes(&pumps, 1 << 24);
     let sent = bytes(3, 1 << 20);
@@ -80,15 +79,15 @@ fn what_was_sent_before_the_end_arrives_and_the_end_behind_it() {
         right.blocking().unwrap().read_to_end(&mut got).unwrap();
         assert!(got == sent);
     });
-    assert_eq!(right.cause(), None, "it ended in order");
+    assert_eq!(right.cause(), None, "the connection was closed in order");
     drop(right);
-    // Both pumps have nothing left to do.
+    // Neither pump has work left.
     drop(pumps);
 }
 
-/// Whoever gives up, all at once: no pump is left waiting for a lane that is still there.
+/// Both sides give up at once: no pump waits for a lane that still exists.
 #[test]
-fn pumps_end_though_somebody_holds_a_lane() {
+fn dropped_pumps_end_while_lanes_are_still_held() {
     let pumps = Pumps::default();
     let (left, right) = lanes(&pumps, 1 << 24);
     drop(pumps);
@@ -102,9 +101,9 @@ fn pumps_end_though_somebody_holds_a_lane() {
     }
 }
 
-/// What still comes for a lane that has closed keeps nobody here.
+/// Data that still comes for a closed lane does not keep the pump alive.
 #[test]
-fn a_side_that_goes_on_sending_does_not_keep_the_pump_of_a_closed_lane() {
+fn pump_of_a_closed_lane_ends_while_the_peer_keeps_sending() {
     let linger = Duration::from_millis(300);
     let pumps = Pumps::lingering(linger);
     let (left, right) = lanes(&pumps, 1 << 24);
@@ -113,15 +112,15 @@ fn a_side_that_goes_on_sending_does_not_keep_the_pump_of_a_closed_lane() {
     let is_over = || pumps.running.lock().unwrap()[1].thread.is_finished();
     let begun = Instant::now();
     while !is_over() {
-        assert!(begun.elapsed() < 100 * linger, "it is still there");
-        // Nobody takes it once that has ended.
+        assert!(begun.elapsed() < 100 * linger, "the pump still runs");
+        // The write fails once the connection has ended.
         let _ = file.write_all(&[0x5a; 64]);
         std::thread::sleep(linger / 20);
     }
 }
 
 #[test]
-fn pumps_are_few_and_the_oldest_goes() {
+fn pump_over_the_limit_cuts_the_oldest() {
     let pumps = Pumps::default();
     let all: Vec<_> = (0..RUNNING_MAX).map(|_| lanes(&pumps, 1 << 24)).collect();
     let running = || {
@@ -141,7 +140,7 @@ fn pumps_are_few_and_the_oldest_goes() {
 }
 
 #[test]
-fn a_cause_is_added_to_the_lane_it_is_of() {
+fn explain_adds_the_cause_only_to_its_own_lane() {
     let pumps = Pumps::default();
     let (left, right) = lanes(&pumps, 1 << 24);
     let lost =
@@ -153,10 +152,10 @@ fn a_cause_is_added_to_the_lane_it_is_of() {
     drop((left, right));
 }
 
-/// What a lane's connection is told when it turns out to be the demand lane's is told to the connection, which
-/// the lane itself does not have any more.
+/// The timeout of a lane that turns out to be the demand lane is set on its connection, which the
+/// lane itself no longer has.
 #[test]
-fn a_demand_lane_has_the_demand_lanes_timeout_behind_its_pump() {
+fn connection_behind_a_pump_gets_the_demand_lane_timeout() {
     let pumps = Pumps::default();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let dialled = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

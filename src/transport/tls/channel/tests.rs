@@ -1,4 +1,4 @@
-//! Channels over real sockets: what a good peer sends, however it comes, and what a bad one may.
+//! Channels over real sockets: data from a good peer in any pieces, and what a bad peer may send.
 
 use std::io::{Read, Write};
 use std::net::Shutdown as How;
@@ -21,7 +21,7 @@ struct Side {
     socket: UnixStream,
 }
 
-/// Both ends of a connection, behind a handshake.
+/// Both ends of a connection, after a handshake.
 fn pair_with(suite: SupportedCipherSuite, records: u64) -> (Side, Side) {
     let (left, right) = UnixStream::pair().unwrap();
     let fd = |socket: &UnixStream| Arc::new(OwnedFd::from(socket.try_clone().unwrap()));
@@ -39,7 +39,7 @@ impl Side {
         self.channel.sealed(bytes).unwrap()
     }
 
-    /// One record that may be anything.
+    /// One record of any content.
     fn record(&mut self, content: u8, bytes: &[u8]) -> Vec<u8> {
         let mut out = Outgoing::default();
         self.channel.records_mut().say(&mut out, content, bytes).unwrap();
@@ -52,7 +52,7 @@ impl Side {
         out.pending().to_vec()
     }
 
-    /// Takes what has come on the socket, until there is no more for now or for ever.
+    /// Takes the data received on the socket, until there is no more for now or at all.
     fn take(&mut self) -> Vec<u8> {
         let mut got = Vec::new();
         loop {
@@ -71,7 +71,7 @@ impl Side {
         }
     }
 
-    /// The same of these bytes, from the other end.
+    /// Takes the data that results from these bytes, sent by the other end.
     fn given(&mut self, other: &mut Side, sent: &[u8]) -> Vec<u8> {
         other.socket.write_all(sent).unwrap();
         self.take()
@@ -79,7 +79,7 @@ impl Side {
 }
 
 #[test]
-fn every_cipher_carries_everything_in_both_directions() {
+fn every_cipher_carries_data_in_both_directions() {
     for suite in [
         suite::TLS13_AES_128_GCM_SHA256,
         suite::TLS13_AES_256_GCM_SHA384,
@@ -100,7 +100,7 @@ fn every_cipher_carries_everything_in_both_directions() {
 
 /// A receive may end anywhere, and bring one byte.
 #[test]
-fn records_that_come_in_pieces_are_whole_again() {
+fn records_in_pieces_are_decrypted_whole() {
     let (mut left, mut right) = pair();
     let sent = bytes(1, 3000);
     let mut sealed = left.sealed(&sent[..1000]);
@@ -119,9 +119,9 @@ fn records_that_come_in_pieces_are_whole_again() {
     }
 }
 
-/// What is not taken at once stays, and what comes behind it fits.
+/// Data that is not taken at once stays, and later data fits behind it.
 #[test]
-fn what_nobody_takes_stays_in_front() {
+fn data_not_taken_stays_in_front_of_later_data() {
     let (mut left, mut right) = pair();
     right.channel.widen(64 << 10);
     let sent = bytes(2, 60 << 10);
@@ -134,9 +134,9 @@ fn what_nobody_takes_stays_in_front() {
     assert!(right.channel.plain() == sent);
 }
 
-/// Keys for five records, and each of them is used for no more.
+/// Keys for five records, each of which is used for no more.
 #[test]
-fn keys_are_renewed_before_they_are_used_up() {
+fn keys_are_renewed_before_their_record_limit() {
     let (mut left, mut right) = pair_with(suite::TLS13_AES_128_GCM_SHA256, 5);
     let sent = bytes(3, 40 * PLAIN_BYTES_MAX);
     for chunk in sent.chunks(4 * PLAIN_BYTES_MAX) {
@@ -144,14 +144,14 @@ fn keys_are_renewed_before_they_are_used_up() {
         assert!(right.given(&mut left, &sealed) == chunk);
     }
     let sealed = left.sealed(&sent[..16 * PLAIN_BYTES_MAX]);
-    // Four records of pages and one that says that the next key follows, again and again.
+    // Four records of pages and one that announces the next key, repeatedly.
     let beside = sealed.len() - 16 * (PLAIN_BYTES_MAX + 22);
     assert!(beside >= 3 * 27 && beside.is_multiple_of(27), "{beside}");
 }
 
-/// A peer that has other code than ours: it asks for a new key, and gets it before anything else.
+/// A peer with another implementation: its request for a new key is answered before any other data.
 #[test]
-fn a_key_is_renewed_when_the_other_side_asks() {
+fn key_is_renewed_on_the_peers_request() {
     let certificates = Certificates::new();
     let suite = suite::TLS13_AES_128_GCM_SHA256;
     let (theirs, ours) = UnixStream::pair().unwrap();
@@ -190,7 +190,7 @@ fn a_key_is_renewed_when_the_other_side_asks() {
         client.reader().read_exact(&mut answer).unwrap();
         assert_eq!(&answer, b"answer");
     }
-    // It knows our end, and we know its.
+    // The peer has received this side's end, and this side the peer's.
     let closing = right.closing();
     right.socket.write_all(&closing).unwrap();
     client.read_tls(&mut theirs).unwrap();
@@ -202,16 +202,17 @@ fn a_key_is_renewed_when_the_other_side_asks() {
     assert_eq!(right.channel.cause(), None);
 }
 
-/// One bit anywhere: nothing of that record is seen, what came before it is, and the sender is told.
+/// One changed bit anywhere: its record gives no data, earlier data is kept, and the sender gets an
+/// alert.
 #[test]
-fn a_bit_that_was_changed_is_noticed() {
+fn changed_bit_breaks_the_channel_and_sends_an_alert() {
     for at in 0..27 {
         let (mut left, mut right) = pair();
         let good = left.sealed(b"good");
         let mut bad = left.sealed(b"wrong");
         bad[at] ^= 1;
-        // The version is not looked at (RFC 8446, 5.1), but it is part of what is proven; with another
-        // length the record ends elsewhere.
+        // The version is not checked (RFC 8446, 5.1), but is authenticated; with another length the
+        // record ends elsewhere.
         let rest = left.sealed(&[0; 300]);
         let got = right.given(&mut left, &[good, bad, rest].concat());
         assert_eq!(got, b"good", "byte {at}");
@@ -223,15 +224,15 @@ fn a_bit_that_was_changed_is_noticed() {
         let told = left.channel.cause().unwrap();
         assert!(told.contains("alert"), "byte {at}: {told}");
         if at >= 5 {
-            assert_eq!(cause, "a record does not decrypt: bytes change on their way", "byte {at}");
+            assert_eq!(cause, "a record does not decrypt: bytes changed in transit", "byte {at}");
             assert!(told.contains("BadRecordMac"), "byte {at}: {told}");
         }
     }
 }
 
-/// Wherever the connection ends: only behind the notice that it does it has ended in order.
+/// Wherever the connection ends: only after close_notify has it ended in order.
 #[test]
-fn a_cut_is_told_from_an_end() {
+fn connection_cut_before_close_notify_is_an_error() {
     let whole = {
         let (mut left, _right) = pair();
         left.sealed(b"something").len() + left.closing().len()
@@ -253,9 +254,9 @@ fn a_cut_is_told_from_an_end() {
     }
 }
 
-/// Nothing counts behind the notice, whoever has put it there.
+/// Nothing after close_notify counts, whoever sent it.
 #[test]
-fn nothing_is_read_behind_the_end() {
+fn data_after_close_notify_is_ignored() {
     let (mut left, mut right) = pair();
     let mut sealed = left.closing();
     sealed.extend(left.sealed(b"more"));
@@ -264,9 +265,9 @@ fn nothing_is_read_behind_the_end() {
     assert_eq!(right.channel.cause(), None);
 }
 
-/// Nobody keeps us busy with records that bring nothing, and a few of them do no harm.
+/// A peer cannot keep this side busy with empty records, and a few of them do no harm.
 #[test]
-fn records_that_bring_nothing_are_bounded() {
+fn too_many_empty_records_in_a_row_are_refused() {
     let update = [KEY_UPDATE, 0, 0, 1, 0];
     type Vain = fn(&mut Side) -> Vec<u8>;
     let empty: Vain = |side| side.record(DATA, b"");
@@ -301,7 +302,7 @@ fn records_that_bring_nothing_are_bounded() {
 }
 
 #[test]
-fn what_no_peer_may_send_is_refused() {
+fn invalid_records_are_refused() {
     type Bad = fn(&mut Side) -> Vec<u8>;
     let bad: [(&str, Bad); 8] = [
         ("something of the handshake", |side| side.record(HANDSHAKE, &[1, 0, 0, 1, 0])),
@@ -328,9 +329,9 @@ fn what_no_peer_may_send_is_refused() {
     }
 }
 
-/// What a ring gives back is used again: making records asks for memory once.
+/// A buffer that a ring has returned is reused: making records allocates once.
 #[test]
-fn records_are_made_in_the_same_buffer_again() {
+fn records_are_made_in_a_reused_buffer() {
     let (mut left, mut right) = pair();
     let sent = bytes(4, 100_000);
     let mut out = Outgoing::with_room(sent.len());

@@ -1,11 +1,11 @@
-//! Records with keys that are known beforehand: for published vectors, and for the fuzz target.
+//! Records with fixed keys: for published vectors, and for the fuzz target.
 
 use super::*;
 
 /// A key and its IV, of AES-128-GCM.
 pub(super) type FixedKey = ([u8; 16], [u8; NONCE_LEN]);
 
-/// Both directions' keys. A renewal counts the key's first byte up.
+/// Both directions' keys. A renewal increments the key's first byte.
 pub(crate) struct FixedKeys {
     reading: FixedKey,
     writing: FixedKey,
@@ -32,7 +32,7 @@ fn cipher((key, iv): FixedKey) -> Cipher {
 }
 
 impl Records {
-    /// `records_max`: how many a key may encrypt.
+    /// `records_max`: most records per key.
     pub(super) fn fixed(reading: FixedKey, writing: FixedKey, records_max: u64) -> Records {
         Records {
             keys: Keys::Fixed(FixedKeys { reading, writing }),
@@ -46,11 +46,12 @@ impl Records {
     }
 }
 
-/// What a peer that holds the keys may send, in any pieces, and what somebody on the path may make of that: pairs of
-/// an operation and its size.
+/// Data from a peer that holds the keys, in any pieces, and changes by an attacker on the path:
+/// pairs of an operation and its size.
 ///
 /// # Panics
-/// When the receiver hands out a byte that was not sent, or refuses a byte that was sent and not changed.
+/// When the receiver returns a byte that was not sent, or refuses a byte that was sent and not
+/// changed.
 #[cfg(feature = "fuzz")]
 pub(crate) fn fuzz(input: &[u8]) {
     const RECORDS_MAX: u64 = 8;
@@ -61,7 +62,7 @@ pub(crate) fn fuzz(input: &[u8]) {
     let (mut out, mut on_the_way) = (Outgoing::default(), Vec::new());
     let (mut sent, mut taken) = (Vec::new(), Vec::new());
     let (mut buffer, mut window) = (vec![0xa5; 2 * RECORD_BYTES_MAX], Window::default());
-    // Somebody has changed what was on the way, or the sender has sent what no peer may.
+    // Data in flight was changed, or the sender has sent something invalid.
     let mut is_spoilt = false;
     for (&[operation, size], number) in input.as_chunks::<2>().0.iter().zip((1..=u8::MAX).cycle()) {
         let size = usize::from(size);

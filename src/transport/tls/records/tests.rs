@@ -46,7 +46,7 @@ fn payload() -> Vec<u8> {
     (0..50).collect()
 }
 
-/// What a receiver makes of these records.
+/// The plaintext that a receiver gets from these records.
 fn opened(records: &mut Records, sealed: &[u8]) -> Vec<u8> {
     let mut buffer = sealed.to_vec();
     let mut window = Window { plain: 0..0, sealed: 0..sealed.len() };
@@ -56,7 +56,7 @@ fn opened(records: &mut Records, sealed: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn records_are_sealed_as_in_rfc_8448() {
+fn sealed_records_equal_those_of_rfc_8448() {
     for (ours, theirs, before, data, alert) in [
         (CLIENT, SERVER, 0, CLIENT_DATA, CLIENT_ALERT),
         (SERVER, CLIENT, 1, SERVER_DATA, SERVER_ALERT),

@@ -1,4 +1,4 @@
-//! The source: who sends a page, and who frees it.
+//! The source: which thread sends a page, and which frees it.
 
 use loom::sync::{Arc, Mutex};
 use loom::thread;
@@ -8,7 +8,7 @@ use crate::memory::acks::Acks;
 use crate::memory::claims::Claims;
 
 /// The demand lane and a bulk lane claim the same pages: each is sent by one of them.
-pub fn a_page_that_two_lanes_claim() {
+pub fn page_claimed_by_two_lanes_is_sent_once() {
     check(|| {
         let claims = Arc::new(Claims::new(8, 12));
         let bulk = thread::spawn({
@@ -25,7 +25,7 @@ pub fn a_page_that_two_lanes_claim() {
 }
 
 /// Two bulk lanes look for a block: none is taken twice.
-pub fn a_block_that_two_lanes_look_for() {
+pub fn block_sought_by_two_lanes_is_taken_once() {
     check(|| {
         let claims = Arc::new(Claims::new(2, 21));
         let other = thread::spawn({
@@ -38,7 +38,7 @@ pub fn a_block_that_two_lanes_look_for() {
     });
 }
 
-/// Two lanes are told of pages that the destination has, while a thread frees them: each page is freed once.
+/// Two lanes receive acknowledgements of the same pages, while a thread frees them: each page is freed once.
 pub fn acknowledged_pages_are_freed_once() {
     check(|| {
         let acks = Arc::new(Acks::new(128));

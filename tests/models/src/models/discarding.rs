@@ -1,4 +1,4 @@
-//! Pages that the guest discards while they come.
+//! Pages that the guest discards while they arrive.
 
 use std::ops::Range;
 
@@ -30,8 +30,8 @@ impl Guest {
         guest::finish(&self.region, 0, 1).unwrap();
     }
 
-    /// A discard is read, and carried out in the page states, with the gate closed. The kernel removes the pages as
-    /// soon as it has been read.
+    /// A discard is read, and applied to the page states, with the gate closed. The kernel removes the pages as soon as
+    /// it has been read.
     fn discard(guest: &Arc<Guest>, pages: Range<u64>) {
         let (start, end) = (pages.start << 12, pages.end << 12);
         let kernel = {
@@ -47,18 +47,18 @@ impl Guest {
     }
 }
 
-/// What was discarded reads as zeroes in the end, and all else as the source had it.
-pub fn a_discard_of_a_unit_that_comes() {
+/// Discarded pages read as zeroes in the end, and all others have the source's contents.
+pub fn discard_of_a_landing_unit_reads_as_zeroes() {
     check(|| discards(0..2, true));
 }
 
-/// The same of one of the unit's pages.
-pub fn a_discard_of_a_part_of_a_unit_that_comes() {
+/// The same for one of the unit's pages.
+pub fn partial_discard_of_a_landing_unit_reads_as_zeroes() {
     check(|| discards(1..2, true));
 }
 
-/// Without the gate a lane may finish a page between the kernel's removing it and the noting of its discard.
-pub fn a_discard_without_the_gate() {
+/// Without the gate a lane may finish a page between its removal by the kernel and the recording of its discard.
+pub fn discard_without_the_gate_leaks_old_contents() {
     check(|| discards(1..2, false));
 }
 
@@ -77,9 +77,9 @@ fn discards(pages: Range<u64>, has_gate: bool) {
     }
 }
 
-/// The lanes are lost while one unit was landing, and another one that the guest discards meanwhile. A discard is
-/// not forgotten, nothing of what came in part stays, and both may come again.
-pub fn a_discard_while_what_was_landing_is_given_up() {
+/// The lanes are lost while one unit was landing, and another one that the guest discards meanwhile. A discard is not
+/// forgotten, no partial data stays, and both may arrive again.
+pub fn discard_during_a_rollback_is_kept() {
     check(|| {
         let guest = Arc::new(Guest::new(true));
         guest.region.pages.begin(0, 2).unwrap();
@@ -98,8 +98,8 @@ pub fn a_discard_while_what_was_landing_is_given_up() {
     });
 }
 
-/// Two lanes bring the same pages, whose states lie in two words: one of them may, and the other leaves no trace.
-pub fn pages_that_come_twice() {
+/// Two lanes bring the same pages, whose states lie in two words: one of them succeeds, and the other leaves no trace.
+pub fn duplicate_pages_land_once() {
     check(|| {
         let states = Arc::new(PageStates::new(40));
         let begin = |first: u64| states.begin(first, 2).is_ok();
@@ -115,8 +115,8 @@ pub fn pages_that_come_twice() {
     });
 }
 
-/// Two lanes bring a page that was discarded: nothing of it is seen, and it counts as come once.
-pub fn a_discarded_page_that_comes_twice() {
+/// Two lanes bring a discarded page: none of it is visible, and it counts as received once.
+pub fn duplicate_discarded_page_lands_once() {
     check(|| {
         let states = Arc::new(PageStates::new(4));
         states.discard(1, 1);

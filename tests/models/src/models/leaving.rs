@@ -1,4 +1,4 @@
-//! Blocks that are complete leave the userfaultfd.
+//! Complete blocks leave the userfaultfd.
 
 use std::ops::Range;
 
@@ -11,13 +11,13 @@ use crate::memory::blocks::Blocks;
 /// Pages as large as a block.
 const SHIFT: u8 = 21;
 
-/// Two lanes complete neighbours. Each block leaves, perhaps twice, and none that is not complete.
-pub fn neighbours_that_are_complete_at_once() {
+/// Two lanes complete neighbours. Each block leaves, perhaps twice, and no incomplete block does.
+pub fn neighbouring_blocks_completed_together_are_unregistered() {
     check(|| leave(4, [1, 2]));
 }
 
 /// The same at an end of the region, and with a block between them.
-pub fn blocks_that_are_complete_at_once() {
+pub fn blocks_completed_together_are_unregistered() {
     check(|| leave(4, [0, 2]));
 }
 

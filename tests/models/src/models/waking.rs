@@ -1,4 +1,4 @@
-//! vCPUs that wait for pages, the threads that read their faults, and a lane that lands what they wait for.
+//! vCPUs that wait for pages, the threads that read their faults, and a lane that lands the awaited pages.
 
 use loom::sync::Arc;
 use loom::thread;
@@ -9,21 +9,21 @@ use crate::memory::pages::{Fault, PageState, PageStates};
 use crate::sync::AtomicU32;
 use crate::sync::Ordering::SeqCst;
 
-/// How a fault that has been read is decided.
+/// The decision about a fault that has been read.
 type Decide = fn(&PageStates, u64) -> Fault;
 
 struct Guest {
     region: GuestRegion,
     /// vCPUs that wait in the kernel, a bit for each of the guest's pages.
     waiting: AtomicU32,
-    /// What lanes have told of pages that have come and that somebody waits for, a bit a unit.
+    /// Arrived units with a waiting vCPU, as reported by lanes, a bit a unit.
     told: AtomicU32,
-    /// Units that were asked for, a bit each.
+    /// Requested units, a bit each.
     asked: AtomicU32,
 }
 
 impl Guest {
-    /// With vCPUs that wait for all of these pages, whose faults nobody has read yet.
+    /// With vCPUs that wait for all of these pages, whose faults have not been read.
     fn waiting_for(units: u64, pages: &[u64]) -> Guest {
         Guest {
             region: region(units),
@@ -33,7 +33,7 @@ impl Guest {
         }
     }
 
-    /// A thread that serves faults reads one, as `Faults::fault`.
+    /// A fault thread reads one fault, as `Faults::fault`.
     fn read(&self, page: u64, decide: Decide) {
         let unit = page / 2;
         match decide(&self.region.pages, unit) {
@@ -47,7 +47,7 @@ impl Guest {
         }
     }
 
-    /// It takes what lanes have told it, as `Faults::cached`.
+    /// The thread takes the reports of lanes, as `Faults::cached`.
     fn take_told(&self, units: u32) {
         let told = self.told.fetch_and(!units, SeqCst) & units;
         (0..8).filter(|unit| told >> unit & 1 == 1).for_each(|unit| self.cached(unit));
@@ -58,7 +58,7 @@ impl Guest {
         self.wake(0b11 << (2 * unit));
     }
 
-    /// UFFDIO_WAKE: whoever waits there faults again, and finds the page.
+    /// UFFDIO_WAKE: a waiting vCPU faults again, and finds the page.
     fn wake(&self, pages: u32) {
         self.waiting.fetch_and(!pages, SeqCst);
     }
@@ -76,19 +76,19 @@ impl Guest {
     }
 
     fn nobody_waits(&self) {
-        assert_eq!(self.waiting.load(SeqCst), 0, "a vCPU waits for ever");
+        assert_eq!(self.waiting.load(SeqCst), 0, "a vCPU waits forever");
     }
 }
 
-/// Two vCPUs touch two pages of one landing unit, which comes meanwhile. The unit's block is not complete, so that
-/// it does not leave the userfaultfd.
-pub fn two_faults_of_one_unit() {
+/// Two vCPUs touch two pages of one landing unit, which arrives meanwhile. The unit's block is incomplete, so it does
+/// not leave the userfaultfd.
+pub fn both_faults_of_one_unit_are_woken() {
     check(|| two_faults(PageStates::fault));
 }
 
-/// The same, decided as it once was: a page that is here wakes those alone who wait where it was touched.
+/// The same with an earlier, wrong decision: a page that is here wakes only the vCPUs that wait at the touched address.
 /// The second fault of the unit clears the bit of the first.
-pub fn two_faults_of_one_unit_decided_by_the_state_alone() {
+pub fn two_faults_of_one_unit_by_state_alone_lose_a_wake() {
     check(|| {
         two_faults(|pages, unit| {
             let is_first = pages.want(unit);
@@ -118,8 +118,8 @@ fn two_faults(decide: Decide) {
     guest.nobody_waits();
 }
 
-/// Two threads serve faults of units whose bits lie in one word; both units come as one run.
-pub fn two_readers() {
+/// Two threads serve faults of units whose bits lie in one word; both units arrive as one run.
+pub fn two_fault_threads_lose_no_wake() {
     check(|| {
         let guest = Arc::new(Guest::waiting_for(3, &[1, 2]));
         let threads = [
@@ -139,9 +139,9 @@ pub fn two_readers() {
     });
 }
 
-/// The last unit of a block comes, and the block leaves the userfaultfd, while a fault of another unit of it is
-/// served that has come before.
-pub fn a_fault_beside_a_block_that_leaves() {
+/// The last unit of a block arrives, and the block leaves the userfaultfd, while a fault of an earlier unit of it is
+/// served.
+pub fn fault_of_a_block_being_unregistered_is_woken() {
     check(|| {
         let guest = Arc::new(Guest::waiting_for(2, &[1, 2]));
         let lanes = [0, 1].map(|unit| {

@@ -3,9 +3,9 @@
 use super::*;
 use crate::resume::Standing;
 
-/// What the destination says first on a lane that replaces a lost one.
+/// The account that a destination sends first on a lane that replaces a lost one.
 #[test]
-fn a_resumed_lane_begins_with_an_account_of_every_page() {
+fn resumed_lane_accepts_only_a_complete_account_first() {
     let standing = Standing { switched: true, running: None, totals: Totals::default() };
     let resume = encoded(&Frame::Resume(standing));
     let have = |region, first, pages, words: &[u64]| {
@@ -47,7 +47,7 @@ fn a_resumed_lane_begins_with_an_account_of_every_page() {
 }
 
 #[test]
-fn a_resumed_lane_at_the_destination_has_its_regions() {
+fn resumed_lane_at_the_destination_knows_its_regions() {
     let mut receiver = Receiver::for_resumed_destination(&table());
     let regions = feed(&mut receiver, &encoded(&Frame::Regions(table())), 64);
     assert_eq!(regions, Err(ReceiveError::RegionsTwice));

@@ -1,4 +1,4 @@
-//! Lanes that are checked.
+//! Checked lanes.
 
 use super::*;
 use crate::checksum::Seal;
@@ -14,7 +14,7 @@ fn sealed_run(seal: &mut Seal, range: PageRange, sums: &[u32]) -> [u8; HEADER_BY
 }
 
 #[test]
-fn a_run_lands_once_its_sum_is_right() {
+fn checked_run_lands_only_after_its_sum_is_verified() {
     let (pages, sums) = (range(SMALL, 3, 2), [7, 9]);
     let begun = |receiver: &mut Receiver, seal: &mut Seal| {
         receiver.control(&sealed_run(seal, pages, &sums)).unwrap();
@@ -44,7 +44,7 @@ fn a_run_lands_once_its_sum_is_right() {
 }
 
 #[test]
-fn checked_runs_are_short() {
+fn checked_run_over_64_kib_is_refused() {
     let (mut seal, pages) = (Seal::new(true), range(SMALL, 0, 17));
     let header = sealed_run(&mut seal, pages, &[0; 17]);
     let long = ReceiveError::RunLength { range: pages, pages_max: 16 };
@@ -52,9 +52,9 @@ fn checked_runs_are_short() {
     assert_eq!(bulk().control(&transmit::data_header(pages)), Ok(()));
 }
 
-/// Nothing is waited for, allocated or said because of bits that have changed.
+/// Changed bits never cause a wait, an allocation or an event.
 #[test]
-fn every_flipped_bit_of_a_checked_lane_is_found() {
+fn every_flipped_bit_of_a_checked_lane_is_detected() {
     let frames = [
         Frame::Request(vec![(SMALL, 7), (HUGE, 1)]),
         Frame::Ack(range(SMALL, 0, 4)),

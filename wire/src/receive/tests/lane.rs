@@ -1,10 +1,10 @@
-//! Which frames may come where.
+//! The frames that may come on each lane.
 
 use super::*;
 
 #[test]
-fn each_kind_has_its_way_and_its_lanes() {
-    // Letters: who accepts it. s/S source demand/bulk, d/D destination demand/bulk.
+fn each_kind_is_accepted_only_in_its_direction_and_on_its_lanes() {
+    // Letters: the ends that accept the kind. s/S source demand/bulk, d/D destination demand/bulk.
     let routes = [
         (Kind::Data, "dD"),
         (Kind::Zero, "dD"),
@@ -53,7 +53,7 @@ fn each_kind_has_its_way_and_its_lanes() {
 }
 
 #[test]
-fn nothing_but_an_error_follows_the_end() {
+fn only_an_error_is_accepted_after_the_lane_end() {
     let mut receiver = bulk();
     receiver.control(&encoded(&Frame::LaneEnd)).unwrap();
     feed(&mut receiver, &encoded(&Frame::Error(Fault::new(FaultCode::Other, "x"))), 99).unwrap();

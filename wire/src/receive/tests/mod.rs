@@ -1,4 +1,4 @@
-//! What comes in whatever pieces, and what must not come.
+//! Frames in pieces of any size, and frames that must be refused.
 
 mod account;
 mod checked;
@@ -66,7 +66,7 @@ fn drain(receiver: &mut Receiver) -> Vec<Event> {
 }
 
 #[test]
-fn a_run_goes_straight_to_its_pages() {
+fn run_target_points_into_its_pages() {
     let mut receiver = bulk();
     let run = range(SMALL, 3, 2);
     assert_eq!(receiver.next_target(), Target::Control { exact: HEADER_BYTES });
@@ -85,7 +85,7 @@ fn a_run_goes_straight_to_its_pages() {
 }
 
 #[test]
-fn after_every_run_comes_a_whole_header() {
+fn target_after_a_run_is_a_whole_header() {
     let mut receiver = bulk();
     let (events, header) = (receiver.events.capacity(), Target::Control { exact: HEADER_BYTES });
     for pages in 1..=512 {
@@ -101,7 +101,7 @@ fn after_every_run_comes_a_whole_header() {
 }
 
 #[test]
-fn a_run_has_a_limit_and_an_unlanded_one_does_not() {
+fn data_run_over_its_limit_is_refused_and_long_zero_run_accepted() {
     let long = range(SMALL, 0, 513);
     let too_long = ReceiveError::RunLength { range: long, pages_max: 512 };
     assert_eq!(bulk().control(&transmit::data_header(long)), Err(too_long));
@@ -117,7 +117,7 @@ fn a_run_has_a_limit_and_an_unlanded_one_does_not() {
 }
 
 #[test]
-fn pages_must_exist() {
+fn frames_that_name_nonexistent_pages_are_refused() {
     let outside = range(SMALL, 1024, 1);
     let error = RegionError::Outside { range: outside, region_pages: 1024 };
     for kind in [Kind::Data, Kind::Zero, Kind::Hole] {
@@ -137,7 +137,7 @@ fn pages_must_exist() {
 }
 
 #[test]
-fn bodies_come_in_any_pieces() {
+fn body_in_any_pieces_gives_the_same_event() {
     let frames = [
         Frame::Regions(table()),
         Frame::Stopped { postcopy: true, background: true },
@@ -169,7 +169,7 @@ fn bodies_come_in_any_pieces() {
 }
 
 #[test]
-fn the_source_reads_ahead_and_the_destination_does_not() {
+fn reading_ahead_works_at_the_source_and_fails_at_the_destination() {
     let pages = vec![(SMALL, 7), (HUGE, 1)];
     let mut bytes = encoded(&Frame::Request(pages.clone()));
     bytes.extend(encoded(&Frame::Ping(1)));
@@ -184,7 +184,7 @@ fn the_source_reads_ahead_and_the_destination_does_not() {
 }
 
 #[test]
-fn events_before_a_wrong_frame_remain() {
+fn events_before_a_wrong_frame_can_still_be_polled() {
     let mut receiver = source();
     let bytes = [encoded(&Frame::Ping(1)), vec![0; 32]].concat();
     let wrong = ReceiveError::Frame(FrameError::Kind(0));
@@ -196,7 +196,7 @@ fn events_before_a_wrong_frame_remain() {
 }
 
 #[test]
-fn our_own_miscounts_are_errors() {
+fn miscounts_of_the_caller_are_errors() {
     let misfed =
         |wanted_bytes, given_bytes| Err(ReceiveError::Misfed { wanted_bytes, given_bytes });
     assert_eq!(bulk().landed(1), misfed(0, 1));
@@ -209,7 +209,7 @@ fn our_own_miscounts_are_errors() {
 }
 
 #[test]
-fn requests_allocate_nothing_when_they_are_given_back() {
+fn given_back_request_vector_is_reused() {
     let mut receiver = Receiver::for_source(&table());
     receiver.set_regions(&table());
     let mut places = Vec::new();
@@ -225,7 +225,7 @@ fn requests_allocate_nothing_when_they_are_given_back() {
 }
 
 #[test]
-fn the_regions_come_once() {
+fn second_regions_frame_is_refused() {
     let mut receiver = Receiver::for_destination(LaneRole::Demand);
     let regions = encoded(&Frame::Regions(table()));
     feed(&mut receiver, &regions, 99).unwrap();
@@ -233,7 +233,7 @@ fn the_regions_come_once() {
 }
 
 #[test]
-fn ready_gives_the_units_in_which_pages_are_counted() {
+fn ready_sets_the_landing_units_that_count_pages() {
     let (small, huge) = (PageSize::SIZE_4K, PageSize::SIZE_1G);
     let request = |page| encoded(&Frame::Request(vec![(SMALL, page)]));
     let mut receiver = Receiver::for_source(&table());
@@ -263,7 +263,7 @@ fn ready_gives_the_units_in_which_pages_are_counted() {
 }
 
 #[test]
-fn a_lane_closes_between_frames() {
+fn lane_closed_inside_a_frame_is_an_error() {
     assert_eq!(bulk().closed(), Ok(()));
     let mut receiver = bulk();
     let header = transmit::data_header(range(SMALL, 0, 1));
