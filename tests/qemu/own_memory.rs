@@ -1,6 +1,6 @@
 //! Guests that arrive in QEMU's own memory: nothing is said of their RAM on QEMU's command line but its size.
 
-use std::fs;
+use std::fs::{self, File};
 
 use crate::destination::Destination;
 use crate::moving::{Moved, Moving};
@@ -357,4 +357,74 @@ fn guest_in_a_memory_file_survives_the_death_of_its_umems() {
         with_backend(&own(machine, scratch), "memory-backend-memfd,share=on")
     };
     survives_the_death_of_its_umems(words);
+}
+
+/// Neither side has a file: the contents come with QEMU's stream, and go into QEMU's own memory.
+fn moves_without_files(
+    source_ram: SourceRam,
+    words: impl Fn(&Machine, &Scratch) -> Vec<String>,
+    options: &[&str],
+    kind: &str,
+) {
+    let scratch = Scratch::new();
+    let guest = "umem.mib=96".into();
+    let receiver = Machine { guest, ..Machine::linux(QemuVersion::V10_0) };
+    let source = boot(&Machine { source_ram, ..receiver.clone() }, &scratch);
+    let mut destination = destination(&receiver, &scratch, &words(&receiver, &scratch), &[]);
+    let as_long = scratch.ram("as-long-as-the-memory");
+    File::create(&as_long).and_then(|file| file.set_len(256 << 20)).expect("a sparse file");
+    destination.ram_files = vec![as_long];
+    let moved = Moved::start(source, destination, options).complete();
+    assert_eq!(moved.report["kind"], kind);
+    moved.end();
+}
+
+#[test]
+fn default_ram_moves_into_default_ram() {
+    moves_without_files(SourceRam::Default, own, &["--precopy"], "anonymous");
+    let hybrid = ["--precopy", "-p", "--precopy-passes", "1", "--checksum"];
+    moves_without_files(SourceRam::Default, own, &hybrid, "anonymous");
+}
+
+#[test]
+fn a_memory_file_moves_into_a_memory_file() {
+    let memfd = |machine: &Machine, scratch: &Scratch| {
+        let words = with_backend(&own(machine, scratch), "memory-backend-memfd,share=on");
+        words.iter().map(|word| word.replace("pc.ram", "ram0")).collect()
+    };
+    moves_without_files(SourceRam::Memfd, memfd, &["--precopy", "-p"], "shared");
+}
+
+/// The device discards what is not plugged as its state is loaded, when the guest's pages may be there already.
+#[test]
+fn a_guest_with_virtio_mem_moves_into_memory_without_files() {
+    for (version, options) in [
+        (QemuVersion::V7_2, &["-p"][..]),
+        (QemuVersion::V10_0, &["-p"]),
+        (QemuVersion::V10_0, &["--stop-first", "--checksum"]),
+    ] {
+        let scratch = Scratch::new();
+        let machine = |side| {
+            let path = scratch.ram("vmem");
+            let backend = match side {
+                Side::Source => format!("memory-backend-file,share=on,mem-path={}", path.display()),
+                Side::Destination => "memory-backend-ram".into(),
+            };
+            let backend = format!("{backend},id=mem1,size=128M");
+            let device = "virtio-mem-pci,id=vmem,memdev=mem1,requested-size=64M";
+            let words = ["-m", "256M,maxmem=1G", "-object", &backend, "-device", device];
+            let extra = words.map(str::to_owned).into();
+            // Room for what may be plugged takes some of its memory.
+            Machine { guest: "umem.mib=64".into(), extra, ..Machine::linux(version) }
+        };
+        let source = source(&machine(Side::Source), &scratch);
+        let receiver = machine(Side::Destination);
+        let destination = destination(&receiver, &scratch, &own(&receiver, &scratch), &[]);
+        let mut moving = Moved::start(source, destination, options);
+        for umem in [&mut moving.umem, &mut moving.destination.umem] {
+            assert_eq!(umem.event("completed")["total_bytes"], 384 << 20);
+        }
+        moving.is_whole_at_the_destination();
+        moving.umem.succeeds();
+    }
 }

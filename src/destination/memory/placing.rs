@@ -8,7 +8,7 @@ use umem_wire::PageRange;
 use super::{
     COPIED_PAGE_BYTES_MAX, FaultSource, GuestMemory, GuestRegion, PageId, Part, failed, what,
 };
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, WITHOUT_PASSES};
 use crate::fault::uffd::{Placed, Stop};
 use crate::memory::claims::RunKind;
 use crate::memory::pages::PageState;
@@ -277,7 +277,7 @@ fn overwrite(region: &GuestRegion, source: &FaultSource, address: u64, bytes: &[
         Some(libc::EPERM) => Error::Host(format!(
             "umem may not write over pages of RAM {} that come again while its source runs (process_vm_writev: \
              {error}): run umem as root, or as a user who may trace QEMU (kernel.yama.ptrace_scope); or use shared \
-             memory in a file here; or leave out rounds at the source (--stop-first, or -p alone)",
+             memory in a file here; or give `umem migrate` there {WITHOUT_PASSES}",
             region.name
         )),
         _ => failed(region, error),

@@ -71,7 +71,8 @@ pub(crate) fn check(regions: &[GuestRegion], can_empty: bool) -> Result<()> {
     if let (true, Some(private)) = (can_empty, private) {
         return Err(Error::Unsupported(format!(
             "RAM {} has no file here and RAM {} is of kind private, and the source sends pages while its guest runs, \
-             which one of the two alone can take: leave out --precopy there, or --kind private here",
+             which one of the two alone can take: give `umem migrate` there {WITHOUT_PASSES}, or leave out --kind private \
+             here",
             region.name, private.name
         )));
     }

@@ -1,22 +1,21 @@
 //! RAM that umem names by its address, once QEMU has said where it is: memory without a file.
 //!
-//! At the moment of the mapping such memory looks like any other of the program's, so that it is registered later, when
-//! the program may have touched it. Pages that are present would never fault, and the guest would read what is in them.
-//! So they are dropped first. A page that somebody touches between that and the registration is found afterwards, in
-//! the page tables:
+//! At the moment of the mapping such memory looks like any other mapping of the program, so it is registered later, when
+//! the program may have touched it. A page that is present never faults, and the guest would read its contents. So the
+//! object drops all pages first. A page that is touched between the drop and the registration shows in the page tables:
 //!
 //! ```text
 //! drop      MADV_DONTNEED: no page is present            (locked memory: EINVAL, refused)
-//! register  what is touched from here on waits
+//! register  a touch of a missing page waits from here on
 //! look      /proc/self/pagemap: a page is present? --> unregister, and once more
 //! ```
 //!
-//! The guest does not run yet, and nothing in this memory is anybody's: what is dropped are zeroes of `prealloc=on`.
+//! The guest does not run yet, and the memory holds nothing but zeroes that `prealloc=on` has allocated.
 //!
-//! Where pages come in rounds, some of them are to come once more when the source's guest stands still. Their copies are
-//! dropped in the same way ([`empty`]): without its userfaultfd, as the kernel would report each range that is dropped as
-//! one that the guest has discarded. Nothing of the memory is registered for a moment. Whatever touches it in that moment,
-//! khugepaged among them, leaves a page that is found and dropped as above.
+//! Where pages come in rounds, some of them come once more when the source's guest stands still. The object drops their
+//! copies in the same way ([`empty`]). It takes the memory out of its userfaultfd first: the kernel would report each
+//! dropped range as a discard of the guest's. So nothing of the memory is registered for a moment. A touch in that moment,
+//! khugepaged's for example, leaves a present page, which the object finds and drops as above.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};

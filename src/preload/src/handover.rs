@@ -144,8 +144,8 @@ pub(crate) fn note_fork_advice(address: usize, length: usize, dont_fork: bool) -
 }
 
 /// True if the range reaches into memory that was handed over and whose page tables need not go: it is shared, or
-/// still empty, or has no file and the guest has not been loaded yet. What such memory has then is the source's to say,
-/// and in rounds it has copies of pages that QEMU knows nothing of.
+/// still empty, or has no file and the guest has not been loaded yet. Until then the source alone says what is in such
+/// memory, and in rounds the memory has copies of pages that QEMU knows nothing of.
 pub(crate) fn keeps(address: usize, length: usize) -> bool {
     let is_kept = |held: &Held| match held.descriptor() {
         Some(file) => held.is_shared || is_empty(file),

@@ -16,6 +16,13 @@ use crate::error::{Error, Result};
 use crate::memory::kind::Kind;
 
 impl Backend {
+    /// One whose memory has no name in a file system.
+    fn unnamed(name: String, block: &Block, is_shared: bool) -> Backend {
+        let (path, &Block { bytes, address, .. }) = (PathBuf::new(), block);
+        let (is_streamed, align_bytes) = (false, None);
+        Backend { name, path, bytes, address, is_shared, is_streamed, align_bytes }
+    }
+
     /// It has no file: QEMU's own private memory.
     pub(crate) fn is_anonymous(&self) -> bool {
         self.path.as_os_str().is_empty() && !self.is_shared
@@ -63,16 +70,7 @@ impl Qemu {
                  memory-backend-ram"
             )));
         }
-        let (path, &Block { bytes, address, .. }) = (PathBuf::new(), block);
-        Ok(Backend {
-            name,
-            path,
-            bytes,
-            address,
-            is_shared: true,
-            is_streamed: false,
-            align_bytes: None,
-        })
+        Ok(Backend::unnamed(name, block, true))
     }
 
     /// A `memory-backend-ram`, or the memory of `-m SIZE` alone.
@@ -83,22 +81,12 @@ impl Qemu {
                  share=on, or use a memory-backend-file with share=on on tmpfs or hugetlbfs"
             )));
         }
-        let &Block { bytes, address, .. } = block;
-        if address.is_none() {
+        if block.address.is_none() {
             return Err(Error::Unsupported(format!(
                 "QEMU does not say where it has mapped RAM backend {name}, of which the guest has no address now: plug \
                  it in at an address (addr=), or use a memory-backend-file with share=on"
             )));
         }
-        let path = PathBuf::new();
-        Ok(Backend {
-            name,
-            path,
-            bytes,
-            address,
-            is_shared: false,
-            is_streamed: false,
-            align_bytes: None,
-        })
+        Ok(Backend::unnamed(name, block, false))
     }
 }
