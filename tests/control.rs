@@ -1,4 +1,4 @@
-//! The control socket, and what it changes: `status`, `set`, `cancel`.
+//! The control socket, and what it changes: `status`, `set`, `postcopy`, `cancel`.
 
 mod support;
 
@@ -174,6 +174,55 @@ fn one_connection_keeps_to_the_limit_too() {
     migrate.succeeds();
     guests.incoming.event("completed");
     end(&scratch, guests);
+}
+
+/// Up to a first pass that would take minutes.
+fn in_a_pass(guests: &Guests, socket: &Path, mode: &[&str]) -> (Umem, Control) {
+    let path = socket.display().to_string();
+    let slowly = ["--json", "--max-bandwidth", "64K", "--control", &path];
+    let migrate = guests.migrate(&[mode, &slowly].concat());
+    let mut control = Control::connect(socket);
+    wait_for("the first pass", || (control.status()["pass"] == 1).then_some(()));
+    (migrate, control)
+}
+
+#[test]
+fn the_passes_end_by_hand_and_the_rest_follows_the_guest() {
+    let (scratch, socket) = (Scratch::new(), "control");
+    let mut guests = Guests::quiet(&scratch, &["--json"]);
+    let socket = scratch.path(socket);
+    let (mut migrate, mut control) = in_a_pass(&guests, &socket, &["--precopy", "-p"]);
+    let status = control.status();
+    assert_eq!(status["phase"], "sending pages while the guest runs");
+    assert_eq!(status["max-bandwidth"], 64 << 10);
+    assert_eq!(status["pass-bytes"], guests.bytes());
+    let remaining = status["remaining-bytes"].as_u64().unwrap();
+    assert!(remaining > guests.bytes() / 2, "{status}");
+    umem_control(&socket, &["set", "max-bandwidth=65000"]);
+    assert_eq!(control.status()["max-bandwidth"], 65000);
+    umem_control(&socket, &["postcopy"]);
+    let pass = migrate.event("pass");
+    assert_eq!((&pass["pass"], &pass["cut"]), (&json!(1), &json!(true)));
+    let report = migrate.event("completed");
+    guests.incoming.event("completed");
+    // What went in the pass is the small part.
+    let sent = pass["sent_bytes"].as_u64().unwrap();
+    assert!(sent < guests.bytes() / 2, "{pass}");
+    assert_eq!(report["precopy_bytes"], sent);
+    migrate.succeeds();
+    end(&scratch, guests);
+}
+
+#[test]
+fn passes_of_a_move_without_postcopy_do_not_end_by_hand() {
+    let scratch = Scratch::new();
+    let guests = Guests::quiet(&scratch, &["--json"]);
+    let (migrate, mut control) = in_a_pass(&guests, &scratch.path("control"), &[]);
+    let refused = control.refused("postcopy");
+    assert!(refused.contains("cancel it, and begin it again with --precopy -p"), "{refused}");
+    assert_eq!(control.ask(&json!({ "execute": "cancel" })), json!({ "return": {} }));
+    assert!(migrate.fails().contains("the guest goes on here"));
+    guests.incoming.fails();
 }
 
 #[test]

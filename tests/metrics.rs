@@ -7,7 +7,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 
 use serde_json::{Value, json};
-use support::{Guests, Qmp, Scratch, Umem};
+use support::{Guests, Qmp, Scratch, Umem, wait_for};
 
 /// The answer to one request: its head and its body.
 fn request(address: &str, request: &str) -> (String, String) {
@@ -112,6 +112,33 @@ fn both_sides_tell_prometheus_what_their_reports_say() {
     let report = guests.incoming.event("completed");
     let after = scrape(&destination);
     check(&after, &report);
+    migrate.succeeds();
+    Qmp::connect(&scratch.path("destination")).quit();
+    guests.incoming.succeeds();
+}
+
+#[test]
+fn passes_have_metrics_while_they_go_on_and_at_their_end() {
+    let scratch = Scratch::new();
+    let mut guests = Guests::quiet(&scratch, &["--json"]);
+    // The first pass would take minutes; its time is over before.
+    let slowly = ["--max-bandwidth", "64K", "--timeout", "2", "--json", "--metrics", "0"];
+    let mut migrate = guests.migrate(&slowly);
+    let source = address(&mut migrate);
+    wait_for("the first pass", || {
+        let metrics = scrape(&source);
+        (metrics.0.get("umem_pass") == Some(&1.0)).then_some(metrics)
+    });
+    let during = scrape(&source);
+    assert_eq!(during.get("umem_pass_limit_bytes_per_second"), f64::from(64 << 10));
+    let remaining = during.get("umem_pass_remaining_bytes");
+    assert!(remaining > 0.0 && remaining <= guests.bytes() as f64, "{remaining}");
+    assert!(!during.0.contains_key("umem_dirty_bytes_per_second"), "no pass has ended");
+    let pass = migrate.event("pass");
+    assert_eq!(pass["cut"], true);
+    let report = migrate.event("completed");
+    assert_eq!(report["precopy_bytes"], pass["sent_bytes"]);
+    guests.incoming.event("completed");
     migrate.succeeds();
     Qmp::connect(&scratch.path("destination")).quit();
     guests.incoming.succeeds();

@@ -33,6 +33,7 @@ fn has_panicked(mut umem: Umem, place: &str) {
 #[test]
 fn a_panic_at_a_source_before_the_commit_leaves_the_guest_running_there() {
     const POSTCOPY: &[&str] = &["-p"];
+    const STOP_FIRST: &[&str] = &["--stop-first"];
     for (place, options) in [
         ("waiting", POSTCOPY),
         ("host", POSTCOPY),
@@ -40,8 +41,8 @@ fn a_panic_at_a_source_before_the_commit_leaves_the_guest_running_there() {
         ("beginning of umem-demand", POSTCOPY),
         ("control comparing regions", POSTCOPY),
         ("control ready", POSTCOPY),
-        ("control sending pages before the switchover", &[]),
-        ("bulk", &[]),
+        ("control sending pages before the switchover", STOP_FIRST),
+        ("bulk", STOP_FIRST),
         ("control sending device state", POSTCOPY),
         ("control the destination loads device state", POSTCOPY),
         ("control about to switch over", POSTCOPY),

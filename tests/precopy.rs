@@ -1,4 +1,4 @@
-//! Pages that go while the guest runs, and again where it writes to them (`--precopy`).
+//! Pages that go while the guest runs, and again where it writes to them: live precopy, and hybrid (`--precopy -p`).
 //!
 //! The guest is umem's own: it writes all the while, in every pass, and checks every word that it reads, and all of its
 //! memory at the end. A page whose last copy was not the guest's last write would be a wrong word.
@@ -38,6 +38,14 @@ fn moves(how: How) -> (Vec<Value>, Value, Value) {
             assert_eq!(digest["digest"], digest["peer"], "{report}");
         }
     }
+    assert_eq!(source["passes"], passes.len());
+    let last = passes.last().unwrap();
+    for name in ["dirty_bytes_per_s", "expected_downtime_ms"] {
+        assert_eq!(source[name], last[name], "{name}: {source}");
+    }
+    // With postcopy the guest does not wait for what is left.
+    assert_eq!(last["expected_downtime_ms"].is_number(), how.without_postcopy, "{last}");
+    assert_eq!(destination["passes"], 0);
     (passes, source, destination)
 }
 
@@ -109,12 +117,46 @@ fn hybrid_into_private_memory() {
 
 #[test]
 fn everything_before_the_switchover() {
-    for migrate in [&RESTLESS[..], &["--precopy", "--checksum", "--lanes", "4"]] {
+    for migrate in [&RESTLESS[..], &["--checksum", "--lanes", "4"]] {
         let how = How { mib: 64, threads: 2, migrate, without_postcopy: true, ..How::default() };
         let (passes, source, destination) = moves(how);
         check_passes(&passes, how);
         assert_eq!(source["pages_demand"], 0);
         assert_eq!(destination["drain_s"], 0.0);
+    }
+}
+
+/// Bytes a second, `2M`.
+const SLOW_BYTES_PER_S: f64 = (2 << 20) as f64;
+
+/// At this limit the first pass alone would take half a minute. It ends when its time is over, and the rest is sent
+/// without the limit.
+#[test]
+fn a_pass_keeps_to_its_limit_and_ends_when_its_time_is_over() {
+    for (without_postcopy, lanes) in [(false, 1.0), (true, 1.0), (true, 3.0)] {
+        let migrate: &[&str] = match (without_postcopy, lanes > 1.0) {
+            (false, _) => &["--precopy", "--timeout", "2", "--max-bandwidth", "2M", "--checksum"],
+            (true, false) => &["--timeout", "2", "--max-bandwidth", "2M", "--checksum"],
+            (true, true) => &["--timeout", "2", "--max-bandwidth", "2M", "--lanes", "3"],
+        };
+        let how = How { mib: 64, threads: 1, migrate, without_postcopy, ..How::default() };
+        let mut moving = Move::start_through(how, Cutter::let_pages_go);
+        let pass = moving.migrate.event("pass");
+        assert_eq!((&pass["pass"], &pass["cut"]), (&json!(1), &json!(true)));
+        assert!(pass["remaining_bytes"].as_u64() > Some(32 << 20), "{pass}");
+        assert_eq!(pass["dirty_bytes_per_s"], Value::Null, "no pass was a whole one");
+        // What each lane may begin with, what it may catch up on, and the block that it ends with.
+        let sent = pass["sent_bytes"].as_f64().unwrap();
+        let begun = lanes * f64::from((256 << 10) + (2 << 20));
+        let most = SLOW_BYTES_PER_S * (pass["seconds"].as_f64().unwrap() + 0.005) + begun;
+        assert!(sent > 0.0 && sent <= most, "{sent} > {most}: {pass}");
+        let (source, destination) = moving.complete();
+        assert_eq!(source["passes"], 1);
+        assert_eq!(source["digests"], destination["digests"]);
+        let rest = source["data_bytes"].as_f64().unwrap() - sent;
+        let seconds = source["total_s"].as_f64().unwrap();
+        assert!(rest > SLOW_BYTES_PER_S * seconds, "{rest} bytes in {seconds} s: {source}");
+        assert_eq!(destination["drain_s"] == 0.0, without_postcopy, "{destination}");
     }
 }
 
@@ -236,7 +278,7 @@ fn memory_that_cannot_take_a_page_twice_is_refused() {
     let moving = Move::start(How { mib: 16, threads: 1, kind, migrate, ..How::default() });
     let Move { scratch, guest: _guest, incoming, migrate, cutter: _cutter, .. } = moving;
     let error = migrate.fails();
-    assert!(error.contains("leave out --precopy"), "{error}");
+    assert!(error.contains("-p without --precopy (postcopy), or --stop-first"), "{error}");
     let error = incoming.fails();
     assert!(error.contains("RAM ram0 is anonymous memory here"), "{error}");
     runs_here(&scratch);
@@ -255,6 +297,7 @@ fn an_older_destination_is_refused_by_name() {
     let error = migrate.fails();
     let versions = "the destination speaks protocol 1 without rounds";
     assert!(error.contains(versions) && error.contains("1 with rounds"), "{error}");
+    assert!(error.contains("-p without --precopy (postcopy), or --stop-first"), "{error}");
 }
 
 #[test]
@@ -266,9 +309,29 @@ fn options_that_do_not_fit_are_refused() {
         let error = Umem::start([&["migrate"], words].concat()).fails_as_misused();
         assert!(error.contains(text), "{error}");
     };
-    refused(&[&qmp[..], &["--downtime-limit", "5", tcp]].concat(), "add it");
-    refused(&[&qmp[..], &["--precopy-passes", "5", tcp]].concat(), "add it");
+    refused(&[&qmp[..], &["-p", "--downtime-limit", "5", tcp]].concat(), "add --precopy");
+    refused(&[&qmp[..], &["-p", "--precopy-passes", "5", tcp]].concat(), "add --precopy");
+    let stopped = [&qmp[..], &["--stop-first", "--precopy-passes", "5", tcp]].concat();
+    refused(&stopped, "--stop-first has none: leave it out");
+    refused(&[&ram[..], &["--downtime-limit", "5", tcp]].concat(), "files alone have no guest");
+    for other in ["-p", "--precopy"] {
+        let both = [&qmp[..], &["--stop-first", other, tcp]].concat();
+        refused(&both, "leave out -p and --precopy, or --stop-first");
+    }
+    refused(&[&qmp[..], &["--precopy-passes", "0", tcp]].concat(), "--stop-first");
+    for (option, value) in [("--timeout", "5"), ("--max-bandwidth", "1M")] {
+        let text = format!("{option} is about passes while the guest runs");
+        refused(&[&qmp[..], &["-p", option, value, tcp]].concat(), &text);
+        refused(&[&qmp[..], &["--stop-first", option, value, tcp]].concat(), &text);
+        refused(&[&ram[..], &[option, value, tcp]].concat(), &text);
+        refused(&["--resume", "5", option, value], &format!("leave out {option}"));
+    }
+    refused(&[&qmp[..], &["--max-bandwidth", "0", tcp]].concat(), "would send nothing");
+    refused(&[&qmp[..], &["--timeout", "0", tcp]].concat(), "whole seconds");
     refused(&[&qmp[..], &["--precopy", "--precopy-passes", "0", tcp]].concat(), "send nothing");
     refused(&[&ram[..], &["--precopy", tcp]].concat(), "files alone have none");
-    refused(&[&qmp[..], &["--precopy", "fd:0"]].concat(), "bulk lanes");
+    for (uri, more) in [("fd:0", &[][..]), ("fd:0", &["--precopy", "-p"]), ("exec:cat", &[])] {
+        let text = format!("{uri} is one connection without them: use -p without --precopy");
+        refused(&[&qmp[..], more, &[uri]].concat(), &text);
+    }
 }

@@ -48,6 +48,24 @@ fn without_a_terminal_there_is_a_line_now_and_then() {
     guests.incoming.succeeds();
 }
 
+/// A pass that would take half a minute, and whose time is over before.
+#[test]
+fn a_line_says_how_far_a_pass_is() {
+    let scratch = Scratch::new();
+    let mut guests = Guests::quiet(&scratch, &["--json"]);
+    let mut migrate = guests.migrate(&["--max-bandwidth", "512K", "--timeout", "5"]);
+    assert!(migrate.wait().success());
+    let stderr = migrate.stderr();
+    let line = stderr.lines().find(|line| line.starts_with("umem: pass 1: "));
+    let line = line.unwrap_or_else(|| panic!("{stderr}"));
+    assert!(line.contains(" of 16.00 MiB left, ") && line.contains(" seconds left"), "{line}");
+    let ended = stderr.lines().find(|line| line.contains("pass 1 ends early: "));
+    assert!(ended.is_some_and(|line| line.ends_with(" MiB left")), "{stderr}");
+    guests.incoming.event("completed");
+    Qmp::connect(&scratch.path("destination")).quit();
+    guests.incoming.succeeds();
+}
+
 #[test]
 fn quiet_is_quiet() {
     let scratch = Scratch::new();

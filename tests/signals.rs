@@ -67,7 +67,7 @@ fn stopped(scratch: &Scratch, wrapper: &[&str]) -> (Guests, Umem, Cutter) {
     let guests = Guests::quiet(scratch, &["--json"]);
     let cutter = Cutter::to(guests.uri());
     let qmp = scratch.path("source").display().to_string();
-    let words = ["migrate", "--json", "--qmp", &qmp, cutter.uri()];
+    let words = ["migrate", "--stop-first", "--json", "--qmp", &qmp, cutter.uri()];
     let mut migrate = Umem::start_under(wrapper, words);
     migrate.event("stopped");
     (guests, migrate, cutter)
@@ -374,8 +374,8 @@ fn to_the_deaf(
     let qmp = deaf.socket.display().to_string();
     // The process at the other end of the socket is this one, and has none of the guest's memory.
     let ram = format!("ram0={}", scratch.ram("source").display());
-    let words = ["migrate", "--json", "--session-dir", &sessions, "--qmp", &qmp, "--ram", &ram];
-    let words = words.iter().copied().chain([cutter.uri()]);
+    let words = ["migrate", "--stop-first", "--json", "--session-dir", &sessions, "--qmp", &qmp];
+    let words = words.iter().copied().chain(["--ram", &ram, cutter.uri()]);
     let migrate = Umem::start(words);
     (guests, migrate, deaf, cutter)
 }

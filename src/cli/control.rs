@@ -15,8 +15,9 @@ use crate::runtime::print;
 #[argh(
     subcommand,
     name = "control",
-    note = "status prints the state of the migration. set changes the limit of the background; 0 \
-            is no limit. cancel gives up before the switchover, and the guest goes on at the \
+    note = "status prints the state of the migration. set changes a limit, of the background after \
+            the switchover or of the passes while the guest runs; 0 is no limit. postcopy ends the \
+            passes of `umem migrate --precopy -p`, and switches over. cancel gives up before the switchover, and the guest goes on at the \
             source; afterwards it is refused. pause gives up the connections after the \
             switchover, and the guest goes on with the pages it has. resume opens the \
             connections again, at another address if one is named: at the source the address to \
@@ -28,6 +29,7 @@ use crate::runtime::print;
     example = "Show its state:\n  {command_name} /run/umem.sock status",
     example = "Leave room on the link for others:\n  {command_name} /run/umem.sock set \
                max-postcopy-bandwidth=100M",
+    example = "Switch over to postcopy, however much is left:\n  {command_name} /run/umem.sock postcopy",
     error_code(1, "No umem listens there, or the command was refused; stderr says why."),
     error_code(2, "The command line is wrong.")
 )]
@@ -35,10 +37,10 @@ pub(super) struct Control {
     /// the socket
     #[argh(positional)]
     socket: PathBuf,
-    /// status, set, cancel, pause or resume
+    /// status, set, postcopy, cancel, pause or resume
     #[argh(positional)]
     command: String,
-    /// set: max-postcopy-bandwidth=BYTES a second, such as 100M; resume: another URI
+    /// set: max-postcopy-bandwidth=BYTES or max-bandwidth=BYTES a second, such as 100M; resume: another URI
     #[argh(positional)]
     setting: Vec<String>,
 }
@@ -68,14 +70,17 @@ impl Control {
 
 /// `NAME=VALUE` as the socket takes them.
 fn settings(words: &[String]) -> Result<Value> {
-    const NAME: &str = "max-postcopy-bandwidth";
-    let value = match words {
-        [word] => word.strip_prefix(NAME).and_then(|rest| rest.strip_prefix('=')),
+    const NAMES: [&str; 2] = ["max-postcopy-bandwidth", "max-bandwidth"];
+    let setting = match words {
+        [word] => word.split_once('=').filter(|(name, _)| NAMES.contains(name)),
         _ => None,
     };
-    let Some(value) = value else {
-        return Err(Error::Usage(format!("write set {NAME}=BYTES, a second, such as 100M")));
+    let Some((name, value)) = setting else {
+        let [background, passes] = NAMES;
+        return Err(Error::Usage(format!(
+            "write set {background}=BYTES or set {passes}=BYTES, a second, such as 100M"
+        )));
     };
     let size: Size = value.parse().map_err(Error::Usage)?;
-    Ok(json!({ NAME: size.0 }))
+    Ok(json!({ name: size.0 }))
 }

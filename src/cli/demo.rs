@@ -49,7 +49,7 @@ pub(super) struct Demo {
     /// send pages while the guest runs at the source, too, as `umem migrate --precopy -p` does
     #[argh(switch)]
     precopy: bool,
-    /// send all pages while the guest stands still, as `umem migrate` without -p does, to compare
+    /// send all pages while the guest stands still, as `umem migrate --stop-first` does, to compare
     #[argh(switch)]
     stop_first: bool,
     /// check every page and message for bits that change on their way, and compare all memory at the end

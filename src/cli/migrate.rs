@@ -7,7 +7,7 @@ use argh::{ArgsInfo, FromArgs};
 
 use super::values::{CoreList, Seconds, Size, lanes_to};
 use crate::control::liveness::STEP_TIMEOUT;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, WITHOUT_PASSES};
 use crate::host::command::RamPath;
 use crate::observe::{self, Address};
 use crate::runtime::idle::IdleCores;
@@ -17,13 +17,13 @@ use crate::transport::limits;
 use crate::transport::secure::Security;
 use crate::transport::uri::Uri;
 
-/// Passes before the stop where nobody says how many: most of what they gain comes of the first two.
+/// Passes where the command line names no number: most of the gain comes from the first two.
 const PRECOPY_PASSES: u32 = 4;
 
 /// QEMU's own default, milliseconds.
 const DOWNTIME_LIMIT_MS: u64 = 300;
 
-/// Move a guest away: stop it, switch over to the `umem incoming` at URI, send its memory.
+/// Move a guest away, to the `umem incoming` at URI: its memory while it runs, then the guest and the rest.
 #[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
@@ -35,7 +35,12 @@ const DOWNTIME_LIMIT_MS: u64 = 300;
             program, leave the guest running here. After it the guest never runs here again: \
             umem reopens connections that break until the guest is complete. With -n, Ctrl-C \
             sends the remaining pages.",
-    example = "{command_name} -p --tls-creds /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
+    example = "Live precopy: the guest moves when little of its memory is left to send.\n  {command_name} --tls-creds \
+               /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
+    example = "Hybrid: the same, and the rest follows after the switchover.\n  {command_name} --precopy -p --tls-creds \
+               /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
+    example = "Postcopy: the guest moves at once, and all memory follows.\n  {command_name} -p --tls-creds \
+               /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
     example = "Take over after this process was killed:\n  {command_name} --resume SESSION",
     example = "End the session of a guest that is complete at a destination that is gone:\n  {command_name} --resume SESSION --abandon",
     error_code(
@@ -45,21 +50,31 @@ const DOWNTIME_LIMIT_MS: u64 = 300;
     error_code(2, "The command line is wrong.")
 )]
 pub(super) struct Migrate {
-    /// postcopy: switch over first, then send pages (default: send all pages first)
+    /// postcopy: the guest runs at its destination before its last pages come (default: all pages come first); without
+    /// --precopy the guest moves at once
     #[argh(switch, short = 'p')]
     postcopy: bool,
-    /// send pages before the guest stops, too, and again those that it writes meanwhile; with -p the guest then runs
-    /// at its destination while the last ones come, without -p they come before
+    /// live precopy, the default without -p: passes send the pages while the guest runs, first all of them, then those
+    /// that it has written meanwhile; with -p (hybrid) the rest comes after the switchover, without -p before
     #[argh(switch)]
     precopy: bool,
-    /// with --precopy: passes over what the guest has written, at most (default 4); the first one is over all of its
-    /// memory
+    /// stop the guest first, then send all pages while it stands still
+    #[argh(switch)]
+    stop_first: bool,
+    /// passes while the guest runs, at most (default 4); the first one sends all memory
     #[argh(option)]
     precopy_passes: Option<u32>,
-    /// with --precopy: stop the guest as soon as what is left takes no longer than this to send, in milliseconds
-    /// (default 300)
+    /// end the passes as soon as what is left takes no longer than this to send, in milliseconds (default 300)
     #[argh(option)]
     downtime_limit: Option<u64>,
+    /// end the passes after this many seconds: with -p the guest then runs at its destination while the rest comes,
+    /// without -p it stands still while the rest is sent
+    #[argh(option)]
+    timeout: Option<Seconds>,
+    /// limit of the passes while the guest runs, bytes a second such as 100M, for all lanes together; what is sent
+    /// after the stop does not count (umem control changes it)
+    #[argh(option)]
+    max_bandwidth: Option<Size>,
     /// send only the pages that the guest touches, to measure (needs -p)
     #[argh(switch, short = 'n')]
     no_background: bool,
@@ -189,7 +204,7 @@ impl Migrate {
                     .into(),
             ));
         }
-        let precopy = self.precopy(&uri)?;
+        let precopy = self.passes(&uri)?;
         source::run(&source::Options {
             security: self.security(),
             observe: self.observe(),
@@ -213,28 +228,67 @@ impl Migrate {
         Ok(0)
     }
 
-    /// How pages go before the guest stops, if they do.
-    fn precopy(&self, uri: &Uri) -> Result<Option<Precopy>> {
-        let (passes, limit) = (self.precopy_passes, self.downtime_limit);
-        let usage = |text: &str| Err(Error::Usage(text.into()));
-        match passes {
-            _ if !self.precopy && (passes.is_some() || limit.is_some()) => {
-                usage("--precopy-passes and --downtime-limit are about --precopy: add it")
-            }
-            _ if !self.precopy => Ok(None),
-            Some(0) => usage("--precopy-passes 0 would send nothing: leave out --precopy"),
-            _ if uri.is_one_connection() => usage(
-                "--precopy needs bulk lanes, and one connection has none: give an address to connect to, or leave out \
-                 --precopy",
-            ),
-            _ if self.qmp.is_none() => usage(
-                "--precopy is for a guest that runs, and files alone have none: give its monitor's socket with --qmp",
-            ),
-            _ => Ok(Some(Precopy {
-                passes_max: passes.unwrap_or(PRECOPY_PASSES),
-                downtime_limit: Duration::from_millis(limit.unwrap_or(DOWNTIME_LIMIT_MS)),
-            })),
+    /// The passes while the guest runs; none where there are none.
+    ///
+    /// # Errors
+    /// The options contradict each other, or passes are impossible.
+    fn passes(&self, uri: &Uri) -> Result<Option<Precopy>> {
+        let usage = |text: String| Err(Error::Usage(text));
+        if self.stop_first && (self.postcopy || self.precopy) {
+            return usage(
+                "--stop-first sends all pages while the guest stands still: leave out -p and --precopy, or --stop-first"
+                    .into(),
+            );
         }
+        let has_guest = self.qmp.is_some();
+        let is_wanted = self.precopy || (has_guest && !self.postcopy && !self.stop_first);
+        if !is_wanted {
+            let options = [
+                ("--precopy-passes", self.precopy_passes.is_some()),
+                ("--downtime-limit", self.downtime_limit.is_some()),
+                ("--timeout", self.timeout.is_some()),
+                ("--max-bandwidth", self.max_bandwidth.is_some()),
+            ];
+            let why = match self {
+                _ if self.postcopy => "-p alone has none: add --precopy",
+                _ if self.stop_first => "--stop-first has none: leave it out",
+                _ => "files alone have no guest that runs: give its monitor's socket with --qmp",
+            };
+            return match options.iter().find(|(_, is_given)| *is_given) {
+                Some((option, _)) => {
+                    usage(format!("{option} is about passes while the guest runs, and {why}"))
+                }
+                None => Ok(None),
+            };
+        }
+        if self.precopy_passes == Some(0) {
+            return usage(format!("--precopy-passes 0 would send nothing: use {WITHOUT_PASSES}"));
+        }
+        let max_bandwidth = self.max_bandwidth.map(|limit| limit.0);
+        if max_bandwidth == Some(0) {
+            return usage(
+                "--max-bandwidth 0 would send nothing: leave it out for no limit, or give bytes a second such as 100M"
+                    .into(),
+            );
+        }
+        if !has_guest {
+            return usage(
+                "--precopy is for a guest that runs, and files alone have none: give its monitor's socket with --qmp"
+                    .into(),
+            );
+        }
+        if uri.is_one_connection() {
+            return usage(format!(
+                "passes while the guest runs need bulk lanes, and {uri} is one connection without them: use \
+                 {WITHOUT_PASSES}, or give an address to connect to (tcp: or unix:)"
+            ));
+        }
+        Ok(Some(Precopy {
+            passes_max: self.precopy_passes.unwrap_or(PRECOPY_PASSES),
+            downtime_limit: Duration::from_millis(self.downtime_limit.unwrap_or(DOWNTIME_LIMIT_MS)),
+            timeout: self.timeout.map(|seconds| seconds.0),
+            max_bandwidth,
+        }))
     }
 
     /// `--resume`
@@ -242,8 +296,11 @@ impl Migrate {
         let begins = [
             ("-p", self.postcopy),
             ("--precopy", self.precopy),
+            ("--stop-first", self.stop_first),
             ("--precopy-passes", self.precopy_passes.is_some()),
             ("--downtime-limit", self.downtime_limit.is_some()),
+            ("--timeout", self.timeout.is_some()),
+            ("--max-bandwidth", self.max_bandwidth.is_some()),
             ("-n", self.no_background),
             ("--ram", !self.ram.is_empty()),
             ("--qmp", self.qmp.is_some()),

@@ -90,7 +90,8 @@ impl SourceSetup {
     /// most, until what is left takes no longer than `downtime_limit` to send. The program says what is written, with
     /// [`Source::written`], and needs lanes for pages that nobody waits for.
     pub fn precopy(&mut self, passes_max: u32, downtime_limit: Duration) {
-        self.precopy = Some(Precopy { passes_max, downtime_limit });
+        self.precopy =
+            Some(Precopy { passes_max, downtime_limit, timeout: None, max_bandwidth: None });
     }
 
     /// Whether the migration goes on when connections are lost after the switchover, if the destination

@@ -8,6 +8,9 @@ use std::path::PathBuf;
 
 use umem_wire::{Fault, FaultCode, LaneRole, ReceiveError};
 
+/// What to give `umem migrate` where its passes over a running guest are impossible.
+pub(crate) const WITHOUT_PASSES: &str = "-p without --precopy (postcopy), or --stop-first";
+
 /// Everything that can end a migration, worded for the person who has to act on it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -19,8 +19,21 @@ pub(crate) enum Event {
     ListeningAgain { uri: String },
     /// All lanes are open; at the source with the address that was dialled.
     Connected { to: Option<Uri>, lanes: u16, security: &'static str, checksum: bool },
-    /// A pass over the running guest's memory has ended, and has left so much written again.
-    Pass { pass: u32, took: Duration, sent_bytes: u64, dirty_bytes: u64 },
+    /// A pass over the running guest's memory has ended.
+    Pass {
+        pass: u32,
+        took: Duration,
+        /// Bytes of page contents that it has sent.
+        sent_bytes: u64,
+        /// Bytes that are to be sent (again).
+        dirty_bytes: u64,
+        /// Bytes a second that the guest wrote in the last whole pass, each page once.
+        dirty_bytes_per_s: Option<u64>,
+        /// How long the rest takes at the rate of the fastest pass, where the guest waits for it.
+        expected_downtime: Option<Duration>,
+        /// It was cut short, so that the rest has pages that it has not sent.
+        is_cut: bool,
+    },
     /// The guest has stopped here, in a session of this number if one is kept.
     Stopped { postcopy: bool, session: Option<String> },
     /// The source has stopped its guest.

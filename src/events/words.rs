@@ -20,12 +20,22 @@ pub(crate) fn fields(event: &Event) -> Value {
         Event::Connected { to: None, lanes, security, checksum } => {
             json!({ "lanes": lanes, "security": security, "checksum": checksum })
         }
-        Event::Pass { pass, took, sent_bytes, dirty_bytes } => json!({
+        Event::Pass {
+            pass,
+            took,
+            sent_bytes,
+            dirty_bytes,
+            dirty_bytes_per_s,
+            expected_downtime,
+            is_cut,
+        } => json!({
             "pass": pass,
             "seconds": took.as_secs_f64(),
             "sent_bytes": sent_bytes,
             "remaining_bytes": dirty_bytes,
-            "dirty_bytes_per_s": dirty_rate(*took, *dirty_bytes),
+            "dirty_bytes_per_s": dirty_bytes_per_s,
+            "expected_downtime_ms": expected_downtime.map(|time| time.as_secs_f64() * 1e3),
+            "cut": is_cut,
         }),
         Event::Stopped { postcopy, session } => json!({ "postcopy": postcopy, "session": session }),
         Event::StoppedAtSource { postcopy } => json!({ "postcopy": postcopy }),
@@ -91,14 +101,18 @@ pub(crate) fn sentence(event: &Event) -> String {
         Event::ListeningAgain { uri } => format!("waiting for the source on {uri}"),
         Event::Connected { to: Some(uri), .. } => format!("connected to {uri}"),
         Event::Connected { to: None, lanes, .. } => format!("connected, {lanes} bulk lane(s)"),
-        Event::Pass { pass, took, sent_bytes, dirty_bytes } => {
+        Event::Pass { pass, took, sent_bytes, dirty_bytes, dirty_bytes_per_s, is_cut, .. } => {
             let mib = |bytes: u64| bytes >> 20;
-            let (sent, dirty) = (mib(*sent_bytes), mib(*dirty_bytes));
-            let rate = mib(dirty_rate(*took, *dirty_bytes));
-            format!(
-                "pass {pass}: {sent} MiB sent in {:.1} s, {dirty} MiB written meanwhile ({rate} MiB/s)",
-                took.as_secs_f64()
-            )
+            let (sent, dirty, seconds) = (mib(*sent_bytes), mib(*dirty_bytes), took.as_secs_f64());
+            match (is_cut, dirty_bytes_per_s) {
+                (false, Some(rate)) => format!(
+                    "pass {pass}: {sent} MiB sent in {seconds:.1} s, {dirty} MiB written meanwhile ({} MiB/s)",
+                    mib(*rate)
+                ),
+                _ => format!(
+                    "pass {pass} ends early: {sent} MiB sent in {seconds:.1} s, {dirty} MiB left"
+                ),
+            }
         }
         Event::Running { place, downtime } => {
             let place = match place {
@@ -175,11 +189,6 @@ pub(crate) fn sentence(event: &Event) -> String {
         | Event::Retrying { .. }
         | Event::ChecksumError { .. } => String::new(),
     }
-}
-
-/// Bytes a second that the guest writes pages at, each page once in a pass.
-fn dirty_rate(took: std::time::Duration, dirty_bytes: u64) -> u64 {
-    (dirty_bytes as f64 / took.as_secs_f64().max(1e-6)) as u64
 }
 
 fn recovering(reason: &str, route: &Route) -> String {

@@ -43,11 +43,16 @@ const LINE_BYTES_MAX: usize = 64 << 10;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What can be executed.
-const COMMANDS: [(&str, &str); 6] = [
+const COMMANDS: [(&str, &str); 7] = [
     ("status", "how the migration stands"),
     (
         "set",
-        "change the background's limit: {\"max-postcopy-bandwidth\": bytes a second, 0 for none}",
+        "change a limit: {\"max-postcopy-bandwidth\": bytes a second, 0 for none} of the background after the \
+         switchover, {\"max-bandwidth\": …} of the passes while the guest runs",
+    ),
+    (
+        "postcopy",
+        "end the passes while the guest runs, and switch over; the rest follows the guest",
     ),
     ("cancel", "give up before the switchover, as Ctrl-C does; the guest goes on at the source"),
     ("pause", "give up the connections, after the switchover; the guest runs on with what it has"),
@@ -299,6 +304,7 @@ fn execute(name: &str, arguments: &Value, watch: &Watch) -> std::result::Result<
     match name {
         "status" => Ok(serde_json::to_value(watch.status()).expect("plain numbers and strings")),
         "set" => set(arguments, watch).map(|()| json!({})),
+        "postcopy" => watch.switch_to_postcopy().map(|()| json!({})).map_err(str::to_owned),
         "cancel" => watch.cancel().map(|()| json!({})).map_err(str::to_owned),
         "pause" => watch.order(LinkOrder::Pause).map(|()| json!({})).map_err(str::to_owned),
         "resume" => resume(arguments, watch).map(|()| json!({})),
@@ -327,19 +333,36 @@ fn resume(arguments: &Value, watch: &Watch) -> std::result::Result<(), String> {
 }
 
 fn set(arguments: &Value, watch: &Watch) -> std::result::Result<(), String> {
-    const NAME: &str = "max-postcopy-bandwidth";
-    let Some(bandwidth) = watch.bandwidth() else {
+    const BACKGROUND: &str = "max-postcopy-bandwidth";
+    const PASSES: &str = "max-bandwidth";
+    let given = arguments.as_object().filter(|given| given.len() == 1);
+    let (name, value) = given.and_then(|given| given.iter().next()).unzip();
+    let (name, bandwidth) = match name.map(String::as_str) {
+        Some(PASSES) => (
+            PASSES,
+            watch.pass_bandwidth().ok_or_else(|| {
+                format!(
+                    "{PASSES} limits what a source sends while its guest runs (umem migrate, or --precopy -p), and \
+                     this is none, or has not connected yet"
+                )
+            })?,
+        ),
+        _ => (
+            BACKGROUND,
+            watch.bandwidth().ok_or_else(|| {
+                format!(
+                    "{BACKGROUND} limits what a source sends after the switchover (umem migrate -p), and this is none"
+                )
+            })?,
+        ),
+    };
+    let is_named = given.is_some_and(|given| given.contains_key(name));
+    let Some(limit) = value.and_then(Value::as_u64).filter(|_| is_named) else {
         return Err(format!(
-            "{NAME} limits what a source sends after the switchover (umem migrate -p), and this is none"
+            "\"arguments\" are {{\"{name}\": bytes a second}}, a whole number, 0 for no limit"
         ));
     };
-    let given = arguments.as_object().map_or(0, serde_json::Map::len);
-    let Some(limit) = arguments[NAME].as_u64().filter(|_| given == 1) else {
-        return Err(format!(
-            "\"arguments\" are {{\"{NAME}\": bytes a second}}, a whole number, 0 for no limit"
-        ));
-    };
-    tracing::info!(limit, "{NAME} is set");
+    tracing::info!(limit, "{name} is set");
     bandwidth.set((limit > 0).then_some(limit));
     Ok(())
 }
@@ -433,6 +456,40 @@ mod tests {
     }
 
     #[test]
+    fn passes_end_by_hand_where_the_rest_can_follow_the_guest() {
+        let refused = |watch: &Watch| {
+            let answer = answer(br#"{"execute": "postcopy"}"#, watch);
+            answer["error"]["desc"].as_str().map(str::to_owned)
+        };
+        let limit = || Arc::new(Bandwidth::new(None));
+        let watch = Watch::new(Role::Destination, false, None);
+        assert!(refused(&watch).unwrap().contains("the source switches to postcopy"));
+        let watch = source();
+        assert!(refused(&watch).unwrap().contains("no passes to end"));
+        watch.has_passes(false, limit(), || unreachable!("it has no postcopy"));
+        assert!(refused(&watch).unwrap().contains("begin it again with --precopy -p"));
+        let watch = source();
+        let (tell, told) = std::sync::mpsc::channel();
+        watch.has_passes(true, limit(), move || tell.send(()).unwrap());
+        assert_eq!([refused(&watch), refused(&watch)], [None, None]);
+        assert_eq!(told.try_iter().count(), 1, "once is enough");
+        watch.commit("").unwrap();
+        assert!(refused(&watch).unwrap().contains("has been switched over already"));
+    }
+
+    #[test]
+    fn the_limit_of_passes_is_set_where_there_are_any() {
+        let watch = source();
+        let line = br#"{"execute": "set", "arguments": {"max-bandwidth": 1000}}"#;
+        let refused = answer(line, &watch)["error"]["desc"].as_str().unwrap().to_owned();
+        assert!(refused.contains("while its guest runs"), "{refused}");
+        watch.has_passes(false, Arc::new(Bandwidth::new(None)), || {});
+        assert_eq!(answer(line, &watch), json!({ "return": {} }));
+        assert_eq!(watch.status().max_bandwidth, Some(1000));
+        assert_eq!(watch.status().max_postcopy_bandwidth, None);
+    }
+
+    #[test]
     fn each_command_has_an_answer_with_its_id() {
         let watch = source();
         let answer = |line: &str| answer(line.as_bytes(), &watch);
@@ -448,7 +505,7 @@ mod tests {
             ("[", "object of JSON"),
             ("{}", "execute"),
             (r#"{"execute": 5}"#, "execute"),
-            (r#"{"execute": "stop"}"#, "status, set, cancel, pause"),
+            (r#"{"execute": "stop"}"#, "status, set, postcopy, cancel, pause"),
             (r#"{"execute": "set"}"#, "bytes a second"),
             (r#"{"execute": "set", "arguments": {"max-postcopy-bandwidth": -1}}"#, "whole number"),
             (

@@ -212,6 +212,9 @@ fn text(watch: &Watch) -> String {
     let help = "Time without a connection after the switchover.";
     page.metric("umem_disconnected_seconds_total", "counter", help);
     page.value("umem_disconnected_seconds_total", &[], status.disconnected_s);
+    if let Some(limit) = watch.pass_bandwidth() {
+        page.passes(&status, limit.limit());
+    }
     if watch.bandwidth().is_some() {
         let help = "The background's limit, 0 for none.";
         page.metric("umem_background_limit_bytes_per_second", "gauge", help);
@@ -263,6 +266,32 @@ impl Metrics {
         {
             self.value("umem_pages_total", &[("cause", cause)], pages as f64);
         }
+    }
+
+    /// Of a source whose pages go while the guest runs.
+    fn passes(&mut self, status: &Status, limit: Option<u64>) {
+        let help = "The pass over the running guest's memory, 0 before the first one.";
+        self.metric("umem_pass", "gauge", help);
+        self.value("umem_pass", &[], f64::from(status.pass.unwrap_or(0)));
+        let help = "Bytes that the pass has still to send, or that the last one has left.";
+        self.metric("umem_pass_remaining_bytes", "gauge", help);
+        self.value("umem_pass_remaining_bytes", &[], status.remaining_bytes.unwrap_or(0) as f64);
+        let help = "Page contents that were sent while the guest ran, each time they were.";
+        self.metric("umem_precopy_bytes_total", "counter", help);
+        self.value("umem_precopy_bytes_total", &[], status.precopy_bytes as f64);
+        if let Some(rate) = status.dirty_bytes_per_s {
+            let help = "What the guest wrote in the last whole pass, each page once.";
+            self.metric("umem_dirty_bytes_per_second", "gauge", help);
+            self.value("umem_dirty_bytes_per_second", &[], rate as f64);
+        }
+        if let Some(downtime_ms) = status.expected_downtime_ms {
+            let help = "How long the rest would take with the guest standing still.";
+            self.metric("umem_expected_downtime_seconds", "gauge", help);
+            self.value("umem_expected_downtime_seconds", &[], downtime_ms / 1e3);
+        }
+        let help = "The limit of the passes, 0 for none.";
+        self.metric("umem_pass_limit_bytes_per_second", "gauge", help);
+        self.value("umem_pass_limit_bytes_per_second", &[], limit.unwrap_or(0) as f64);
     }
 
     fn faults(&mut self, watch: &Watch, status: &Status) {

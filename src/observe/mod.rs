@@ -16,6 +16,7 @@ pub(crate) mod control;
 pub(crate) mod metrics;
 pub(crate) mod output;
 pub mod page;
+mod passes;
 mod pictures;
 pub(crate) mod progress;
 pub mod recording;

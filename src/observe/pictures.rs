@@ -154,10 +154,9 @@ fn rates(timed: &Timed<'_>) -> Vec<Rate> {
             continue;
         }
         let gbps = |bytes: u64| bytes as f64 * 8e-9 / seconds;
-        let data = sample.data_bytes.saturating_sub(before.data_bytes);
-        let empty = (sample.zero_bytes + sample.hole_bytes)
-            .saturating_sub(before.zero_bytes + before.hole_bytes);
-        rates.push(Rate { at_s: timed.at(sample.at_s), data: gbps(data), all: gbps(data + empty) });
+        let data = sample.crossed_data_bytes.saturating_sub(before.crossed_data_bytes);
+        let all = sample.crossed_bytes.saturating_sub(before.crossed_bytes);
+        rates.push(Rate { at_s: timed.at(sample.at_s), data: gbps(data), all: gbps(all) });
         before = sample;
     }
     rates
@@ -416,6 +415,8 @@ mod tests {
         let sample = |step: u32| Sample {
             at_s: 5.0 + f64::from(step) * 0.01,
             data_bytes: u64::from(step) << 20,
+            crossed_data_bytes: u64::from(step) << 20,
+            crossed_bytes: u64::from(step) << 20,
             faults_waiting: u64::from(step % 7),
             ..Sample::default()
         };

@@ -46,7 +46,7 @@ enum Show {
 struct Phase {
     name: &'static str,
     began: Instant,
-    done_bytes: u64,
+    moved_bytes: u64,
     bar: ProgressBar,
 }
 
@@ -92,13 +92,13 @@ impl Progress {
         if matches!(self.show, Show::Bars) {
             screen::show(bar.clone());
         }
-        let done_bytes = self.watch.status().done_bytes;
-        self.phase = Some(Phase { name, began: Instant::now(), done_bytes, bar });
+        let moved_bytes = self.watch.moved_bytes();
+        self.phase = Some(Phase { name, began: Instant::now(), moved_bytes, bar });
     }
 
     /// Leaves a line with what the phase has come to.
     fn end_phase(&mut self) {
-        let Some(Phase { name, began, done_bytes, bar }) = self.phase.take() else { return };
+        let Some(Phase { name, began, moved_bytes, bar }) = self.phase.take() else { return };
         if !matches!(self.show, Show::Bars) {
             return;
         }
@@ -109,7 +109,7 @@ impl Progress {
             bar.set_draw_target(ProgressDrawTarget::hidden());
         }
         // Fewer than before where a lost connection has swallowed some.
-        let bytes = self.watch.status().done_bytes.saturating_sub(done_bytes);
+        let bytes = self.watch.moved_bytes().saturating_sub(moved_bytes);
         print::err_line(&phase_line(name, began.elapsed(), bytes));
     }
 
@@ -121,12 +121,24 @@ impl Progress {
             Show::Nothing => {}
             Show::Bars => {
                 // A terminal that is stopped would stop whoever draws on it.
-                if let Some(Phase { bar, .. }) = &self.phase
+                if let Some(Phase { name, bar, .. }) = &self.phase
                     && print::stderr_is_ready()
                 {
                     let status = self.watch.status();
-                    bar.set_position(status.done_bytes);
-                    bar.set_message(waiting(&status));
+                    match pass(&status) {
+                        Some(pass) => {
+                            bar.set_length(pass.bytes);
+                            bar.set_position(pass.bytes - pass.remaining_bytes);
+                            bar.set_prefix(format!("pass {}", pass.number));
+                            bar.set_message(pass.text(&status));
+                        }
+                        // The passes are over, and the next phase begins.
+                        None if *name == COPYING => {}
+                        None => {
+                            bar.set_position(status.done_bytes);
+                            bar.set_message(waiting(&status));
+                        }
+                    }
                 }
             }
             Show::Lines { next } if now >= *next => {
@@ -161,8 +173,12 @@ impl Drop for Progress {
 
 /// Phases that move pages have a bar, the others a spinner.
 fn bar(name: &'static str, total_bytes: u64) -> ProgressBar {
-    let moves_pages = ["sending", "filling"].contains(&name);
+    let moves_pages = ["sending", "filling", COPYING].contains(&name);
     let style = match moves_pages {
+        // What is left of a pass is no matter of a moment, which is what the bar knows.
+        true if name == COPYING => {
+            "{prefix:>10} [{wide_bar}] {binary_bytes}/{binary_total_bytes}{msg}"
+        }
         true => {
             "{prefix:>10} [{wide_bar}] {binary_bytes}/{binary_total_bytes} \
              {binary_bytes_per_sec} {eta} left{msg}"
@@ -174,6 +190,42 @@ fn bar(name: &'static str, total_bytes: u64) -> ProgressBar {
     bar.set_style(ProgressStyle::with_template(style).expect("a constant template is valid"));
     bar.set_prefix(name);
     bar
+}
+
+/// The phase in which pages go while the guest runs.
+const COPYING: &str = "copying";
+
+/// A pass over the running guest's memory.
+struct Pass {
+    number: u32,
+    bytes: u64,
+    remaining_bytes: u64,
+}
+
+/// The pass that goes on, or that has ended last before the guest is stopped.
+fn pass(status: &Status) -> Option<Pass> {
+    Some(Pass {
+        number: status.pass?,
+        bytes: status.pass_bytes?,
+        remaining_bytes: status.remaining_bytes?,
+    })
+}
+
+impl Pass {
+    /// How fast it goes, how long it still takes, and what the guest writes meanwhile.
+    fn text(&self, status: &Status) -> String {
+        let left = match status.seconds_left {
+            Some(seconds) if self.remaining_bytes > 0 => left(seconds),
+            _ => String::new(),
+        };
+        let dirty = status.dirty_bytes_per_s;
+        let dirty = dirty.map(|rate| format!(", the guest writes {}/s", HumanBytes(rate)));
+        format!(", {}/s{left}{}", HumanBytes(status.bytes_per_s), dirty.unwrap_or_default())
+    }
+}
+
+fn left(seconds: f64) -> String {
+    format!(", {} left", HumanDuration(Duration::from_secs_f64(seconds.clamp(1.0, 1e9))))
 }
 
 fn waiting(status: &Status) -> String {
@@ -200,11 +252,17 @@ fn phase_line(name: &str, took: Duration, bytes: u64) -> String {
 
 /// The same as a bar says, in words.
 fn sentence(phase: Option<&str>, status: &Status) -> String {
+    if let Some(pass) = pass(status) {
+        return format!(
+            "pass {}: {} of {} left{}",
+            pass.number,
+            HumanBytes(pass.remaining_bytes),
+            HumanBytes(pass.bytes),
+            pass.text(status),
+        );
+    }
     let left = match status.seconds_left {
-        Some(seconds) if status.done_bytes < status.total_bytes => {
-            let left = Duration::from_secs_f64(seconds.clamp(1.0, 1e9));
-            format!(", {} left", HumanDuration(left))
-        }
+        Some(seconds) if status.done_bytes < status.total_bytes => left(seconds),
         _ => String::new(),
     };
     format!(
@@ -242,6 +300,25 @@ mod tests {
         // Not even a rate that is next to nothing is too much for it.
         let slow = Status { seconds_left: Some(f64::MAX), ..status() };
         assert!(sentence(None, &slow).contains("left"));
+    }
+
+    #[test]
+    fn a_line_says_which_pass_goes_on_and_what_remains_of_it() {
+        let pass = Status {
+            pass: Some(2),
+            pass_bytes: Some(512 << 20),
+            remaining_bytes: Some(128 << 20),
+            seconds_left: Some(3.0),
+            dirty_bytes_per_s: Some(64 << 20),
+            ..status()
+        };
+        let text = sentence(Some("copying"), &pass);
+        let first = "pass 2: 128.00 MiB of 512.00 MiB left, 256.00 MiB/s, 3 seconds left";
+        assert_eq!(text, format!("{first}, the guest writes 64.00 MiB/s"));
+        // Before the first one has ended, and when one has.
+        let ended = Status { seconds_left: None, dirty_bytes_per_s: None, ..pass };
+        let text = sentence(Some("copying"), &ended);
+        assert_eq!(text, "pass 2: 128.00 MiB of 512.00 MiB left, 256.00 MiB/s");
     }
 
     #[test]

@@ -55,6 +55,12 @@ pub struct Sample {
     pub zero_bytes: u64,
     /// Bytes of pages that the source did not have.
     pub hole_bytes: u64,
+    /// Bytes that moved as page contents, each time they did: also while the guest ran at the source.
+    #[serde(default)]
+    pub crossed_data_bytes: u64,
+    /// Bytes of pages of any kind that moved, each time they did.
+    #[serde(default)]
+    pub crossed_bytes: u64,
     /// Pages that were asked for.
     pub pages_demand: u64,
     /// Faults that wait for their pages at this moment.

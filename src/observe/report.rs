@@ -156,6 +156,16 @@ fn numbers(page: &mut Page, sides: &[&Completed]) {
     row("from running to the last page", &|c| format!("{:.3} s", c.drain_s));
     row("from the stop to the last page", &|c| format!("{:.3} s", c.total_s));
     row("throughput", &|c| format!("{:.2} Gbit/s", c.gbps));
+    if sides.iter().any(|side| side.precopy_bytes > 0) {
+        row("page contents while the guest ran at the source", &|c| mib(c.precopy_bytes));
+        row("passes", &|c| if c.passes == 0 { "–".into() } else { c.passes.to_string() });
+        row("written by the guest in the last whole pass", &|c| {
+            c.dirty_bytes_per_s.map_or("–".into(), |rate| format!("{}/s", mib(rate)))
+        });
+        row("expected downtime", &|c| {
+            c.expected_downtime_ms.map_or("–".into(), |ms| format!("{ms:.2} ms"))
+        });
+    }
     row("processor time, user", &|c| format!("{:.3} s", c.cpu_s.user));
     row("processor time, kernel", &|c| format!("{:.3} s", c.cpu_s.system));
     row("sent without a copy", &|c| c.zero_copy.clone());

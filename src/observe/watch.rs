@@ -9,7 +9,7 @@
 //! goes beyond that point, and whoever cancels wins only if that has not happened. So who has been told
 //! that a migration is cancelled can rely on it.
 
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -17,6 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::Serialize;
 
+use super::passes::{PassControl, PassProgress};
 use super::recording::{Recorder, Recording, Sample, Span};
 use crate::error::{Error, Result};
 use crate::events::CUT;
@@ -57,6 +58,8 @@ pub(crate) struct Watch {
     link: OnceLock<Box<dyn Fn(LinkOrder) + Send + Sync>>,
     /// Orders that it has not heard yet.
     orders: AtomicUsize,
+    /// At a source whose pages go while the guest runs.
+    passes: OnceLock<PassControl>,
     state: Mutex<State>,
 }
 
@@ -82,6 +85,7 @@ struct State {
     pace: Pace,
     downtime: Option<Duration>,
     cuts: Cuts,
+    passes: PassProgress,
 }
 
 /// Times without lanes, after the switchover.
@@ -130,6 +134,7 @@ impl Watch {
             live: OnceLock::new(),
             link: OnceLock::new(),
             orders: AtomicUsize::new(0),
+            passes: OnceLock::new(),
             state: Mutex::new(State {
                 phase: first_phase(role),
                 phase_began: now,
@@ -137,6 +142,7 @@ impl Watch {
                 pace: Pace::new(now),
                 downtime: None,
                 cuts: Cuts::default(),
+                passes: PassProgress::default(),
             }),
         })
     }
@@ -164,6 +170,43 @@ impl Watch {
     /// Lanes can be given up and opened again: `tell` says so to the control thread.
     pub(crate) fn link(&self, tell: impl Fn(LinkOrder) + Send + Sync + 'static) {
         self.link.get_or_init(|| Box::new(tell));
+    }
+
+    /// Pages go in passes while the guest runs, within this limit; `end` tells the control thread to end the passes.
+    pub(crate) fn has_passes(
+        &self,
+        postcopy: bool,
+        limit: Arc<Bandwidth>,
+        end: impl Fn() + Send + Sync + 'static,
+    ) {
+        let (end, has_ended) = (Box::new(end), AtomicBool::new(false));
+        self.passes.get_or_init(|| PassControl { postcopy, limit, end, has_ended });
+    }
+
+    /// A pass begins that has so many bytes to send.
+    pub(crate) fn pass_begins(&self, bytes: u64) {
+        let gone_bytes = self.gone_in_passes();
+        self.state().passes.begin(bytes, gone_bytes, Instant::now());
+    }
+
+    /// A pass has ended, and has left so many bytes; the rate at which the guest writes, and how long it would stand
+    /// still, as far as that is known.
+    pub(crate) fn pass_ends(
+        &self,
+        left_bytes: u64,
+        dirty_bytes_per_s: Option<u64>,
+        expected_downtime: Option<Duration>,
+    ) {
+        self.state().passes.end(left_bytes, dirty_bytes_per_s, expected_downtime);
+    }
+
+    /// The guest stands still: no pass follows.
+    pub(crate) fn passes_are_over(&self) {
+        self.state().passes.over();
+    }
+
+    fn gone_in_passes(&self) -> u64 {
+        self.live.get().map_or(0, |live| live.counters.rounds_page_bytes.load(Relaxed))
     }
 
     /// A phase of the protocol begins, unless it is the one that goes on. While there are no lanes that
@@ -226,7 +269,7 @@ impl Watch {
         let now = Instant::now();
         let at_s = (now - self.began).as_secs_f64();
         let mut state = self.state();
-        state.pace.note(now, live.counters.done_bytes());
+        state.pace.note(now, live.counters.moved_bytes());
         if let Some(recorder) = state.recorder.as_mut().filter(|recorder| recorder.is_due(at_s)) {
             recorder.sample(sample(&live.counters, at_s), &live.counters.map);
         }
@@ -287,9 +330,12 @@ impl Watch {
 }
 
 fn sample(counters: &Counters, at_s: f64) -> Sample {
+    let data_bytes = counters.data_bytes.load(Relaxed);
     Sample {
         at_s,
-        data_bytes: counters.data_bytes.load(Relaxed),
+        data_bytes,
+        crossed_data_bytes: counters.crossed_bytes(data_bytes),
+        crossed_bytes: counters.moved_bytes(),
         zero_bytes: counters.zero_bytes.load(Relaxed),
         hole_bytes: counters.hole_bytes.load(Relaxed),
         pages_demand: counters.pages_demand.load(Relaxed),
@@ -301,11 +347,13 @@ fn sample(counters: &Counters, at_s: f64) -> Sample {
 impl Watch {
     /// How things stand.
     pub(crate) fn status(&self) -> Status {
+        let gone_bytes = self.gone_in_passes();
         let state = self.state();
         let (phase, downtime) = (state.phase, state.downtime);
         let now = Instant::now();
         let bytes_per_s = state.pace.bytes_per_s(now);
         let (connection_losses, disconnected) = (state.cuts.count, state.cuts.total(now));
+        let passes = state.passes.view(gone_bytes, now);
         drop(state);
         let mut status = Status {
             role: self.role.name(),
@@ -313,6 +361,12 @@ impl Watch {
             seconds: self.began.elapsed().as_secs_f64(),
             bytes_per_s: bytes_per_s as u64,
             downtime_ms: downtime.map(|downtime| downtime.as_secs_f64() * 1e3),
+            pass: passes.pass,
+            pass_bytes: passes.pass_bytes,
+            remaining_bytes: passes.remaining_bytes,
+            dirty_bytes_per_s: passes.dirty_bytes_per_s,
+            expected_downtime_ms: passes.expected_downtime_ms,
+            max_bandwidth: self.pass_bandwidth().and_then(|limit| limit.limit()),
             max_postcopy_bandwidth: self.bandwidth.as_ref().and_then(|limit| limit.limit()),
             connection_losses,
             disconnected_s: disconnected.as_secs_f64(),
@@ -329,9 +383,54 @@ impl Watch {
         status.pages_demand = counters.pages_demand.load(Relaxed);
         status.pages_background = counters.pages_background.load(Relaxed);
         status.faults_waiting = counters.faults.waiting();
+        status.precopy_bytes = counters.rounds_bytes.load(Relaxed);
         let left = status.total_bytes.saturating_sub(status.done_bytes) as f64;
-        status.seconds_left = (bytes_per_s > 0.0).then(|| left / bytes_per_s);
+        // Only the source knows what a pass has to send.
+        let is_unknown = phase == umem_wire::destination::Phase::Rounds.name();
+        status.seconds_left = match passes.pass_bytes {
+            Some(_) => passes.seconds_left,
+            None => (bytes_per_s > 0.0 && !is_unknown).then(|| left / bytes_per_s),
+        };
         status
+    }
+
+    /// The limit of the passes, at a source that has any.
+    pub(crate) fn pass_bandwidth(&self) -> Option<&Arc<Bandwidth>> {
+        self.passes.get().map(|passes| &passes.limit)
+    }
+
+    /// Ends the passes and switches over to postcopy.
+    ///
+    /// # Errors
+    /// Why that cannot be done, and what to do instead.
+    pub(crate) fn switch_to_postcopy(&self) -> std::result::Result<(), &'static str> {
+        if self.role == Role::Destination {
+            return Err(
+                "this is the destination: the source switches to postcopy, ask `umem migrate`",
+            );
+        }
+        let Some(passes) = self.passes.get() else {
+            return Err(
+                "there are no passes to end: this move has none (-p without --precopy, --stop-first), or has not \
+                 connected yet",
+            );
+        };
+        if !passes.postcopy {
+            return Err(
+                "this move was begun without -p, and sends all pages before the guest runs at the destination: cancel \
+                 it, and begin it again with --precopy -p",
+            );
+        }
+        if self.is_committed() {
+            return Err("the guest has been switched over already");
+        }
+        passes.end();
+        Ok(())
+    }
+
+    /// Bytes of pages that have been moved, each time they were.
+    pub(crate) fn moved_bytes(&self) -> u64 {
+        self.live.get().map_or(0, |live| live.counters.moved_bytes())
     }
 
     pub(crate) fn counters(&self) -> Option<&Counters> {
@@ -408,12 +507,25 @@ pub(crate) struct Status {
     pub(crate) faults_waiting: u64,
     /// In the last second or two.
     pub(crate) bytes_per_s: u64,
-    /// At this rate.
+    /// At this rate; in a pass until its end, at the rate of all of the pass so far.
     pub(crate) seconds_left: Option<f64>,
+    /// At a source whose pages go while the guest runs: the pass, from 1, what it has to send, and what of that
+    /// remains, bytes of pages of any kind.
+    pub(crate) pass: Option<u32>,
+    pub(crate) pass_bytes: Option<u64>,
+    pub(crate) remaining_bytes: Option<u64>,
+    /// Page contents that went while the guest ran, each time they did.
+    pub(crate) precopy_bytes: u64,
+    /// What the guest wrote in the last whole pass, each page once.
+    pub(crate) dirty_bytes_per_s: Option<u64>,
+    /// What the rest would take with the guest standing still, where it waits for the rest.
+    pub(crate) expected_downtime_ms: Option<f64>,
     pub(crate) downtime_ms: Option<f64>,
     /// How often all lanes have gone since the switchover, and how long there were none.
     pub(crate) connection_losses: u32,
     pub(crate) disconnected_s: f64,
+    /// Of the passes, if there is a limit.
+    pub(crate) max_bandwidth: Option<u64>,
     /// At the source, if there is a limit.
     pub(crate) max_postcopy_bandwidth: Option<u64>,
     pub(crate) may_cancel: bool,
@@ -500,6 +612,27 @@ mod tests {
         assert_eq!(pace.bytes_per_s(at(73_100)), 0.0);
         pace.note(at(74_100), 5_000);
         assert!((pace.bytes_per_s(at(74_100)) - 1000.0).abs() < 1.0);
+    }
+
+    /// Pages that went while the guest ran count when they went, not when the guest stops.
+    #[test]
+    fn passes_have_a_rate_and_their_end_has_none() {
+        let watch = Watch::new(Role::Source, true, None);
+        let counters = Arc::new(Counters::of([1 << 20].into_iter()));
+        watch.attach(counters.clone(), 1 << 20);
+        Counters::add(&counters.rounds_bytes, 3 << 18);
+        Counters::add(&counters.rounds_page_bytes, 3 << 19);
+        watch.tick();
+        let before = sample(&counters, 1.0);
+        for counter in [&counters.data_bytes, &counters.settled_bytes] {
+            Counters::add(counter, 1 << 19);
+        }
+        Counters::add(&counters.hole_bytes, 1 << 18);
+        Counters::add(&counters.settled_page_bytes, 3 << 18);
+        let after = sample(&counters, 2.0);
+        assert_eq!((before.data_bytes, after.data_bytes), (0, 1 << 19));
+        let crossed = |sample: &Sample| (sample.crossed_data_bytes, sample.crossed_bytes);
+        assert_eq!([crossed(&before), crossed(&after)], [(3 << 18, 3 << 19); 2]);
     }
 
     #[test]

@@ -74,6 +74,7 @@ impl Migration {
             Note::StateLeft => Input::StateLeft,
             Note::BulkEnded => Input::BulkEnded,
             Note::PassEnded => Input::PassEnded,
+            Note::EndPasses => Input::EndPasses,
             Note::Failed(error) => Input::Failed(error),
             Note::Host(answer) => Input::Monitor(answer),
             Note::Digested(outcome) => Input::Digested(outcome),
@@ -151,7 +152,14 @@ impl Migration {
                 Ok(())
             }
             Effect::SendBulk => self.start_bulk(),
-            Effect::SendPass => self.send_pass(),
+            Effect::SendPass => {
+                self.progress.watch().pass_begins(self.memory.dirty_bytes());
+                self.send_pass()
+            }
+            Effect::CutPass => {
+                self.order_bulk(bulk::Order::CutPass);
+                Ok(())
+            }
             Effect::CountDirty => {
                 let dirty_bytes = self.memory.dirty_bytes();
                 let sent_bytes = self.memory.counters.rounds_bytes.load(Relaxed);
@@ -159,6 +167,7 @@ impl Migration {
                 Ok(())
             }
             Effect::EndRounds => {
+                self.progress.watch().passes_are_over();
                 self.order_bulk(bulk::Order::EndRounds);
                 self.send_bytes(self.memory.end_rounds());
                 Ok(())
@@ -214,8 +223,13 @@ impl Migration {
                 Ok(())
             }
             Effect::Tell(event) => {
-                if let Event::Running { downtime, .. } = event {
-                    self.progress.watch().running(downtime);
+                match event {
+                    Event::Running { downtime, .. } => self.progress.watch().running(downtime),
+                    Event::Pass { dirty_bytes, dirty_bytes_per_s, expected_downtime, .. } => {
+                        let watch = self.progress.watch();
+                        watch.pass_ends(dirty_bytes, dirty_bytes_per_s, expected_downtime);
+                    }
+                    _ => {}
                 }
                 self.output.tell(&event);
                 Ok(())

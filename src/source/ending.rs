@@ -132,6 +132,7 @@ impl Migration {
         };
         let times = self.core.times();
         let (recoveries, disconnected) = self.core.recoveries();
+        let passes = self.core.passes().unwrap_or_default();
         let ours = self.memory.counters.totals();
         let moving_s = seconds(times.first_page.or(times.stopped), times.completed);
         let precopy_s = seconds(times.first_page, times.stopped);
@@ -157,6 +158,9 @@ impl Migration {
             total_s: seconds(times.stopped, times.completed),
             precopy_s,
             precopy_bytes: self.memory.counters.rounds_bytes.load(Relaxed),
+            passes: passes.count,
+            dirty_bytes_per_s: passes.dirty_bytes_per_s,
+            expected_downtime_ms: passes.expected_downtime.map(|time| time.as_secs_f64() * 1e3),
             gbps: if moving_s > 0.0 { crossed_bytes as f64 * 8e-9 / moving_s } else { 0.0 },
             fault_latency_us: None,
             fault_stages_us: None,

@@ -68,6 +68,8 @@ pub(crate) struct SourceMemory {
     pub(crate) counters: Arc<Counters>,
     /// The limit of the background.
     pub(crate) bandwidth: Arc<Bandwidth>,
+    /// The limit of the passes while the guest runs.
+    pub(crate) pass_bandwidth: Arc<Bandwidth>,
     /// The last demand: bulk lanes go on from there.
     pub(crate) pivot: LastDemand,
     /// What the demands look like going on with: bulk lanes run ahead of that first.
@@ -103,6 +105,7 @@ impl SourceMemory {
             tracked: OnceLock::new(),
             counters,
             bandwidth: Arc::new(Bandwidth::new(None)),
+            pass_bandwidth: Arc::new(Bandwidth::new(None)),
             pivot: LastDemand::default(),
             sequences: Sequences::default(),
             stopped: AtomicBool::new(false),

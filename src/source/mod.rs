@@ -111,6 +111,10 @@ pub struct Precopy {
     pub passes_max: u32,
     /// The guest is stopped once what is left can be sent within this.
     pub downtime_limit: Duration,
+    /// The passes end after this, and the guest is stopped.
+    pub timeout: Option<Duration>,
+    /// The most that all lanes together send in the passes, bytes a second.
+    pub max_bandwidth: Option<u64>,
 }
 
 pub use self::session::takeover::{Options as ResumeOptions, run as resume};
@@ -147,6 +151,8 @@ pub(crate) enum Note {
     BulkEnded,
     /// A bulk lane has sent what was dirty of its blocks.
     PassEnded,
+    /// By hand: the passes end.
+    EndPasses,
     /// A worker could not go on.
     Failed(Error),
     /// The monitor has answered.

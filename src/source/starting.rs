@@ -71,6 +71,12 @@ impl Migration {
             let post = inbox.post();
             plan.watch.link(move |order| post.send(order.into()));
         }
+        if let Some(precopy) = plan.precopy {
+            memory.pass_bandwidth.set(precopy.max_bandwidth);
+            let post = inbox.post();
+            let end = move || post.send(Note::EndPasses);
+            plan.watch.has_passes(plan.postcopy, memory.pass_bandwidth.clone(), end);
+        }
         let (counters, total_bytes) = (&memory.counters, memory.total_bytes());
         let kept = link.keeper.as_ref().map(|keeper| Kept {
             session: keeper.session(),
@@ -82,6 +88,7 @@ impl Migration {
             rounds: plan.precopy.map(|precopy| control::source::RoundsPlan {
                 passes_max: precopy.passes_max,
                 downtime_limit: precopy.downtime_limit,
+                timeout: precopy.timeout,
             }),
             recovers: link.recovers(),
             kept,

@@ -39,12 +39,24 @@ pub struct Completed {
     pub drain_s: f64,
     /// Source stopped → last page cached, seconds.
     pub total_s: f64,
-    /// First page → source stopped, seconds; 0 without `--precopy`.
+    /// First page → source stopped, seconds; 0 without passes while the guest ran.
     #[serde(default)]
     pub precopy_s: f64,
     /// Bytes of page contents that crossed the wire while the guest ran at the source, each time they did.
     #[serde(default)]
     pub precopy_bytes: u64,
+    /// At the source: passes over the running guest's memory.
+    #[serde(default)]
+    pub passes: u32,
+    /// At the source: bytes a second that the guest wrote in the last pass that was a whole one, each page once; null
+    /// without such a pass.
+    #[serde(default)]
+    pub dirty_bytes_per_s: Option<u64>,
+    /// At the source: how long the pages that the last pass left were expected to take at the rate of the fastest pass,
+    /// milliseconds. Null with `-p`, whose guest does not wait for them, and without passes. The downtime has the
+    /// device state besides.
+    #[serde(default)]
+    pub expected_downtime_ms: Option<f64>,
     /// Page contents that crossed the wire, each time they did, over the time from the first page to the last,
     /// Gbit/s.
     pub gbps: f64,
@@ -108,10 +120,17 @@ impl Completed {
         );
         if self.precopy_bytes > 0 {
             text += &format!(
-                "{:.0} MiB of it in {:.2} s while the guest ran at the source\n",
+                "{:.0} MiB in {:.2} s while the guest ran at the source",
                 mib(self.precopy_bytes),
                 self.precopy_s,
             );
+            text += &match (self.passes, self.dirty_bytes_per_s) {
+                (0, _) => "\n".to_owned(),
+                (passes, None) => format!(", in {passes} pass(es)\n"),
+                (passes, Some(rate)) => {
+                    format!(", in {passes} pass(es); it wrote {:.0} MiB/s\n", mib(rate))
+                }
+            };
         }
         if let Some(latency) = self.fault_latency_us.as_ref().filter(|latency| latency.count > 0) {
             text += &format!(

@@ -22,6 +22,10 @@ pub(crate) struct Counters {
     pub(crate) rounds_bytes: AtomicU64,
     /// Of [`data_bytes`](Counters::data_bytes): those whose last copy was moved while the guest ran.
     pub(crate) settled_bytes: AtomicU64,
+    /// Bytes of pages of any kind that were moved while the guest ran, each time they were.
+    pub(crate) rounds_page_bytes: AtomicU64,
+    /// Of [`done_bytes`](Counters::done_bytes): those whose last copy was moved while the guest ran.
+    pub(crate) settled_page_bytes: AtomicU64,
     /// At the destination: of the device state, as it comes.
     pub(crate) state_bytes: AtomicU64,
     /// What came and was not what had been sent, where there are checksums.
@@ -47,6 +51,12 @@ impl Counters {
     pub(crate) fn crossed_bytes(&self, data_bytes: u64) -> u64 {
         let once = data_bytes.saturating_sub(self.settled_bytes.load(Relaxed));
         once.saturating_add(self.rounds_bytes.load(Relaxed))
+    }
+
+    /// Bytes of pages of any kind that have been moved, each time they were.
+    pub(crate) fn moved_bytes(&self) -> u64 {
+        let once = self.done_bytes().saturating_sub(self.settled_page_bytes.load(Relaxed));
+        once.saturating_add(self.rounds_page_bytes.load(Relaxed))
     }
 
     pub(crate) fn add(counter: &AtomicU64, value: u64) {

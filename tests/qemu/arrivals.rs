@@ -53,12 +53,12 @@ fn without_background_pages_the_rest_comes_after_an_interrupt() {
 }
 
 #[test]
-fn without_postcopy_all_pages_come_before_the_switchover() {
+fn all_pages_of_a_guest_that_is_stopped_first_come_before_the_switchover() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V7_2);
     let source = boot(&machine, &scratch);
     let destination = Destination::start(&machine, &scratch);
-    let moved = Moved::start(source, destination, &[]).complete();
+    let moved = Moved::start(source, destination, &["--stop-first"]).complete();
     assert_eq!(moved.report["pages_demand"], 0);
     assert_eq!(moved.report["fault_latency_us"]["count"], 0);
     moved.end();

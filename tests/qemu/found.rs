@@ -278,7 +278,7 @@ fn numa_nodes_in_one_file_move_into_one_file_with_other_offsets() {
 
 #[test]
 fn memory_that_begins_inside_of_its_file_is_moved_and_what_lies_around_it_is_left_alone() {
-    for options in [&["-p"][..], &["-p", "--release-ram"], &[]] {
+    for options in [&["-p"][..], &["-p", "--release-ram"], &["--stop-first"]] {
         let scratch = Scratch::new();
         let machine = small(QemuVersion::V10_0);
         let [from, to] = ["from", "to"].map(|name| scratch.ram(name));

@@ -503,7 +503,7 @@ fn a_guest_that_sleeps_sleeps_on_where_qemu_can_carry_it() {
     halted.ends_at_the_source();
     assert_eq!(source.qmp.status(), "suspended");
     drop(source);
-    for options in [&["-p"][..], &[]] {
+    for options in [&["-p"][..], &["--stop-first"]] {
         let scratch = Scratch::new();
         let mut source = machine.start(&scratch);
         sleep_type(&mut source, 1);

@@ -314,14 +314,13 @@ fn a_stream_that_would_not_tell_all_is_refused_before_anything_is_changed() {
     source.serial.goes_on();
 }
 
-/// Moves a guest with rounds before the switchover, by umem's own two sides.
-fn moves(machine: &Machine, options: &[&str]) {
+/// Moves a guest with passes while it runs, by umem's own two sides. Returns the event of the first pass.
+fn moves(machine: &Machine, options: &[&str]) -> Value {
     let scratch = Scratch::new();
     let mut source = boot(machine, &scratch);
     let before = settings(&mut source.qmp);
     let destination = destination::Destination::start(machine, &scratch);
-    let mut moving =
-        Moved::start(source, destination, &[&["--precopy", "--checksum"], options].concat());
+    let mut moving = Moved::start(source, destination, &[&["--checksum"], options].concat());
     let pass = moving.umem.event("pass");
     assert_eq!(pass["pass"], 1);
     let reports = [moving.umem.event("completed"), moving.destination.umem.event("completed")];
@@ -334,16 +333,27 @@ fn moves(machine: &Machine, options: &[&str]) {
     assert_eq!(moving.source.qmp.status(), "postmigrate");
     moving.umem.succeeds();
     assert_eq!(settings(&mut moving.source.qmp), before);
+    pass
 }
 
 #[test]
 fn a_guest_is_moved_in_rounds_and_then_by_postcopy() {
-    moves(&machine(QemuVersion::V10_0), &["-p", "--downtime-limit", "0"]);
+    moves(&machine(QemuVersion::V10_0), &["--precopy", "-p", "--downtime-limit", "0"]);
 }
 
 #[test]
 fn a_guest_is_moved_in_rounds_before_the_switchover() {
     moves(&machine(QemuVersion::V10_0), &["--lanes", "2"]);
+}
+
+/// The limit makes the first pass longer than the time that passes have.
+#[test]
+fn passes_over_a_guest_end_when_their_time_is_over() {
+    for mode in [&["--precopy", "-p"][..], &[]] {
+        let slowly = ["--max-bandwidth", "8M", "--timeout", "2"];
+        let pass = moves(&machine(QemuVersion::V10_0), &[mode, &slowly].concat());
+        assert_eq!(pass["cut"], true, "{pass}");
+    }
 }
 
 /// Without KVM: an old QEMU's log, and that of each QEMU for any but its first RAM block.
@@ -358,9 +368,12 @@ fn rounds_are_refused_where_the_log_loses_writes() {
         (two, "except to its first RAM block, and node1 is another one"),
     ] {
         let mut source = boot(&machine, &scratch);
-        let umem = migrate(&source, crate::NOBODY, &["--precopy", "-p"]);
-        says(&umem.fails(), why);
-        assert_eq!(source.qmp.status(), "running");
+        for mode in [&["--precopy", "-p"][..], &["--precopy"], &[]] {
+            let error = migrate(&source, crate::NOBODY, mode).fails();
+            says(&error, why);
+            says(&error, "use -p without --precopy (postcopy), or --stop-first");
+            assert_eq!(source.qmp.status(), "running");
+        }
     }
 }
 

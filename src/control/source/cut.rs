@@ -134,7 +134,7 @@ impl Source {
             }
             Input::LanesDown => self.lanes_are_down(now),
             Input::Opened(opened) => self.opened(opened, now),
-            Input::Time | Input::Begin | Input::Called(_) => Ok(()),
+            Input::Time | Input::Begin | Input::EndPasses | Input::Called(_) => Ok(()),
             Input::Abandoned(_) | Input::NotDone(_) => unreachable!("taken in every state"),
         }
     }

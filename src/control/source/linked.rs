@@ -75,6 +75,10 @@ impl Source {
             Input::Monitor(answer) => self.answered(answer, now),
             Input::Digested(outcome) => self.digested(outcome, now),
             Input::Order(order) => self.ordered(&order, now),
+            Input::EndPasses => {
+                self.end_passes();
+                Ok(())
+            }
             Input::Given => self.given(now),
             Input::Interrupted => self.interrupted(now),
             Input::Committed => self.switch_over(now),
@@ -421,7 +425,8 @@ impl Source {
     }
 
     pub(super) fn say_what_is_needed(&mut self, now: &Moment) {
-        let bytes = self.plan.total_bytes.saturating_sub(now.moved_bytes);
+        let moved_bytes = now.moved_bytes.saturating_sub(self.sent_in_rounds());
+        let bytes = self.plan.total_bytes.saturating_sub(moved_bytes);
         self.tell(Event::Remark(Remark::StillNeeded { bytes }));
     }
 

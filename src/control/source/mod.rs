@@ -128,6 +128,8 @@ pub(crate) enum Input {
     Digested(Result<Option<Vec<u64>>>),
     /// By hand.
     Order(Order),
+    /// By hand: the passes end, and the guest stops.
+    EndPasses,
     /// By hand: the driver has been given connections, over which lanes are opened.
     Given,
     /// Somebody wants umem to end.
@@ -184,6 +186,8 @@ pub(crate) enum Effect {
     Ping(u64),
     /// Have the bulk lanes send what is dirty, once around; each says so with [`Input::PassEnded`].
     SendPass,
+    /// Have the bulk lanes end the pass with the blocks that they are at; each says so with [`Input::PassEnded`].
+    CutPass,
     /// Report how much is dirty, as [`Input::Counted`].
     CountDirty,
     /// The guest stands still: no page goes a second time from here on, and what is dirty remains to go. Say so on
@@ -251,6 +255,7 @@ impl super::Effect for Effect {
             | Effect::Goodbye(_)
             | Effect::Ping(_)
             | Effect::SendPass
+            | Effect::CutPass
             | Effect::EndRounds
             | Effect::SendBulk
             | Effect::StartRelease
@@ -516,6 +521,8 @@ pub(crate) struct Source {
     background: bool,
     /// Once the destination is ready, where there are any.
     rounds: Option<Rounds>,
+    /// Somebody has asked for the end of the passes before they began.
+    is_cut_early: bool,
     steps: Steps,
     suspicion: ChecksumBreaker,
     jitter: Jitter,
@@ -567,6 +574,7 @@ impl Source {
             digests: Digests::new(plan.is_checked),
             background,
             rounds: None,
+            is_cut_early: false,
             steps: Steps::new(plan.step_timeout, now),
             suspicion: ChecksumBreaker::default(),
             jitter: Jitter::of(plan.seed),
@@ -595,7 +603,9 @@ impl Source {
                     Switchover::Owed { unanswered: 1.., silence: Silence::Until(at) } => Some(at),
                     _ => None,
                 };
-                linked.deadline().into_iter().chain(self.steps.deadline()).chain(silence).min()
+                let passes = self.rounds.as_ref().and_then(Rounds::deadline);
+                let others = self.steps.deadline().into_iter().chain(silence).chain(passes);
+                linked.deadline().into_iter().chain(others).min()
             }
             Doing::Cut(cut) => cut.deadline(&self.route),
             Doing::Closing(closing) => closing.deadline(),
@@ -688,6 +698,7 @@ impl Source {
     fn look_after(&mut self, now: &Moment) -> Result<()> {
         match &self.doing {
             Doing::Linked(_) => {
+                self.look_after_passes(now);
                 self.look_after_step(now)?;
                 self.look_after_link(now)
             }

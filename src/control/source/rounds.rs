@@ -10,6 +10,9 @@
 //! A pass is over when every lane has been around, and the dirty log has then looked over the whole guest: what it has
 //! marked by that time is what the pass has left. Passes are judged
 //! as wholes: moments of a pass say nothing of the next one.
+//!
+//! Time (`--timeout`) and a person (`umem control SOCKET postcopy`) cut a pass short: each lane finishes the block that it
+//! is at, and says that its pass is over. The pages that it has not sent stay dirty, so they remain as others do.
 
 use std::time::{Duration, Instant};
 
@@ -33,23 +36,54 @@ pub(crate) struct RoundsPlan {
     pub(crate) passes_max: u32,
     /// What is left is to be sent within this while the guest stands still.
     pub(crate) downtime_limit: Duration,
+    /// The passes end after this, counted from the moment at which the destination is ready.
+    pub(crate) timeout: Option<Duration>,
+}
+
+/// What the passes have come to so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Passes {
+    /// Passes that have ended.
+    pub(crate) count: u32,
+    /// Bytes a second that the guest wrote in the last pass that was a whole one, each page once.
+    pub(crate) dirty_bytes_per_s: Option<u64>,
+    /// How long the rest takes at the rate of the fastest pass; none where the guest does not wait for it (`-p`), and
+    /// before a rate is known.
+    pub(crate) expected_downtime: Option<Duration>,
+}
+
+/// What is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The guest's writes are tracked.
+    Tracking,
+    /// So many lanes have been around in this pass.
+    Sending { lanes_left: u16 },
+    /// The log has looked over the guest, and the dirty pages are counted.
+    Looking,
+    /// The guest stands still.
+    Stopping,
 }
 
 /// How far the rounds have come.
 #[derive(Debug)]
 pub(super) struct Rounds {
     plan: RoundsPlan,
+    stage: Stage,
     /// The pass that goes on, from 1.
     pass: u32,
     began: Instant,
-    /// Lanes that have not been around in this pass.
-    lanes_left: u16,
     /// Bytes that had been sent when the pass began.
     sent_before: u64,
     /// Bytes that the pass before it left.
     dirty_before: Option<u64>,
     /// The most that any pass has sent, bytes a second.
     rate: f64,
+    /// Then the passes are cut short.
+    deadline: Option<Instant>,
+    /// The pass that goes on is cut short, and no other one follows.
+    is_cut: bool,
+    passes: Passes,
 }
 
 /// What has come of a pass.
@@ -61,20 +95,40 @@ pub(super) enum Verdict {
 }
 
 impl Rounds {
-    fn new(plan: RoundsPlan, now: Instant) -> Rounds {
+    /// From *ready* on; `is_cut` where somebody has asked for their end before.
+    fn new(plan: RoundsPlan, is_cut: bool, now: Instant) -> Rounds {
         Rounds {
             plan,
+            stage: Stage::Tracking,
             pass: 0,
             began: now,
-            lanes_left: 0,
             sent_before: 0,
             dirty_before: None,
             rate: 0.0,
+            deadline: plan.timeout.and_then(|timeout| now.checked_add(timeout)),
+            is_cut,
+            passes: Passes::default(),
         }
     }
 
     fn begin_pass(&mut self, lanes: u16, now: Instant) {
-        (self.pass, self.began, self.lanes_left) = (self.pass + 1, now, lanes);
+        (self.pass, self.began) = (self.pass + 1, now);
+        self.stage = Stage::Sending { lanes_left: lanes };
+    }
+
+    /// When time alone ends the passes.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.deadline.filter(|_| !self.is_cut && self.stage != Stage::Stopping)
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        self.deadline().is_some_and(|deadline| deadline <= now)
+    }
+
+    /// Ends the passes with the one that goes on. True where lanes send and are to be told.
+    fn cut(&mut self) -> bool {
+        let was_cut = std::mem::replace(&mut self.is_cut, true);
+        !was_cut && matches!(self.stage, Stage::Sending { .. })
     }
 
     /// Whether the guest is to stop after a pass that has left so many bytes dirty, when so many have been sent in all.
@@ -87,18 +141,40 @@ impl Rounds {
             self.dirty_before.is_none_or(|before| dirty as f64 <= SHRINKS_TO * before as f64);
         let has_passes = self.pass < self.plan.passes_max;
         let has_bytes = sent <= total.saturating_mul(SENT_MAX);
+        let may_go_on = !self.is_cut && !self.is_due(now);
         (self.sent_before, self.dirty_before) = (sent, Some(dirty));
-        match !fits && shrinks && has_passes && has_bytes {
+        self.passes.count = self.pass;
+        // A pass that was cut short has left pages that it has not sent, which says nothing of what the guest writes.
+        if !self.is_cut {
+            self.passes.dirty_bytes_per_s = Some((dirty as f64 / seconds) as u64);
+        }
+        match may_go_on && !fits && shrinks && has_passes && has_bytes {
             true => Verdict::Again,
             false => Verdict::Enough,
         }
     }
+
+    /// How long so much takes at the rate of the fastest pass.
+    fn time_of(&self, bytes: u64) -> Option<Duration> {
+        let seconds = bytes as f64 / self.rate;
+        Duration::try_from_secs_f64(seconds).ok().filter(|_| self.rate > 0.0)
+    }
 }
 
 impl Source {
+    /// What the passes have come to; none where there are none.
+    pub(crate) fn passes(&self) -> Option<Passes> {
+        self.rounds.as_ref().map(|rounds| rounds.passes)
+    }
+
+    /// Bytes that have been sent in passes, each time they were; of these some count as moved.
+    pub(super) fn sent_in_rounds(&self) -> u64 {
+        self.rounds.as_ref().map_or(0, |rounds| rounds.sent_before)
+    }
+
     /// The destination is ready: the guest's writes are tracked before a page goes.
     pub(super) fn begin_rounds(&mut self, plan: RoundsPlan, now: &Moment) {
-        self.rounds = Some(Rounds::new(plan, now.at));
+        self.rounds = Some(Rounds::new(plan, self.is_cut_early, now.at));
         self.do_next(Effect::Ask(Question::Track));
     }
 
@@ -115,8 +191,31 @@ impl Source {
         let lanes = self.plan.bulk_lanes;
         let Some(rounds) = &mut self.rounds else { return };
         rounds.begin_pass(lanes, now.at);
+        let is_cut = rounds.is_cut;
         self.times.first_page.get_or_insert(now.at);
         self.do_next(Effect::SendPass);
+        if is_cut {
+            self.do_next(Effect::CutPass);
+        }
+    }
+
+    /// Ends the passes whose time is over.
+    pub(super) fn look_after_passes(&mut self, now: &Moment) {
+        if self.rounds.as_ref().is_some_and(|rounds| rounds.is_due(now.at)) {
+            self.end_passes();
+        }
+    }
+
+    /// The passes end now: lanes finish the blocks that they are at, and the guest stops.
+    pub(super) fn end_passes(&mut self) {
+        match &mut self.rounds {
+            Some(rounds) => {
+                if rounds.cut() {
+                    self.do_next(Effect::CutPass);
+                }
+            }
+            None => self.is_cut_early = true,
+        }
     }
 
     /// The dirty log has looked over the guest.
@@ -131,23 +230,37 @@ impl Source {
     /// A lane has been around.
     pub(super) fn pass_has_ended(&mut self) {
         let Some(rounds) = &mut self.rounds else { return };
-        rounds.lanes_left = rounds.lanes_left.saturating_sub(1);
-        if rounds.lanes_left == 0 {
+        let Stage::Sending { lanes_left } = &mut rounds.stage else { return };
+        *lanes_left = lanes_left.saturating_sub(1);
+        if *lanes_left == 0 {
+            rounds.stage = Stage::Looking;
             self.do_next(Effect::Ask(Question::Look));
         }
     }
 
     /// What a pass has left is known.
     pub(super) fn counted(&mut self, dirty_bytes: u64, sent_bytes: u64, now: &Moment) {
-        let total_bytes = self.plan.total_bytes;
+        let (total_bytes, postcopy) = (self.plan.total_bytes, self.plan.postcopy);
         let Some(rounds) = self.rounds.as_mut().filter(|_| self.phase == Phase::Rounds) else {
             return;
         };
         let took = now.at.saturating_duration_since(rounds.began);
         let pass_bytes = sent_bytes.saturating_sub(rounds.sent_before);
         let verdict = rounds.judge(dirty_bytes, sent_bytes, total_bytes, now.at);
-        let pass = rounds.pass;
-        self.tell(Event::Pass { pass, took, sent_bytes: pass_bytes, dirty_bytes });
+        rounds.passes.expected_downtime = rounds.time_of(dirty_bytes).filter(|_| !postcopy);
+        if verdict == Verdict::Enough {
+            rounds.stage = Stage::Stopping;
+        }
+        let event = Event::Pass {
+            pass: rounds.pass,
+            took,
+            sent_bytes: pass_bytes,
+            dirty_bytes,
+            dirty_bytes_per_s: rounds.passes.dirty_bytes_per_s,
+            expected_downtime: rounds.passes.expected_downtime,
+            is_cut: rounds.is_cut,
+        };
+        self.tell(event);
         match verdict {
             Verdict::Again => self.begin_pass(now),
             Verdict::Enough => self.ask_to_stop(now),
@@ -171,7 +284,7 @@ mod tests {
     /// What comes of passes that each take a second, given what is dirty after each and what has been sent by then.
     fn verdicts(plan: RoundsPlan, passes: &[(u64, u64)]) -> Vec<Verdict> {
         let begun = Instant::now();
-        let mut rounds = Rounds::new(plan, begun);
+        let mut rounds = Rounds::new(plan, false, begun);
         let pass = |(second, &(dirty, sent)): (u64, &(u64, u64))| {
             rounds.begin_pass(1, begun + Duration::from_secs(second));
             let end = begun + Duration::from_secs(second + 1);
@@ -183,7 +296,8 @@ mod tests {
     #[test]
     fn whole_passes_say_when_it_is_enough() {
         use Verdict::{Again, Enough};
-        let plan = RoundsPlan { passes_max: 4, downtime_limit: Duration::from_millis(500) };
+        let plan =
+            RoundsPlan { passes_max: 4, downtime_limit: Duration::from_millis(500), timeout: None };
         // What the link sends in half a second.
         assert_eq!(verdicts(plan, &[(GIB / 2, GIB)]), [Enough]);
         assert_eq!(verdicts(plan, &[(GIB, GIB), (GIB / 2, 2 * GIB)]), [Again, Enough]);
@@ -192,9 +306,48 @@ mod tests {
         assert_eq!(verdicts(plan, &shrinks), [Again, Again, Enough]);
         assert_eq!(verdicts(plan, &[(2 * GIB, GIB), (15 * GIB / 10, 2 * GIB)]), [Again, Enough]);
         // Too many passes, or too many bytes.
-        let plan = RoundsPlan { passes_max: 2, downtime_limit: Duration::ZERO };
+        let plan = RoundsPlan { passes_max: 2, downtime_limit: Duration::ZERO, timeout: None };
         assert_eq!(verdicts(plan, &[(100, GIB), (1, 2 * GIB)]), [Again, Enough]);
         assert_eq!(verdicts(plan, &[(0, GIB)]), [Enough]);
         assert_eq!(verdicts(plan, &[(100, 8 * GIB + 1)]), [Enough]);
+    }
+    /// Each pass takes a second and leaves half of what the one before it left, so that it alone would go on.
+    #[test]
+    fn passes_end_when_their_time_is_over_and_not_before() {
+        use Verdict::{Again, Enough};
+        let passes = [(2 * GIB, GIB), (GIB, 2 * GIB), (GIB / 2, 3 * GIB), (GIB / 4, 4 * GIB)];
+        let plan = |timeout| RoundsPlan { passes_max: 9, downtime_limit: Duration::ZERO, timeout };
+        assert_eq!(verdicts(plan(None), &passes), [Again; 4]);
+        for (timeout_ms, expected) in [
+            (4001, [Again, Again, Again, Again]),
+            (3000, [Again, Again, Enough, Enough]),
+            (2001, [Again, Again, Enough, Enough]),
+            (1000, [Enough; 4]),
+        ] {
+            let timeout = Some(Duration::from_millis(timeout_ms));
+            assert_eq!(verdicts(plan(timeout), &passes), expected, "{timeout_ms} ms");
+        }
+    }
+
+    #[test]
+    fn a_pass_that_is_cut_short_says_nothing_of_the_rate_of_writing() {
+        let begun = Instant::now();
+        let at = |second| begun + Duration::from_secs(second);
+        let plan = RoundsPlan { passes_max: 9, downtime_limit: Duration::ZERO, timeout: None };
+        let mut rounds = Rounds::new(plan, false, begun);
+        rounds.begin_pass(1, at(0));
+        assert_eq!(rounds.judge(GIB, 4 * GIB, 4 * GIB, at(2)), Verdict::Again);
+        assert_eq!(rounds.passes.dirty_bytes_per_s, Some(GIB / 2));
+        assert_eq!(rounds.time_of(GIB), Some(Duration::from_millis(500)));
+        rounds.begin_pass(1, at(2));
+        assert!(rounds.cut(), "a lane sends");
+        assert!(!rounds.cut(), "it has been told");
+        assert_eq!(rounds.judge(GIB / 2, 5 * GIB, 4 * GIB, at(3)), Verdict::Enough);
+        assert_eq!((rounds.passes.count, rounds.passes.dirty_bytes_per_s), (2, Some(GIB / 2)));
+        // Nothing has been sent at all.
+        let mut rounds = Rounds::new(plan, true, begun);
+        rounds.begin_pass(1, at(0));
+        assert_eq!(rounds.judge(GIB, 0, 4 * GIB, at(1)), Verdict::Enough);
+        assert_eq!((rounds.passes.dirty_bytes_per_s, rounds.time_of(GIB)), (None, None));
     }
 }

@@ -64,7 +64,7 @@ impl Bench {
 
     /// In the first pass before the stop.
     fn in_rounds() -> Bench {
-        let plan = RoundsPlan { passes_max: 4, downtime_limit: Duration::ZERO };
+        let plan = RoundsPlan { passes_max: 4, downtime_limit: Duration::ZERO, timeout: None };
         let mut bench = Bench::with(true, false, Some(plan));
         bench.ready();
         bench.tell(Input::Monitor(Answer::Tracking(Ok(()))));
@@ -125,7 +125,7 @@ fn file_failed() -> Error {
 
 #[test]
 fn writes_are_tracked_before_a_page_goes() {
-    let plan = RoundsPlan { passes_max: 4, downtime_limit: Duration::ZERO };
+    let plan = RoundsPlan { passes_max: 4, downtime_limit: Duration::ZERO, timeout: None };
     let mut bench = Bench::with(true, false, Some(plan));
     let effects = bench.ready();
     assert!(matches!(effects.last(), Some(Effect::Ask(Question::Track))), "{effects:?}");
@@ -149,6 +149,126 @@ fn the_guest_stops_when_whole_passes_say_so_and_what_remains_is_told_before_the_
     let is_next = |effect: &Effect| matches!(effect, Effect::Send(Frame::Stopped { .. }));
     assert!(matches!(effects.first(), Some(Effect::Fix)) && has(&effects, is_next), "{effects:?}");
     assert!(has(&effects, |effect| matches!(effect, Effect::Ask(Question::Save))));
+}
+
+impl Bench {
+    /// In the first pass of rounds that would go on for ever, with two lanes.
+    fn in_endless_rounds(timeout: Option<Duration>) -> Bench {
+        let plan = RoundsPlan { passes_max: u32::MAX, downtime_limit: Duration::ZERO, timeout };
+        let mut bench = Bench::with(true, false, Some(plan));
+        bench.core.plan.bulk_lanes = 2;
+        bench.ready();
+        bench.tell(Input::Monitor(Answer::Tracking(Ok(()))));
+        bench
+    }
+
+    /// Both lanes end the pass, half of which is left: the guest stops, where `is_over`, or there is another pass.
+    fn lanes_end(&mut self, dirty_bytes: u64, is_over: bool, is_cut: bool) {
+        assert!(self.tell(Input::PassEnded).is_empty(), "the other lane has not been around");
+        match &self.pass(dirty_bytes)[..] {
+            [Effect::Tell(Event::Pass { is_cut: cut, .. }), rest @ ..] => {
+                assert_eq!(*cut, is_cut);
+                let next = rest.last();
+                let stops = matches!(next, Some(Effect::Ask(Question::Stop)));
+                assert!(stops == is_over && (is_over || matches!(next, Some(Effect::SendPass))));
+            }
+            effects => panic!("{effects:?}"),
+        }
+    }
+}
+
+/// Whether the lanes are told; a ping may be due besides.
+fn is_cut_pass(effects: &[Effect]) -> bool {
+    has(effects, |effect| matches!(effect, Effect::CutPass))
+}
+
+#[test]
+fn a_pass_is_cut_short_once_its_time_is_over() {
+    let timeout = Duration::from_secs(5);
+    let mut bench = Bench::in_endless_rounds(Some(timeout));
+    let begun = bench.now;
+    bench.lanes_end(1000, false, false);
+    bench.now = begun + timeout - Duration::from_millis(1);
+    assert!(!is_cut_pass(&bench.tell(Input::Time)));
+    assert_eq!(bench.core.deadline(), Some(begun + timeout));
+    bench.now = begun + timeout;
+    assert!(is_cut_pass(&bench.tell(Input::Time)));
+    assert!(!is_cut_pass(&bench.tell(Input::Time)), "lanes are told once");
+    assert!(bench.core.deadline().is_none_or(|at| at > bench.now), "it has passed");
+    bench.lanes_end(500, true, true);
+}
+
+/// While the log looks no lane sends: the pass has ended as a whole.
+#[test]
+fn time_that_is_over_between_two_passes_lets_no_other_one_begin() {
+    let timeout = Duration::from_secs(5);
+    let mut bench = Bench::in_endless_rounds(Some(timeout));
+    bench.tell(Input::PassEnded);
+    bench.tell(Input::PassEnded);
+    bench.tell(Input::Monitor(Answer::Looked(Ok(()))));
+    bench.now += timeout;
+    let effects = bench.tell(Input::Counted { dirty_bytes: 1000, sent_bytes: 1 });
+    assert!(matches!(effects.first(), Some(Effect::Tell(Event::Pass { is_cut: false, .. }))));
+    assert!(has(&effects, |effect| matches!(effect, Effect::Ask(Question::Stop))), "{effects:?}");
+}
+
+#[test]
+fn passes_end_by_hand_at_any_time() {
+    // In a pass, twice.
+    let mut bench = Bench::in_endless_rounds(None);
+    bench.lanes_end(1000, false, false);
+    assert!(is_cut_pass(&bench.tell(Input::EndPasses)));
+    assert!(bench.tell(Input::EndPasses).is_empty());
+    bench.lanes_end(500, true, true);
+    assert!(bench.tell(Input::EndPasses).is_empty(), "the guest is stopped already");
+    // While the log looks.
+    let mut bench = Bench::in_endless_rounds(None);
+    bench.tell(Input::PassEnded);
+    bench.tell(Input::PassEnded);
+    assert!(bench.tell(Input::EndPasses).is_empty());
+    bench.tell(Input::Monitor(Answer::Looked(Ok(()))));
+    let effects = bench.tell(Input::Counted { dirty_bytes: 1000, sent_bytes: 1 });
+    assert!(has(&effects, |effect| matches!(effect, Effect::Ask(Question::Stop))), "{effects:?}");
+    // Before the destination is ready, and before writes are tracked: the only pass ends at once.
+    for is_ready in [false, true] {
+        let plan =
+            RoundsPlan { passes_max: 4, downtime_limit: Duration::from_secs(1), timeout: None };
+        let mut bench = Bench::with(true, false, Some(plan));
+        if is_ready {
+            bench.ready();
+        }
+        assert!(bench.tell(Input::EndPasses).is_empty());
+        if !is_ready {
+            bench.ready();
+        }
+        let effects = bench.tell(Input::Monitor(Answer::Tracking(Ok(()))));
+        assert!(matches!(effects[..], [.., Effect::SendPass, Effect::CutPass]), "{effects:?}");
+        let effects = bench.pass(4096);
+        assert!(has(&effects, |effect| matches!(effect, Effect::Ask(Question::Stop))));
+    }
+}
+
+/// What went in passes is not what the destination has.
+#[test]
+fn the_bytes_that_are_needed_are_those_that_have_not_come_for_good() {
+    let mut bench = Bench::in_endless_rounds(None);
+    bench.tell(Input::EndPasses);
+    bench.tell(Input::PassEnded);
+    bench.tell(Input::PassEnded);
+    bench.tell(Input::Monitor(Answer::Looked(Ok(()))));
+    bench.tell(Input::Counted { dirty_bytes: 1000, sent_bytes: 8192 });
+    bench.tell(Input::Monitor(Answer::Stopped(Ok(None))));
+    bench.say(Said::Settled);
+    bench.tell(Input::Monitor(Answer::Saved(Ok(vec![0]))));
+    bench.say(Said::Loaded);
+    bench.stands_still(Ok(()));
+    bench.tell(Input::Committed);
+    bench.say(Said::Running { us_since_switchover: 1 });
+    let now = Moment { at: bench.now, moved_bytes: 8192 + 1096, checksum_errors: 0, memory: () };
+    let effects: Vec<Effect> = bench.core.handle(Input::Interrupted, &now).collect();
+    let [Effect::Tell(Event::Remark(Remark::StillNeeded { bytes: 3000 }))] = effects[..] else {
+        panic!("{effects:?}")
+    };
 }
 
 #[test]

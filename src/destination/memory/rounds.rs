@@ -19,7 +19,7 @@ use umem_wire::checksum::{ZERO_SUM, digest};
 use umem_wire::{PageRange, RegionId};
 
 use super::{GuestMemory, GuestRegion, PageId};
-use crate::error::{Error, Result, lane_name};
+use crate::error::{Error, Result, WITHOUT_PASSES, lane_name};
 use crate::memory::bits::Bits;
 use crate::memory::claims::RunKind;
 use crate::memory::sums;
@@ -64,7 +64,7 @@ pub(crate) fn check(regions: &[GuestRegion]) -> Result<()> {
     };
     Err(Error::Unsupported(format!(
         "RAM {} is {} memory here, in which a page cannot land twice, and the source sends pages while its guest runs: \
-         leave out --precopy there, or give the guest here memory of kind shared or private",
+         give `umem migrate` there {WITHOUT_PASSES}, or give the guest here memory of kind shared or private",
         region.name, region.memory.kind
     )))
 }
@@ -92,6 +92,7 @@ impl GuestMemory {
         self.sum_anew(rounds, range, |index| page_sums[index]);
         rounds.data.set(range.first, range.pages);
         rounds.came.set(range.first, range.pages);
+        Counters::add(&self.counters.rounds_page_bytes, self.bytes(range));
         Counters::add(&self.counters.rounds_bytes, self.bytes(range));
     }
 
@@ -102,6 +103,7 @@ impl GuestMemory {
         self.punch(range, |page| rounds.data.get(page))?;
         rounds.data.clear(range.first, range.pages);
         rounds.came.set(range.first, range.pages);
+        Counters::add(&self.counters.rounds_page_bytes, self.bytes(range));
         Ok(())
     }
 
@@ -215,6 +217,7 @@ impl GuestMemory {
             let kind = if is_data { RunKind::Data } else { RunKind::Hole };
             self.begin(run, lane)?;
             is_last = self.finish(run, kind, &mut *wake)?;
+            Counters::add(&self.counters.settled_page_bytes, self.bytes(run));
             if is_data {
                 Counters::add(&self.counters.settled_bytes, self.bytes(run));
             }

@@ -82,9 +82,7 @@ impl Demo<'_> {
         arguments.push("--lanes".into());
         arguments.push(self.options.lanes.to_string());
         arguments.extend(self.options.checksum.then(|| "--checksum".to_owned()));
-        if self.options.postcopy {
-            arguments.push("-p".into());
-        }
+        arguments.push(if self.options.postcopy { "-p" } else { "--stop-first" }.into());
         arguments.extend(self.options.precopy.then(|| "--precopy".to_owned()));
         arguments.extend(self.security());
         if let Some(limit) = self.options.max_postcopy_bandwidth {

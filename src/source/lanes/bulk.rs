@@ -16,6 +16,7 @@ use umem_wire::{Event, Frame, HEADER_BYTES, Receiver, Seal, transmit};
 
 use crate::error::{Error, Result};
 use crate::memory::claims::Run;
+use crate::runtime::bandwidth::Bandwidth;
 use crate::runtime::cores::Place;
 use crate::runtime::inbox::Post;
 use crate::runtime::panics;
@@ -59,6 +60,8 @@ const IN_FLIGHT_MAX: usize = OPS_MAX as usize - 64;
 pub(crate) enum Order {
     /// Send what is dirty of the lane's blocks, once around, and say so.
     Pass,
+    /// End the pass with the block at hand, without its limit, and say so.
+    CutPass,
     /// The guest stands still: no page goes a second time from here on.
     EndRounds,
     /// Send every page that is left, then the lane's end.
@@ -113,6 +116,8 @@ struct BulkThread {
     /// Runs gathered and not sent yet.
     runs: Vec<Run>,
     exhausted: bool,
+    /// The pass ends with the block at hand.
+    is_cut: bool,
     /// A timer runs at whose end the lane looks again whether it may gather more.
     pausing: bool,
     /// A send is in the kernel (its result has not come).
@@ -174,6 +179,7 @@ impl BulkLane {
             channel,
             runs: Vec::with_capacity(1024),
             exhausted: false,
+            is_cut: false,
             pausing: false,
             sending: None,
             sending_zero_copy: false,
@@ -229,12 +235,17 @@ impl BulkThread {
     /// Takes the orders that there are; true if the thread is to end.
     fn is_to_stop(&mut self) -> bool {
         loop {
-            // Orders come one at a time: the next one follows the answer to the last.
+            // Orders come one at a time: the next one follows the answer to the last, but for the end of a pass.
             match self.orders.try_recv() {
                 Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return true,
                 Ok(Order::Pass) => {
                     self.rounds.begin_pass();
-                    self.stage = Stage::Pass;
+                    (self.stage, self.is_cut) = (Stage::Pass, false);
+                }
+                // One that has been around has said so.
+                Ok(Order::CutPass) => {
+                    self.rounds.cut_pass();
+                    (self.is_cut, self.pausing) = (true, false);
                 }
                 Ok(Order::EndRounds) => self.stage = Stage::EndsRounds,
                 Ok(Order::Serve) => self.stage = Stage::Serves,
@@ -362,19 +373,10 @@ impl BulkThread {
         if self.exhausted || self.pausing {
             return Ok(());
         }
-        match self.stage {
-            Stage::Serves => {}
-            Stage::Waits | Stage::EndsRounds => return Ok(()),
-            Stage::Pass => {
-                let most = self.pace.batch_bytes();
-                while !self.exhausted && self.runs.len() < BATCH_RUNS && self.gathered(most) < most
-                {
-                    self.exhausted = !self.rounds.next_runs(&self.memory, most, &mut self.runs)?;
-                }
-                return Ok(());
-            }
+        if matches!(self.stage, Stage::Waits | Stage::EndsRounds) {
+            return Ok(());
         }
-        if let Some(wait) = self.memory.bandwidth.wait() {
+        if let Some(wait) = self.limit().and_then(Bandwidth::wait) {
             ring.submit(Op::timeout(wait), TOKEN_LOOK)
                 .map_err(|rejected| Error::Ring(rejected.error))?;
             self.pausing = true;
@@ -382,9 +384,22 @@ impl BulkThread {
         }
         let most = self.pace.batch_bytes();
         while !self.exhausted && self.runs.len() < BATCH_RUNS && self.gathered(most) < most {
-            self.exhausted = !self.walk.next_runs(&self.memory, most, &mut self.runs)?;
+            let has_next = match self.stage {
+                Stage::Pass => self.rounds.next_runs(&self.memory, most, &mut self.runs)?,
+                _ => self.walk.next_runs(&self.memory, most, &mut self.runs)?,
+            };
+            self.exhausted = !has_next;
         }
         Ok(())
+    }
+
+    /// The limit that all lanes share in this stage; none for a pass that is to end.
+    fn limit(&self) -> Option<&Bandwidth> {
+        match self.stage {
+            Stage::Pass => Some(&*self.memory.pass_bandwidth).filter(|_| !self.is_cut),
+            Stage::Serves => Some(&self.memory.bandwidth),
+            Stage::Waits | Stage::EndsRounds => None,
+        }
     }
 
     /// Bytes of data in the gathered runs; capped, as only the comparison with a batch matters.
@@ -428,8 +443,8 @@ impl BulkThread {
             sending.push(*run);
         }
         self.memory.check_runs(&sending)?;
-        if self.stage == Stage::Serves {
-            self.memory.bandwidth.sent(bytes);
+        if let Some(limit) = self.limit() {
+            limit.sent(bytes);
         }
         self.runs.drain(..sending.len());
         self.sending = Some(sending);

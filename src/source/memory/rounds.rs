@@ -8,7 +8,7 @@ use umem_wire::limits::REMAINING_RUNS_MAX;
 use umem_wire::{HEADER_BYTES, PageRange, RegionId, transmit};
 
 use super::{Holes, SourceMemory};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, WITHOUT_PASSES};
 use crate::memory::bits::Bits;
 use crate::memory::claims::{Run, RunKind, push_page};
 use crate::memory::dirty::DirtyMap;
@@ -50,6 +50,8 @@ pub(crate) struct RoundsWalk {
     before: u64,
     current: Block,
     holes: Holes,
+    /// No block follows the one at hand in this pass.
+    is_cut: bool,
 }
 
 /// The block at hand.
@@ -81,12 +83,18 @@ impl RoundsWalk {
             before: 0,
             current,
             holes: Holes::default(),
+            is_cut: false,
         }
     }
 
     /// Begins anew with the first block.
     pub(crate) fn begin_pass(&mut self) {
-        (self.region, self.block, self.before) = (0, 0, 0);
+        (self.region, self.block, self.before, self.is_cut) = (0, 0, 0, false);
+    }
+
+    /// The pass ends with the block at hand, whose bits have been taken; those of all others stay.
+    pub(crate) fn cut_pass(&mut self) {
+        self.is_cut = true;
     }
 
     /// Takes the next `most` bytes of dirty data, or a block of what goes without its bytes, and appends their runs;
@@ -120,6 +128,9 @@ impl RoundsWalk {
 
     /// Goes on to the next of this lane's blocks with anything dirty.
     fn take_block(&mut self, memory: &SourceMemory) -> Result<bool> {
+        if self.is_cut {
+            return Ok(false);
+        }
         while let Some(region) = memory.regions.get(self.region) {
             let id = RegionId(u16::try_from(self.region).expect("at most 256 regions"));
             let blocks = region.claims().blocks();
@@ -212,6 +223,7 @@ impl SourceMemory {
     /// Notes that a run has been handed to the kernel in a round.
     pub(crate) fn count_in_round(&self, run: &Run) {
         let data = &self.tracked().data[usize::from(run.range.region.0)];
+        Counters::add(&self.counters.rounds_page_bytes, self.bytes(run.range));
         match run.kind {
             RunKind::Data => {
                 data.set(run.range.first, run.range.pages);
@@ -262,6 +274,7 @@ impl SourceMemory {
             let range = PageRange { region, first: page, pages: next - page };
             let kind = if is_data { RunKind::Data } else { RunKind::Hole };
             self.count(&Run { kind, range }, false);
+            Counters::add(&self.counters.settled_page_bytes, self.bytes(range));
             if is_data {
                 Counters::add(&self.counters.settled_bytes, self.bytes(range));
             }
@@ -273,9 +286,10 @@ impl SourceMemory {
 
 /// Why a migration cannot have rounds.
 pub(crate) fn no_dirty_log() -> Error {
-    Error::Unsupported(
-        "nobody tells which pages this guest writes while it runs: leave out --precopy".into(),
-    )
+    Error::Unsupported(format!(
+        "the monitor of this guest has no log of the pages that the guest writes, which passes while the guest runs \
+         need: use {WITHOUT_PASSES}"
+    ))
 }
 
 #[cfg(test)]
@@ -377,6 +391,27 @@ mod tests {
         assert_eq!(memory.dirty_bytes(), 3 << 12);
         let again: Vec<u64> = pass(&memory, &mut lane).iter().map(|&(_, first, _)| first).collect();
         assert_eq!(again, [0, 2, 300]);
+    }
+
+    #[test]
+    fn a_pass_that_is_cut_short_ends_with_its_block_and_the_pages_of_the_others_stay_dirty() {
+        let (memory, _file) = memory(&[0, 1, 700]);
+        let mut lane = RoundsWalk::new(0, 1);
+        lane.begin_pass();
+        let mut runs = Vec::new();
+        assert!(lane.next_runs(&memory, 4096, &mut runs).unwrap());
+        lane.cut_pass();
+        while lane.next_runs(&memory, 4096, &mut runs).unwrap() {}
+        let pages: u64 = runs.iter().map(|run| run.range.pages).sum();
+        assert_eq!((pages, memory.dirty_bytes()), (BLOCK, ((BLOCKS - 1) * BLOCK) << 12));
+        runs.iter().for_each(|run| memory.count_in_round(run));
+        assert_eq!(memory.counters.moved_bytes(), BLOCK << 12);
+        // The next one is whole.
+        let rest: u64 = pass(&memory, &mut lane).iter().map(|&(.., pages)| pages).sum();
+        assert_eq!((rest, memory.dirty_bytes()), ((BLOCKS - 1) * BLOCK, 0));
+        memory.end_rounds();
+        assert_eq!(memory.counters.done_bytes(), (BLOCKS * BLOCK) << 12);
+        assert_eq!(memory.counters.moved_bytes(), (BLOCKS * BLOCK) << 12, "nothing moves twice");
     }
 
     #[test]

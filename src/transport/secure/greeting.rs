@@ -12,7 +12,7 @@ use nix::sys::socket::{MsgFlags, send};
 use umem_wire::{Capabilities, HELLO_BYTES, Hello, HelloError, Nonce, PROTOCOL, Welcome};
 
 use super::{Challenge, ClientAuth};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, WITHOUT_PASSES};
 use crate::runtime::inbox::Wait;
 use crate::transport::lane::{HELLO_TIMEOUT, HelloBytes, Lane};
 
@@ -79,7 +79,7 @@ impl Greeting<'_> {
         if lacks(Capabilities::ROUNDS) {
             return Err(Error::Unsupported(format!(
                 "the destination speaks protocol {} without rounds, in which pages come while the guest runs; this \
-                 side speaks {} with rounds: leave out --precopy, or use a newer umem there",
+                 side speaks {} with rounds: use {WITHOUT_PASSES}, or a newer umem there",
                 welcome.version, PROTOCOL.max
             )));
         }

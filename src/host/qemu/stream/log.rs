@@ -19,7 +19,7 @@ use umem_wire::limits::STATE_BYTES_MAX;
 
 use super::reading::{Moved, Reading};
 use super::{Event, Parser};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, Result, WITHOUT_PASSES};
 use crate::host::qemu::blocks::Block;
 use crate::host::qemu::saving::Saving;
 use crate::host::qemu::settings::{self, Role};
@@ -137,7 +137,7 @@ impl Qemu {
     /// Checks that its stream tells of every write to these RAM backends, and is one that umem reads, if it is a QEMU.
     /// Changes nothing.
     pub(crate) fn check_stream(&mut self, backends: &[String]) -> Result<()> {
-        let instead = "leave out --precopy";
+        let instead = format!("use {WITHOUT_PASSES}");
         let Ok(kvm) = self.qmp.try_execute("query-kvm", json!({}))? else { return Ok(()) };
         if kvm["enabled"] != json!(true) {
             let (major, minor) = run_state::version(&mut self.qmp)?;
@@ -145,7 +145,7 @@ impl Qemu {
                 let (since, _) = LOGS_TCG;
                 return Err(Error::Unsupported(format!(
                     "QEMU {major}.{minor} without KVM loses writes in its log of dirty pages, which QEMU {since}.0 \
-                     does not: {instead}, or use a later QEMU"
+                     does not: {instead}, or a later QEMU"
                 )));
             }
             let mut blocks = self.blocks()?.into_iter().filter(|block| block.offset != 0);
