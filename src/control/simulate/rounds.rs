@@ -38,6 +38,8 @@ pub(super) struct RoundsHabits {
     stops: u64,
     /// Milliseconds that a look may take, as a power of two.
     look_bits: u64,
+    /// When a person ends the passes.
+    ends_after: Option<Duration>,
 }
 
 impl RoundsHabits {
@@ -48,10 +50,11 @@ impl RoundsHabits {
             return None;
         }
         let downtime_ms = [0, 1, 50, 1000, 100_000][random.below(5) as usize];
-        Some(RoundsHabits {
+        let mut habits = RoundsHabits {
             plan: RoundsPlan {
                 passes_max: random.below(5) as u32,
                 downtime_limit: Duration::from_millis(downtime_ms),
+                timeout: None,
             },
             hot: random.below(PAGES + 1),
             pause_bits: 2 + random.below(8),
@@ -59,7 +62,12 @@ impl RoundsHabits {
             is_noted: random.percent(50),
             stops: [0, 0, 10][random.below(3) as usize],
             look_bits: [0, 4, 8, 12][random.below(4) as usize],
-        })
+            ends_after: None,
+        };
+        let timeout_ms = [None, None, Some(0), Some(200), Some(2000)][random.below(5) as usize];
+        habits.plan.timeout = timeout_ms.map(Duration::from_millis);
+        habits.ends_after = random.percent(20).then(|| random.millis(11));
+        Some(habits)
     }
 }
 
@@ -87,6 +95,8 @@ pub(super) struct Memory {
 #[derive(Default)]
 struct Pass {
     next_block: u64,
+    /// No other block follows.
+    is_cut: bool,
     /// Pages whose marks have been taken, and what was read already.
     taken: VecDeque<(u64, Option<u32>)>,
 }
@@ -132,7 +142,15 @@ impl Memory {
 
 /// The guest and its log.
 impl World {
-    pub(super) fn guest_will_write(&mut self) {
+    /// What happens to the passes from outside.
+    pub(super) fn plan_passes(&mut self) {
+        if let Some(at) = self.habits.rounds.as_ref().and_then(|rounds| rounds.ends_after) {
+            self.at(at, Happening::EndPasses);
+        }
+        self.guest_will_write();
+    }
+
+    fn guest_will_write(&mut self) {
         let Some(rounds) = &self.habits.rounds else { return };
         let bits = rounds.pause_bits;
         let at = self.now + self.random.millis(bits);
@@ -293,6 +311,13 @@ impl World {
         self.pass_goes_on_soon();
     }
 
+    /// The pass ends with the block that the lane is at.
+    pub(super) fn cuts_pass(&mut self) {
+        if let Some(pass) = &mut self.memory.pass {
+            pass.is_cut = true;
+        }
+    }
+
     fn pass_goes_on_soon(&mut self) {
         let Some(link) = self.source.link else { return };
         let (process, at) = (self.source.process_number(), self.now + self.random.millis(5));
@@ -309,7 +334,7 @@ impl World {
             let version = read.unwrap_or_else(|| memory.version(page));
             memory.rounds_bytes += CHUNK;
             self.send_on(Lane::Bulk, Sent::Page { page, version });
-        } else if pass.next_block * BLOCK < PAGES {
+        } else if !pass.is_cut && pass.next_block * BLOCK < PAGES {
             let first = pass.next_block * BLOCK;
             pass.next_block += 1;
             let block: Vec<u64> = memory.dirty.range(first..first + BLOCK).copied().collect();

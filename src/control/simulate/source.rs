@@ -437,8 +437,7 @@ impl World {
             Effect::Ping(number) => self.send_frame(Frame::Ping(number)),
             Effect::SendBulk => self.send_pages(),
             Effect::SendPass => self.begins_pass(),
-            // Nobody cuts a pass short here.
-            Effect::CutPass => {}
+            Effect::CutPass => self.cuts_pass(),
             Effect::CountDirty => self.source.answers.push_back(self.memory.counted()),
             Effect::EndRounds => self.ends_rounds(),
             Effect::Digest => {

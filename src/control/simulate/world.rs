@@ -116,6 +116,8 @@ pub(super) enum Happening {
         process: u32,
         link: u32,
     },
+    /// The person ends the passes of the source.
+    EndPasses,
     /// The source's guest writes to a page, if it runs.
     GuestWrites,
     Answered {
@@ -313,7 +315,7 @@ impl World {
         }
         self.at(CHAOS, Happening::Person);
         if self.habits.rounds.is_some() {
-            self.guest_will_write();
+            self.plan_passes();
         }
     }
 
@@ -491,6 +493,10 @@ impl World {
                 if self.source.is(process) && self.source.link == Some(link) {
                     self.go_on_with_pass();
                 }
+            }
+            Happening::EndPasses => {
+                self.note(format_args!("somebody ends the passes"));
+                self.source_notes(Input::EndPasses);
             }
             Happening::GuestWrites => self.guest_writes(),
             Happening::Answered { process, answer } => {

@@ -422,7 +422,7 @@ mod tests {
         while lane.next_runs(&memory, 4096, &mut runs).unwrap() {}
         let pages: u64 = runs.iter().map(|run| run.range.pages).sum();
         assert_eq!((pages, memory.dirty_bytes()), (BLOCK, ((BLOCKS - 1) * BLOCK) << 12));
-        runs.iter().for_each(|run| memory.count_in_round(run));
+        runs.iter().for_each(|run| memory.count_in_round(run).unwrap());
         assert_eq!(memory.counters.moved_bytes(), BLOCK << 12);
         // The next one is whole.
         let rest: u64 = pass(&memory, &mut lane).iter().map(|&(.., pages)| pages).sum();
