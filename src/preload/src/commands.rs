@@ -225,7 +225,7 @@ impl Commands {
         let stale = std::mem::take(&mut self.stale);
         match block::empty(address, &stale) {
             Ok(length) => {
-                self.answer(format_args!("{{\"emptied\":{address},\"size\":{length}}}\n"))
+                self.answer(format_args!("{{\"emptied\":{address},\"size\":{length}}}\n"));
             }
             Err(failure) => self.answers.push_str(&report::failure_line("", &failure)),
         }
