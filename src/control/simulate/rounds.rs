@@ -210,7 +210,7 @@ impl World {
             if !is_late || self.random.percent(50) {
                 self.memory.dirty.insert(page);
             }
-            if is_late && self.random.percent(50) || is_late && !self.memory.dirty.contains(&page) {
+            if is_late && (self.random.percent(50) || !self.memory.dirty.contains(&page)) {
                 self.memory.log.get_or_insert_default().insert(page, written);
             }
         }

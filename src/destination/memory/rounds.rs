@@ -188,7 +188,7 @@ impl GuestMemory {
             if start < stop {
                 match &region.file {
                     Some(file) => {
-                        file.discard(region.byte_offset(start), region.byte_offset(stop - start))?
+                        file.discard(region.byte_offset(start), region.byte_offset(stop - start))?;
                     }
                     None => {
                         let (first, pages) = (start, stop - start);

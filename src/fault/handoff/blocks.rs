@@ -102,6 +102,9 @@ mod tests {
 
     use super::*;
 
+    /// A page that is to be dropped.
+    const STALE: Range<u64> = 4096..8192;
+
     const PATIENCE: Duration = Duration::from_secs(60);
 
     /// A guest side that reads up to `empty`, and answers with `answer`.
@@ -141,7 +144,7 @@ mod tests {
             ("", "ended as it dropped pages"),
         ] {
             let (mut daemon, guest) = answering(answer);
-            let error = daemon.empty(4096, &[4096..8192], PATIENCE).unwrap_err().to_string();
+            let error = daemon.empty(4096, &[STALE], PATIENCE).unwrap_err().to_string();
             assert!(error.contains(expected), "{answer}: {error}");
             guest.join().unwrap();
         }
@@ -151,7 +154,7 @@ mod tests {
     fn a_guest_side_that_does_not_answer_is_not_waited_for_indefinitely() {
         let (_guest, daemon) = UnixStream::pair().unwrap();
         let mut daemon = HandoffSocket::new(daemon);
-        let error = daemon.empty(4096, &[4096..8192], Duration::from_millis(1)).unwrap_err();
+        let error = daemon.empty(4096, &[STALE], Duration::from_millis(1)).unwrap_err();
         assert!(error.to_string().contains("does not drop pages"), "{error}");
         // The same for a guest side that does not read.
         let ranges = vec![4096..8192; 1 << 16];
