@@ -307,7 +307,7 @@ fn pages_that_remain_of_rounds_are_missing_in_default_ram() {
             let rounds = ["--precopy", "-p", "--checksum", "--precopy-passes", passes];
             let mut moving = Moved::start(source, destination, &[&rounds[..], &options].concat());
             let pass = moving.umem.event("pass");
-            assert!(pass["dirty_bytes"].as_u64() > Some(0), "{pass}");
+            assert!(pass["remaining_bytes"].as_u64() > Some(0), "{pass}");
             moving.complete().end();
         }
     }
