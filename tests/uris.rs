@@ -136,7 +136,7 @@ fn source_refuses_a_listening_socket() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let arguments = moving.migrate("fd:7").into_iter();
     let text = Umem::start_inheriting(&listener, 7, arguments).fails_as_misused();
-    assert!(text.contains("fd:7 waits for connections"), "{text}");
+    assert!(text.contains("fd:7 is a listening socket"), "{text}");
 }
 
 #[test]
