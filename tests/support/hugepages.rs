@@ -9,6 +9,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 const POOL: &str = "/proc/sys/vm/nr_hugepages";
+const COMPACT: &str = "/proc/sys/vm/compact_memory";
 
 /// A reservation of 2 MiB pages, returned at the end. One test on the machine has a reservation at a time.
 pub(crate) struct HugePages {
@@ -28,17 +29,14 @@ impl HugePages {
         });
         let mut huge = HugePages { pool, pages_before: 0 };
         huge.pages_before = huge.pool_pages();
-        let wanted = huge.pages_before + pages;
-        huge.set_pool_pages(wanted);
-        assert_eq!(huge.pool_pages(), wanted, "the machine has no {pages} huge pages to give");
+        huge.resize(huge.pages_before + pages);
         huge
     }
 
     /// Reserves this many more.
     pub(crate) fn grow(&mut self, pages: u64) {
         let wanted = self.pool_pages() + pages;
-        self.set_pool_pages(wanted);
-        assert_eq!(self.pool_pages(), wanted, "the machine has no {pages} huge pages more to give");
+        self.resize(wanted);
     }
 
     /// Pages that are neither in use nor reserved by a mapping.
@@ -57,6 +55,19 @@ impl HugePages {
         self.pool.rewind().expect("a file");
         self.pool.read_to_string(&mut text).expect("a file that can be read");
         text.trim().parse().expect("a number")
+    }
+
+    /// Has the pool this many pages. Free memory may be in pieces that are too small: the kernel gives what it has, and
+    /// more once it has put the pieces together.
+    fn resize(&mut self, pages: u64) {
+        super::wait_for(format!("{pages} huge pages in the pool"), || {
+            self.set_pool_pages(pages);
+            if self.pool_pages() == pages {
+                return Some(());
+            }
+            std::fs::write(COMPACT, "1").expect("root may have memory compacted");
+            None
+        });
     }
 
     fn set_pool_pages(&mut self, pages: u64) {
