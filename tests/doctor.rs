@@ -17,6 +17,12 @@ const NOBODY: &str = "setpriv --reuid=65534 --regid=65534 --clear-groups \
                       --inh-caps=-all,+dac_read_search --ambient-caps=-all,+dac_read_search \
                       --bounding-set=-all,+dac_read_search";
 
+/// The same as another user. The kernel counts locked memory by user, and frees that of a ring only after its process has
+/// ended: a test that relies on what is left of a limit has a user of its own.
+fn user(number: u32) -> String {
+    NOBODY.replace("65534", &number.to_string())
+}
+
 /// One run with `--json`.
 struct Diagnosis {
     works: bool,
@@ -165,11 +171,12 @@ fn unprivileged_user_gets_the_commands_to_type() {
 /// The printed remedies help.
 #[test]
 fn printed_remedies_raise_low_limits() {
-    let none = Diagnosis::new(&format!("prlimit --memlock=0 {NOBODY}"));
+    let user = user(65531);
+    let none = Diagnosis::new(&format!("prlimit --memlock=0 {user}"));
     assert_ne!(none.status("locked memory"), "ok");
     let remedy = none.remedy("locked memory");
     assert!(remedy.contains("prlimit --pid $$ --memlock=4194304:4194304"), "{remedy}");
-    let soft = format!("prlimit --memlock=0:4194304 {NOBODY}");
+    let soft = format!("prlimit --memlock=0:4194304 {user}");
     let remedy = Diagnosis::new(&soft).remedy("locked memory").to_owned();
     assert_eq!(Diagnosis::after(&soft, &remedy).status("locked memory"), "ok");
 
@@ -233,7 +240,7 @@ fn pages_are_copied_without_locked_memory() {
     // A path not known to be loopback, over which sends are always copied.
     let uri = format!("tcp:0.0.0.0:{port}");
     // Room for the rings, and for no send.
-    let wrapper = format!("prlimit --memlock=131072 {NOBODY}");
+    let wrapper = format!("prlimit --memlock=131072 {}", user(65532));
     let mut migrate = moving.migrate(&wrapper, "1", &uri);
     let report = migrate.event("completed");
     assert_eq!(report["zero_copy"], "none: copied by the kernel");
@@ -250,8 +257,7 @@ fn user_with_access_to_the_device_passes() {
     // A copy of the device, visible only in this namespace.
     let device = "mount -t tmpfs none /mnt && cp -a /dev/userfaultfd /mnt/ && chmod 666 \
                   /mnt/userfaultfd && mount --bind /mnt/userfaultfd /dev/userfaultfd";
-    // A user of its own: locked memory is counted by user, and other tests limit it.
-    let user = NOBODY.replace("65534", "65533");
+    let user = user(65533);
     for kind in ["shared", "private", "anonymous"] {
         let demo = |prepare: &str| {
             let line =
