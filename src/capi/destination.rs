@@ -13,10 +13,10 @@ use crate::embed::{Destination, DestinationSetup, Memory};
 use crate::error::Error;
 use crate::transport::uri::Uri;
 
-/// The side that a guest comes to. One handle is for one migration.
+/// The destination: the side that the guest moves to. A handle serves one migration.
 pub struct umem_destination {
     side: Side<DestinationSetup, Destination>,
-    /// Where it has listened, the last of them now. Texts that have been given away stay.
+    /// The addresses of the listeners; the last one is current. Earlier texts stay, because callers hold pointers.
     uris: Mutex<Vec<CString>>,
 }
 
@@ -26,32 +26,37 @@ impl umem_destination {
     }
 }
 
-/// Makes a destination, which the caller destroys with umem_destination_destroy. NULL if that fails.
+/// Makes a destination. The caller destroys the destination with umem_destination_destroy. Returns
+/// NULL on failure.
 #[unsafe(no_mangle)]
 pub extern "C" fn umem_destination_new() -> *mut umem_destination {
     make(|| umem_destination { side: Side::new(DestinationSetup::new()), uris: Mutex::default() })
 }
 
-/// Adds a region: `bytes` bytes of this process's memory at `address`, both multiples of its page size.
-/// `name` is the same at the source.
+/// Adds a region: `bytes` bytes of this process's memory at `address`, both multiples of the
+/// memory's page size. The region has the same `name` at the source. There are two kinds of memory:
 ///
-/// If it is MAP_SHARED, of a memfd or a file on tmpfs or hugetlbfs, `fd` is that file, of which all is
-/// mapped there, and which holds nothing yet; umem duplicates the descriptor and maps the file itself.
-/// If it is MAP_PRIVATE | MAP_ANONYMOUS, and nobody has touched it, `fd` is -1.
+/// - MAP_SHARED, of a memfd or a file on tmpfs or hugetlbfs. `fd` is the file. The file is mapped
+///   as a whole and is empty: it has no contents yet. umem duplicates the descriptor and maps the
+///   file itself.
+/// - MAP_PRIVATE | MAP_ANONYMOUS, which no thread has touched. `fd` is -1.
 ///
-/// The memory stays mapped where it is until the handle is destroyed. From umem_destination_start on
-/// whoever touches a missing page of it waits until that has come; no child that is forked has it
-/// before the end.
+/// The memory stays mapped at its address until the handle is destroyed. From
+/// umem_destination_start on, a thread that touches a missing page waits until the page has
+/// arrived. A forked child does not have the memory before the end of the migration.
 ///
-/// Until then whoever discards pages of it (a balloon, reports of free pages) does so with
-/// madvise(MADV_REMOVE) of its address where it is MAP_SHARED, and with madvise(MADV_DONTNEED) where it is
-/// anonymous: the kernel tells umem of that, which waits in madvise() until umem has heard of it. Of a hole that
-/// fallocate() punches in the file umem hears nothing: a page that comes later fills it with what the source had.
-/// MADV_DONTNEED of MAP_SHARED memory is reported like a discard, and pages that are still to come would read as
-/// zeroes: leave it out.
+/// Until the end of the migration, discard pages (a balloon, free page reporting) with
+/// madvise(MADV_REMOVE) of MAP_SHARED memory and with madvise(MADV_DONTNEED) of anonymous memory.
+/// The kernel reports both to umem, and madvise() returns once umem has read the report. Do not use
+/// two other ways:
 ///
-/// UMEM_ERR_USAGE: a size of 0. UMEM_ERR_UNSUPPORTED: the file holds something. What else is wrong
-/// with the memory is found out at the start.
+/// - fallocate() that punches a hole in the file. The kernel does not report it, and a page that
+///   arrives later fills the hole with the source's contents.
+/// - MADV_DONTNEED of MAP_SHARED memory. The kernel reports it as a discard, and pages that have
+///   not arrived would read as zeroes.
+///
+/// UMEM_ERR_USAGE: the size is 0. UMEM_ERR_UNSUPPORTED: the file has contents.
+/// umem_destination_start reports other defects of the memory.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_region(
     destination: *const umem_destination,
@@ -60,8 +65,8 @@ pub unsafe extern "C" fn umem_destination_region(
     bytes: u64,
     fd: c_int,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed, `name` is NULL or ends in a zero byte, and
-    // nobody closes `fd` or unmaps the memory meanwhile.
+    // SAFETY: the handle is NULL or has not been destroyed, `name` is NULL or ends in a zero byte, `fd`
+    // stays open, and the memory mapped, during the call.
     guard(|| unsafe {
         let name = text(name, "name")?;
         let start = NonNull::new(address).ok_or_else(|| Error::Usage("address is NULL".into()))?;
@@ -71,31 +76,32 @@ pub unsafe extern "C" fn umem_destination_region(
     })
 }
 
-/// Uses a userfaultfd of the program's own in place of one that umem makes. Every region must be
-/// registered with it before the start: for missing faults and, where it is MAP_SHARED, for minor
-/// faults. umem duplicates the descriptor and makes it non-blocking, until the handle is destroyed; nobody else
-/// reads it meanwhile. The regions leave it at the end.
+/// Uses the program's userfaultfd; without this call umem makes one. Every region must be
+/// registered with the userfaultfd before the start: for missing faults and, if the region is
+/// MAP_SHARED, for minor faults. umem duplicates the descriptor and makes it non-blocking. Only
+/// umem reads it until the handle is destroyed. umem unregisters the regions at the end.
 ///
-/// Make it without UFFD_USER_MODE_ONLY. Without UFFD_FEATURE_EVENT_REMOVE nobody may discard pages of
-/// the regions before the end.
+/// The userfaultfd must be made without UFFD_USER_MODE_ONLY. Without UFFD_FEATURE_EVENT_REMOVE the
+/// program must not discard pages of the regions before the end.
 ///
-/// UMEM_ERR_SYSTEM: it cannot be duplicated.
+/// UMEM_ERR_SYSTEM: the descriptor cannot be duplicated.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_userfaultfd(
     destination: *const umem_destination,
     userfaultfd: c_int,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed, and nobody closes `userfaultfd` meanwhile.
+    // SAFETY: the handle is NULL or has not been destroyed, and `userfaultfd` stays open during the call.
     guard(|| unsafe {
         let userfaultfd = descriptor(userfaultfd, "userfaultfd")?;
         given(destination, "destination")?.side.set_up(|setup| setup.userfaultfd(userfaultfd))
     })
 }
 
-/// Listens, from the start on, at `uri` (tcp:HOST:PORT, with port 0 for any, or unix:PATH), and takes
-/// one source with up to `lanes_max` connections, 1 to 64, beside the one for demanded pages.
+/// Sets the address to listen on from the start on: `uri` is tcp:HOST:PORT or unix:PATH. With port
+/// 0 the kernel chooses the port. umem accepts one source, with one connection for demanded pages
+/// and up to `lanes_max` more, 1 to 64.
 ///
-/// UMEM_ERR_USAGE: `uri` is no address, or `lanes_max` is out of range.
+/// UMEM_ERR_USAGE: `uri` is not an address, or `lanes_max` is out of range.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_listen(
     destination: *const umem_destination,
@@ -110,18 +116,19 @@ pub unsafe extern "C" fn umem_destination_listen(
 }
 
 /// Uses `count` connected stream sockets, 1 to 65: the first for demanded pages, the others for the
-/// rest; a single one is for all. At the source are their other ends, in the same order. With UMEM_OK they are umem's,
-/// which closes them; otherwise they stay the caller's.
+/// rest. A single socket carries both. The source gets the other ends in the same order. With
+/// UMEM_OK umem owns the sockets and closes them. Otherwise they stay the caller's.
 ///
-/// UMEM_ERR_USAGE: too few, too many, one twice, or one that is no connected stream socket.
+/// UMEM_ERR_USAGE: too few or too many sockets, a socket named twice, or a descriptor other than a
+/// connected stream socket.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_connections(
     destination: *const umem_destination,
     sockets: *const c_int,
     count: usize,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed; `count` numbers lie at `sockets`, and are
-    // the caller's to give away.
+    // SAFETY: the handle is NULL or has not been destroyed; `count` numbers lie at `sockets`, and the
+    // caller owns those descriptors.
     guard(|| unsafe {
         let numbers = list(sockets, count, "sockets")?;
         given(destination, "destination")?
@@ -130,9 +137,10 @@ pub unsafe extern "C" fn umem_destination_connections(
     })
 }
 
-/// With true the migration goes on when connections are lost after the switchover, if the other side
-/// says the same; with false that ends it. If nothing is said it goes on where it listens, and not
-/// where it was given connections: then the program has to give others, on UMEM_EVENT_PAUSED.
+/// Chooses whether the migration continues when connections are lost after the switchover. It
+/// continues only if both sides choose so; otherwise a loss ends the migration. The default is true
+/// for a destination that listens, and false for one with given connections: its program must give
+/// other connections on UMEM_EVENT_PAUSED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_recover(
     destination: *const umem_destination,
@@ -147,13 +155,14 @@ pub unsafe extern "C" fn umem_destination_recover(
     })
 }
 
-/// Begins: listens, and registers the regions with userfaultfd. From here on whoever touches them
-/// waits. Everything else is told by events.
+/// Starts the migration: listens, and registers the regions with userfaultfd. From here on a thread
+/// that touches the regions waits. umem reports everything else with events. A handle is started
+/// once: after an error it can only be destroyed, and the regions are as before.
 ///
-/// UMEM_ERR_USAGE: no region, or no way for the source. UMEM_ERR_LISTEN: the address cannot be
-/// listened at. UMEM_ERR_UNSUPPORTED: memory that is not as it was said to be, no permission for
-/// userfaultfd, or a kernel that lacks some of it. UMEM_ERR_SYSTEM: the kernel gave no thread or no
-/// descriptor. After an error the regions are as before, and the handle can only be destroyed.
+/// UMEM_ERR_USAGE: there is no region, or neither an address nor connections. UMEM_ERR_LISTEN: umem
+/// cannot listen on the address. UMEM_ERR_UNSUPPORTED: the memory differs from its description,
+/// userfaultfd is not permitted, or the kernel lacks a feature. UMEM_ERR_SYSTEM: the kernel refused
+/// a thread or a descriptor.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_start(
     destination: *const umem_destination,
@@ -167,8 +176,9 @@ pub unsafe extern "C" fn umem_destination_start(
     })
 }
 
-/// Where it listens, with the port that the kernel chose; NULL before the start and where it was given
-/// connections. The text stays until the handle is destroyed.
+/// Returns the current address of the listener, with the port that the kernel chose. Returns NULL
+/// before the start, and with given connections. umem owns the text; it is valid until the handle
+/// is destroyed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_uri(
     destination: *const umem_destination,
@@ -186,8 +196,9 @@ pub unsafe extern "C" fn umem_destination_uri(
     uri
 }
 
-/// A descriptor that is readable while there are events, for poll() and its like; -1 before the start.
-/// It is umem's, and only polled: take events with umem_destination_next_event.
+/// Returns a descriptor that is readable while there are events, for poll(); -1 before the start.
+/// The descriptor belongs to umem: poll it, do not read or close it. Take events with
+/// umem_destination_next_event.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_event_fd(destination: *const umem_destination) -> c_int {
     let mut number = -1;
@@ -199,14 +210,16 @@ pub unsafe extern "C" fn umem_destination_event_fd(destination: *const umem_dest
     number
 }
 
-/// Takes the next event without waiting; UMEM_EVENT_NONE if there is none.
+/// Takes the next event without waiting. The kind is UMEM_EVENT_NONE if there is none.
+///
+/// UMEM_ERR_USAGE: the destination has not been started.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_next_event(
     destination: *const umem_destination,
     event: *mut umem_event,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for one, and is
-    // only written.
+    // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for an
+    // event, and is only written.
     guard(|| unsafe {
         let side = &given(destination, "destination")?.side;
         let event = room(event, "event")?;
@@ -215,17 +228,19 @@ pub unsafe extern "C" fn umem_destination_next_event(
     })
 }
 
-/// Takes the next event, for which it waits up to `timeout_ms` milliseconds, or for ever if that is
-/// negative; UMEM_EVENT_NONE if none has come. Nothing comes after UMEM_EVENT_COMPLETED or
-/// UMEM_EVENT_FAILED.
+/// Takes the next event, and waits up to `timeout_ms` milliseconds for it; a negative timeout waits
+/// forever. The kind is UMEM_EVENT_NONE after the timeout. UMEM_EVENT_COMPLETED or
+/// UMEM_EVENT_FAILED is the last event.
+///
+/// UMEM_ERR_USAGE: the destination has not been started.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_wait(
     destination: *const umem_destination,
     timeout_ms: c_int,
     event: *mut umem_event,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for one, and is
-    // only written.
+    // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for an
+    // event, and is only written.
     guard(|| unsafe {
         let side = &given(destination, "destination")?.side;
         let event = room(event, "event")?;
@@ -236,7 +251,7 @@ pub unsafe extern "C" fn umem_destination_wait(
 
 /// Answers UMEM_EVENT_LOAD: the device state is loaded.
 ///
-/// UMEM_ERR_USAGE: that is not asked, or has been answered.
+/// UMEM_ERR_USAGE: the request is not open, or has been answered.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_loaded(
     destination: *const umem_destination,
@@ -247,7 +262,7 @@ pub unsafe extern "C" fn umem_destination_loaded(
 
 /// Answers UMEM_EVENT_RUN: the vCPUs run.
 ///
-/// UMEM_ERR_USAGE: that is not asked, or has been answered.
+/// UMEM_ERR_USAGE: the request is not open, or has been answered.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_running(
     destination: *const umem_destination,
@@ -256,10 +271,10 @@ pub unsafe extern "C" fn umem_destination_running(
     guard(|| unsafe { given(destination, "destination")?.side.running()?.running() })
 }
 
-/// Says instead of an answer why what was asked for cannot be done. UMEM_EVENT_FAILED follows, with
-/// UMEM_ERR_HOST and this reason, which the other side hears of as well.
+/// Refuses the open request, with a reason. UMEM_EVENT_FAILED follows on both sides: here with
+/// UMEM_ERR_HOST and this reason; the other side's text has the reason too.
 ///
-/// UMEM_ERR_USAGE: nothing is asked.
+/// UMEM_ERR_USAGE: no request is open.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_refuse(
     destination: *const umem_destination,
@@ -271,14 +286,16 @@ pub unsafe extern "C" fn umem_destination_refuse(
     })
 }
 
-/// How far it has come.
+/// Reports the progress. May be called at any time after the start.
+///
+/// UMEM_ERR_USAGE: the destination has not been started.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_stats(
     destination: *const umem_destination,
     stats: *mut umem_stats,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed; `stats` is NULL or has room for one, and is
-    // only written.
+    // SAFETY: the handle is NULL or has not been destroyed; `stats` is NULL or has room for its
+    // type, and is only written.
     guard(|| unsafe {
         let now = given(destination, "destination")?.side.running()?.stats();
         room(stats, "stats")?.write(now.into());
@@ -286,8 +303,9 @@ pub unsafe extern "C" fn umem_destination_stats(
     })
 }
 
-/// Gives up before the switchover: UMEM_EVENT_FAILED follows, with UMEM_ERR_CANCELLED. Has no effect
-/// after it, as the guest needs its pages.
+/// Cancels the migration before the switchover: UMEM_EVENT_FAILED follows, with UMEM_ERR_CANCELLED.
+/// After the switchover this has no effect: the guest needs both sides until its last page has
+/// arrived.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_cancel(
     destination: *const umem_destination,
@@ -299,10 +317,12 @@ pub unsafe extern "C" fn umem_destination_cancel(
     })
 }
 
-/// Gives up the connections, and opens or takes none until the program says how: UMEM_EVENT_PAUSED
-/// follows. The guest runs on with what it has.
+/// Gives up the connections, and opens or accepts none until the program calls
+/// umem_destination_resume or umem_destination_reconnect. UMEM_EVENT_PAUSED follows. The guest runs
+/// on with the pages that it has.
 ///
-/// UMEM_ERR_USAGE: the switchover has not been, the migration has ended, or it does not recover.
+/// UMEM_ERR_USAGE: the call comes before the switchover or after the last event, or the migration does not
+/// recover.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_pause(
     destination: *const umem_destination,
@@ -311,11 +331,12 @@ pub unsafe extern "C" fn umem_destination_pause(
     guard(|| unsafe { given(destination, "destination")?.side.running()?.pause() })
 }
 
-/// Ends a pause: listens at `uri` from now on until the end, and nowhere else, or, if that is NULL, goes on
-/// listening where it did. umem_destination_uri has the port that the kernel chose.
+/// Ends a pause. umem listens on `uri` alone from now on until the end. If `uri` is NULL, umem
+/// listens as before the pause. umem_destination_uri returns the address with the port that the
+/// kernel chose.
 ///
-/// UMEM_ERR_USAGE: `uri` is no address; the switchover has not been, the migration has ended, or it does
-/// not recover. UMEM_ERR_LISTEN: the address cannot be listened at.
+/// UMEM_ERR_USAGE: `uri` is not an address; the call comes before the switchover or after the last event, or
+/// the migration does not recover. UMEM_ERR_LISTEN: umem cannot listen on the address.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_resume(
     destination: *const umem_destination,
@@ -334,21 +355,22 @@ pub unsafe extern "C" fn umem_destination_resume(
     })
 }
 
-/// Goes on over `count` connected stream sockets, as many as there were at first, the first for demanded
-/// pages; those that there are it gives up, and it listens no more. The other
-/// side's program gives their other ends in the same order, now or later. With UMEM_OK they are umem's,
-/// which closes them; otherwise they stay the caller's. Works during a pause and without one.
+/// Continues over `count` connected stream sockets, as many as at the start, the first for demanded
+/// pages. umem gives up its old connections and no longer listens. The other side's program gives
+/// the other ends in the same order, possibly later. With UMEM_OK umem owns the sockets and closes
+/// them. Otherwise they stay the caller's. Works during a pause and without one.
 ///
-/// UMEM_ERR_USAGE: too few, too many, one twice, or one that is no connected stream socket; the
-/// switchover has not been, the migration has ended, or it does not recover.
+/// UMEM_ERR_USAGE: too few or too many sockets, a socket named twice, or a descriptor other than a
+/// connected stream socket; the call comes before the switchover or after the last event, or the migration
+/// does not recover.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_reconnect(
     destination: *const umem_destination,
     sockets: *const c_int,
     count: usize,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed; `count` numbers lie at `sockets`, and are
-    // the caller's to give away.
+    // SAFETY: the handle is NULL or has not been destroyed; `count` numbers lie at `sockets`, and the
+    // caller owns those descriptors.
     guard(|| unsafe {
         let numbers = list(sockets, count, "sockets")?;
         let running = given(destination, "destination")?.side.running()?;
@@ -356,12 +378,12 @@ pub unsafe extern "C" fn umem_destination_reconnect(
     })
 }
 
-/// After UMEM_EVENT_FAILED with UMEM_GUEST_AT_DESTINATION: no vCPU runs any more, and nobody believes
-/// what the guest's memory holds. Missing pages become zeroes, and whoever waits for one goes on. Has
-/// no effect where nothing is waited for.
+/// After UMEM_EVENT_FAILED with UMEM_GUEST_AT_DESTINATION: states that no vCPU runs any more and
+/// that the contents of guest memory are no longer used. Missing pages become zeroes, and waiting
+/// threads continue. Has no effect if no page is missing.
 ///
-/// Without this the pages stay waited for, also when the handle has been destroyed: umem leaves its
-/// userfaultfd open then, and madvise() that discards pages of the regions waits as well.
+/// Without this call missing pages stay blocked, even after the handle is destroyed: umem leaves
+/// its userfaultfd open. madvise() that discards pages of the regions waits as well.
 ///
 /// UMEM_ERR_USAGE: the last event has not come.
 #[unsafe(no_mangle)]
@@ -372,12 +394,12 @@ pub unsafe extern "C" fn umem_destination_guest_has_stopped(
     guard(|| unsafe { given(destination, "destination")?.side.running()?.guest_has_stopped() })
 }
 
-/// Ends the destination, whatever it does at the moment, and frees the handle; NULL is allowed. Before
-/// the switchover the guest stays at the source, and the regions wait no longer. After it, and before
-/// UMEM_EVENT_COMPLETED, whoever touches a page that has not come waits for ever. May wait for about a
-/// second, while the other side is told; none of umem's threads is left then.
+/// Ends the destination in any phase, and frees the handle. NULL is allowed. Before the switchover
+/// the guest stays at the source, and the regions no longer block a thread. Between the switchover
+/// and UMEM_EVENT_COMPLETED a thread that touches a missing page waits forever. The call may take
+/// about a second to notify the other side. No thread of umem remains.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_destination_destroy(destination: *mut umem_destination) {
-    // SAFETY: the handle is NULL or came from _new, and the caller uses it no more.
+    // SAFETY: the handle is NULL or came from _new, and the caller no longer uses it.
     unsafe { unmake(destination) };
 }

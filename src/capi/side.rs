@@ -1,4 +1,4 @@
-//! What the handles of both sides have in common: first a setup, then a migration.
+//! The common part of both sides' handles: first a setup, then a migration.
 
 use std::ffi::{CString, c_int};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
@@ -19,7 +19,7 @@ pub(super) struct Side<S, R> {
     held: Mutex<Held>,
 }
 
-/// What the event that was taken last points to.
+/// The text and data of the event that was taken last.
 #[derive(Default)]
 struct Held {
     text: CString,
@@ -31,33 +31,36 @@ impl<S, R> Side<S, R> {
         Side { setup: Mutex::new(Some(setup)), running: OnceLock::new(), held: Mutex::default() }
     }
 
-    /// Before the start.
+    /// Changes the setup; an error after the start.
     pub(super) fn set_up(&self, change: impl FnOnce(&mut S) -> Result<()>) -> Result<()> {
         change(lock(&self.setup).as_mut().ok_or_else(has_started)?)
     }
 
-    /// Whether it starts or not, its setup is used up.
+    /// Starts the migration. The setup is consumed, also on failure.
     pub(super) fn start(&self, start: impl FnOnce(S) -> Result<R>) -> Result<()> {
         let running = start(lock(&self.setup).take().ok_or_else(has_started)?)?;
-        // There was one setup only.
+        // Never set before: there was only one setup.
         let _ = self.running.set(running);
         Ok(())
     }
 
-    /// After the start.
+    /// The migration; an error before the start.
     pub(super) fn running(&self) -> Result<&R> {
         self.running.get().ok_or_else(|| {
-            Error::Usage("it has not been started, or could not be: call start first".into())
+            Error::Usage(
+                "the migration has not been started, or its start failed: call start first".into(),
+            )
         })
     }
 
-    /// Fills `to`, which may hold anything; what the event points to stays until the next one is taken.
+    /// Writes the event to `to`, which may be uninitialized. The event's text and data stay until the next event is
+    /// taken.
     ///
     /// # Safety
-    /// There is room for an event at `to`, which nobody else uses meanwhile.
+    /// `to` has room for an event and no other user during the call.
     pub(super) unsafe fn take(&self, event: Option<Event>, to: NonNull<umem_event>) {
         let event = event.map_or(umem_event::NONE, |event| self.describe(event));
-        // SAFETY: as the caller says; what was there is overwritten unread.
+        // SAFETY: as the caller says; the old contents are overwritten unread.
         unsafe { to.write(event) };
     }
 
@@ -129,10 +132,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn has_started() -> Error {
-    Error::Usage("it has been started already: a handle is for one migration".into())
+    Error::Usage(
+        "the migration has started already: make another handle for another migration".into(),
+    )
 }
 
-/// Milliseconds; a negative number is for ever.
+/// A timeout of so many milliseconds; None, which waits forever, for a negative number.
 pub(super) fn timeout(timeout_ms: c_int) -> Option<Duration> {
     u64::try_from(timeout_ms).ok().map(Duration::from_millis)
 }
@@ -141,23 +146,24 @@ pub(super) fn address(text: &str) -> Result<Uri> {
     text.parse().map_err(Error::Usage)
 }
 
-/// A descriptor of the caller's.
+/// A descriptor of the caller.
 ///
 /// # Safety
-/// Nobody closes it while the answer is used.
+/// The descriptor stays open while the result is used.
 pub(super) unsafe fn descriptor<'a>(number: c_int, what: &str) -> Result<BorrowedFd<'a>> {
     if number < 0 {
-        return Err(Error::Usage(format!("{what} is {number}, which is no descriptor")));
+        return Err(Error::Usage(format!("{what} is {number}, which is not a descriptor")));
     }
-    // SAFETY: a number that is not -1; one that is not open is refused by the first system call.
+    // SAFETY: the number is not -1; the first system call refuses a descriptor that is not open.
     Ok(unsafe { BorrowedFd::borrow_raw(number) })
 }
 
-/// Sockets that become ours if `use_them`, which gets duplicates, takes these. If anything fails, at whatever
-/// moment, they stay the caller's, open and with their flags: a peer may reset a connection between any two looks.
+/// Transfers the caller's sockets to umem: `use_them` gets duplicates, and once it has succeeded the originals are
+/// closed. If a step fails, the sockets stay the caller's, open and with their flags: a peer may reset a connection
+/// between any two checks.
 ///
 /// # Safety
-/// They are the caller's to give away.
+/// The caller owns the sockets.
 pub(super) unsafe fn give_sockets(
     numbers: &[c_int],
     use_them: impl FnOnce(Vec<OwnedFd>) -> Result<()>,
@@ -174,7 +180,7 @@ pub(super) unsafe fn give_sockets(
         .collect::<Result<_>>()?;
     use_them(duplicates)?;
     for &number in numbers {
-        // SAFETY: open, named once (checked above), and given to us: `use_them` has taken the duplicates.
+        // SAFETY: open, named once (checked above), and now owned by umem: `use_them` has taken the duplicates.
         drop(unsafe { OwnedFd::from_raw_fd(number) });
     }
     Ok(())

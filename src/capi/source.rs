@@ -10,21 +10,24 @@ use super::types::{
 };
 use crate::embed::{Source, SourceSetup};
 
-/// The side that a guest leaves. One handle is for one migration.
+/// The source: the side that the guest leaves. A handle serves one migration.
 pub struct umem_source {
     side: Side<SourceSetup, Source>,
 }
 
-/// Makes a source, which the caller destroys with umem_source_destroy. NULL if that fails.
+/// Makes a source. The caller destroys the source with umem_source_destroy. Returns NULL on
+/// failure.
 #[unsafe(no_mangle)]
 pub extern "C" fn umem_source_new() -> *mut umem_source {
     make(|| umem_source { side: Side::new(SourceSetup::new()) })
 }
 
-/// Adds a region: all of the file behind `fd`, which the guest maps MAP_SHARED, or a file that does
-/// not change. `name` is the same at the destination. umem duplicates the descriptor and maps the file.
+/// Adds a region: the whole file behind `fd`, which the guest maps MAP_SHARED, or a file that does
+/// not change. The region has the same `name` at the destination. umem duplicates the descriptor
+/// and maps the file.
 ///
-/// UMEM_ERR_UNSUPPORTED: it is no regular file open for reading, or its size is not whole pages.
+/// UMEM_ERR_UNSUPPORTED: the descriptor is not a regular file open for reading, or the file's size
+/// is not whole pages.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_region(
     source: *const umem_source,
@@ -32,17 +35,17 @@ pub unsafe extern "C" fn umem_source_region(
     fd: c_int,
 ) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed, `name` is NULL or ends in a zero byte, and
-    // nobody closes `fd` meanwhile.
+    // `fd` stays open during the call.
     guard(|| unsafe {
         let (name, file) = (text(name, "name")?, descriptor(fd, "fd")?);
         given(source, "source")?.side.set_up(|setup| setup.region(name, file))
     })
 }
 
-/// Connects, once started, to a destination that listens at `uri` (tcp:HOST:PORT or unix:PATH), with
-/// one connection for demanded pages and `lanes` more, 1 to 64, for the rest.
+/// Sets the destination's address: `uri` is tcp:HOST:PORT or unix:PATH. After the start umem
+/// connects to it, with one connection for demanded pages and `lanes` more, 1 to 64, for the rest.
 ///
-/// UMEM_ERR_USAGE: `uri` is no address, or `lanes` is out of range.
+/// UMEM_ERR_USAGE: `uri` is not an address, or `lanes` is out of range.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_dial(
     source: *const umem_source,
@@ -57,18 +60,19 @@ pub unsafe extern "C" fn umem_source_dial(
 }
 
 /// Uses `count` connected stream sockets, 1 to 65: the first for demanded pages, the others for the
-/// rest; a single one is for all. At the destination are their other ends, in the same order. With UMEM_OK they are umem's,
-/// which closes them; otherwise they stay the caller's.
+/// rest. A single socket carries both. The destination gets the other ends in the same order. With
+/// UMEM_OK umem owns the sockets and closes them. Otherwise they stay the caller's.
 ///
-/// UMEM_ERR_USAGE: too few, too many, one twice, or one that is no connected stream socket.
+/// UMEM_ERR_USAGE: too few or too many sockets, a socket named twice, or a descriptor other than a
+/// connected stream socket.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_connections(
     source: *const umem_source,
     sockets: *const c_int,
     count: usize,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed; `count` numbers lie at `sockets`, and are
-    // the caller's to give away.
+    // SAFETY: the handle is NULL or has not been destroyed; `count` numbers lie at `sockets`, and the
+    // caller owns those descriptors.
     guard(|| unsafe {
         let numbers = list(sockets, count, "sockets")?;
         given(source, "source")?
@@ -77,8 +81,8 @@ pub unsafe extern "C" fn umem_source_connections(
     })
 }
 
-/// With true, as if nothing is said, pages are sent after the switchover; with false all of them before
-/// it, while the guest stands still.
+/// Chooses when pages are sent. With true, the default, they are sent after the switchover. With
+/// false all of them are sent before the switchover, while the guest stands still.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_postcopy(
     source: *const umem_source,
@@ -93,18 +97,18 @@ pub unsafe extern "C" fn umem_source_postcopy(
     })
 }
 
-/// Has pages sent before the guest stops, too, and again those that it writes meanwhile: in `passes_max` passes
-/// at most, until what is left takes no longer than `downtime_limit_ms` milliseconds to send. The rest goes as
-/// umem_source_postcopy says. So most of the memory is there when the guest arrives.
+/// Sends pages also before the guest stops, and sends again what the guest writes meanwhile. umem
+/// makes at most `passes_max` passes, and stops the guest once the rest takes no longer than
+/// `downtime_limit_ms` milliseconds to send. The rest is sent as umem_source_postcopy says.
 ///
-/// The program says what is written, from umem_source_start on, with umem_source_written or
-/// umem_source_written_bitmap: a page that is not named arrives as it was sent before. A log that it reads,
-/// such as KVM's, is on before umem_source_start. The final state of the log is wanted at UMEM_EVENT_STOP:
-/// stop the guest, tell what is left, then call umem_source_stopped.
+/// The program reports every write from umem_source_start on, with umem_source_written or
+/// umem_source_written_bitmap. A page without a report arrives as it was sent before. A log of
+/// writes, such as KVM's, must be on before umem_source_start. UMEM_EVENT_STOP asks for the final
+/// state of the log: stop the guest, report the last writes, then call umem_source_stopped.
 ///
-/// There has to be a connection beside the one for demanded pages, which umem_source_start checks. The memory
-/// at the destination is of a file (umem_destination_region with a descriptor); otherwise the migration fails
-/// before the guest is stopped.
+/// At least one connection beside the one for demanded pages is needed; umem_source_start checks
+/// this. The memory at the destination must be of a file (umem_destination_region with a
+/// descriptor). Otherwise the migration fails before the guest is stopped.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_precopy(
     source: *const umem_source,
@@ -120,9 +124,9 @@ pub unsafe extern "C" fn umem_source_precopy(
     })
 }
 
-/// With true the program has a log of its guest's writes, and is asked for what is in it with
-/// UMEM_EVENT_READ_LOG after each pass. With false, as if nothing is said, passes are judged by what has been
-/// told by then. Has no effect without umem_source_precopy.
+/// Says whether the program has a log of its guest's writes. With true UMEM_EVENT_READ_LOG asks for
+/// the contents of the log after each pass. With false, the default, umem judges a pass by the
+/// writes reported by its end. Has no effect without umem_source_precopy.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_log(source: *const umem_source, has_log: bool) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
@@ -134,9 +138,10 @@ pub unsafe extern "C" fn umem_source_log(source: *const umem_source, has_log: bo
     })
 }
 
-/// With true the migration goes on when connections are lost after the switchover, if the other side
-/// says the same; with false that ends it. If nothing is said it goes on where it dials, and not
-/// where it was given connections: then the program has to give others, on UMEM_EVENT_PAUSED.
+/// Chooses whether the migration continues when connections are lost after the switchover. It
+/// continues only if both sides choose so; otherwise a loss ends the migration. The default is true
+/// for a source that dials, and false for one with given connections: its program must give other
+/// connections on UMEM_EVENT_PAUSED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_recover(
     source: *const umem_source,
@@ -151,12 +156,13 @@ pub unsafe extern "C" fn umem_source_recover(
     })
 }
 
-/// With true both sides check every frame and every page for bits that change on their way, in spite of
-/// TCP's own sum; not so if nothing is said. What is wrong reaches no guest: its connections count as lost,
-/// which before the switchover ends the migration, and afterwards, where both sides recover, has it sent
-/// again. After eight such losses without a page between them UMEM_EVENT_PAUSED comes. At the end both sides
-/// compare what they have; where that differs UMEM_EVENT_FAILED comes with UMEM_ERR_DAMAGED. The destination
-/// follows without being told.
+/// Chooses whether both sides check every frame and every page for bits that change in transit,
+/// beside TCP's own checksum. The default is false. The destination follows the source's choice.
+///
+/// A damaged page reaches no guest: its connections count as lost. Before the switchover that ends
+/// the migration. After it, if both sides recover, the page is sent again. After eight consecutive
+/// losses without a valid page UMEM_EVENT_PAUSED follows. At the end both sides compare digests of
+/// their memory. If the digests differ, UMEM_EVENT_FAILED follows with UMEM_ERR_DAMAGED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_checksum(
     source: *const umem_source,
@@ -171,18 +177,20 @@ pub unsafe extern "C" fn umem_source_checksum(
     })
 }
 
-/// Begins. Everything else is told by events; connecting, too, happens on umem's threads.
+/// Starts the migration. umem connects on its own threads, and reports everything else with events.
+/// A handle is started once: after an error it can only be destroyed.
 ///
-/// UMEM_ERR_USAGE: no region, or no way to the destination. UMEM_ERR_SYSTEM: the kernel gave no thread
-/// or no descriptor. After an error the handle can only be destroyed.
+/// UMEM_ERR_USAGE: there is no region, or neither an address nor connections. UMEM_ERR_SYSTEM: the
+/// kernel refused a thread or a descriptor.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_start(source: *const umem_source) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe { given(source, "source")?.side.start(SourceSetup::start) })
 }
 
-/// A descriptor that is readable while there are events, for poll() and its like; -1 before the start.
-/// It is umem's, and only polled: take events with umem_source_next_event.
+/// Returns a descriptor that is readable while there are events, for poll(); -1 before the start.
+/// The descriptor belongs to umem: poll it, do not read or close it. Take events with
+/// umem_source_next_event.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_event_fd(source: *const umem_source) -> c_int {
     let mut number = -1;
@@ -194,14 +202,16 @@ pub unsafe extern "C" fn umem_source_event_fd(source: *const umem_source) -> c_i
     number
 }
 
-/// Takes the next event without waiting; UMEM_EVENT_NONE if there is none.
+/// Takes the next event without waiting. The kind is UMEM_EVENT_NONE if there is none.
+///
+/// UMEM_ERR_USAGE: the source has not been started.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_next_event(
     source: *const umem_source,
     event: *mut umem_event,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for one, and is
-    // only written.
+    // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for an
+    // event, and is only written.
     guard(|| unsafe {
         let side = &given(source, "source")?.side;
         let event = room(event, "event")?;
@@ -210,17 +220,19 @@ pub unsafe extern "C" fn umem_source_next_event(
     })
 }
 
-/// Takes the next event, for which it waits up to `timeout_ms` milliseconds, or for ever if that is
-/// negative; UMEM_EVENT_NONE if none has come. Nothing comes after UMEM_EVENT_COMPLETED or
-/// UMEM_EVENT_FAILED.
+/// Takes the next event, and waits up to `timeout_ms` milliseconds for it; a negative timeout waits
+/// forever. The kind is UMEM_EVENT_NONE after the timeout. UMEM_EVENT_COMPLETED or
+/// UMEM_EVENT_FAILED is the last event.
+///
+/// UMEM_ERR_USAGE: the source has not been started.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_wait(
     source: *const umem_source,
     timeout_ms: c_int,
     event: *mut umem_event,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for one, and is
-    // only written.
+    // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for an
+    // event, and is only written.
     guard(|| unsafe {
         let side = &given(source, "source")?.side;
         let event = room(event, "event")?;
@@ -229,13 +241,13 @@ pub unsafe extern "C" fn umem_source_wait(
     })
 }
 
-/// With umem_source_precopy: the guest has written to these `count` ranges of a region, or a device or the
-/// program has for it. `region` is the number of the region, from 0 in the order of umem_source_region. To be
-/// told after the write, by any thread, and at the latest before umem_source_stopped. Where one of the ranges is
-/// not there none counts. Has no effect without umem_source_precopy.
+/// With umem_source_precopy: reports that the guest, a device or the program has written these
+/// `count` ranges of a region. `region` is the region's number, from 0 in the order of the calls of
+/// umem_source_region. Call it after the write, from any thread, and for the last writes before
+/// umem_source_stopped. Has no effect without umem_source_precopy.
 ///
-/// UMEM_ERR_USAGE: the region has no such bytes; or the guest was said to stand still (umem_source_stopped), and
-/// writes.
+/// UMEM_ERR_USAGE: the region does not have all of the ranges; then no range is reported. Or
+/// umem_source_stopped has been called: the guest must not write after it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_written(
     source: *const umem_source,
@@ -243,8 +255,8 @@ pub unsafe extern "C" fn umem_source_written(
     ranges: *const umem_range,
     count: usize,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed; `count` ranges lie at `ranges`, which nobody
-    // writes meanwhile.
+    // SAFETY: the handle is NULL or has not been destroyed; `count` ranges lie at `ranges` and do not
+    // change during the call.
     guard(|| unsafe {
         let ranges = list(ranges, count, "ranges")?;
         let ranges: Vec<_> = ranges.iter().map(|range| (range.offset, range.bytes)).collect();
@@ -252,11 +264,13 @@ pub unsafe extern "C" fn umem_source_written(
     })
 }
 
-/// The same as a bitmap of `count` words, as KVM_GET_DIRTY_LOG fills it for a slot that begins where the region
-/// does: a bit a page of 4 KiB, in little-endian words of 64 bits, the region's first page at bit 0 of the first
-/// word. Pages behind the last word have not been written.
+/// As umem_source_written, with a bitmap of `count` words, as KVM_GET_DIRTY_LOG fills it for a slot
+/// that begins where the region does: one bit for each page of 4 KiB, in little-endian words of 64
+/// bits, the region's first page at bit 0 of the first word. Pages beyond the last word count as
+/// not written.
 ///
-/// UMEM_ERR_USAGE: as umem_source_written; a bit of a page that the region does not have.
+/// UMEM_ERR_USAGE: as umem_source_written, or the bitmap has a bit of a page that the region does
+/// not have.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_written_bitmap(
     source: *const umem_source,
@@ -264,54 +278,54 @@ pub unsafe extern "C" fn umem_source_written_bitmap(
     words: *const u64,
     count: usize,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed; `count` words lie at `words`, which nobody writes
-    // meanwhile.
+    // SAFETY: the handle is NULL or has not been destroyed; `count` words lie at `words` and do not
+    // change during the call.
     guard(|| unsafe {
         let words = list(words, count, "words")?;
         given(source, "source")?.side.running()?.written_bitmap(region, words)
     })
 }
 
-/// Answers UMEM_EVENT_READ_LOG: everything that the log had has been told.
+/// Answers UMEM_EVENT_READ_LOG: all contents of the log have been reported.
 ///
-/// UMEM_ERR_USAGE: that is not asked, or has been answered.
+/// UMEM_ERR_USAGE: the request is not open, or has been answered.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_log_read(source: *const umem_source) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe { given(source, "source")?.side.running()?.log_read() })
 }
 
-/// Answers UMEM_EVENT_STOP: nobody writes the guest's memory any more.
+/// Answers UMEM_EVENT_STOP: the guest's memory has no writer any more.
 ///
-/// UMEM_ERR_USAGE: that is not asked, or has been answered.
+/// UMEM_ERR_USAGE: the request is not open, or has been answered.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_stopped(source: *const umem_source) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe { given(source, "source")?.side.running()?.stopped() })
 }
 
-/// Answers UMEM_EVENT_SAVE with the device state, `bytes` bytes that are copied; 0 if there is none.
-/// The destination's program gets it as it is.
+/// Answers UMEM_EVENT_SAVE with the device state: `bytes` bytes at `state`, which umem copies. 0
+/// bytes mean that there is none. The destination's program receives the state unchanged.
 ///
-/// UMEM_ERR_USAGE: that is not asked, or has been answered.
+/// UMEM_ERR_USAGE: the request is not open, or has been answered.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_saved(
     source: *const umem_source,
     state: *const c_void,
     bytes: usize,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed; `bytes` bytes lie at `state`, which nobody
-    // writes meanwhile.
+    // SAFETY: the handle is NULL or has not been destroyed; `bytes` bytes lie at `state` and do not
+    // change during the call.
     guard(|| unsafe {
         let state = list(state.cast::<u8>(), bytes, "state")?.to_vec();
         given(source, "source")?.side.running()?.saved(state)
     })
 }
 
-/// Says instead of an answer why what was asked for cannot be done. UMEM_EVENT_FAILED follows, with
-/// UMEM_ERR_HOST and this reason, which the other side hears of as well.
+/// Refuses the open request, with a reason. UMEM_EVENT_FAILED follows on both sides: here with
+/// UMEM_ERR_HOST and this reason; the other side's text has the reason too.
 ///
-/// UMEM_ERR_USAGE: nothing is asked.
+/// UMEM_ERR_USAGE: no request is open.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_refuse(
     source: *const umem_source,
@@ -321,14 +335,16 @@ pub unsafe extern "C" fn umem_source_refuse(
     guard(|| unsafe { given(source, "source")?.side.running()?.refuse(text(why, "why")?) })
 }
 
-/// How far it has come.
+/// Reports the progress. May be called at any time after the start.
+///
+/// UMEM_ERR_USAGE: the source has not been started.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_stats(
     source: *const umem_source,
     stats: *mut umem_stats,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed; `stats` is NULL or has room for one, and is
-    // only written.
+    // SAFETY: the handle is NULL or has not been destroyed; `stats` is NULL or has room for its
+    // type, and is only written.
     guard(|| unsafe {
         let now = given(source, "source")?.side.running()?.stats();
         room(stats, "stats")?.write(now.into());
@@ -336,8 +352,9 @@ pub unsafe extern "C" fn umem_source_stats(
     })
 }
 
-/// Gives up before the switchover: UMEM_EVENT_FAILED follows, with UMEM_ERR_CANCELLED. Has no effect
-/// after it, as the destination's guest needs its pages.
+/// Cancels the migration before the switchover: UMEM_EVENT_FAILED follows, with UMEM_ERR_CANCELLED.
+/// After the switchover this has no effect: the guest needs both sides until its last page has
+/// arrived.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_cancel(source: *const umem_source) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
@@ -347,20 +364,23 @@ pub unsafe extern "C" fn umem_source_cancel(source: *const umem_source) -> umem_
     })
 }
 
-/// Gives up the connections, and opens or takes none until the program says how: UMEM_EVENT_PAUSED
-/// follows. The guest runs on with what it has.
+/// Gives up the connections, and opens or accepts none until the program calls umem_source_resume
+/// or umem_source_reconnect. UMEM_EVENT_PAUSED follows. The guest runs on with the pages that it
+/// has.
 ///
-/// UMEM_ERR_USAGE: the switchover has not been, the migration has ended, or it does not recover.
+/// UMEM_ERR_USAGE: the call comes before the switchover or after the last event, or the migration does not
+/// recover.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_pause(source: *const umem_source) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe { given(source, "source")?.side.running()?.pause() })
 }
 
-/// Ends a pause: dials `uri` from now on until the end, or, if that is NULL, as before.
+/// Ends a pause. umem dials `uri` from now on until the end. If `uri` is NULL, umem connects as
+/// before the pause.
 ///
-/// UMEM_ERR_USAGE: `uri` is no address; the switchover has not been, the migration has ended, or it does
-/// not recover.
+/// UMEM_ERR_USAGE: `uri` is not an address; the call comes before the switchover or after the last event, or
+/// the migration does not recover.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_resume(
     source: *const umem_source,
@@ -376,21 +396,22 @@ pub unsafe extern "C" fn umem_source_resume(
     })
 }
 
-/// Goes on over `count` connected stream sockets, as many as there were at first, the first for demanded
-/// pages; those that there are it gives up, and it dials no more. The other
-/// side's program gives their other ends in the same order, now or later. With UMEM_OK they are umem's,
-/// which closes them; otherwise they stay the caller's. Works during a pause and without one.
+/// Continues over `count` connected stream sockets, as many as at the start, the first for demanded
+/// pages. umem gives up its old connections and no longer dials. The other side's program gives the
+/// other ends in the same order, possibly later. With UMEM_OK umem owns the sockets and closes
+/// them. Otherwise they stay the caller's. Works during a pause and without one.
 ///
-/// UMEM_ERR_USAGE: too few, too many, one twice, or one that is no connected stream socket; the
-/// switchover has not been, the migration has ended, or it does not recover.
+/// UMEM_ERR_USAGE: too few or too many sockets, a socket named twice, or a descriptor other than a
+/// connected stream socket; the call comes before the switchover or after the last event, or the migration
+/// does not recover.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_reconnect(
     source: *const umem_source,
     sockets: *const c_int,
     count: usize,
 ) -> umem_status {
-    // SAFETY: the handle is NULL or has not been destroyed; `count` numbers lie at `sockets`, and are
-    // the caller's to give away.
+    // SAFETY: the handle is NULL or has not been destroyed; `count` numbers lie at `sockets`, and the
+    // caller owns those descriptors.
     guard(|| unsafe {
         let numbers = list(sockets, count, "sockets")?;
         let running = given(source, "source")?.side.running()?;
@@ -398,12 +419,12 @@ pub unsafe extern "C" fn umem_source_reconnect(
     })
 }
 
-/// Ends the source, whatever it does at the moment, and frees the handle; NULL is allowed. Before the
-/// switchover the guest stays at this side. After it, and before UMEM_EVENT_COMPLETED, the
-/// destination's guest loses the pages that it still misses. May wait for about a second, while the
-/// other side is told; none of umem's threads is left then.
+/// Ends the source in any phase, and frees the handle. NULL is allowed. Before the switchover the
+/// guest stays at this side. Between the switchover and UMEM_EVENT_COMPLETED the destination's
+/// guest loses its missing pages. The call may take about a second to notify the other side. No
+/// thread of umem remains.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_destroy(source: *mut umem_source) {
-    // SAFETY: the handle is NULL or came from _new, and the caller uses it no more.
+    // SAFETY: the handle is NULL or came from _new, and the caller no longer uses it.
     unsafe { unmake(source) };
 }

@@ -1,4 +1,4 @@
-//! What the functions give and take.
+//! Arguments and results of the functions, and the last error of a thread.
 
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char, c_void};
@@ -9,111 +9,116 @@ use crate::embed::{Guest, Stats};
 use crate::error::{Error, Result};
 use crate::runtime::panics;
 
-/// What became of a call, or of a migration.
+/// The result of a call, or of a migration.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum umem_status {
-    /// It worked.
+    /// Success.
     UMEM_OK = 0,
-    /// The call is not one that can be made like this, or now.
+    /// The call is not allowed, now or with these arguments.
     UMEM_ERR_USAGE = 1,
-    /// The kernel refused something; the text has its reason.
+    /// A system call failed. The text has the kernel's reason.
     UMEM_ERR_SYSTEM = 2,
-    /// The memory, its file or this kernel cannot be used.
+    /// The memory, its file or this kernel is unsuitable.
     UMEM_ERR_UNSUPPORTED = 3,
     /// The guest's memory does not fit into the destination.
     UMEM_ERR_NO_MEMORY = 4,
-    /// The address cannot be listened at.
+    /// umem cannot listen on the address.
     UMEM_ERR_LISTEN = 5,
-    /// Nobody answers at the address.
+    /// No process answers at the address.
     UMEM_ERR_CONNECT = 6,
     /// A connection ended before the migration did.
     UMEM_ERR_LOST = 7,
-    /// The other side gave up; the text has its reason.
+    /// The other side ended the migration. The text has its reason.
     UMEM_ERR_PEER = 8,
-    /// The other side sent what the protocol does not allow.
+    /// The other side violated the protocol.
     UMEM_ERR_PROTOCOL = 9,
-    /// This side's program has refused what it was asked to do.
+    /// This side's program refused a request.
     UMEM_ERR_HOST = 10,
-    /// It was cancelled, or its handle destroyed.
+    /// The migration was cancelled, or its handle destroyed.
     UMEM_ERR_CANCELLED = 11,
-    /// umem has a bug.
+    /// umem has a bug. The text describes it.
     UMEM_ERR_INTERNAL = 12,
-    /// With checksums: the guest has moved, and its memory is not what the source has. Stop it, and start it
-    /// again from something older.
+    /// With checksums: the guest has moved, and its memory differs from the source's. Stop the
+    /// guest, and start it again from an older state.
     UMEM_ERR_DAMAGED = 13,
 }
 
-/// What an event is.
+/// The kind of an event.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum umem_event_kind {
-    /// There is none, or none in time.
+    /// No event, or no event within the timeout.
     UMEM_EVENT_NONE = 0,
     /// Both sides: every connection is open.
     UMEM_EVENT_CONNECTED = 1,
-    /// Source: stop every vCPU and all else that writes guest memory, then call umem_source_stopped. With
-    /// umem_source_precopy the last of what has been written is told in between.
+    /// Source: stop every vCPU and every other writer of guest memory. With umem_source_precopy,
+    /// report the last writes. Then call umem_source_stopped.
     UMEM_EVENT_STOP = 2,
-    /// Source: save the device state, if there is any, and give it to umem_source_saved.
+    /// Source: save the device state, if there is any, and pass it to umem_source_saved.
     UMEM_EVENT_SAVE = 3,
-    /// Destination: load the device state, which is in `data`, then call umem_destination_loaded.
-    /// Loading may touch guest memory, whose pages are fetched meanwhile.
+    /// Destination: load the device state in `data`, then call umem_destination_loaded. Loading may
+    /// touch guest memory: umem fetches the missing pages meanwhile.
     UMEM_EVENT_LOAD = 4,
     /// Destination: the guest belongs to this side. Start its vCPUs, then call
     /// umem_destination_running.
     UMEM_EVENT_RUN = 5,
-    /// Source: the guest runs at the destination; it stood still for `downtime_us`.
+    /// Source: the guest runs at the destination. `downtime_us` has the time that the guest stood
+    /// still.
     UMEM_EVENT_RUNNING = 6,
-    /// Both sides: every page has come. The last event; `text` is a report, one JSON object.
+    /// Both sides: every page has arrived. This is the last event. `text` is a report, one JSON
+    /// object.
     UMEM_EVENT_COMPLETED = 7,
-    /// Both sides: it did not work. The last event; `status` and `text` say why, `guest` whose the
-    /// guest is.
+    /// Both sides: the migration failed. This is the last event. `status` and `text` have the
+    /// reason, `guest` has the guest's owner.
     UMEM_EVENT_FAILED = 8,
-    /// Both sides: the connections are lost, or given up; `text` says what became of them. umem opens
-    /// others, or waits for the source to; the guest runs on with what it has.
+    /// Both sides: the connections are lost or given up. `text` has the reason. umem opens new
+    /// connections, or waits for the source to do so. The guest runs on with the pages that it has.
     UMEM_EVENT_RECOVERING = 9,
-    /// Both sides: the same, and umem opens none until the program says how: umem_source_reconnect or
-    /// umem_source_resume, umem_destination_reconnect or umem_destination_resume.
+    /// Both sides: as UMEM_EVENT_RECOVERING, but umem opens no connection until the program calls
+    /// umem_source_reconnect or umem_source_resume (source), umem_destination_reconnect or
+    /// umem_destination_resume (destination).
     UMEM_EVENT_PAUSED = 10,
-    /// Both sides: there are connections again; there were none for `disconnected_us`. Of this event and
-    /// the two before it the last is kept where nobody has taken the others.
+    /// Both sides: the connections are open again. There were none for `disconnected_us`. Of
+    /// consecutive untaken events of this kind and the previous two, umem keeps only the last.
     UMEM_EVENT_RESUMED = 11,
-    /// Source, where umem_source_log says that there is one: tell umem_source_written or
-    /// umem_source_written_bitmap what the guest has written since its log was read last, then call
-    /// umem_source_log_read. The guest runs on.
+    /// Source, with umem_source_log: report what the guest has written since its log was read last,
+    /// with umem_source_written or umem_source_written_bitmap. Then call umem_source_log_read. The
+    /// guest runs on.
     UMEM_EVENT_READ_LOG = 12,
 }
 
-/// Whose the guest is.
+/// The guest's owner.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum umem_guest {
-    /// The source's. After a failure a source that was asked to stop its guest lets it go on; a
-    /// destination throws away what it has, which no longer waits for anything and is worth nothing.
+    /// The source. After a failure, a source that was asked to stop its guest lets the guest
+    /// continue. A destination discards its copy of the guest: the memory no longer blocks a
+    /// thread, and its contents are invalid.
     UMEM_GUEST_AT_SOURCE = 0,
-    /// The destination's, or it may be: the source must never run it again. After a failure the guest
-    /// at the destination waits where pages are missing; see umem_destination_guest_has_stopped.
+    /// The destination, or possibly the destination: the source must never run the guest again.
+    /// After a failure, the guest at the destination waits where pages are missing; see
+    /// umem_destination_guest_has_stopped.
     UMEM_GUEST_AT_DESTINATION = 1,
 }
 
-/// What a program is asked or told.
+/// A request to the program, or a report.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct umem_event {
-    /// What it is; the fields after this are 0 or NULL where it does not say otherwise.
+    /// The kind. The fields below are 0 or NULL for every kind that they do not name.
     pub kind: umem_event_kind,
-    /// UMEM_EVENT_FAILED: why.
+    /// UMEM_EVENT_FAILED: the reason.
     pub status: umem_status,
-    /// Whose the guest is from here on.
+    /// Every kind: the guest's owner from here on.
     pub guest: umem_guest,
-    /// UMEM_EVENT_FAILED, UMEM_EVENT_RECOVERING, UMEM_EVENT_PAUSED: why, in one line;
-    /// UMEM_EVENT_COMPLETED: the report. Valid until the next event is taken from this handle, as is
-    /// `data`.
+    /// UMEM_EVENT_FAILED, UMEM_EVENT_RECOVERING, UMEM_EVENT_PAUSED: the reason, in one line.
+    /// UMEM_EVENT_COMPLETED: the report. umem owns the text. `text` and `data` are valid until the
+    /// next event is taken from this handle, or the handle is destroyed.
     pub text: *const c_char,
-    /// UMEM_EVENT_LOAD: the device state …
+    /// UMEM_EVENT_LOAD: the device state, which umem owns.
     pub data: *const c_void,
-    /// … and its size in bytes, which may be 0.
+    /// UMEM_EVENT_LOAD: the size of the device state, bytes; may be 0.
     pub data_bytes: usize,
     /// UMEM_EVENT_RUNNING: how long the guest stood still, microseconds.
     pub downtime_us: u64,
@@ -121,35 +126,35 @@ pub struct umem_event {
     pub disconnected_us: u64,
 }
 
-/// Bytes of a region.
+/// A range of a region.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct umem_range {
-    /// Where they begin in the region.
+    /// Its start in the region, bytes.
     pub offset: u64,
-    /// How many there are, which may be 0.
+    /// Its length, bytes; may be 0.
     pub bytes: u64,
 }
 
-/// How far a migration has come. All 0 before the connections are open.
+/// The progress of a migration. All fields are 0 until the connections are open.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct umem_stats {
     /// The guest's memory, bytes.
     pub total_bytes: u64,
-    /// What of it has not come yet, or at the source not gone, bytes.
+    /// Bytes that have not arrived (destination) or have not been sent (source).
     pub missing_bytes: u64,
-    /// What came as data, bytes.
+    /// Bytes that moved as data.
     pub data_bytes: u64,
-    /// What came as a header that says zeroes, bytes.
+    /// Bytes that moved as a zero header.
     pub zero_bytes: u64,
-    /// What came as a header that says that the source has nothing there, bytes.
+    /// Bytes that moved as a hole header: the source's file has nothing there.
     pub hole_bytes: u64,
-    /// Pages that somebody waited for.
+    /// Pages that moved because the guest waited for them.
     pub pages_demand: u64,
-    /// Pages that came unasked.
+    /// Pages that moved without a demand.
     pub pages_background: u64,
-    /// With checksums: what came to this side otherwise than it was sent, and was sent again.
+    /// With checksums: frames and pages that changed in transit to this side and were sent again.
     pub checksum_errors: u64,
 }
 
@@ -183,7 +188,7 @@ impl From<&Error> for umem_status {
             Error::Host(_) | Error::Ended(_) | Error::Preload(_) => umem_status::UMEM_ERR_HOST,
             Error::OutOfMemory(_) => umem_status::UMEM_ERR_NO_MEMORY,
             Error::Damaged { .. } => umem_status::UMEM_ERR_DAMAGED,
-            // Nothing behind this interface measures, or sends commands to another umem.
+            // No function of this interface measures, or sends commands to another umem.
             Error::Internal(_) | Error::Bench(_) | Error::Control(_) => {
                 umem_status::UMEM_ERR_INTERNAL
             }
@@ -230,21 +235,22 @@ thread_local! {
     static LAST_ERROR: RefCell<CString> = RefCell::default();
 }
 
-/// umem's version, such as "0.1.0". The text stays for ever.
+/// Returns umem's version, such as "0.1.0". The text is static: the caller does not free it.
 #[unsafe(no_mangle)]
 pub extern "C" fn umem_version() -> *const c_char {
     const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
     VERSION.as_ptr().cast()
 }
 
-/// What was wrong with the last call of this thread that failed, and what to do about it, in one line.
-/// Empty if none has. The text is valid until the next call of this thread that fails.
+/// Returns the reason of this thread's last failed call, and the remedy, in one line. The text is
+/// empty if no call of this thread has failed. umem owns the text; it is valid until this thread's
+/// next failed call.
 #[unsafe(no_mangle)]
 pub extern "C" fn umem_last_error() -> *const c_char {
     LAST_ERROR.try_with(|text| text.borrow().as_ptr()).unwrap_or(c"".as_ptr())
 }
 
-/// Makes a call whose errors become codes, and whose panics do.
+/// Makes a call; turns its error or panic into a status and this thread's last error.
 pub(super) fn guard(call: impl FnOnce() -> Result<()>) -> umem_status {
     let error = panics::inside(|| match catch_unwind(AssertUnwindSafe(call)) {
         Ok(Ok(())) => None,
@@ -253,12 +259,12 @@ pub(super) fn guard(call: impl FnOnce() -> Result<()>) -> umem_status {
     });
     let Some(error) = error else { return umem_status::UMEM_OK };
     let text = c_text(&error.to_string());
-    // Fails in a thread that is ending, where nobody asks.
+    // Fails only in a thread that is ending, and such a thread reads no error.
     let _ = LAST_ERROR.try_with(|last| last.replace(text));
     (&error).into()
 }
 
-/// Makes a handle; NULL where that fails.
+/// Makes a handle; NULL on failure.
 pub(super) fn make<T>(new: impl FnOnce() -> T) -> *mut T {
     panics::keep_quiet();
     let mut handle = std::ptr::null_mut();
@@ -269,10 +275,10 @@ pub(super) fn make<T>(new: impl FnOnce() -> T) -> *mut T {
     handle
 }
 
-/// Ends a handle; NULL has none.
+/// Destroys a handle; NULL has no effect.
 ///
 /// # Safety
-/// It came from [`make`], and nobody uses it any more.
+/// The handle came from [`make`] and has no other user.
 pub(super) unsafe fn unmake<T>(handle: *mut T) {
     if !handle.is_null() {
         guard(|| {
@@ -283,24 +289,24 @@ pub(super) unsafe fn unmake<T>(handle: *mut T) {
     }
 }
 
-/// What a pointer of the caller's points to.
+/// The value that the caller's pointer points to.
 ///
 /// # Safety
-/// Where it is not NULL it points to a `T`, for as long as the answer is used.
+/// The pointer is NULL, or points to a `T` for as long as the result is used.
 pub(super) unsafe fn given<'a, T>(pointer: *const T, what: &str) -> Result<&'a T> {
     // SAFETY: as the caller says.
     unsafe { pointer.as_ref() }.ok_or_else(|| Error::Usage(format!("{what} is NULL")))
 }
 
-/// Where the caller wants a `T`. Nothing has to be there, so it is only written.
+/// The caller's room for a `T`. It may be uninitialized, so it is only written.
 pub(super) fn room<T>(pointer: *mut T, what: &str) -> Result<NonNull<T>> {
     NonNull::new(pointer).ok_or_else(|| Error::Usage(format!("{what} is NULL")))
 }
 
-/// A text of the caller's.
+/// A text of the caller.
 ///
 /// # Safety
-/// Where it is not NULL it ends in a zero byte.
+/// The pointer is NULL, or its text ends in a zero byte.
 pub(super) unsafe fn text<'a>(pointer: *const c_char, what: &str) -> Result<&'a str> {
     if pointer.is_null() {
         return Err(Error::Usage(format!("{what} is NULL")));
@@ -310,10 +316,10 @@ pub(super) unsafe fn text<'a>(pointer: *const c_char, what: &str) -> Result<&'a 
     text.map_err(|_| Error::Usage(format!("{what} is not UTF-8")))
 }
 
-/// As many `T` as the caller says there are.
+/// An array of `count` `T` of the caller.
 ///
 /// # Safety
-/// Where `count` is not 0 and the pointer not NULL there are that many.
+/// The pointer is NULL, or points to `count` `T`.
 pub(super) unsafe fn list<'a, T>(pointer: *const T, count: usize, what: &str) -> Result<&'a [T]> {
     match (pointer.is_null(), count) {
         (_, 0) => Ok(&[]),
@@ -323,7 +329,7 @@ pub(super) unsafe fn list<'a, T>(pointer: *const T, count: usize, what: &str) ->
     }
 }
 
-/// For C; what comes after a zero byte, which no text of ours has, is left out.
+/// The text for C, cut at its first zero byte. No text of umem has one.
 pub(super) fn c_text(text: &str) -> CString {
     let end = text.find('\0').unwrap_or(text.len());
     CString::new(&text[..end]).unwrap_or_default()
@@ -334,12 +340,12 @@ mod tests {
     use super::*;
 
     fn last_error() -> String {
-        // SAFETY: it always points to a text.
+        // SAFETY: the pointer always points to a text.
         unsafe { CStr::from_ptr(umem_last_error()) }.to_str().unwrap().to_owned()
     }
 
     #[test]
-    fn a_panic_becomes_a_code_with_its_message() {
+    fn panic_becomes_an_internal_error_with_its_message() {
         panics::keep_quiet();
         let status = guard(|| panic!("two\nlines, {}", 1 + 1));
         assert_eq!(status, umem_status::UMEM_ERR_INTERNAL);
@@ -347,11 +353,11 @@ mod tests {
         assert!(text.contains("two lines, 2 at src/capi/types.rs"), "{text}");
         assert!(!text.contains('\n'), "{text}");
         assert_eq!(guard(|| Ok(())), umem_status::UMEM_OK);
-        assert_eq!(last_error(), text, "a call that works leaves it");
+        assert_eq!(last_error(), text, "a successful call keeps the last error");
     }
 
     #[test]
-    fn the_last_error_is_the_threads_own() {
+    fn last_error_belongs_to_the_calling_thread() {
         guard(|| Err(Error::Usage("ours".into())));
         std::thread::spawn(|| assert_eq!(last_error(), "")).join().unwrap();
         assert_eq!(last_error(), "ours");

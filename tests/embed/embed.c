@@ -1,8 +1,9 @@
 /*
  * A program that embeds both sides of umem, as a monitor would embed one of them: an event loop around
- * poll(), vCPUs that read and write guest memory while it comes, a device state that touches it.
+ * poll(), vCPUs that read and write guest memory during the migration, a device state whose loading
+ * touches guest memory.
  *
- *     embed SCENARIO SOCKET    prints "SCENARIO: ok", or what is wrong, with exit status 1
+ *     embed SCENARIO SOCKET    prints "SCENARIO: ok", or the failed check with exit status 1
  */
 #include <dirent.h>
 #include <errno.h>
@@ -31,7 +32,7 @@
 #define VCPUS 2ul
 #define ACCESSES (2 * PAGES)
 #define LANES 3
-/* Long after anything that is waited for should have happened. */
+/* A limit far beyond the duration of every wait. */
 #define DEADLINE_MS 60000
 
 #define CHECK(condition)                                                                           \
@@ -44,13 +45,13 @@
 static const char STATE[] = "registers, and where the rings are";
 
 static _Noreturn void fail(int line, const char *what) {
-    printf("line %d: not so: %s; umem says: %s; errno: %s\n", line, what, umem_last_error(),
+    printf("line %d: check failed: %s; last error of umem: %s; errno: %s\n", line, what, umem_last_error(),
            strerror(errno));
     fflush(stdout);
     _exit(1);
 }
 
-/* What a page holds: a quarter of them were never written, a quarter hold zeroes. */
+/* A word of a page. A quarter of the pages were never written, a quarter have zeroes. */
 static uint64_t word(uint64_t page, uint64_t index, uint64_t version) {
     if (version == 0 && page % 4 < 2)
         return 0;
@@ -63,7 +64,7 @@ static int memory_file(void) {
     return file;
 }
 
-/* The source's memory: its guest has been running for a while. */
+/* The source's memory, as a guest leaves it that has run for a while. */
 static int source_memory(void) {
     int file = memory_file();
     uint64_t content[WORDS];
@@ -122,7 +123,7 @@ static void check_page(struct guest *guest, uint64_t page) {
         CHECK(guest->memory[page * WORDS + index] == word(page, index, guest->version[page]));
 }
 
-/* Reads pages of its own at random, and writes a third of them anew. */
+/* Reads random pages that no other vCPU uses, and rewrites a third of them. */
 static void *run_vcpu(void *argument) {
     struct vcpu vcpu = *(struct vcpu *)argument;
     free(argument);
@@ -153,7 +154,7 @@ static void start_guest(struct guest *guest) {
     }
 }
 
-/* Waits for the vCPUs, then looks at every page. */
+/* Joins the vCPUs, then checks every page. */
 static void check_guest(struct guest *guest) {
     for (size_t index = 0; index < guest->started; index++)
         CHECK(pthread_join(guest->vcpus[index], NULL) == 0);
@@ -178,7 +179,7 @@ static bool is_registered(const volatile void *memory) {
     return found;
 }
 
-/* Threads of this process whose names begin with umem-; each must have blocked what a host handles. */
+/* The number of threads whose names begin with umem-; each must block the signals that a host handles. */
 static size_t umem_threads(void) {
     static const int handled[] = {SIGHUP, SIGINT, SIGUSR1, SIGPIPE, SIGALRM, SIGTERM, SIGCHLD};
     DIR *tasks = opendir("/proc/self/task");
@@ -206,11 +207,11 @@ static size_t umem_threads(void) {
     return count;
 }
 
-/* Pages that the source's guest writes while it moves, of each vCPU. */
+/* Pages of each vCPU that the source's guest writes during the migration. */
 #define HOT 300ul
 
-/* The source's guest, which runs until it is to stop. The writes of its first vCPU are told one by one, those of the
- * second are in a log such as KVM's. */
+/* The source's guest, which runs until it is told to stop. Writes of its first vCPU are reported one by one; writes of
+ * the second go into a log such as KVM's. */
 struct running {
     volatile uint64_t *memory;
     umem_source *source;
@@ -218,7 +219,7 @@ struct running {
     _Atomic uint64_t log[PAGES / 64];
     atomic_bool stops;
     pthread_t vcpus[VCPUS];
-    unsigned reads; /* of the log while it runs */
+    unsigned reads; /* of the log while the guest runs */
 };
 
 static void write_page(struct running *running, uint64_t page) {
@@ -258,7 +259,7 @@ static struct running *run_source(umem_source *source, int file) {
     return running;
 }
 
-/* What it has, which it forgets. */
+/* Reports the contents of the log, and clears the log. */
 static void read_log(struct running *running) {
     uint64_t words[PAGES / 64];
     for (size_t index = 0; index < PAGES / 64; index++)
@@ -270,27 +271,27 @@ static void stop_source(struct running *running) {
     atomic_store(&running->stops, true);
     for (size_t index = 0; index < VCPUS; index++)
         CHECK(pthread_join(running->vcpus[index], NULL) == 0);
-    /* The last of it: pages of holes, of zeroes and of data. */
+    /* The last writes: pages of holes, of zeroes and of data. */
     for (uint64_t page = PAGES - 8; page < PAGES; page++)
         write_page(running, page);
     read_log(running);
 }
 
-/* Both sides of one migration, and what has been seen of it. */
+/* Both sides of a migration, and the events so far. */
 struct migration {
-    struct running *running; /* the source's guest, where pages move while it runs */
+    struct running *running; /* the source's guest, with precopy */
     umem_source *source;
     umem_destination *destination;
     struct guest *guest;
     int source_file;
     pthread_t loader;
     bool is_loading;
-    bool cancels;        /* when the guest is to stop */
-    const char *refuses; /* to load the device state */
-    bool loses;          /* the source, when the guest is to run */
-    bool pauses;         /* when the guest is to run, and then goes on elsewhere */
+    bool cancels;        /* on UMEM_EVENT_STOP */
+    const char *refuses; /* reason on UMEM_EVENT_LOAD */
+    bool loses;          /* loses the source on UMEM_EVENT_RUN */
+    bool pauses;         /* on UMEM_EVENT_RUN; resumes at another address */
     bool dials;
-    bool checks; /* sums of everything */
+    bool checks; /* with checksums */
     unsigned seen_by_source, seen_by_destination;
     umem_status failed_source, failed_destination;
     umem_guest guest_of_source, guest_of_destination;
@@ -312,7 +313,7 @@ static void make_pairs(int *here, int *there, int lanes) {
     }
 }
 
-/* Both sides know that there are no connections: they get others. */
+/* Both sides have reported the loss: give them other connections. */
 static void reconnect(struct migration *migration) {
     int here[LANES], there[LANES];
     make_pairs(here, there, LANES);
@@ -324,7 +325,7 @@ static void reconnect(struct migration *migration) {
     OK(umem_destination_reconnect(migration->destination, there, LANES));
 }
 
-/* The destination listens at another address, and the source dials that. */
+/* The destination listens on another address, and the source dials that address. */
 static void go_elsewhere(struct migration *migration) {
     char before[256];
     snprintf(before, sizeof before, "%s", umem_destination_uri(migration->destination));
@@ -337,7 +338,7 @@ static void go_elsewhere(struct migration *migration) {
 
 #define PAUSED SEEN(UMEM_EVENT_PAUSED)
 
-/* Goes on once everybody who has to know knows that there are no connections. */
+/* Continues once both sides have reported the loss of the connections. */
 static void paused(struct migration *migration) {
     CHECK(migration->pauses);
     if (migration->dials)
@@ -346,7 +347,7 @@ static void paused(struct migration *migration) {
         reconnect(migration);
 }
 
-/* A device's state says where its rings are, and loading it reads there. */
+/* A device state has the addresses of the device's rings; loading the state reads the rings. */
 static void *load(void *argument) {
     struct migration *migration = argument;
     check_page(migration->guest, 2);
@@ -355,7 +356,7 @@ static void *load(void *argument) {
     return NULL;
 }
 
-/* What the report says of checksums. The wire is as it should be: both sides have come to the same. */
+/* Checks the report's checksum fields. The wire damages nothing, so the digests of both sides match. */
 static void check_sums(struct migration *migration, const char *report, const umem_stats *stats) {
     static const char DIGEST[] = "\"digest\":\"", PEER[] = "\"peer\":\"";
     CHECK(strstr(report, migration->checks ? "\"checksum\":true" : "\"checksum\":false"));
@@ -443,7 +444,7 @@ static void destination_event(struct migration *migration, const umem_event *eve
             migration->source = NULL;
             break;
         }
-        /* Hardly a page has come yet. */
+        /* Few pages have arrived yet. */
         if (migration->pauses)
             OK(umem_destination_pause(migration->destination));
         start_guest(migration->guest);
@@ -475,7 +476,7 @@ static void destination_event(struct migration *migration, const umem_event *eve
     }
 }
 
-/* The program's main loop, until both sides have come to their end. */
+/* The program's main loop, until both sides have had their last event. */
 static void run(struct migration *migration) {
     umem_event event;
     while (!(migration->seen_by_destination & ENDED) ||
@@ -509,10 +510,10 @@ static void finish(struct migration *migration) {
     free(migration);
 }
 
-/* Where the program reads its files, which is nobody else's affair. */
+/* The program's position in its file, which umem must not move. */
 #define POSITION 12345
 
-/* Both sides, not started, without a way between them. */
+/* Both sides, not started, without an address or connections. */
 static struct migration *new_migration(int source_file, int destination_file) {
     struct migration *migration = calloc(1, sizeof *migration);
     CHECK(migration);
@@ -553,7 +554,7 @@ static void listen_and_start(struct migration *migration, const char *uri) {
 
 #define OF_LINK (SEEN(UMEM_EVENT_RECOVERING) | PAUSED | SEEN(UMEM_EVENT_RESUMED))
 
-/* It runs to its end, and every word is right, what the guest has written meanwhile included. */
+/* Runs the migration to its end, and checks every word, with the guest's writes during the migration. */
 static void succeed(struct migration *migration) {
     run(migration);
     if (!(migration->seen_by_source & migration->seen_by_destination & SEEN(UMEM_EVENT_COMPLETED)))
@@ -597,7 +598,7 @@ static void anonymous(const char *socket) {
     close(file);
 }
 
-/* The program gives other connections in place of those that have gone. */
+/* The program replaces lost connections. */
 static void reconnected(const char *socket) {
     (void)socket;
     int file = source_memory();
@@ -614,7 +615,7 @@ static void reconnected(const char *socket) {
     close(file);
 }
 
-/* The destination is to be reached elsewhere from then on. */
+/* The destination is at another address from then on. */
 static void moved_elsewhere(const char *socket) {
     char uri[256];
     snprintf(uri, sizeof uri, "unix:%s", socket);
@@ -687,7 +688,7 @@ static void rounds(const char *socket) {
         free(running);
         close(file);
     }
-    /* In anonymous memory no page lands twice: the guest is not even stopped. */
+    /* In anonymous memory no page lands twice: the migration fails before the guest is stopped. */
     int file = source_memory();
     struct migration *migration = new_migration(file, -1);
     OK(umem_source_precopy(migration->source, 4, 0));
@@ -723,7 +724,7 @@ static void with_userfaultfd(const char *socket) {
     CHECK(ioctl(uffd, UFFDIO_REGISTER, &registration) == 0);
     listen_and_start(migration, "tcp:127.0.0.1:0");
     succeed(migration);
-    CHECK(!(fcntl(uffd, F_GETFL) & O_NONBLOCK)); /* as it was */
+    CHECK(!(fcntl(uffd, F_GETFL) & O_NONBLOCK)); /* unchanged */
     close(uffd);
     close(file);
 }
@@ -742,7 +743,7 @@ static void cancelled(const char *socket) {
     CHECK(migration->guest_of_destination == UMEM_GUEST_AT_SOURCE);
     CHECK(!is_registered(migration->guest->memory));
     finish(migration);
-    /* The guest has gone on, and moves another time. */
+    /* The guest continued, and moves again. */
     check_source(file);
     migration = new_migration(file, memory_file());
     connect_both(migration, LANES);
@@ -784,7 +785,7 @@ static void *read_word(void *argument) {
     return NULL;
 }
 
-/* A page that has come with the device state, and one that nobody has asked for. */
+/* A page that arrived with the device state, and a page without a demand. */
 #define CAME 2
 #define MISSING 1003
 
@@ -815,13 +816,13 @@ static void lost(const char *socket) {
         OK(umem_destination_wait(migration->destination, 0, &event));
         CHECK(event.kind == UMEM_EVENT_NONE);
         CHECK(is_registered(migration->guest->memory) && !atomic_load(&reader.is_done));
-        /* Only the program can say that nobody believes the memory any more. */
+        /* Only the program can state that the memory is no longer used. */
         OK(umem_destination_guest_has_stopped(migration->destination));
         CHECK(pthread_join(thread, NULL) == 0 && reader.value == 0);
         CHECK(!is_registered(migration->guest->memory));
         finish(migration);
     }
-    /* Without that they stay waited for, also without a handle. */
+    /* Without that statement missing pages stay blocked, also after the handle is destroyed. */
     struct migration *migration = lose_source(file, memory_file());
     umem_destination_destroy(migration->destination);
     migration->destination = NULL;
@@ -839,7 +840,7 @@ static void wrong(umem_status status, umem_status expected, const char *hint) {
     CHECK(strstr(umem_last_error(), hint) && !strchr(umem_last_error(), '\n'));
 }
 
-/* A peer may reset a connection at any moment: this is what umem hears when it looks the `resets_at`-th time. */
+/* A peer may reset a connection at any moment: umem's `resets_at`-th check finds the reset. */
 static int looks, resets_at;
 
 int getpeername(int socket, struct sockaddr *restrict address, socklen_t *restrict length) {
@@ -850,7 +851,7 @@ int getpeername(int socket, struct sockaddr *restrict address, socklen_t *restri
     return (int)syscall(SYS_getpeername, socket, address, length);
 }
 
-/* What fails leaves the sockets the program's: open, the same ones, and with their flags. */
+/* After a failed call the program still owns the sockets: open, unchanged, with their flags. */
 static void reset(const char *socket) {
     (void)socket;
     int failures = 0;
@@ -893,7 +894,7 @@ static void reset(const char *socket) {
 
 static void misused(const char *socket) {
     CHECK(strcmp(umem_last_error(), "") == 0 && strchr(umem_version(), '.'));
-    /* Whatever has been there: umem reads nothing of it. */
+    /* Uninitialized contents: umem reads none of them. */
     umem_event event;
     umem_stats stats;
     memset(&event, 0xa5, sizeof event);
@@ -906,7 +907,7 @@ static void misused(const char *socket) {
     wrong(umem_source_region(NULL, "ram0", full), UMEM_ERR_USAGE, "source is NULL");
     wrong(umem_source_region(source, NULL, full), UMEM_ERR_USAGE, "name is NULL");
     wrong(umem_source_region(source, "\xff", full), UMEM_ERR_USAGE, "UTF-8");
-    wrong(umem_source_region(source, "ram0", -1), UMEM_ERR_USAGE, "no descriptor");
+    wrong(umem_source_region(source, "ram0", -1), UMEM_ERR_USAGE, "not a descriptor");
     wrong(umem_source_region(source, "ram0", pair[0]), UMEM_ERR_UNSUPPORTED, "regular file");
     wrong(umem_source_dial(source, "localhost", 1), UMEM_ERR_USAGE, "tcp:HOST:PORT");
     wrong(umem_source_dial(source, "fd:0", 1), UMEM_ERR_USAGE, "one connection");
@@ -931,7 +932,7 @@ static void misused(const char *socket) {
     wrong(umem_source_log_read(source), UMEM_ERR_USAGE, "call start first");
     umem_source_destroy(source);
 
-    /* Pages that may come again do not come on the only connection. */
+    /* Passes need a connection beside the one for demanded pages. */
     int only[2];
     CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, only) == 0);
     source = umem_source_new();
