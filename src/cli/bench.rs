@@ -11,7 +11,7 @@ use crate::observe;
 use crate::programs::bench;
 use crate::transport::uri::Uri;
 
-/// Measure the throughput of a link for pages: a server here, a client there.
+/// Measure the throughput of a link for pages, between a server and a client.
 #[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand, name = "bench")]
 pub(super) struct Bench {
@@ -31,8 +31,8 @@ enum BenchCommand {
 #[argh(
     subcommand,
     name = "server",
-    note = "Everybody who reaches the port can make this machine receive or send pages, in up to \
-            3 GiB of its memory. An address of the network therefore needs --insecure: use it on \
+    note = "Every host that reaches the port can make this machine receive or send pages, in up to \
+            3 GiB of its memory. So an address of the network needs --insecure: use it only on \
             networks where you trust every host.",
     error_code(1, "With -1: the test failed; stderr says why. Else: interrupted in a test."),
     error_code(2, "The command line is wrong.")
@@ -41,24 +41,23 @@ struct BenchServer {
     /// the port to listen on, 0 for any (default 5202)
     #[argh(option, short = 'p', default = "bench::PORT")]
     port: u16,
-    /// give up a test in which nothing moves, or whose lanes are not open, for this many seconds
-    /// (default 60)
+    /// abort a test after this many seconds without progress or without all of its lanes (default 60)
     #[argh(option)]
     idle_timeout: Option<Seconds>,
     /// end after one test
     #[argh(switch, short = '1')]
     one_off: bool,
-    /// listen at an address of the network, where everybody can run tests
+    /// allow an address of the network, where every host can run tests
     #[argh(switch)]
     insecure: bool,
-    /// cores of the lanes, such as 2 or 2,3 (default: chosen)
+    /// cores of the lanes, such as 2 or 2,3 (default: umem chooses)
     #[argh(option, short = 'A', default = "CoreList::default()")]
     affinity: CoreList,
     /// print a JSON object for each test
     #[argh(switch, short = 'J')]
     json: bool,
-    /// address to listen at, tcp:HOST:PORT or unix:PATH (default: every IPv4 address, which needs
-    /// --insecure)
+    /// the address to listen on, tcp:HOST:PORT or unix:PATH (default: every IPv4 address, which
+    /// needs --insecure)
     #[argh(positional)]
     uri: Option<Uri>,
 }
@@ -68,7 +67,7 @@ struct BenchServer {
 #[argh(
     subcommand,
     name = "client",
-    note = "The pages land in fresh memory, by the code that migrations use. Sizes may end in K, M, G \
+    note = "The pages land in fresh memory, through the code that migrations use. Sizes may end in K, M, G \
             or T (powers of 1024). Ctrl-C ends the test with its report so far.",
     example = "Every second for 10 seconds:\n  {command_name} DESTINATION",
     example = "The network alone, with the figure for a script:\n  {command_name} --discard -J DESTINATION \
@@ -79,70 +78,70 @@ struct BenchServer {
     error_code(2, "The command line is wrong.")
 )]
 struct BenchClient {
-    /// the server's port if its address names none (default 5202)
+    /// the server's port, if the address has none (default 5202)
     #[argh(option, short = 'p', default = "bench::PORT")]
     port: u16,
-    /// seconds to run (default 10)
+    /// the duration of the test, seconds (default 10)
     #[argh(option, short = 't')]
     time: Option<f64>,
-    /// bytes to move, instead of a time
+    /// the bytes to move, instead of a duration
     #[argh(option, short = 'n')]
     bytes: Option<Size>,
-    /// seconds between reports, 0 for none (default 1)
+    /// the interval between reports, seconds; 0 for no reports (default 1)
     #[argh(option, short = 'i', default = "1.0")]
     interval: f64,
-    /// seconds at the beginning that do not count (default 0)
+    /// leave out the first seconds of the test (default 0)
     #[argh(option, short = 'O', default = "0.0")]
     omit: f64,
-    /// lanes, a connection and a thread each (default 1)
+    /// the number of lanes, each a connection and a thread (default 1)
     #[argh(option, short = 'P', default = "1")]
     parallel: u16,
-    /// the server sends
+    /// reverse the direction: the server sends
     #[argh(switch, short = 'R')]
     reverse: bool,
-    /// cores of the lanes, such as 2 or 2,3 (default: chosen; with --discard none)
+    /// cores of the lanes, such as 2 or 2,3 (default: umem chooses; none with --discard)
     #[argh(option, short = 'A', default = "CoreList::default()")]
     affinity: CoreList,
-    /// congestion control of the lanes (default cubic where it is allowed)
+    /// congestion control of the lanes (default: cubic if allowed)
     #[argh(option, short = 'C')]
     congestion: Option<String>,
     /// write a report with pictures to this file: a page for a browser, or the output of -J if the
-    /// name ends in .json
+    /// file's name ends in .json
     #[argh(option)]
     report: Option<PathBuf>,
-    /// print one JSON object, with iperf3's names
+    /// print one JSON object, with the field names of iperf3
     #[argh(switch, short = 'J')]
     json: bool,
-    /// both sides send, each over lanes of its own
+    /// send in both directions, over separate lanes
     #[argh(switch)]
     bidir: bool,
-    /// memory that pages land in: shared (the default) is a file that a guest would map; pages are
-    /// copied into anonymous memory
+    /// memory in which pages land: shared (the default) is a file, as a guest maps one; into
+    /// anonymous memory the pages are copied
     #[argh(option, default = "bench::MemoryKind::Shared")]
     kind: bench::MemoryKind,
-    /// 4K (the default) or 2M: pages of 2M are a tmpfs's, which needs root on both sides; for
-    /// anonymous memory they are the kernel's hugetlb pool's (vm.nr_hugepages), and a tmpfs's at
-    /// the sender
+    /// page size, 4K (the default) or 2M: pages of 2M come from a tmpfs, which needs root on both
+    /// sides; with anonymous memory the receiver takes them from the kernel's hugetlb pool
+    /// (vm.nr_hugepages)
     #[argh(option, default = "bench::PageKind::Small")]
     page_size: bench::PageKind,
-    /// pages that hold zeroes, percent (default 0)
+    /// share of pages of zeroes, percent (default 0)
     #[argh(option, default = "0")]
     zero_percent: u32,
-    /// faults a second during the stream, over a lane of their own: measures how long a guest's
+    /// page faults a second during the stream, over a separate lane: measures how long a guest's
     /// vCPU would wait beside this stream (default 0)
     #[argh(option, default = "0")]
     fault_rate: u32,
-    /// keep nothing of what arrives
+    /// discard the pages that arrive: measures the network alone
     #[argh(switch)]
     discard: bool,
-    /// bytes of memory that a pass fills before the next pass (default 512M, or less if less is
+    /// memory that a pass fills before the next pass, bytes (default 512M, or less if less is
     /// available)
     #[argh(option, default = "Size(bench::REGION_BYTES_MAX)")]
     pass_size: Size,
     /// compare every landed page with the sent one; costs time
     #[argh(switch)]
     verify: bool,
-    /// HOST, tcp:HOST:PORT or unix:PATH
+    /// the server's address: HOST, tcp:HOST:PORT or unix:PATH
     #[argh(positional)]
     server: String,
 }
@@ -159,10 +158,10 @@ impl Bench {
 /// The longest test, a day.
 const BENCH_SECONDS_MAX: f64 = 86_400.0;
 
-/// The longest that a test may leave out at its beginning: what has not settled by then will not.
+/// The longest start of a test to leave out: a stream that is unsteady after that stays unsteady.
 const BENCH_OMIT_SECONDS_MAX: f64 = 600.0;
 
-/// Reports more often than this would be what is measured.
+/// Shorter intervals would measure the cost of the reports.
 const BENCH_INTERVAL_SECONDS_MIN: f64 = 0.1;
 
 impl BenchServer {
@@ -181,7 +180,7 @@ impl BenchClient {
     fn run(self) -> Result<i32> {
         let usage = |text: String| Err(Error::Usage(text));
         if self.time.is_some() && self.bytes.is_some() {
-            return usage("-t and -n both say when to end: leave one of them out".into());
+            return usage("-t and -n both set the end of the test: leave one of them out".into());
         }
         let uri = bench_uri(&self.server, self.port)?;
         check_bench_uri(&uri)?;
@@ -206,7 +205,7 @@ impl BenchClient {
         }
         if self.fault_rate > 0 && self.bytes.is_some() {
             return usage(
-                "--fault-rate needs -t: the memory that its faults take depends on the time".into(),
+                "--fault-rate needs -t: the memory for its faults depends on the duration".into(),
             );
         }
         let faults = match self.fault_rate {
@@ -246,7 +245,7 @@ impl BenchClient {
     }
 }
 
-/// What a client was told: an address as umem writes them, or a host as iperf3 does.
+/// The server's address: a URI of umem, or a host as iperf3 takes it.
 fn bench_uri(text: &str, port: u16) -> Result<Uri> {
     if ["tcp:", "unix:", "fd:", "exec:"].iter().any(|form| text.starts_with(form)) {
         return text.parse().map_err(Error::Usage);
@@ -258,7 +257,7 @@ fn bench_uri(text: &str, port: u16) -> Result<Uri> {
 fn check_bench_uri(uri: &Uri) -> Result<()> {
     if uri.is_one_connection() {
         return Err(Error::Usage(format!(
-            "{uri} is one connection, and a test has several: use tcp: or unix:"
+            "{uri} is one connection, but a test needs several: use tcp: or unix:"
         )));
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! `umem control`: commands to an umem that runs
+//! `umem control`: commands to a running umem
 
 use std::path::PathBuf;
 
@@ -15,32 +15,36 @@ use crate::runtime::print;
 #[argh(
     subcommand,
     name = "control",
-    note = "status prints the state of the migration. set changes a limit, of the background after \
-            the switchover or of the passes while the guest runs; 0 is no limit. postcopy ends the \
-            passes of `umem migrate --precopy -p`, and switches over. cancel gives up before the switchover, and the guest goes on at the \
-            source; afterwards it is refused. pause gives up the connections after the \
-            switchover, and the guest goes on with the pages it has. resume opens the \
-            connections again, at another address if one is named: at the source the address to \
-            dial, at the destination the address to listen at. Any program can do the same: the \
-            socket takes and gives one JSON object a line, in the manner of QMP. Its \"execute\" \
-            is the command.",
+    note = "status prints the state of the migration. set changes a limit: of the background after \
+            the switchover, or of the passes while the guest runs; 0 removes the limit. postcopy \
+            ends the passes of `umem migrate --precopy -p` and switches over. cancel ends the \
+            migration before the switchover, and the guest continues at the source; after the \
+            switchover umem refuses it. pause gives up the connections after the switchover; the \
+            guest continues with the pages that it has. resume opens the connections again, at \
+            another address if the command has one: the source dials it, the destination listens \
+            on it. A program can send the same commands: the socket takes and returns one JSON \
+            object a line, as QMP does, and \"execute\" has the command.",
     example = "Start a migration with a control socket:\n  umem migrate -p --control /run/umem.sock --qmp \
                /run/qmp.sock tcp:DESTINATION:4444",
     example = "Show its state:\n  {command_name} /run/umem.sock status",
     example = "Leave room on the link for others:\n  {command_name} /run/umem.sock set \
                max-postcopy-bandwidth=100M",
     example = "Switch over to postcopy, however much is left:\n  {command_name} /run/umem.sock postcopy",
-    error_code(1, "No umem listens there, or the command was refused; stderr says why."),
+    error_code(
+        1,
+        "No umem listens on the socket, or umem refused the command; stderr has the reason."
+    ),
     error_code(2, "The command line is wrong.")
 )]
 pub(super) struct Control {
-    /// the socket
+    /// the control socket of the running umem
     #[argh(positional)]
     socket: PathBuf,
-    /// status, set, postcopy, cancel, pause or resume
+    /// the command: status, set, postcopy, cancel, pause or resume
     #[argh(positional)]
     command: String,
-    /// set: max-postcopy-bandwidth=BYTES or max-bandwidth=BYTES a second, such as 100M; resume: another URI
+    /// for set: max-postcopy-bandwidth=BYTES or max-bandwidth=BYTES a second, such as 100M; for
+    /// resume: another URI
     #[argh(positional)]
     setting: Vec<String>,
 }
@@ -55,7 +59,7 @@ impl Control {
             other if self.setting.is_empty() => json!({ "execute": other }),
             other => {
                 return Err(Error::Usage(format!(
-                    "{other} takes nothing after it; set and resume do"
+                    "{other} takes no argument; only set and resume take one"
                 )));
             }
         };
@@ -68,7 +72,7 @@ impl Control {
     }
 }
 
-/// `NAME=VALUE` as the socket takes them.
+/// `NAME=VALUE` in the form of the socket's arguments.
 fn settings(words: &[String]) -> Result<Value> {
     const NAMES: [&str; 2] = ["max-postcopy-bandwidth", "max-bandwidth"];
     let setting = match words {
@@ -78,7 +82,7 @@ fn settings(words: &[String]) -> Result<Value> {
     let Some((name, value)) = setting else {
         let [background, passes] = NAMES;
         return Err(Error::Usage(format!(
-            "write set {background}=BYTES or set {passes}=BYTES, a second, such as 100M"
+            "write set {background}=BYTES or set {passes}=BYTES (bytes a second, such as 100M)"
         )));
     };
     let size: Size = value.parse().map_err(Error::Usage)?;

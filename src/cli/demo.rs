@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::memory::kind::Kind;
 use crate::programs::demo;
 
-/// Move a guest of umem's own between processes on this machine, and check every page of it.
+/// Move a built-in guest between two processes on this machine, and check every page.
 #[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand, name = "demo")]
 pub(super) struct Demo {
@@ -19,60 +19,62 @@ pub(super) struct Demo {
     /// memory kind at the destination: shared (the default), private or anonymous
     #[argh(option, default = "Kind::Shared")]
     kind: Kind,
-    /// passed to umem incoming: 1 touches pages and releases their copies, 0 does not
+    /// pass this to umem incoming: 1 touches pages and releases their copies, 0 does neither
     #[argh(option)]
     postcopy_flags: Option<PostcopyFlags>,
-    /// parts of anonymous memory that have a userfaultfd each (default 1)
+    /// number of parts of anonymous memory, each with its own userfaultfd (default 1)
     #[argh(option, default = "1")]
     shards: usize,
-    /// anonymous memory of 2 MiB pages, from the kernel's hugetlb pool
+    /// use 2 MiB pages from the kernel's hugetlb pool for anonymous memory
     #[argh(switch)]
     huge: bool,
-    /// the guest discards pages during the move, like one with a balloon
+    /// have the guest discard pages during the move, as a balloon does
     #[argh(switch)]
     discard: bool,
-    /// accesses of the guest that write, percent (default 30)
+    /// share of the guest's accesses that write, percent (default 30)
     #[argh(option, default = "30")]
     write_percent: u32,
-    /// pages that hold zeroes, percent (default 10)
+    /// share of pages of zeroes, percent (default 10)
     #[argh(option, default = "10")]
     zero_percent: u32,
-    /// pages that were never written, percent (default 10)
+    /// share of pages that were never written, percent (default 10)
     #[argh(option, default = "10")]
     hole_percent: u32,
-    /// threads of the guest (default 2)
+    /// number of the guest's threads (default 2)
     #[argh(option, default = "2")]
     threads: usize,
-    /// bulk lanes (default 1)
+    /// number of bulk lanes (default 1)
     #[argh(option, default = "1")]
     lanes: u16,
-    /// send pages while the guest runs at the source, too, as `umem migrate --precopy -p` does
+    /// send pages also while the guest runs at the source, as `umem migrate --precopy -p` does
     #[argh(switch)]
     precopy: bool,
-    /// send all pages while the guest stands still, as `umem migrate --stop-first` does, to compare
+    /// send all pages while the guest stands still, as `umem migrate --stop-first` does, for
+    /// comparison
     #[argh(switch)]
     stop_first: bool,
-    /// check every page and message for bits that change on their way, and compare all memory at the end
+    /// check every page and message for bits that change in transit, and compare all memory at the
+    /// end
     #[argh(switch)]
     checksum: bool,
-    /// TLS between both sides: a directory with the certificates and keys of both, in QEMU's files;
-    /// the destination's certificate is for 127.0.0.1
+    /// use TLS: the directory has the certificates and keys of both sides, in files named as for
+    /// QEMU; the destination's certificate must be for 127.0.0.1
     #[argh(option)]
     tls_creds: Option<PathBuf>,
-    /// a file with a secret of 16 bytes or more, for both sides
+    /// use the secret in this file on both sides, 16 bytes or more
     #[argh(option)]
     secret_file: Option<PathBuf>,
-    /// limit of the background after the switchover, bytes a second such as 100M
+    /// limit the background after the switchover, bytes a second such as 100M
     #[argh(option)]
     max_postcopy_bandwidth: Option<Size>,
-    /// seed of the guest's memory (default: a new one each time, printed)
+    /// seed of the guest's memory (default: random, printed)
     #[argh(option)]
     seed: Option<u64>,
     /// write a report of both sides with pictures to this file: a page for a browser, or the
     /// figures if the name ends in .json
     #[argh(option)]
     report: Option<PathBuf>,
-    /// show no progress
+    /// do not show progress
     #[argh(switch, short = 'q')]
     quiet: bool,
     /// trace phases and threads on stderr; RUST_LOG selects the detail
@@ -92,7 +94,7 @@ impl Demo {
         }
         if !self.kind.needs_touch() && self.postcopy_flags.is_some_and(|flags| flags.0 != 0) {
             return Err(Error::Usage(
-                "--postcopy-flags 1 asks for touches, which private memory alone needs: add --kind \
+                "--postcopy-flags 1 touches pages, and only private memory needs that: add --kind \
                  private"
                     .into(),
             ));
@@ -111,8 +113,8 @@ impl Demo {
         }
         if max_postcopy_bandwidth.is_some() && self.stop_first {
             return Err(Error::Usage(
-                "--max-postcopy-bandwidth limits what is sent after the switchover: leave out \
-                 --stop-first"
+                "--max-postcopy-bandwidth limits pages after the switchover, and --stop-first sends all \
+                 of them before: leave out one"
                     .into(),
             ));
         }

@@ -1,4 +1,4 @@
-//! Commands and options in the documents are those of the command line.
+//! The commands and options in the documents exist.
 
 use std::path::{Path, PathBuf};
 
@@ -13,13 +13,13 @@ struct Document {
 }
 
 impl Document {
-    /// Whether it is README.md or a page of the guide, which speak to users alone.
+    /// Whether the document is README.md or a page of the guide: those are for users.
     fn is_guide(&self) -> bool {
         self.path == Path::new("README.md") || self.path.parent() == Some(Path::new("docs"))
     }
 }
 
-/// All that describe umem as it is. The changelog describes umem as it was.
+/// The documents that describe umem as it is. The changelog describes umem as it was.
 fn documents() -> Vec<Document> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut documents = Vec::new();
@@ -39,18 +39,18 @@ fn documents() -> Vec<Document> {
     documents
 }
 
-/// Options in the text that are other programs'.
+/// Options in the text that belong to other programs.
 const FOREIGN: [&str; 3] = ["--locked", "--output", "--release"];
 
-/// Whatever stands in a block of code can be typed.
+/// The user can type every command of a code block.
 #[test]
-fn every_command_in_a_block_of_code_is_taken() {
+fn command_line_accepts_every_command_in_a_code_block() {
     let mut count = 0;
     for Document { path, text } in documents() {
         for line in code_lines(&text) {
             for words in commands(&line) {
                 let parsed = Arguments::from_args(&["umem"], &words);
-                // Help is a way to end early, too.
+                // Help ends early without an error.
                 if let Err(exit) = parsed
                     && exit.status.is_err()
                 {
@@ -64,9 +64,9 @@ fn every_command_in_a_block_of_code_is_taken() {
     assert!(count > 12, "only {count} commands were found");
 }
 
-/// Inside a sentence a command may be in part: what is there has to be right.
+/// A command in a sentence may be incomplete; its words must be right.
 #[test]
-fn every_command_in_a_sentence_has_its_options() {
+fn command_line_has_every_option_of_a_command_in_a_sentence() {
     let umem = Arguments::get_args_info();
     let mut count = 0;
     for Document { path, text } in documents() {
@@ -81,9 +81,9 @@ fn every_command_in_a_sentence_has_its_options() {
     assert!(count > 40, "only {count} commands were found");
 }
 
-/// An option that stands by itself is one of some command.
+/// An option without its command belongs to some command.
 #[test]
-fn every_option_in_a_sentence_of_the_guide_exists() {
+fn some_command_has_every_option_that_the_guide_names_alone() {
     let umem = Arguments::get_args_info();
     let mut count = 0;
     for Document { path, text } in documents().iter().filter(|document| document.is_guide()) {
@@ -101,7 +101,7 @@ fn every_option_in_a_sentence_of_the_guide_exists() {
     assert!(count > 60, "only {count} options were found");
 }
 
-/// Lines of the blocks that are indented, those that go on with a backslash joined; not of drawings.
+/// The lines of the indented blocks, except drawings. Lines that a backslash continues are joined.
 fn code_lines(text: &str) -> Vec<String> {
     let is_code = |paragraph: &&str| paragraph.starts_with("    ");
     let is_drawing = |block: &&str| block.contains("--- ") || block.contains("--+");
@@ -110,14 +110,14 @@ fn code_lines(text: &str) -> Vec<String> {
     joined.flat_map(|block| block.lines().map(str::to_owned).collect::<Vec<_>>()).collect()
 }
 
-/// What stands between backticks in the text beside the blocks, lines joined.
+/// The spans between backticks, outside of the indented blocks.
 fn spans(text: &str) -> impl Iterator<Item = &str> {
     text.split("\n\n")
         .filter(|paragraph| !paragraph.starts_with("    "))
         .flat_map(|paragraph| paragraph.split('`').skip(1).step_by(2))
 }
 
-/// The words behind `umem` in each command of a line. What is left out (`…`) is left out.
+/// The words after `umem` in each command of a line, without `…`.
 fn commands(line: &str) -> Vec<Vec<&str>> {
     let simple = line.split(['|', ';', '&', '(', ')']).map(str::trim);
     let umem = simple.filter_map(|command| {
@@ -128,7 +128,7 @@ fn commands(line: &str) -> Vec<Vec<&str>> {
         .collect()
 }
 
-/// What is wrong with the words of a command that may end early.
+/// Checks the words of a possibly incomplete command; the error names the wrong word.
 fn check(umem: &CommandInfoWithArgs, words: &[&str]) -> Result<(), String> {
     let mut command = umem;
     for word in words.iter().take_while(|&&word| word != "--") {
@@ -144,7 +144,7 @@ fn check(umem: &CommandInfoWithArgs, words: &[&str]) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether an option is one of this command's own.
+/// Whether this command, without its subcommands, has the option.
 fn takes(command: &CommandInfoWithArgs, option: &str) -> bool {
     let is_short = |short: Option<char>| {
         let mut rest = option.chars().skip(1);
@@ -155,7 +155,7 @@ fn takes(command: &CommandInfoWithArgs, option: &str) -> bool {
         || command.flags.iter().any(|flag| flag.long == option || is_short(flag.short))
 }
 
-/// Whether an option is this command's, or one's of its subcommands.
+/// Whether this command or one of its subcommands has the option.
 fn has(command: &CommandInfoWithArgs, option: &str) -> bool {
     takes(command, option) || command.commands.iter().any(|sub| has(&sub.command, option))
 }

@@ -10,50 +10,50 @@ use crate::host::command::RamPath;
 use crate::host::guest::Memory;
 use crate::memory::kind::Kind;
 
-/// The demo's guest: fills memory, reads and writes it, checks every word. Started by `umem demo`.
+/// Run the demo's guest: fill memory, read and write it, check every word. `umem demo` starts it.
 #[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand, name = "guest")]
 pub(super) struct Guest {
-    /// make this socket for its monitor
+    /// create this socket as the guest's QMP socket
     #[argh(option)]
     qmp: PathBuf,
-    /// its RAM, NAME=PATH; NAME alone for anonymous memory
+    /// the guest's RAM, NAME=PATH; NAME alone for anonymous memory
     #[argh(option)]
     ram: String,
-    /// size of its RAM, MiB
+    /// size of the guest's RAM, MiB
     #[argh(option)]
     size: u64,
     /// wait for a guest to arrive
     #[argh(switch)]
     incoming: bool,
-    /// memory kind of a guest that waits: shared (the default), private or anonymous
+    /// memory kind, with --incoming: shared (the default), private or anonymous
     #[argh(option, default = "Kind::Shared")]
     kind: Kind,
-    /// the socket on which umem incoming takes anonymous memory over
+    /// the socket on which umem incoming takes over anonymous memory
     #[argh(option)]
     handoff: Option<PathBuf>,
-    /// parts of anonymous memory that have a userfaultfd each (default 1)
+    /// number of parts of anonymous memory, each with its own userfaultfd (default 1)
     #[argh(option, default = "1")]
     shards: usize,
-    /// anonymous memory of 2 MiB pages, from the kernel's hugetlb pool
+    /// use 2 MiB pages from the kernel's hugetlb pool for anonymous memory
     #[argh(switch)]
     huge: bool,
-    /// a guest that has arrived discards pages too, like one with a balloon
+    /// discard pages after the arrival, as a balloon does
     #[argh(switch)]
     discard: bool,
-    /// threads that access memory (default 2)
+    /// number of threads that access memory (default 2)
     #[argh(option, default = "2")]
     threads: usize,
-    /// accesses that write, percent (default 30)
+    /// share of accesses that write, percent (default 30)
     #[argh(option, default = "30")]
     write_percent: u32,
-    /// pages that hold zeroes, percent (default 10)
+    /// share of pages of zeroes, percent (default 10)
     #[argh(option, default = "10")]
     zero_percent: u32,
-    /// pages that are never written, percent (default 10)
+    /// share of pages that are never written, percent (default 10)
     #[argh(option, default = "10")]
     hole_percent: u32,
-    /// seed of its memory (default 1)
+    /// seed of the guest's memory (default 1)
     #[argh(option, default = "1")]
     seed: u64,
 }
@@ -76,11 +76,13 @@ impl Guest {
         Ok(0)
     }
 
-    /// What its RAM is, if the options that say so agree.
+    /// The guest's RAM; an error if the options contradict each other.
     fn memory(&self) -> Result<Memory> {
         let usage = |text: &str| Err(Error::Usage(text.into()));
         if !self.incoming && (self.kind != Kind::default() || self.discard) {
-            return usage("--kind and --discard are for a guest that waits: add --incoming");
+            return usage(
+                "--kind and --discard apply to a guest that waits for a move: add --incoming",
+            );
         }
         if self.kind.lands_in_file() {
             if self.handoff.is_some() || self.huge || self.shards != 1 {
@@ -98,7 +100,7 @@ impl Guest {
             });
         }
         let Some(handoff) = self.handoff.clone() else {
-            return usage("anonymous memory has to be handed over: add --handoff SOCKET");
+            return usage("anonymous memory must be handed over to umem: add --handoff SOCKET");
         };
         if self.ram.contains('=') {
             return usage("anonymous memory has no file: write --ram NAME");

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::programs::install;
 use crate::runtime::print;
 
-/// Print a page of the manual in roff.
+/// Print a page of the manual, in roff.
 #[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
@@ -25,7 +25,10 @@ impl Man {
         let umem = Arguments::get_args_info();
         let Some(page) = install::manual::page(&umem, self.command.as_deref()) else {
             let names: Vec<&str> = umem.commands.iter().map(|sub| sub.name).collect();
-            return Err(Error::Usage(format!("the commands are {}", names.join(", "))));
+            return Err(Error::Usage(format!(
+                "no such command: write one of {}",
+                names.join(", ")
+            )));
         };
         print::out(&page);
         Ok(0)

@@ -1,5 +1,5 @@
-//! The command line. Each subcommand's options, in a file of its own, become the options of the module
-//! that runs it.
+//! The command line. Each subcommand has a file: the file parses the subcommand's options and passes them to the
+//! module that runs it.
 
 mod bench;
 mod control;
@@ -54,12 +54,12 @@ enum Command {
 }
 
 impl Command {
-    /// What is on stdout is not what it is for, unless `--json` asks for that.
+    /// Whether the command's purpose is a move, and its stdout only a report (without `--json`).
     fn moves_guest(&self) -> bool {
         matches!(self, Command::Demo(_) | Command::Incoming(_) | Command::Migrate(_))
     }
 
-    /// It decides itself what becomes of a signal.
+    /// Whether the command handles signals itself.
     fn reads_signals(&self) -> bool {
         matches!(
             self,
@@ -73,8 +73,8 @@ impl Command {
 #[argh(subcommand, name = "version")]
 struct Version {}
 
-/// Looks whether there is a standard output at all. To be called before the standard library begins, which puts
-/// /dev/null where there is none: a report that goes there would seem to be written.
+/// Checks whether the process has a standard output. Must be called before the standard library starts: the library
+/// opens /dev/null in place of a missing one, and a report would seem to be written.
 pub fn before_main() {
     print::look_at_stdout();
 }
@@ -87,7 +87,7 @@ pub fn main() -> i32 {
     if let Some(word) = not_utf8(&given) {
         let word = word.display();
         print::err_line(&format!(
-            "umem: {word} is not UTF-8, which only --ram and COMMAND need not be: rename it"
+            "umem: {word} is not UTF-8; only --ram and COMMAND may have other bytes: rename it"
         ));
         return finish(2, false, false);
     }
@@ -95,14 +95,14 @@ pub fn main() -> i32 {
     let words: Vec<&str> = strings.iter().map(String::as_str).collect();
     let json = words.contains(&"--json");
     let (name, rest) = words.split_first().map_or(("umem", &[][..]), |(_, rest)| ("umem", rest));
-    // As other programs have it.
+    // A common spelling of `version`.
     let rest = if rest == ["--version"] { &["version"][..] } else { rest };
     let arguments = match Arguments::from_args(&[name], rest) {
         Ok(arguments) => arguments,
         Err(exit) => return finish(early_exit(&exit), true, false),
     };
     let command = arguments.command;
-    // The others end as any program does.
+    // The other commands keep the default action of every signal.
     let (moves_guest, reads_signals) = (command.moves_guest(), command.reads_signals());
     let blocked = if reads_signals { crate::runtime::inbox::block_signals() } else { Ok(()) };
     let result = blocked.and_then(|()| run(command));
@@ -116,8 +116,8 @@ pub fn main() -> i32 {
     finish(status, json || !moves_guest, reads_signals)
 }
 
-/// Waits until everything is printed. Whoever has asked for what is on stdout, and does not get it, is told so by
-/// the exit status; a guest's move has been carried through all the same.
+/// Waits until everything is printed. If lost output was the command's purpose, the exit status is 1. A move of a guest
+/// has been completed nevertheless.
 fn finish(status: i32, is_for_stdout: bool, reads_signals: bool) -> i32 {
     let inbox = if reads_signals { Inbox::<()>::new().ok() } else { None };
     let lost = print::finish(|limit| match &inbox {
@@ -128,10 +128,8 @@ fn finish(status: i32, is_for_stdout: bool, reads_signals: bool) -> i32 {
         }
     });
     let Some(why) = lost.filter(|_| is_for_stdout) else { return status };
-    print::err_line(&format!(
-        "umem: not everything that was meant for the standard output has been written: {why}"
-    ));
-    // Not for ever: nobody may read this stream either.
+    print::err_line(&format!("umem: the standard output is incomplete: {why}"));
+    // With a limit: this stream may have no reader either.
     print::finish(|limit| {
         std::thread::sleep(limit);
         true
@@ -139,8 +137,8 @@ fn finish(status: i32, is_for_stdout: bool, reads_signals: bool) -> i32 {
     if status == 0 { 1 } else { status }
 }
 
-/// An argument that is not UTF-8 where that would be lost on the way: what takes a RAM file or a command
-/// [decodes](os_text::decode) it.
+/// The first argument that is not UTF-8 and must be. Arguments for RAM files and commands are
+/// [decoded](os_text::decode) later.
 fn not_utf8(words: &[OsString]) -> Option<&OsString> {
     let command = words.iter().position(|word| word == "--").unwrap_or(words.len());
     let options = &words[..command];
@@ -149,7 +147,7 @@ fn not_utf8(words: &[OsString]) -> Option<&OsString> {
     Some(&options[at])
 }
 
-/// Help on stdout; a wrong command line is one line on stderr that says where help is.
+/// Prints help on stdout. Prints the error of a wrong command line as one line on stderr, with the command for help.
 fn early_exit(exit: &argh::EarlyExit) -> i32 {
     if exit.status.is_ok() {
         print::out_line(&exit.output);
@@ -158,7 +156,7 @@ fn early_exit(exit: &argh::EarlyExit) -> i32 {
     let lines: Vec<&str> =
         exit.output.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let text = lines.join(" ");
-    print::err_line(&format!("umem: {text} (`umem --help` and `umem COMMAND --help` explain)"));
+    print::err_line(&format!("umem: {text} (for help: `umem --help`, `umem COMMAND --help`)"));
     2
 }
 

@@ -1,4 +1,4 @@
-//! What options take, and what several subcommands check alike
+//! Values of options, and checks that several subcommands share
 
 use crate::error::{Error, Result};
 use crate::transport::uri::Uri;
@@ -64,9 +64,7 @@ impl std::str::FromStr for CoreList {
         let cores: std::result::Result<Vec<usize>, _> = text.split(',').map(str::parse).collect();
         let cores = cores.map_err(|_| format!("write core numbers such as 0,2,3, not {text:?}"))?;
         match cores.iter().find(|core| !available.contains(core)) {
-            Some(core) => {
-                Err(format!("core {core} is not one of those umem may use: {available:?}"))
-            }
+            Some(core) => Err(format!("umem may not use core {core}; write some of {available:?}")),
             None => Ok(CoreList(cores)),
         }
     }
@@ -76,7 +74,7 @@ pub(super) fn check_percent(name: &str, percent: u32) -> Result<()> {
     if percent <= 100 {
         return Ok(());
     }
-    Err(Error::Usage(format!("--{name} is a share of 100, not {percent}")))
+    Err(Error::Usage(format!("--{name} is 0 to 100 percent, not {percent}")))
 }
 
 pub(super) fn check_lanes(lanes: u16) -> Result<()> {
@@ -86,12 +84,11 @@ pub(super) fn check_lanes(lanes: u16) -> Result<()> {
     Err(Error::Usage(format!("--lanes is 1 to {}, not {lanes}", umem_wire::limits::LANES_MAX)))
 }
 
-/// The number of bulk lanes: what was asked for, or the default; none on a single connection.
+/// The number of bulk lanes: the given number, or the default; 0 on a single connection.
 pub(super) fn lanes_to(uri: &Uri, asked: Option<u16>, default: u16) -> Result<u16> {
     match asked {
         Some(_) if uri.is_one_connection() => Err(Error::Usage(format!(
-            "--lanes: {uri} is one connection, which all pages share; leave it out, or use tcp: or \
-             unix:"
+            "--lanes: {uri} is one connection for all pages; leave out --lanes, or use tcp: or unix:"
         ))),
         None if uri.is_one_connection() => Ok(0),
         asked => several_lanes(asked, default),

@@ -80,7 +80,7 @@ impl Test {
             return Err(format!("-n is 1 byte to {} TiB, not {bytes} bytes", TEST_BYTES_MAX >> 40));
         }
         if self.zero_percent > 100 {
-            return Err(format!("--zero-percent is a share of 100, not {}", self.zero_percent));
+            return Err(format!("--zero-percent is 0 to 100 percent, not {}", self.zero_percent));
         }
         if self.bidir && self.reverse {
             return Err("-R and --bidir: with --bidir both send already; leave out -R".into());
