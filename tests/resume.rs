@@ -295,7 +295,7 @@ fn takeover_refuses_sessions_that_cannot_continue() {
     assert!(error.contains("no such file"), "{error}");
     std::fs::copy(&aside, &ram).unwrap();
     let error = moving.resume("migrate").fails();
-    assert!(error.contains("has been replaced"), "{error}");
+    assert!(error.contains("was replaced"), "{error}");
     std::fs::rename(&aside, &ram).unwrap();
     moving.migrate = moving.resume("migrate");
     moving.complete();

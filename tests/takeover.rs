@@ -180,7 +180,7 @@ fn session_in_use_is_not_abandoned() {
     let mut moving = Move::switched(SMALL);
     moving.kill_only(Side::Source);
     let error = moving.resume_with("migrate", &["--abandon"]).fails();
-    assert!(error.contains("nothing is abandoned: the destination at"), "{error}");
+    assert!(error.contains("the session is not abandoned: the destination at"), "{error}");
     // Nor while another process listens there.
     let port = moving.cutter.uri().to_owned();
     assert!(error.contains(&port), "{error}");

@@ -121,7 +121,7 @@ impl Persistence {
 impl Migration<'_> {
     /// Writes the session's progress to its file, if there is one.
     pub(in crate::destination) fn write(&self, what: Record) -> Result<()> {
-        // First, as the session file may not take it.
+        // Before the session file, whose write may fail.
         self.guest.note_standing(&what);
         self.edit(|record| {
             record.state = what.state();
@@ -140,7 +140,7 @@ impl Migration<'_> {
         })
     }
 
-    /// The source finds this side at another address from now on.
+    /// Records this side's new address.
     pub(in crate::destination) fn write_address(&self, uri: &str) -> Result<()> {
         self.edit(|record| record.uri = Some(uri.to_owned()))
     }
@@ -149,7 +149,7 @@ impl Migration<'_> {
         self.keeper.as_ref().map_or(Ok(()), |keeper| keeper.edit(change))
     }
 
-    /// No takeover is needed any more.
+    /// Removes the session's files: no takeover is needed any more.
     pub(in crate::destination) fn forget_session(&self) {
         self.keeper.iter().for_each(SessionFile::remove);
     }

@@ -1,21 +1,20 @@
-//! Should this process be killed: what it leaves behind, and how another one goes on.
+//! Takeover of a session whose destination process was killed: the state that the process leaves, and the continuation.
 //!
-//! From *loaded* on the source may give its guest up, so from then on the guest's side has been told to
-//! wait for whoever takes over (`keep`), and has been given what that one needs (`session`): the state of
-//! every page, a socket to be reached at, our end of the monitor's. What else there is to know lies in the
-//! session file, which is written before what it speaks of is done: before *loaded* is said, before the
-//! guest is let run, before it is said to run. A process that is killed in between leaves the earlier
-//! state, and the source says the rest: it sends a switchover again that has not come.
+//! From *loaded* on the source may give its guest up. So before that the guest's process is told to wait for a takeover
+//! (`keep`), and gets the objects that a takeover needs (`session`): the state of every page, a socket to be reached
+//! at, and umem's end of the monitor's socket. The session file has the rest. It is written before each step: before
+//! *loaded* is sent, before the guest is let run, before *running* is sent. If a process is killed in between, the file
+//! has the earlier state, and the source supplies the rest: it sends a switchover again that did not arrive.
 //!
-//! Whoever takes over goes on as after the loss of all lanes ([`link`](crate::destination::link)), with these
-//! steps before: pages that were landing are missing again, events that were read and not carried out are,
-//! what is complete leaves its userfaultfd, and all who wait are woken, so that they fault again. Which
-//! moments a process can be killed at, and why each is safe, is in [`words`](crate::memory::words).
+//! The new process continues as after the loss of all lanes ([`link`](crate::destination::link)), after these steps:
+//! pages that were landing become missing again; events that were read but not carried out are carried out; complete
+//! blocks leave their userfaultfd; all waiting threads are woken, so that they fault again. [`words`](crate::memory::words)
+//! lists the moments at which a process can be killed, and why each is safe.
 //!
-//! Epochs begin anew at the lowest: lanes of the dead process went with it, and so did its listener with
-//! whoever waited there. The source's next attempt is later than all of its own before.
+//! Epochs start again at the lowest number: the lanes and the listener of the dead process are gone, with every waiting
+//! connection. The source's next attempt is later than all of its earlier ones.
 //!
-//! The new process is not the monitor's parent. It sees its end, and not how it ended.
+//! The new process is not the monitor's parent. It sees that the monitor ends, but not its exit status.
 
 use crate::runtime::hex;
 use std::io::ErrorKind;
@@ -62,25 +61,25 @@ use crate::transport::lane::Listener;
 use crate::transport::secure::{ServerAuth, WayIn};
 use crate::transport::uri::Uri;
 
-/// How long the guest's side may take to hand over again. It does nothing else.
+/// How long the guest's process may take to hand over again; it does nothing else meanwhile.
 const HANDOFF_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long an address may still be in use, and how often it is tried.
+/// How long an address may stay in use, and the interval between attempts.
 const ADDRESS_PATIENCE: Duration = Duration::from_secs(10);
 const ADDRESS_INTERVAL: Duration = Duration::from_millis(20);
 
-/// How long a source is waited for that has to hear of a guest's end, or that it is complete.
+/// How long this process waits for a source that must learn of the guest's end or completion.
 const FAREWELL_PATIENCE: Duration = Duration::from_secs(30);
 
-/// What an interrupt means that comes early.
+/// The consequence of an early interrupt.
 const WAITS: &str = "the guest waits for another --resume";
 
-/// Goes on with a session whose process is gone, until the guest has all of its memory. It is no child of
-/// ours: nobody waits for its end, and the value is 0.
+/// Continues a session whose process is gone, until the guest has all of its memory. The exit status is 0: the guest's
+/// process is not a child of this one, so its exit status is unknown.
 ///
 /// # Errors
-/// No such session, or one that is served by a process which lives; a guest that has ended meanwhile; all
-/// that ends a migration after its switchover.
+/// No such session; a session that a running process serves; a guest that has ended; every error that ends a migration
+/// after its switchover.
 pub fn run(options: &ResumeOptions) -> Result<i32> {
     let output = Output::new(options.json);
     let (keeper, record) = options.take_over::<DestinationRecord>()?;
@@ -90,12 +89,12 @@ pub fn run(options: &ResumeOptions) -> Result<i32> {
     let guard = Arc::new(guard);
     let taken = Taken { keeper, record, guard, output };
     let result = taken.run(options, &inbox).map_err(|error| taken.guard.explain(error));
-    // What lanes have sent leaves first.
+    // Dropping waits until data of the lanes has been sent.
     drop(taken);
     result.map(|()| 0)
 }
 
-/// A session that is this process's now.
+/// A session that this process has taken over.
 struct Taken {
     keeper: SessionFile<DestinationRecord>,
     record: DestinationRecord,
@@ -103,7 +102,7 @@ struct Taken {
     output: Output,
 }
 
-/// A guest that waits, and what its side has kept.
+/// A waiting guest, and the objects that its process kept.
 struct Guest {
     side: GuestSide,
     handed: Vec<Handed>,
@@ -128,7 +127,7 @@ impl Taken {
         self.output.tell(&Event::Undone { session: self.keeper.session(), how });
     }
 
-    /// Looks for the guest, and has everything handed over again.
+    /// Finds the guest, and has its process hand everything over again.
     fn find(&self, inbox: &Inbox<Note>) -> Result<Found<Guest>> {
         let guest = &self.record.guest;
         let path = self.keeper.file(GUEST_SOCKET);
@@ -144,7 +143,7 @@ impl Taken {
             Err(error) => return Err(error).context(|| format!("the guest at {}", path.display())),
         };
         let created = guest.created.clone();
-        // It is the process that is meant if it is that now: the handle does not go over to another one.
+        // Checked after the handle was opened: a handle never passes to another process of the same number.
         let monitor = match Monitor::taken_over(guest.pid, guest.owner, created, true) {
             Ok(monitor) if is_alive() => monitor,
             _ => return Ok(Found::Ended),
@@ -215,7 +214,7 @@ impl Taken {
         let memory = Arc::new(memory);
         let output = self.output.clone();
         let (mut migration, reach) = Migration::begin(&plan, output, inbox, memory, serving, host)?;
-        // Those of the pages that had come before are gone with the process that summed them.
+        // The killed process had the digests of the earlier pages.
         migration.digests_are_known = false;
         let started = migration
             .start_faults(&reach)
@@ -228,12 +227,12 @@ impl Taken {
         let driven = driven.map_err(|error| self.guard.explain(error));
         observer.ended(driven.as_ref());
         self.output.completed(&driven?);
-        // It is no child of ours: there is nothing to stay for.
+        // The guest's process is not a child of this one, so this process need not stay.
         prepared.side.say_where(&self.output);
         Ok(())
     }
 
-    /// The monitor, which may still have to be told to run.
+    /// The monitor; it may not have run its guest yet.
     fn host(
         &self,
         state: DestinationState,
@@ -247,14 +246,15 @@ impl Taken {
         Box::new(WaitingMonitor { path: guest.qmp.clone(), entrusted, runs: guest.runs })
     }
 
-    /// As if it were the one of the session's first demand lane.
+    /// A hello like that of the session's first demand lane.
     fn hello(&self) -> Result<Hello> {
         let session = session::parse(&self.keeper.session());
         Ok(Hello {
             versions: PROTOCOL,
             capabilities: Capabilities(self.record.capabilities),
-            session: session
-                .ok_or_else(|| Error::Environment("the session's number is none".into()))?,
+            session: session.ok_or_else(|| {
+                Error::Environment("the session's number in its file is invalid".into())
+            })?,
             role: LaneRole::Demand,
             index: 0,
             bulk_lanes: self.record.bulk_lanes,
@@ -267,7 +267,7 @@ impl Taken {
         self.record.certificate.as_deref().and_then(hex::unhex)
     }
 
-    /// Where the source comes in: where it did, or at the address that is named now.
+    /// The listener for the source, at the named address or the recorded one.
     fn door(
         &self,
         options: &ResumeOptions,
@@ -280,9 +280,9 @@ impl Taken {
             (None, Some(uri)) if !uri.is_one_connection() => uri,
             (None, _) => {
                 return Err(Error::Usage(
-                    "the session had one connection, which is gone: say where to listen now, such as \
-                     tcp::4444, and tell the source with `umem migrate --resume SESSION URI` or its \
-                     control socket"
+                    "the session had one connection, which is gone: add an address to listen on, such as \
+                     tcp::4444, and give it to the source with `umem migrate --resume SESSION URI` or \
+                     through its control socket"
                         .into(),
                 ));
             }
@@ -301,8 +301,8 @@ impl Taken {
         Ok(LaneAcceptor::of_session(listener, guard, hello, certificate, &self.output))
     }
 
-    /// Listens there, if not at once then soon: sockets of a process that was killed may outlive it for a
-    /// moment, as the kernel closes them when io_uring has ended.
+    /// Listens on the address, and retries while it is in use: sockets of a killed process may outlive it for a moment,
+    /// because the kernel closes them after io_uring has ended.
     fn listen(&self, uri: &Uri, inbox: &Inbox<Note>) -> Result<Listener> {
         let deadline = Instant::now() + ADDRESS_PATIENCE;
         let mut has_told = false;
@@ -325,7 +325,7 @@ impl Taken {
         }
     }
 
-    /// The guest has everything, and the source has not said goodbye. It would look for this side for ever.
+    /// Notifies the source of the completion: the source has not said goodbye, and would retry indefinitely.
     fn tell_of_completion(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
         let standing = Recalled::from(&self.record).standing(self.record.totals.into());
         let word = Word::Complete { standing, landing: landing(&self.record)? };
@@ -340,10 +340,10 @@ impl Taken {
         Ok(())
     }
 
-    /// The guest has ended while nobody served it. The source would serve it for ever.
+    /// Notifies the source of the guest's end, which came while no umem served the guest. The source would retry
+    /// indefinitely.
     fn tell_of_the_end(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
-        const WHAT: &str =
-            "the guest's process ended while no umem served it, before all of its memory had come";
+        const WHAT: &str = "the guest's process ended while no umem served it, before all of its memory had arrived";
         let told = self.farewell(options, inbox, Word::Failed(Error::Ended(WHAT.into())));
         if !matches!(told, Ok(true)) {
             let reason = told.err().map(|error| error.to_string());
@@ -354,7 +354,7 @@ impl Taken {
         Err(Error::Ended(WHAT.into()))
     }
 
-    /// Waits for the source, and tells it on its new lanes; false if it does not come.
+    /// Waits for the source, and notifies it on its new lanes; false if the source does not connect.
     fn farewell(&self, options: &ResumeOptions, inbox: &Inbox<Note>, word: Word) -> Result<bool> {
         let door = self.door(options, &self.hello()?, inbox)?;
         let until = Some(Instant::now() + FAREWELL_PATIENCE);
@@ -367,26 +367,26 @@ pub(crate) fn landing(record: &DestinationRecord) -> Result<RegionTable> {
     let strange = |what: String| Error::Environment(format!("the session file: {what}"));
     let region = |region: &RegionRecord| {
         let page_size = PageSize::from_shift(region.unit_shift);
-        let page_size = page_size.ok_or_else(|| strange("no page has that size".into()))?;
+        let page_size = page_size.ok_or_else(|| strange("a page size in it is invalid".into()))?;
         Ok(Region { name: region.name.clone(), bytes: region.bytes, page_size })
     };
     let regions = record.regions.iter().map(region).collect::<Result<Vec<_>>>()?;
     RegionTable::new(regions).map_err(|error| strange(error.to_string()))
 }
 
-/// A monitor that is spoken to when there is something to say, and its guest's faults are served: it may
-/// wait for a page itself, and answer nobody until then.
+/// A monitor whose connection opens on the first request, once its guest's faults are served: until then the monitor may
+/// itself wait for a page.
 struct WaitingMonitor {
-    /// Where it listens; otherwise `entrusted` leads there.
+    /// The path of its socket; without one `entrusted` is the connection.
     path: Option<PathBuf>,
     entrusted: Option<UnixStream>,
-    /// The guest ran at the source.
+    /// Whether the guest ran at the source.
     runs: bool,
 }
 
 impl DestinationHost for WaitingMonitor {
     fn load_state(&mut self, _: Vec<u8>) -> Result<()> {
-        unreachable!("the guest was loaded by a process before this")
+        unreachable!("an earlier process loaded the guest")
     }
 
     fn run(&mut self) -> Result<()> {
@@ -395,7 +395,7 @@ impl DestinationHost for WaitingMonitor {
             (None, Some(stream)) => Qmp::go_on(stream)?,
             (None, None) => {
                 return Err(Error::Host(
-                    "its QMP socket was not kept: tell it to run with the monitor command `cont`"
+                    "its QMP connection was not kept, so umem cannot run the guest: run it with the monitor command `cont`"
                         .into(),
                 ));
             }
@@ -404,7 +404,7 @@ impl DestinationHost for WaitingMonitor {
     }
 }
 
-/// A unix socket's file outlives a process that was killed.
+/// Removes the socket file of a killed process.
 fn remove_stale(uri: &Uri) {
     let Uri::Unix { path } = uri else { return };
     if is_deserted(path) {
@@ -412,7 +412,7 @@ fn remove_stale(uri: &Uri) {
     }
 }
 
-/// Everything that the guest's side has; none if it ends meanwhile.
+/// Receives everything that the guest's process keeps; None if the process ends meanwhile.
 fn receive(
     process: &mut GuestProcess,
     inbox: &Inbox<Note>,

@@ -1,4 +1,5 @@
-//! Dials to say one thing when nothing is left to be served, once ([`calling`](crate::control::calling)).
+//! One dialed attempt to notify the destination, when the source has no pages left to serve
+//! ([`calling`](crate::control::calling)).
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use crate::transport::lane::{self, HELLO_TIMEOUT, Lane, Session};
 use crate::transport::secure::{self, ClientAuth};
 use crate::transport::uri::Uri;
 
-/// Who dials.
+/// The dialing side: the address, the session and its credentials.
 pub(in crate::source) struct Caller<'a> {
     pub(in crate::source) uri: &'a Uri,
     pub(in crate::source) session: Session,
@@ -26,8 +27,8 @@ pub(in crate::source) struct Caller<'a> {
 }
 
 impl Caller<'_> {
-    /// One attempt to say goodbye to a destination that has landed pages of these sizes. Lanes are opened until then
-    /// at most.
+    /// Says goodbye, in one attempt. `landing` has the destination's landing units. Lanes are opened until `until` at
+    /// most.
     pub(in crate::source) fn goodbye(
         &self,
         epoch: u32,
@@ -37,14 +38,16 @@ impl Caller<'_> {
         self.call(epoch, until, |demand| self.part(demand, landing))
     }
 
-    /// One attempt to say why nothing will go on.
+    /// Reports why the migration cannot continue, in one attempt.
     pub(in crate::source) fn gave_up(&self, epoch: u32, until: Instant, why: &Fault) -> Called {
         self.call(epoch, until, |demand| self.say_why(demand, why))
     }
 
     fn call(&self, epoch: u32, until: Instant, say: impl FnOnce(&Lane) -> Result<()>) -> Called {
         if self.uri.is_one_connection() {
-            return Called::NotHeard(Error::Unsupported("it was one connection".into()));
+            return Called::NotHeard(Error::Unsupported(
+                "the session had one connection, which cannot be opened again".into(),
+            ));
         }
         match self.open(epoch, until) {
             Ok(lanes) => say(&lanes[0]).map_or_else(Called::NotHeard, |()| Called::Heard),
@@ -52,8 +55,8 @@ impl Caller<'_> {
         }
     }
 
-    /// Says that nothing more is to come from here to a destination that has everything. An error where it could
-    /// not be said, which a destination that has ended needs no more.
+    /// Tells a complete destination that the source sends no more pages. An error if the destination did not receive
+    /// that; a destination that has exited does not need it.
     fn part(&self, demand: &Lane, landing: &RegionTable) -> Result<()> {
         let receiver = Receiver::for_resumed_source(landing);
         let mut receiver = receiver.checked(demand.is_checked());
@@ -76,21 +79,21 @@ impl Caller<'_> {
         }
         match has_parted {
             true => Ok(()),
-            false => Err(Error::Unsupported("it closed the connection".into())),
+            false => Err(Error::Unsupported("the destination closed the connection".into())),
         }
     }
 
-    /// Says why nothing will go on, and waits until that has been read.
+    /// Sends the reason why the migration cannot continue, and waits until the destination has read it.
     fn say_why(&self, demand: &Lane, why: &Fault) -> Result<()> {
         lane::tell_fault(&demand.socket(), demand.is_checked(), why.clone());
         let until = Instant::now() + HELLO_TIMEOUT;
-        // What it says meanwhile is read, as a connection that is closed over it would be reset.
+        // Closing a socket with unread data sends RST and discards data in flight, so incoming data is read.
         let mut buffer = [0; 4096];
         while self.read(demand, &mut buffer, until)? > 0 {}
         Ok(())
     }
 
-    /// All lanes, the demand lane first.
+    /// Opens all lanes, the demand lane first.
     fn open(&self, epoch: u32, until: Instant) -> Result<Vec<Lane>> {
         let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit: Option<Duration>| {
             let at = limit.map_or(until, |limit| until.min(Instant::now() + limit));
@@ -113,7 +116,7 @@ impl Caller<'_> {
                 return Ok(Some(event));
             }
             let Target::Control { exact } = receiver.next_target() else {
-                unreachable!("no pages come to a source");
+                unreachable!("a source receives no pages");
             };
             let exact = exact.min(buffer.len());
             let count = self.read(demand, &mut buffer[..exact], until)?;
@@ -126,11 +129,11 @@ impl Caller<'_> {
         }
     }
 
-    /// What has come; nothing at the connection's end.
+    /// Reads incoming bytes; 0 at the end of the connection.
     fn read(&self, lane: &Lane, buffer: &mut [u8], until: Instant) -> Result<usize> {
         loop {
             if !self.wait(&[(lane.as_fd(), PollFlags::POLLIN)], until)? {
-                return Err(Error::Unsupported("it does not answer".into()));
+                return Err(Error::Unsupported("the destination does not answer".into()));
             }
             match recv(lane.as_fd().as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
                 Ok(count) => return Ok(count),
@@ -140,14 +143,16 @@ impl Caller<'_> {
         }
     }
 
-    /// False when nothing is ready in time. What is posted says nothing any more.
+    /// Waits for a descriptor; false after `until`. Posted messages no longer matter and are ignored.
     fn wait(&self, fds: &[(BorrowedFd<'_>, PollFlags)], until: Instant) -> Result<bool> {
         loop {
             let left = until.saturating_duration_since(Instant::now());
             match self.inbox.wait_for(fds, Some(left))? {
                 Wake::Ready(_) => return Ok(true),
                 Wake::Timeout => return Ok(false),
-                Wake::Signal => return Err(Error::Interrupted("nobody is told".into())),
+                Wake::Signal => {
+                    return Err(Error::Interrupted("the destination has not been notified".into()));
+                }
                 Wake::Message(_) => {}
             }
         }

@@ -1,7 +1,7 @@
-//! Opens the source's lanes again, once.
+//! One attempt to open the source's lanes again.
 //!
-//! On a new demand lane the destination first says where it stands and what it has, which is compared with what has
-//! been claimed here. Orders that come by hand meanwhile, and interrupts, end the attempt.
+//! On a new demand lane the destination first sends its phase and its pages. The source compares them with its claims.
+//! An order of `umem control` or of the embedding program, and an interrupt, end the attempt.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -22,16 +22,16 @@ use crate::source::{Migration, Note, peer};
 use crate::transport::lane::{self, HELLO_TIMEOUT, Hearing, Lane, Session};
 use crate::transport::secure;
 
-/// Why there was no attempt, or it came to nothing.
+/// The reason why an attempt failed.
 enum Failed {
-    /// Another attempt may come to something.
+    /// Another attempt may succeed.
     Attempt(Error),
-    /// The two sides do not agree on what has come: nothing can go on.
+    /// The two sides disagree on the pages that have arrived: the migration cannot continue.
     Migration(Error),
 }
 
 impl Migration {
-    /// Opens all lanes once, and hears what the destination has. What else comes meanwhile is for the core first.
+    /// Opens all lanes once, and receives the destination's pages. The core gets other messages of that time first.
     pub(in crate::source) fn open(&mut self, way: Way, epoch: u32) -> Result<()> {
         let given = self.link.given.take();
         let waiting = Waiting::new(&self.inbox);
@@ -84,7 +84,7 @@ impl Migration {
         Ok(Opened { lanes, receiver, standing })
     }
 
-    /// Hears where the destination stands and what it has, and claims accordingly.
+    /// Receives the destination's phase and pages, and claims those pages.
     fn hear(
         &self,
         demand: &Lane,
@@ -96,22 +96,22 @@ impl Migration {
             Failed::Attempt(Error::Lost { side: "destination", lane, what })
         };
         let mut standing = None;
-        // Whatever else comes does not keep us here.
+        // Bounds the other frames of a peer that keeps sending.
         let mut hearing = Hearing::new();
         let mut buffer = vec![0; 64 << 10];
         loop {
             let fds = [(demand.as_fd(), PollFlags::POLLIN)];
             if !waiting.wait(&fds, Some(HELLO_TIMEOUT)).map_err(Failed::Attempt)? {
-                return Err(lost("it does not say what it has".into()));
+                return Err(lost("the destination does not send its page states".into()));
             }
-            // What comes after the account is for the demand thread.
+            // The demand thread reads the bytes after the account.
             let Target::Control { exact } = receiver.next_target() else {
-                unreachable!("no pages come to a source");
+                unreachable!("a source receives no pages");
             };
             let exact = exact.min(buffer.len());
             let flags = MsgFlags::MSG_DONTWAIT;
             let count = match recv(demand.as_fd().as_raw_fd(), &mut buffer[..exact], flags) {
-                Ok(0) => return Err(lost("the destination closed it".into())),
+                Ok(0) => return Err(lost("the destination closed the connection".into())),
                 Ok(count) => count,
                 Err(Errno::EAGAIN | Errno::EINTR) => continue,
                 Err(errno) => return Err(lost(errno.to_string())),
@@ -138,9 +138,9 @@ impl Migration {
                     (Event::Error(fault), _) if fault.code == FaultCode::Ended => {
                         return Err(Failed::Migration(peer(fault)));
                     }
-                    // Whoever takes over from it there may still need what is here.
+                    // A process that takes over at the destination may still need this side's pages.
                     (Event::Error(fault), _) => return Err(Failed::Attempt(peer(fault))),
-                    // A ping is answered by nobody but the demand thread, which is not there yet.
+                    // Only the demand thread answers a ping, and it has not started yet.
                     (_, _) => {}
                 }
             }
@@ -149,13 +149,13 @@ impl Migration {
 }
 
 impl Note {
-    /// Whether somebody decides with it what is to be done about the lanes.
+    /// Whether the note is an order about the lanes.
     fn is_order(&self) -> bool {
         matches!(self, Note::Pause | Note::Resume(_) | Note::Reconnect(_))
     }
 }
 
-/// Waits for a lane that is being opened again, and keeps what else comes for afterwards.
+/// Waits for a lane that is being opened again, and keeps other messages for later.
 struct Waiting<'a> {
     inbox: &'a Inbox<Note>,
     notes: RefCell<VecDeque<Note>>,
@@ -167,8 +167,8 @@ impl<'a> Waiting<'a> {
         Waiting { inbox, notes: RefCell::default(), was_interrupted: Cell::new(false) }
     }
 
-    /// An error where the attempt is to be given up: a signal has come, or word from whoever directs
-    /// this.
+    /// Waits for a descriptor; false after `limit`. An error ends the attempt: a signal or an order about the lanes has
+    /// arrived.
     fn wait(&self, fds: &[(BorrowedFd<'_>, PollFlags)], limit: Option<Duration>) -> Result<bool> {
         let deadline = limit.map(|limit| Instant::now() + limit);
         loop {
@@ -176,7 +176,7 @@ impl<'a> Waiting<'a> {
             match self.inbox.wait_for(fds, left)? {
                 Wake::Ready(_) => return Ok(true),
                 Wake::Timeout => return Ok(false),
-                // Without effect in another program.
+                // An embedding program handles its signals itself.
                 Wake::Signal if self.inbox.is_embedded() => {}
                 Wake::Signal => {
                     self.was_interrupted.set(true);

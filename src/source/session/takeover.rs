@@ -1,17 +1,16 @@
-//! Should this process be killed: what it leaves behind, and how another one goes on.
+//! Takeover of a session whose source process was killed: the state that the process leaves, and the continuation.
 //!
-//! Before the guest is stopped the session file says what has to be undone in its monitor, and before the
-//! switchover leaves that it may have. So there are two kinds of sessions to take over:
+//! The session file gets the monitor settings to undo before the guest is stopped, and the commitment before the
+//! switchover is sent. So there are two kinds of sessions to take over:
 //!
-//! - *Stopped.* No switchover has left, and none will: the guest goes on here, and the destination is
-//!   told, as it may have loaded the guest and wait for a switchover.
-//! - *Committed.* The guest may run at the destination. All that it could need is in the RAM files; what it
-//!   has of that it says itself, as after the loss of all lanes ([`cut`](crate::control::source)). The
-//!   process that takes over only has to take everything for sent.
+//! - *Stopped.* No switchover was sent, and none will be. The guest continues here. The destination is notified: it may
+//!   have loaded the guest and wait for a switchover.
+//! - *Committed.* The guest may run at the destination. The RAM files have every page that it could need. The
+//!   destination reports the pages that it has, as after the loss of all lanes ([`cut`](crate::control::source)). The
+//!   new process treats every page as sent.
 //!
-//! The file is written before what it speaks of is done: a process that is killed between the two is
-//! taken to have done it. For the switchover that is the safe side, as the destination says whether it
-//! has come.
+//! The file is written before each step. If a process is killed between the two, the step counts as done. For the
+//! switchover that is the safe choice, because the destination reports whether the switchover arrived.
 
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -53,25 +52,26 @@ use crate::transport::lane::{Lane, Session};
 use crate::transport::secure::{self, ClientAuth, Security};
 use crate::transport::uri::Uri;
 
-/// What `umem migrate --resume` is asked to do.
+/// The options of `umem migrate --resume`.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// As at the destination.
+    /// The options that both sides have.
     pub resume: ResumeOptions,
-    /// What the background sends next.
+    /// The order of background pages.
     pub order: Order,
-    /// End the session instead, for somebody who knows that nobody needs its pages any more.
+    /// End the session instead: the user knows that the destination needs none of its pages any more.
     pub abandon: bool,
 }
 
-/// What an interrupt means while a monitor does not answer that is to have its guest run again.
-const STANDS_STILL: &str = "the guest's monitor has not answered, and the guest may stand still here: ask it with \
-    the monitor command `query-status`, and try again with the same --resume";
-/// Goes on with a session whose process is gone, or ends it.
+/// The consequence of an interrupt while the monitor has not yet confirmed that its guest runs again.
+const STANDS_STILL: &str = "the guest's monitor has not answered, and the guest may stand still here: query the \
+    monitor with `query-status`, then repeat the same --resume";
+
+/// Continues a session whose process is gone, or ends the session.
 ///
 /// # Errors
-/// No such session, or one that is served by a process which lives; RAM files that are not the same any
-/// more; all that ends a migration after its switchover. To end it: a destination that answers.
+/// No such session; a session that a running process serves; RAM files that were replaced; every error that ends a
+/// migration after its switchover. With `abandon`: a destination that answers.
 pub fn run(options: &Options) -> Result<()> {
     let output = Output::new(options.resume.json);
     let (keeper, record) = options.resume.take_over::<SourceRecord>()?;
@@ -84,7 +84,7 @@ pub fn run(options: &Options) -> Result<()> {
     match (taken.record.state, options.abandon) {
         (SourceState::Stopped, false) => taken.undo(),
         (SourceState::Stopped, true) => Err(Error::Usage(
-            "no switchover had left, so that the guest can go on here: leave out --abandon".into(),
+            "no switchover was sent, so the guest can continue here: leave out --abandon".into(),
         )),
         (SourceState::Committed, false) => taken.go_on(options),
         (SourceState::Committed, true) => taken.abandon(),
@@ -92,7 +92,7 @@ pub fn run(options: &Options) -> Result<()> {
     }
 }
 
-/// A session that is this process's now.
+/// A session that this process has taken over.
 struct Taken {
     keeper: SessionFile<SourceRecord>,
     record: SourceRecord,
@@ -104,24 +104,26 @@ struct Taken {
 impl Taken {
     fn session(&self) -> Result<Session> {
         let id = session::parse(&self.keeper.session());
-        let id = id.ok_or_else(|| Error::Environment("the session's number is none".into()))?;
+        let id = id.ok_or_else(|| {
+            Error::Environment("the session's number in its file is invalid".into())
+        })?;
         let capabilities = Capabilities(self.record.capabilities);
         Ok(Session { id, bulk_lanes: self.record.bulk_lanes, capabilities })
     }
 
-    /// No switchover had left: the guest goes on here.
+    /// Continues the guest here: no switchover was sent.
     fn undo(self) -> Result<()> {
         let (session, uri, epoch) = (self.keeper.session(), self.uri.clone(), self.record.epoch);
         self.carry_out(Leftover::stopped(session, uri, epoch))
     }
 
-    /// The destination has everything, and may not have heard the goodbye.
+    /// Says goodbye again: the destination is complete, and may have missed the goodbye.
     fn part(self) -> Result<()> {
         let (session, uri, epoch) = (self.keeper.session(), self.uri.clone(), self.record.epoch);
         self.carry_out(Leftover::completed(session, uri, epoch, Instant::now()))
     }
 
-    /// Carries out what is left to do in a session in which nothing is served.
+    /// Carries out the remaining steps of a session that has no pages to serve.
     fn carry_out(self, mut core: Leftover) -> Result<()> {
         let inbox = Inbox::new()?;
         let mut next = Some(leftover::Input::Begin);
@@ -130,7 +132,8 @@ impl Taken {
                 let left = core.deadline().map(|at| at.saturating_duration_since(Instant::now()));
                 match inbox.wait(&[], left) {
                     Ok(Wake::Signal) => {
-                        let error = Error::Interrupted("nobody is told".into());
+                        let error =
+                            Error::Interrupted("the destination has not been notified".into());
                         leftover::Input::NotDone(error)
                     }
                     Ok(_) => leftover::Input::Time,
@@ -147,7 +150,7 @@ impl Taken {
                 }
             }
         }
-        let none = || Err(Error::Internal("the session has come to no end".into()));
+        let none = || Err(Error::Internal("the session has no outcome".into()));
         core.into_outcome().unwrap_or_else(none)
     }
 
@@ -176,7 +179,7 @@ impl Taken {
         Ok(None)
     }
 
-    /// Has the guest run here again, where it is still this session's.
+    /// Has the guest run here again, if it still belongs to this session.
     fn have_it_go_on(&self, inbox: &Inbox<crate::source::Note>) -> Result<Undone> {
         let (Some(path), Some(undo)) = (&self.record.qmp, &self.record.undo) else {
             return Ok(Undone::GoesOn);
@@ -202,7 +205,7 @@ impl Taken {
         let pass = ClientAuth::load(&self.security, &self.uri)?;
         let caller = Caller { uri: &self.uri, session: self.session()?, pass: &pass, inbox };
         Ok(match word {
-            // The record has the sizes of pages from the commit on.
+            // The record has the landing units from the commit on.
             Word::Goodbye => caller.goodbye(epoch, until, &landing(&self.record)?),
             Word::GaveUp(why) => caller.gave_up(epoch, until, why),
         })
@@ -220,47 +223,51 @@ impl Taken {
         }
     }
 
-    /// More than any that has been used.
+    /// An epoch above all earlier ones.
     fn next_epoch(&self) -> Result<u32> {
         let mut next = None;
         self.keeper.edit(|record| {
             next = record.epoch.checked_add(1);
             record.epoch = next.unwrap_or(record.epoch);
         })?;
-        next.ok_or_else(|| Error::Unsupported("the connection has been lost too often".into()))
+        next.ok_or_else(|| {
+            Error::Unsupported("the connections have been lost too often: no epoch is left".into())
+        })
     }
 
-    /// All lanes of an attempt that is later than any before it, the demand lane first.
+    /// Opens all lanes in a new epoch, the demand lane first.
     fn open_lanes(&self, inbox: &Inbox<crate::source::Note>) -> Result<Vec<Lane>> {
         if self.uri.is_one_connection() {
-            return Err(Error::Unsupported("it was one connection".into()));
+            return Err(Error::Unsupported(
+                "the session had one connection, which cannot be opened again".into(),
+            ));
         }
         let session = self.session()?;
         let (security, uri) = (self.security.clone(), self.uri.clone());
         let load = move || ClientAuth::load(&security, &uri);
-        let pass = inbox.wait_for_work("the session stays as it was", None, load)?;
+        let pass = inbox.wait_for_work("the session is unchanged", None, load)?;
         let epoch = self.next_epoch()?;
         let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
         let open = |index| secure::dial(&self.uri, &session.hello(index, epoch), &pass, &wait);
         (0..=session.bulk_lanes).map(open).collect()
     }
 
-    /// Ends the session, whatever the destination may still need: nobody is there to be asked. The guest never
-    /// runs here again, and its memory is left as it is.
+    /// Ends the session although the destination may need pages: no destination answers. The guest never runs here
+    /// again, and its memory stays as it is.
     fn abandon(self) -> Result<()> {
         let (uri, session) = (&self.uri, self.keeper.session());
         match self.open_lanes(&Inbox::new()?) {
             Ok(_) => {
                 return Err(Error::Environment(format!(
-                    "nothing is abandoned: the destination at {uri} serves this session, and --resume \
-                     {session} without --abandon goes on with it"
+                    "the session is not abandoned: the destination at {uri} serves it; continue it with \
+                     --resume {session} without --abandon"
                 )));
             }
-            // Perhaps it is paused. It may also be the destination of another guest by now.
+            // The destination may be paused, or receive another guest by now.
             Err(Error::Peer { text, .. }) => {
                 return Err(Error::Environment(format!(
-                    "nothing is abandoned: a umem at {uri} answers ({text}); if that is not this guest's \
-                     destination, name an address of that one's host where nobody answers"
+                    "the session is not abandoned: a umem at {uri} answers ({text}); if it is not this guest's \
+                     destination, write an unused address of the destination's host as the URI"
                 )));
             }
             Err(error @ Error::Interrupted(_)) => return Err(error),
@@ -296,12 +303,12 @@ impl Taken {
         keeper.edit(|record| {
             record.file_failed = false;
             for (ram, region) in record.ram.iter_mut().zip(&memory.regions) {
-                // Of a file that is freed another one comes after each hole.
+                // Every freed hole changes the file's stamp, so a stamp is useless with --release-ram.
                 ram.stamp = region.ram.stamp().filter(|_| !releases);
             }
         })?;
         let memory = memory.checked(session.capabilities.contains(Capabilities::CHECKSUM));
-        // What has been freed, or given back in a file of umem's own, was summed by the process before.
+        // The killed process had the digests of pages that were freed, or given back in a file of umem.
         let has_own = record.ram.iter().any(|ram| ram.is_own);
         memory.digest_is_lost.store(releases || has_own, Relaxed);
         memory.land_keeping(landing(&record)?, |id, words| keep_freed(&keeper, id, words))?;
@@ -343,8 +350,7 @@ impl Taken {
     }
 }
 
-/// The monitor of a guest that may have been given away by a process before this. It is asked when there is
-/// something to ask.
+/// The monitor of a guest that an earlier process may have given away. The connection opens on the first request.
 struct Departed {
     path: Option<PathBuf>,
     undo: Option<Undo>,
@@ -352,7 +358,7 @@ struct Departed {
 }
 
 impl Departed {
-    /// None where there is none, or none that could run the guest.
+    /// The monitor; None without a monitor, and if its process has ended.
     fn qemu(&mut self) -> Result<Option<&mut Qemu>> {
         let (Some(path), Some(undo)) = (&self.path, &self.undo) else { return Ok(None) };
         if self.qemu.is_none() {
@@ -368,11 +374,11 @@ impl Departed {
 
 impl SourceHost for Departed {
     fn stop(&mut self) -> Result<Option<Instant>> {
-        Err(Error::Internal("the guest was stopped by a process before this".into()))
+        Err(Error::Internal("an earlier process stopped the guest".into()))
     }
 
     fn save_state(&mut self) -> Result<Vec<u8>> {
-        Err(Error::Internal("the guest was saved by a process before this".into()))
+        Err(Error::Internal("an earlier process saved the guest".into()))
     }
 
     fn stands_still(&mut self) -> Result<()> {
@@ -394,14 +400,15 @@ fn landing(record: &SourceRecord) -> Result<RegionTable> {
     let strange = |what: String| Error::Environment(format!("the session file: {what}"));
     let region = |ram: &RamRecord| {
         let page_size = PageSize::from_shift(ram.unit_shift);
-        let page_size = page_size.ok_or_else(|| strange("no page has that size".into()))?;
+        let page_size = page_size.ok_or_else(|| strange("a page size in it is invalid".into()))?;
         Ok(Region { name: ram.name.clone(), bytes: ram.bytes, page_size })
     };
     let regions = record.ram.iter().map(region).collect::<Result<Vec<_>>>()?;
     RegionTable::new(regions).map_err(|error| strange(error.to_string()))
 }
 
-/// The files that a guest has left, and no other ones; each opened once, as the lock on it is of what was opened.
+/// Opens the files that the guest left, and rejects other files. Each file is opened once, because its lock belongs to
+/// the open file.
 fn open_again(ram: &[RamRecord], releases: bool) -> Result<Vec<RamFile>> {
     let mut files: Vec<RamFile> = Vec::new();
     for region in ram {
@@ -413,7 +420,7 @@ fn open_again(ram: &[RamRecord], releases: bool) -> Result<Vec<RamFile>> {
     Ok(files)
 }
 
-/// `opened` is another region of the same file.
+/// Opens one region; `opened` is an earlier region of the same file.
 fn open_region(ram: &RamRecord, opened: Option<&RamFile>, releases: bool) -> Result<RamFile> {
     let part = ram.offset..ram.offset.saturating_add(ram.bytes);
     let file = match opened {
@@ -426,13 +433,14 @@ fn open_region(ram: &RamRecord, opened: Option<&RamFile>, releases: bool) -> Res
     Err(Error::Ram {
         name: ram.name.clone(),
         path: ram.path.clone(),
-        what: "is not the file of the guest that has left: it has been replaced, and what it held is gone"
-            .into(),
+        what:
+            "is not the file that the guest left: the file was replaced, and its contents are lost"
+                .into(),
     })
 }
 
-/// Refuses files that have changed since the guest left, once: whoever resumes the session after that has put
-/// them right.
+/// Refuses files that have changed since the guest left. The refusal comes once: the next --resume means that the user
+/// has restored the files.
 fn check_stamps(
     keeper: &SessionFile<SourceRecord>,
     record: &SourceRecord,
@@ -449,15 +457,15 @@ fn check_stamps(
             name: ram.name.clone(),
             path: ram.path.clone(),
             what: format!(
-                "has changed since its guest left: {what}; write what it held back into the same file, if it \
-                 is not there, then resume once more"
+                "has changed since its guest left: {what}; if contents are missing, write them back into the \
+                 same file, then repeat --resume"
             ),
         });
     }
     Ok(())
 }
 
-/// What may be gone of a region here is known to whoever takes over.
+/// Page states of freed memory in a file, so that a takeover knows the pages that may be gone here.
 fn keep_freed(
     keeper: &SessionFile<SourceRecord>,
     id: RegionId,
@@ -466,8 +474,8 @@ fn keep_freed(
     AtomicWords::in_file(&keeper.file(&format!("freed.{}", id.0)), words).map(Some)
 }
 
-/// Prepares a session that begins for the case that this process is killed. None where the other side
-/// would not go on either, or there is no place for its file.
+/// Makes the session file of a new session, for a takeover. None if the destination does not recover, or if there is no
+/// directory for the file.
 pub(in crate::source) fn keep(
     options: &crate::source::Options,
     link: &Link,
@@ -519,13 +527,13 @@ pub(in crate::source) fn keep(
     SessionFile::new(&directory, link.session.id, Role::Source, record).map(Some)
 }
 
-/// Writes down what has to be undone, when the guest is about to be stopped.
+/// Writes the monitor settings to undo into the session file, before the guest is stopped.
 pub(in crate::source) fn note_stop(keeper: SessionFile<SourceRecord>) -> BeforeStop {
     Box::new(move |undo| keeper.edit(|record| record.undo = Some(undo.clone())))
 }
 
 impl Migration {
-    /// The destination has named its units.
+    /// Takes the destination's landing units.
     pub(in crate::source) fn land(&self, landing: RegionTable) -> Result<()> {
         self.memory.land_keeping(landing, |id, words| match &self.link.keeper {
             Some(keeper) => keep_freed(keeper, id, words),
@@ -533,7 +541,7 @@ impl Migration {
         })
     }
 
-    /// Writes down what the core says, where there is a record.
+    /// Writes the core's record to the session file, if there is one.
     pub(in crate::source) fn keep(&mut self, record: &Record) -> Result<()> {
         if self.memory.releases && matches!(record, Record::Committed { .. }) {
             self.allocated_bytes = self.memory.allocated_bytes()?;
@@ -571,13 +579,13 @@ impl Migration {
         })
     }
 
-    /// The command that goes on, if one can.
+    /// The command that continues the session, if another process can.
     pub(in crate::source) fn how_to_resume(&self) -> Option<String> {
         let keeper = self.link.keeper.as_ref()?;
         Some(format!("umem migrate --resume {}{}", keeper.session(), keeper.directory_option()))
     }
 
-    /// Nobody has to take over any more.
+    /// Removes the session's files: no takeover is needed any more.
     pub(in crate::source) fn forget_session(&self) {
         if let Some(keeper) = &self.link.keeper {
             keeper.record().remove_own_files();
