@@ -218,7 +218,7 @@ fn passes_of_a_move_without_postcopy_do_not_end_by_hand() {
     let guests = Guests::quiet(&scratch, &["--json"]);
     let (migrate, mut control) = in_a_pass(&guests, &scratch.path("control"), &[]);
     let refused = control.refused("postcopy");
-    assert!(refused.contains("cancel it, and begin it again with --precopy -p"), "{refused}");
+    assert!(refused.contains("cancel it, and start it again with --precopy -p"), "{refused}");
     assert_eq!(control.ask(&json!({ "execute": "cancel" })), json!({ "return": {} }));
     assert!(migrate.fails().contains("the guest goes on here"));
     guests.incoming.fails();
@@ -265,7 +265,7 @@ fn control_socket_is_private_and_replaces_a_stale_one() {
     let handoff = scratch.path("handoff").display().to_string();
     let others = ["incoming", "--control", &word, "--handoff", &handoff, &uri];
     let error = Umem::start(others).fails();
-    assert!(error.contains("another process has it"), "{error}");
+    assert!(error.contains("another process uses the socket"), "{error}");
     assert!(!is_gone(&socket), "it is the first one's");
 
     first.incoming.kill();
@@ -352,7 +352,7 @@ fn control_socket_with_a_full_queue_counts_as_in_use() {
     let socket = path.display().to_string();
     let error =
         Umem::start(["migrate", "--control", &socket, "--ram", "a=/b", "tcp:127.0.0.1:1"]).fails();
-    assert!(error.contains("another process has it"), "{error}");
+    assert!(error.contains("another process uses the socket"), "{error}");
 }
 
 /// The peer of a socket may be any program: its text is escaped, whatever it contains, and has a time limit.

@@ -8,7 +8,7 @@ use super::page::Page;
 use super::pictures;
 use crate::error::{Context, Result};
 
-/// Writes a test: the document that `-J` prints, or a page of it.
+/// Writes the report of a test: the document that `-J` prints, or a page.
 pub(crate) fn write(path: &Path, document: &Value) -> Result<()> {
     let is_json = path.extension().is_some_and(|extension| extension == "json");
     let text = if is_json { document.to_string() } else { page(document) };
@@ -22,7 +22,9 @@ fn page(document: &Value) -> String {
     let title = format!("{:.2} Gbit/s of pages in {seconds:.1} s", gbps(&end["sum_received"]));
     let mut page = Page::new(&title, end["umem"]["verdict"].as_str().unwrap_or_default());
     let intervals = document["intervals"].as_array().map_or(&[][..], Vec::as_slice);
-    for (name, title) in [("sum", "Throughput"), ("sum_bidir_reverse", "The other way")] {
+    for (name, title) in
+        [("sum", "Throughput"), ("sum_bidir_reverse", "Throughput in the other direction")]
+    {
         let sums: Vec<&Value> =
             intervals.iter().filter_map(|interval| interval.get(name)).collect();
         if name == "sum" || !sums.is_empty() {
@@ -36,7 +38,7 @@ fn page(document: &Value) -> String {
     page.to_html()
 }
 
-/// One direction: its curve, and its intervals in numbers.
+/// One direction: the curve, and the intervals in numbers.
 fn direction(page: &mut Page, id: &str, title: &str, sums: &[&Value]) {
     let gbps = |sum: &Value| number(sum, "bits_per_second") / 1e9;
     let steps: Vec<[f64; 3]> =
@@ -62,7 +64,7 @@ fn number(object: &Value, name: &str) -> f64 {
     object[name].as_f64().unwrap_or(0.0)
 }
 
-/// Names with dots between them, as `jq` writes them, and their values.
+/// Dotted names, as `jq` writes them, and their values.
 fn flatten(prefix: &str, value: &Value, rows: &mut Vec<Vec<String>>) {
     match value {
         Value::Object(object) => {

@@ -1,7 +1,7 @@
-//! `--control SOCKET`: commands to a migration that goes on, in QMP's manner.
+//! `--control SOCKET`: commands to a running migration, in the manner of QMP.
 //!
-//! One JSON object a line, both ways. umem begins with a greeting; then each command has one answer, in
-//! the order of the commands, with the command's `id` if it has one:
+//! One JSON object a line, in both directions. umem begins with a greeting. Then each command has one answer, in the
+//! order of the commands, with the command's `id` if it has one:
 //!
 //! ```text
 //! ← {"umem": {"version": "0.1.0", "role": "source", "pid": 4711}}
@@ -13,8 +13,8 @@
 //! ← {"error": {"class": "GenericError", "desc": "too late: the guest runs at …"}}
 //! ```
 //!
-//! The socket belongs to the user who runs umem, with mode 0600, and goes when umem ends. One that an
-//! umem left behind which was killed is replaced; one that is in use is not.
+//! The socket belongs to the user who runs umem, with mode 0600, and is removed when umem ends. umem replaces the socket
+//! of a killed umem, but not a socket in use.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -33,18 +33,18 @@ use crate::error::{Error, Result};
 use crate::runtime::private_socket::{bind_private, is_deserted};
 use crate::transport::uri::Uri;
 
-/// Connections at a time. When there are more, the one goes that has said nothing for the longest time.
+/// Connections at a time. A further connection replaces the one that has sent nothing for the longest time.
 const CLIENTS_MAX: usize = 16;
 
-/// A command is shorter.
+/// The most bytes of a command.
 const LINE_BYTES_MAX: usize = 64 << 10;
 
-/// A client that has not read an answer after this long is cut off.
+/// How long a client may take to read an answer before its connection is closed.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What can be executed.
+/// The commands and their help.
 const COMMANDS: [(&str, &str); 7] = [
-    ("status", "how the migration stands"),
+    ("status", "show the state of the migration"),
     (
         "set",
         "change a limit: {\"max-postcopy-bandwidth\": bytes a second, 0 for none} of the background after the \
@@ -54,13 +54,22 @@ const COMMANDS: [(&str, &str); 7] = [
         "postcopy",
         "end the passes while the guest runs, and switch over; the rest follows the guest",
     ),
-    ("cancel", "give up before the switchover, as Ctrl-C does; the guest goes on at the source"),
-    ("pause", "give up the connections, after the switchover; the guest runs on with what it has"),
-    ("resume", "open them again: {\"uri\": another address}, or no arguments for the same"),
-    ("help", "the commands"),
+    (
+        "cancel",
+        "end the migration before the switchover, as Ctrl-C does; the guest continues at the source",
+    ),
+    (
+        "pause",
+        "give up the connections, after the switchover; the guest runs on with the pages that it has",
+    ),
+    (
+        "resume",
+        "open the connections again: {\"uri\": another address}, or no arguments for the same address",
+    ),
+    ("help", "list the commands"),
 ];
 
-/// Answers until it is dropped; the socket is removed then.
+/// Answers commands until it is dropped; then removes the socket.
 pub(crate) struct Server {
     path: PathBuf,
     visitors: Option<visitors::Server>,
@@ -69,7 +78,7 @@ pub(crate) struct Server {
 impl Server {
     pub(crate) fn start(path: &Path, watch: Arc<Watch>) -> Result<Server> {
         let listener = bind(path)?;
-        // From here on the socket is ours to remove.
+        // From here on umem must remove the socket.
         let mut server = Server { path: path.into(), visitors: None };
         let socket = Socket { listener, watch };
         server.visitors = Some(visitors::Server::start("umem-control", socket)?);
@@ -79,13 +88,13 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Nobody is answered any more when it goes.
+        // The thread ends before the socket is removed.
         drop(self.visitors.take());
         let _ = std::fs::remove_file(&self.path);
     }
 }
 
-/// Makes the socket, in the place of one that nobody listens at any more.
+/// Makes the socket; replaces a socket without a listener.
 fn bind(path: &Path) -> Result<UnixListener> {
     let failed = |source: io::Error, hint| Error::Listen {
         uri: format!("--control {}", path.display()),
@@ -99,9 +108,10 @@ fn bind(path: &Path) -> Result<UnixListener> {
         other => other,
     };
     let listener = bound.map_err(|error| match error.kind() {
-        io::ErrorKind::AddrInUse => {
-            failed(error, "; another process has it, or it is no socket: choose another path")
-        }
+        io::ErrorKind::AddrInUse => failed(
+            error,
+            "; another process uses the socket, or the file is not a socket: choose another path",
+        ),
         io::ErrorKind::NotFound => failed(error, "; its directory does not exist"),
         _ => failed(error, ""),
     })?;
@@ -129,7 +139,7 @@ impl Entrance for Socket {
     type Visitor = Client;
     const VISITORS_MAX: usize = CLIENTS_MAX;
 
-    /// A new client, greeted.
+    /// A new client, with its greeting.
     fn accept(&self) -> io::Result<Option<Client>> {
         let (stream, _) = self.listener.accept()?;
         Ok(Client::greeted(stream, self.watch.clone()).ok())
@@ -139,13 +149,13 @@ impl Entrance for Socket {
 struct Client {
     stream: UnixStream,
     watch: Arc<Watch>,
-    /// What has come and is not answered: the beginning of a line, or several.
+    /// Received bytes without an answer: part of a line, or several lines.
     input: Vec<u8>,
-    /// What has not left.
+    /// Bytes that have not been sent.
     output: Vec<u8>,
-    /// When that has to have left.
+    /// The deadline for sending them.
     deadline: Option<Instant>,
-    /// When it last had something to say.
+    /// The time of its last command.
     heard: Instant,
 }
 
@@ -156,7 +166,7 @@ impl AsFd for Client {
 }
 
 impl Visitor for Client {
-    /// Nothing is read before all answers have left.
+    /// Commands are read only after all answers have been sent.
     fn flags(&self) -> PollFlags {
         if self.output.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLOUT }
     }
@@ -165,7 +175,7 @@ impl Visitor for Client {
         self.deadline
     }
 
-    /// The one that has said nothing for the longest time goes first.
+    /// The client that has sent nothing for the longest time is dropped first.
     fn rank(&self) -> Instant {
         self.heard
     }
@@ -176,7 +186,7 @@ impl Visitor for Client {
 }
 
 impl Client {
-    /// An error: it has gone again.
+    /// Sends the greeting; an error if the client has closed its connection.
     fn greeted(stream: UnixStream, watch: Arc<Watch>) -> io::Result<Client> {
         stream.set_nonblocking(true)?;
         let (input, output, heard) = (Vec::new(), Vec::new(), Instant::now());
@@ -195,7 +205,7 @@ impl Client {
         self.output.extend_from_slice(format!("{object}\n").as_bytes());
     }
 
-    /// Takes what has come, or sends what has not left; an error is its end.
+    /// Receives commands, or sends answers; an error ends the connection.
     fn serve(&mut self) -> io::Result<()> {
         if self.output.is_empty() {
             let mut buffer = [0; 4096];
@@ -212,7 +222,7 @@ impl Client {
         Ok(())
     }
 
-    /// Answers the next line, if there is a whole one.
+    /// Answers the next whole line, if there is one.
     fn answer_next(&mut self) -> io::Result<bool> {
         let Some(end) = self.input.iter().position(|&byte| byte == b'\n') else {
             if self.input.len() > LINE_BYTES_MAX {
@@ -230,7 +240,7 @@ impl Client {
         Ok(true)
     }
 
-    /// Sends what can leave at once.
+    /// Sends as many bytes as possible without waiting.
     fn send(&mut self) -> io::Result<()> {
         while !self.output.is_empty() {
             match self.stream.write(&self.output) {
@@ -246,7 +256,7 @@ impl Client {
     }
 }
 
-/// Has a client say this, and read what it is answered; no more is kept of it than a command has.
+/// Has a client send this and read the answers; checks that at most one command is buffered.
 #[cfg(feature = "fuzz")]
 pub(crate) fn fuzz(input: &[u8], watch: Arc<Watch>) {
     let (mut ours, theirs) = UnixStream::pair().expect("a socket pair");
@@ -265,7 +275,7 @@ pub(crate) fn fuzz(input: &[u8], watch: Arc<Watch>) {
     }
 }
 
-/// Nothing was wrong but that it would have had to wait.
+/// Accepts errors that only mean that the call would have waited.
 fn may_wait(error: io::Error) -> io::Result<()> {
     match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(()),
@@ -273,17 +283,20 @@ fn may_wait(error: io::Error) -> io::Result<()> {
     }
 }
 
-/// What is answered to a line.
+/// The answer to a line.
 fn answer(line: &[u8], watch: &Watch) -> Value {
     let command: Value = match serde_json::from_slice(line) {
         Ok(command) => command,
         Err(error) => {
-            return failure(&format!("a command is an object of JSON on a line: {error}"));
+            return failure(&format!("a command must be one JSON object on a line: {error}"));
         }
     };
     let result = match command["execute"].as_str() {
         Some(name) => execute(name, &command["arguments"], watch),
-        None => Err("a command is written {\"execute\": NAME}; \"help\" lists the names".into()),
+        None => {
+            Err("the command has no name: write {\"execute\": NAME}; \"help\" lists the names"
+                .into())
+        }
     };
     let mut answer = match result {
         Ok(value) => json!({ "return": value }),
@@ -299,7 +312,7 @@ fn failure(text: &str) -> Value {
     json!({ "error": { "class": "GenericError", "desc": text } })
 }
 
-/// Carries a command out; an error is a sentence that says why not.
+/// Carries out a command; the error is a sentence with the reason.
 fn execute(name: &str, arguments: &Value, watch: &Watch) -> std::result::Result<Value, String> {
     match name {
         "status" => Ok(serde_json::to_value(watch.status()).expect("plain numbers and strings")),
@@ -320,11 +333,12 @@ fn resume(arguments: &Value, watch: &Watch) -> std::result::Result<(), String> {
     let uri = match arguments {
         Value::Null => None,
         given => {
-            let text =
-                given["uri"].as_str().ok_or("\"arguments\" are {\"uri\": ADDRESS}, or none")?;
+            let text = given["uri"]
+                .as_str()
+                .ok_or("write the \"arguments\" as {\"uri\": ADDRESS}, or leave them out")?;
             let uri: Uri = text.parse()?;
             if uri.is_one_connection() {
-                return Err(format!("{uri} is no address: write tcp:HOST:PORT or unix:PATH"));
+                return Err(format!("{uri} is not an address: write tcp:HOST:PORT or unix:PATH"));
             }
             Some(uri)
         }
@@ -342,8 +356,8 @@ fn set(arguments: &Value, watch: &Watch) -> std::result::Result<(), String> {
             PASSES,
             watch.pass_bandwidth().ok_or_else(|| {
                 format!(
-                    "{PASSES} limits what a source sends while its guest runs (umem migrate, or --precopy -p), and \
-                     this is none, or has not connected yet"
+                    "{PASSES} limits the passes of a source while its guest runs (umem migrate, or --precopy -p); this \
+                     migration has no passes, or has not connected yet"
                 )
             })?,
         ),
@@ -351,7 +365,7 @@ fn set(arguments: &Value, watch: &Watch) -> std::result::Result<(), String> {
             BACKGROUND,
             watch.bandwidth().ok_or_else(|| {
                 format!(
-                    "{BACKGROUND} limits what a source sends after the switchover (umem migrate -p), and this is none"
+                    "{BACKGROUND} limits a source's pages after the switchover (umem migrate -p); this migration sends none"
                 )
             })?,
         ),
@@ -359,7 +373,7 @@ fn set(arguments: &Value, watch: &Watch) -> std::result::Result<(), String> {
     let is_named = given.is_some_and(|given| given.contains_key(name));
     let Some(limit) = value.and_then(Value::as_u64).filter(|_| is_named) else {
         return Err(format!(
-            "\"arguments\" are {{\"{name}\": bytes a second}}, a whole number, 0 for no limit"
+            "write the \"arguments\" as {{\"{name}\": bytes a second}}, a whole number, 0 for no limit"
         ));
     };
     tracing::info!(limit, "{name} is set");
@@ -367,14 +381,14 @@ fn set(arguments: &Value, watch: &Watch) -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// For `umem control`: sends one command and returns what it returns.
+/// Sends one command for `umem control`, and returns its answer.
 ///
 /// # Errors
-/// Nobody listens there, or the command was refused.
+/// No umem listens there; umem refused the command.
 pub(crate) fn ask(path: &Path, command: &Value) -> Result<Value> {
     let host = |what: String| Error::Control(format!("{}: {what}", path.display()));
     let mut stream = UnixStream::connect(path)
-        .map_err(|error| host(format!("{error}; is it the --control socket of a running umem?")))?;
+        .map_err(|error| host(format!("{error}; write the --control socket of a running umem")))?;
     let lines = stream.try_clone().map(|stream| {
         let patient = Patient { stream, until: Instant::now() + ANSWER_PATIENCE };
         io::BufReader::new(patient.take(ANSWERS_BYTES_MAX))
@@ -382,12 +396,12 @@ pub(crate) fn ask(path: &Path, command: &Value) -> Result<Value> {
     let mut lines = io::BufRead::lines(lines.map_err(|error| host(error.to_string()))?);
     let mut next = || -> Result<Value> {
         let line = lines.next().unwrap_or(Err(io::ErrorKind::UnexpectedEof.into()));
-        let line = line.map_err(|error| host(format!("no answer: {error}")))?;
+        let line = line.map_err(|error| host(format!("umem sent no answer: {error}")))?;
         serde_json::from_str(&line)
-            .map_err(|error| host(format!("the answer is not umem's: {error}")))
+            .map_err(|error| host(format!("the answer is not from umem: {error}")))
     };
     if next()?.get("umem").is_none() {
-        return Err(host("the program that listens there is not umem".into()));
+        return Err(host("the program that listens on it is not umem".into()));
     }
     stream.write_all(format!("{command}\n").as_bytes()).map_err(|error| host(error.to_string()))?;
     let mut answer = next()?;
@@ -397,7 +411,7 @@ pub(crate) fn ask(path: &Path, command: &Value) -> Result<Value> {
     }
 }
 
-/// Reads until then, however often something comes.
+/// A reader with one deadline for all of its reads.
 struct Patient {
     stream: UnixStream,
     until: Instant,
@@ -417,7 +431,7 @@ impl Read for Patient {
 /// The greeting and an answer.
 const ANSWERS_BYTES_MAX: u64 = 1 << 20;
 
-/// Both together: commands are answered at once.
+/// The time for both: umem answers a command at once.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 
 #[cfg(test)]
@@ -444,7 +458,7 @@ mod tests {
         let uri = "tcp:there:1".parse().unwrap();
         let expected = [LinkOrder::Pause, LinkOrder::Resume(None), LinkOrder::Resume(Some(uri))];
         assert_eq!(told.try_iter().collect::<Vec<_>>(), expected);
-        for (uri, hint) in [("fd:3", "no address"), ("there", "tcp:")] {
+        for (uri, hint) in [("fd:3", "not an address"), ("there", "tcp:")] {
             let line = format!(r#"{{"execute": "resume", "arguments": {{"uri": "{uri}"}}}}"#);
             assert!(refused(&line).contains(hint), "{}", refused(&line));
         }
@@ -466,13 +480,13 @@ mod tests {
         assert!(refused(&watch).unwrap().contains("the source switches to postcopy"));
         let watch = source();
         assert!(refused(&watch).unwrap().contains("no passes to end"));
-        watch.has_passes(false, limit(), || unreachable!("it has no postcopy"));
-        assert!(refused(&watch).unwrap().contains("begin it again with --precopy -p"));
+        watch.has_passes(false, limit(), || unreachable!("the migration has no postcopy"));
+        assert!(refused(&watch).unwrap().contains("start it again with --precopy -p"));
         let watch = source();
         let (tell, told) = std::sync::mpsc::channel();
         watch.has_passes(true, limit(), move || tell.send(()).unwrap());
         assert_eq!([refused(&watch), refused(&watch)], [None, None]);
-        assert_eq!(told.try_iter().count(), 1, "once is enough");
+        assert_eq!(told.try_iter().count(), 1, "the order is passed on once");
         watch.commit("").unwrap();
         assert!(refused(&watch).unwrap().contains("has been switched over already"));
     }
@@ -502,7 +516,7 @@ mod tests {
         assert_eq!(help["return"].as_object().unwrap().len(), COMMANDS.len());
         assert!(help.get("id").is_none());
         for (line, hint) in [
-            ("[", "object of JSON"),
+            ("[", "one JSON object"),
             ("{}", "execute"),
             (r#"{"execute": 5}"#, "execute"),
             (r#"{"execute": "stop"}"#, "status, set, postcopy, cancel, pause"),

@@ -1,7 +1,7 @@
 //! `--metrics ADDRESS`: the state of a migration in Prometheus' text format, over HTTP.
 //!
-//! A thread of its own answers everybody at once ([`visitors`]): a slow client is cut off, and holds up neither other
-//! clients nor what moves pages.
+//! One thread answers all clients ([`visitors`]). A slow client is disconnected, and delays neither other clients nor
+//! the threads that move pages.
 
 use std::fmt::Write as _;
 use std::io::{self, ErrorKind, Read, Write};
@@ -21,16 +21,16 @@ use super::watch::{Status, Watch};
 use crate::error::{Error, Result};
 use crate::statistics::CpuTime;
 
-/// The most that is read of a request: its line, and the headers that clients send.
+/// The most bytes that are read of a request: its line and its headers.
 const REQUEST_BYTES_MAX: usize = 8 << 10;
 
-/// Clients at a time. When there are more the oldest is dropped, which has had the most time.
+/// Clients at a time. A further client replaces the oldest one, which has had the most time.
 const CLIENTS_MAX: usize = 32;
 
-/// A client that has not asked and read its answer after this long is cut off.
+/// How long a client may take for its request and the answer before it is disconnected.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Where metrics are served: `PORT`, on the loopback address, or `HOST:PORT`.
+/// The address of the metrics: `PORT`, on the loopback address, or `HOST:PORT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Address(SocketAddr);
 
@@ -44,22 +44,22 @@ impl FromStr for Address {
         let mut found = text
             .to_socket_addrs()
             .map_err(|error| format!("write PORT or HOST:PORT, not {text:?} ({error})"))?;
-        found.next().map(Address).ok_or_else(|| format!("{text:?} is no address"))
+        found.next().map(Address).ok_or_else(|| format!("{text:?} is not an address"))
     }
 }
 
-/// Serves until it is dropped.
+/// Serves metrics until it is dropped.
 pub(crate) struct Server {
     _visitors: visitors::Server,
 }
 
 impl Server {
-    /// Listens, and says where.
+    /// Listens, and reports the address.
     pub(crate) fn start(address: &Address, watch: Arc<Watch>, output: &Output) -> Result<Server> {
         let failed = |source| Error::Listen {
             uri: format!("--metrics {}", address.0),
             source,
-            hint: "; give another port, or 0 for any",
+            hint: "; choose another port, or 0 for any",
         };
         let listener = TcpListener::bind(address.0).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
@@ -95,15 +95,15 @@ impl Entrance for Page {
     }
 }
 
-/// Somebody who asks, or is to.
+/// A client, before or during its request.
 struct Client {
     stream: TcpStream,
     watch: Arc<Watch>,
-    /// What has come of the request.
+    /// The received part of the request.
     request: Vec<u8>,
-    /// What is left of the answer, once there is one.
+    /// The unsent part of the answer, once there is one.
     answer: Option<Vec<u8>>,
-    /// Then it is cut off, whatever has come or left since.
+    /// The time at which it is disconnected.
     deadline: Instant,
 }
 
@@ -122,19 +122,19 @@ impl Visitor for Client {
         Some(self.deadline)
     }
 
-    /// The oldest goes first.
+    /// The oldest client is dropped first.
     fn rank(&self) -> Instant {
         self.deadline
     }
 
     fn go_on(&mut self) -> bool {
-        // A client that has gone needs no answer.
+        // A client that has closed its connection needs no answer.
         self.read_or_write().unwrap_or(false)
     }
 }
 
 impl Client {
-    /// Reads or writes what is possible at once. False: it is over.
+    /// Reads or writes without waiting. False at the end of the connection.
     fn read_or_write(&mut self) -> io::Result<bool> {
         if self.answer.is_none() {
             let mut buffer = [0; 1024];
@@ -159,7 +159,7 @@ impl Client {
     }
 }
 
-/// Nothing was wrong but that it would have had to wait.
+/// Accepts errors that only mean that the call would have waited.
 fn may_go_on(error: io::Error) -> io::Result<bool> {
     match error.kind() {
         ErrorKind::WouldBlock | ErrorKind::Interrupted => Ok(true),
@@ -167,7 +167,7 @@ fn may_go_on(error: io::Error) -> io::Result<bool> {
     }
 }
 
-/// What is answered to a request whose end has come.
+/// The answer to a complete request.
 pub(crate) fn answer(request: &[u8], watch: &Watch) -> Vec<u8> {
     let line = request.split(|&byte| byte == b'\r').next().unwrap_or_default();
     let line = String::from_utf8_lossy(line);
@@ -175,8 +175,8 @@ pub(crate) fn answer(request: &[u8], watch: &Watch) -> Vec<u8> {
     let (status, kind, body) = match (words.next(), words.next()) {
         (Some("GET"), Some("/metrics")) => ("200 OK", CONTENT_TYPE, text(watch)),
         (Some("GET"), Some("/")) => ("200 OK", PLAIN, "umem: see /metrics\n".into()),
-        (Some("GET"), Some(_)) => ("404 Not Found", PLAIN, "only /metrics is here\n".into()),
-        _ => ("405 Method Not Allowed", PLAIN, "only GET is known\n".into()),
+        (Some("GET"), Some(_)) => ("404 Not Found", PLAIN, "the only page is /metrics\n".into()),
+        _ => ("405 Method Not Allowed", PLAIN, "the only method is GET\n".into()),
     };
     let head = format!(
         "HTTP/1.0 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
@@ -187,18 +187,18 @@ pub(crate) fn answer(request: &[u8], watch: &Watch) -> Vec<u8> {
 
 const PLAIN: &str = "text/plain; charset=utf-8";
 
-/// Of Prometheus' text format.
+/// The content type of Prometheus' text format.
 const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// All metrics. docs/observing.md lists them.
 fn text(watch: &Watch) -> String {
     let status = watch.status();
     let mut page = Metrics(String::new());
-    page.metric("umem_info", "gauge", "What this process is.");
+    page.metric("umem_info", "gauge", "The version and the role of this process.");
     page.value("umem_info", &[("version", env!("CARGO_PKG_VERSION")), ("role", status.role)], 1.0);
-    page.metric("umem_phase", "gauge", "The phase that the migration is in, as the label.");
+    page.metric("umem_phase", "gauge", "The phase of the migration, in the label.");
     page.value("umem_phase", &[("phase", status.phase)], 1.0);
-    page.metric("umem_guest_bytes", "gauge", "The guest's RAM; 0 before it is known.");
+    page.metric("umem_guest_bytes", "gauge", "The guest's RAM; 0 until its size is known.");
     page.value("umem_guest_bytes", &[], status.total_bytes as f64);
     page.counters(&status);
     page.faults(watch, &status);
@@ -206,7 +206,7 @@ fn text(watch: &Watch) -> String {
         page.metric("umem_downtime_seconds", "gauge", "How long the guest stood still.");
         page.value("umem_downtime_seconds", &[], downtime_ms / 1e3);
     }
-    let help = "How often all connections were lost after the switchover.";
+    let help = "Losses of all connections after the switchover.";
     page.metric("umem_connection_losses_total", "counter", help);
     page.value("umem_connection_losses_total", &[], f64::from(status.connection_losses));
     let help = "Time without a connection after the switchover.";
@@ -216,13 +216,13 @@ fn text(watch: &Watch) -> String {
         page.passes(&status, limit.limit());
     }
     if watch.bandwidth().is_some() {
-        let help = "The background's limit, 0 for none.";
+        let help = "The limit of the background, 0 for no limit.";
         page.metric("umem_background_limit_bytes_per_second", "gauge", help);
         let limit = status.max_postcopy_bandwidth.unwrap_or(0);
         page.value("umem_background_limit_bytes_per_second", &[], limit as f64);
     }
     if let Some(counters) = watch.counters() {
-        let help = "What came with a wrong checksum, and was sent again.";
+        let help = "Frames and pages with a wrong checksum, which were sent again.";
         page.metric("umem_checksum_errors_total", "counter", help);
         let errors = counters.checksum_errors.load(Relaxed);
         page.value("umem_checksum_errors_total", &[], errors as f64);
@@ -241,7 +241,7 @@ impl Metrics {
         let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
     }
 
-    /// Labels' values are words of ours, without anything to escape.
+    /// The values of labels are words of umem that need no escaping.
     fn value(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
         let labels: Vec<String> =
             labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
@@ -252,14 +252,14 @@ impl Metrics {
     }
 
     fn counters(&mut self, status: &Status) {
-        let help = "Guest memory that has been moved, by what it held.";
+        let help = "Guest memory that has been moved, by contents.";
         self.metric("umem_moved_bytes_total", "counter", help);
         for (content, bytes) in
             [("data", status.data_bytes), ("zero", status.zero_bytes), ("hole", status.hole_bytes)]
         {
             self.value("umem_moved_bytes_total", &[("content", content)], bytes as f64);
         }
-        let help = "Pages that have been moved, by whether they were asked for.";
+        let help = "Pages that have been moved, by lane: on demand or in the background.";
         self.metric("umem_pages_total", "counter", help);
         for (cause, pages) in
             [("demand", status.pages_demand), ("background", status.pages_background)]
@@ -268,28 +268,28 @@ impl Metrics {
         }
     }
 
-    /// Of a source whose pages go while the guest runs.
+    /// The passes of a source while the guest runs.
     fn passes(&mut self, status: &Status, limit: Option<u64>) {
         let help = "The pass over the running guest's memory, 0 before the first one.";
         self.metric("umem_pass", "gauge", help);
         self.value("umem_pass", &[], f64::from(status.pass.unwrap_or(0)));
-        let help = "Bytes that the pass has still to send, or that the last one has left.";
+        let help = "Bytes that the pass has yet to send, or that the last pass left.";
         self.metric("umem_pass_remaining_bytes", "gauge", help);
         self.value("umem_pass_remaining_bytes", &[], status.remaining_bytes.unwrap_or(0) as f64);
-        let help = "Page contents that were sent while the guest ran, each time they were.";
+        let help = "Page contents sent while the guest ran, each transfer counted.";
         self.metric("umem_precopy_bytes_total", "counter", help);
         self.value("umem_precopy_bytes_total", &[], status.precopy_bytes as f64);
         if let Some(rate) = status.dirty_bytes_per_s {
-            let help = "What the guest wrote in the last whole pass, each page once.";
+            let help = "The rate of guest writes in the last whole pass, each page once.";
             self.metric("umem_dirty_bytes_per_second", "gauge", help);
             self.value("umem_dirty_bytes_per_second", &[], rate as f64);
         }
         if let Some(downtime_ms) = status.expected_downtime_ms {
-            let help = "How long the rest would take with the guest standing still.";
+            let help = "How long the rest would take if the guest stopped now.";
             self.metric("umem_expected_downtime_seconds", "gauge", help);
             self.value("umem_expected_downtime_seconds", &[], downtime_ms / 1e3);
         }
-        let help = "The limit of the passes, 0 for none.";
+        let help = "The limit of the passes, 0 for no limit.";
         self.metric("umem_pass_limit_bytes_per_second", "gauge", help);
         self.value("umem_pass_limit_bytes_per_second", &[], limit.unwrap_or(0) as f64);
     }
@@ -298,13 +298,13 @@ impl Metrics {
         self.metric(
             "umem_faults_waiting",
             "gauge",
-            "Faults of the guest that wait for a page now.",
+            "Faults of the guest that wait for a page at present.",
         );
         self.value("umem_faults_waiting", &[], status.faults_waiting as f64);
         let Some(counters) = watch.counters() else { return };
         let view = counters.faults.look();
         let (name, help) =
-            ("umem_fault_latency_seconds", "From reading a fault to waking the guest.");
+            ("umem_fault_latency_seconds", "Time from reading a fault to waking the guest.");
         self.metric(name, "histogram", help);
         for (below_us, count) in view.octaves() {
             let le = format!("{}", below_us as f64 / 1e6);

@@ -1,9 +1,9 @@
-//! What a migration lets others see, and do to it: progress, reports, metrics, a control socket.
+//! The view of a migration from outside, and its control: progress, reports, metrics, a control socket.
 //!
-//! Threads that move pages only count ([`Counters`](crate::statistics::Counters)); a
-//! [`Watch`] reads what they have counted, and everybody else asks the watch:
+//! Threads that move pages only count ([`Counters`](crate::statistics::Counters)). A [`Watch`] reads the counters, and
+//! all other parts read the watch:
 //!
-//! - [`progress`]: bars, lines or JSON events for whoever waits
+//! - [`progress`]: bars, lines or JSON events while the migration runs
 //! - [`recording`] and [`report`]: `--report FILE`, figures over time and pictures of them on a [`page`]
 //! - [`metrics`]: `--metrics ADDRESS`, for Prometheus
 //! - [`control`]: `--control SOCKET`, commands in lines of JSON
@@ -40,20 +40,20 @@ use watch::Watch;
 
 pub use metrics::Address;
 
-/// What a side of a migration is asked to show.
+/// The options of a side that make it observable.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// A file for the report: a page, or the figures themselves where its name ends in `.json`.
+    /// A file for the report: a page, or the figures if its name ends in `.json`.
     pub report: Option<PathBuf>,
-    /// Where to answer Prometheus.
+    /// The address for Prometheus.
     pub metrics: Option<Address>,
-    /// A socket to make, for commands.
+    /// The path of the control socket.
     pub control: Option<PathBuf>,
     /// No progress.
     pub quiet: bool,
 }
 
-/// Those who look on while one side of a migration lasts; gone when this is dropped.
+/// The observers of one side of a migration. Dropping it ends them.
 pub(crate) struct Observer {
     pub(crate) watch: Arc<Watch>,
     report: Option<PathBuf>,
@@ -63,10 +63,10 @@ pub(crate) struct Observer {
 }
 
 impl Observer {
-    /// Begins to answer whoever asks.
+    /// Starts the observers that the options name.
     ///
     /// # Errors
-    /// What was asked for cannot be had: an address is taken, a file cannot be written.
+    /// An address in use; a file that cannot be written.
     pub(crate) fn start(
         options: &Options,
         role: Role,
@@ -94,8 +94,8 @@ impl Observer {
         })
     }
 
-    /// The migration has ended so, or has never begun: writes the report of it. A report that cannot be
-    /// written changes nothing about the guest, so that this is only said.
+    /// Writes the report, once the migration has ended or has failed to begin. A failure is only reported, because the
+    /// guest does not depend on it.
     pub(crate) fn ended(&self, outcome: std::result::Result<&Completed, &Error>) {
         if let (Some(path), Some(recording)) = (&self.report, self.watch.recording(outcome))
             && let Err(error) = write(path, &[recording])

@@ -1,4 +1,4 @@
-//! Where a migration tells its events and its end: JSON, sentences for a person, or the program around it.
+//! The output of a migration's events and its result: JSON, sentences for a user, or the embedding program.
 
 use std::sync::Arc;
 
@@ -7,21 +7,21 @@ use crate::events::{Event, words};
 use crate::runtime::{print, screen};
 use crate::statistics::Completed;
 
-/// Where events go.
+/// The destination of events.
 #[derive(Clone)]
 pub(crate) enum Output {
     /// Sentences on stderr, the report on stdout.
     Person,
     /// JSON objects on stdout.
     Json,
-    /// To the program that umem is a part of; nothing is printed.
+    /// To the embedding program; nothing is printed.
     Host(Take),
 }
 
 type Take = Arc<dyn Fn(&Event) + Send + Sync>;
 
 impl Output {
-    /// For a program of its own, with or without `--json`.
+    /// For the umem program, with or without `--json`.
     pub(crate) fn new(json: bool) -> Output {
         if json { Output::Json } else { Output::Person }
     }
@@ -30,7 +30,7 @@ impl Output {
         matches!(self, Output::Person)
     }
 
-    /// What a migration has to tell.
+    /// Writes an event of a migration.
     pub(crate) fn tell(&self, event: &Event) {
         match (self, event.name()) {
             (Output::Host(take), _) => take(event),
@@ -39,7 +39,7 @@ impl Output {
         }
     }
 
-    /// An event of a program that is no migration, with its sentence for a person.
+    /// Writes an event of another program, with its sentence for a user.
     pub(crate) fn event(&self, name: &str, fields: serde_json::Value, sentence: &str) {
         match self {
             Output::Json => {
@@ -56,7 +56,7 @@ impl Output {
         }
     }
 
-    /// A sentence for whoever started this program.
+    /// Writes a sentence for the user.
     pub(crate) fn remark(&self, sentence: &str) {
         if !matches!(self, Output::Host(_)) {
             screen::say(&format!("umem: {sentence}"));
@@ -71,14 +71,14 @@ impl Output {
             Output::Person => {
                 print::out(&report.summary());
             }
-            // It gets the report itself.
+            // The embedding program gets the report itself.
             Output::Host(_) => {}
         }
     }
 
-    /// The one line that an error ends in.
+    /// Writes an error as one line.
     pub(crate) fn failed(&self, error: &Error) {
-        // What monitors and commands say may have lines of its own.
+        // Texts of monitors and commands may have several lines.
         self.remark(&error.to_string().lines().collect::<Vec<_>>().join(" "));
         if matches!(self, Output::Json) {
             let object = serde_json::json!({ "event": "failed", "error": error.to_string() });
@@ -86,7 +86,7 @@ impl Output {
         }
     }
 
-    /// One line on stdout. That it cannot be written shows in the exit status, at the end.
+    /// Writes a line to stdout. A failure shows in the exit status at the end.
     pub(crate) fn line(&self, text: &str) {
         print::out_line(text);
     }

@@ -1,5 +1,4 @@
-//! A page for a browser: one file without scripts and without anything from elsewhere, light or dark as
-//! the reader's system is.
+//! A page for a browser: one file without scripts and external resources, light or dark as the reader's system.
 
 use std::fmt::Write as _;
 
@@ -18,7 +17,7 @@ impl Page {
         Page { title: title.to_owned(), body }
     }
 
-    /// Figures that matter most: what each is, and its value.
+    /// The most important figures: names and values.
     pub fn highlights(&mut self, highlights: &[(&str, String)]) {
         self.body.push_str("<dl class=\"tiles\">");
         for (name, value) in highlights {
@@ -33,7 +32,7 @@ impl Page {
         let _ = writeln!(self.body, "<p class=\"note\">{}</p>", escape(text));
     }
 
-    /// A drawing, SVG, that is inserted as it is. `id` names it in the page.
+    /// A drawing in SVG, inserted unchanged. `id` names it in the page.
     pub fn figure(&mut self, id: &str, title: &str, caption: &str, svg: &str) {
         let (id, title) = (escape(id), escape(title));
         let _ = writeln!(
@@ -43,7 +42,7 @@ impl Page {
         );
     }
 
-    /// A drawing with colours of its own, which need a white ground.
+    /// A drawing with its own colours, on a white ground.
     pub fn plot(&mut self, id: &str, svg: &str) {
         let _ = writeln!(self.body, "<figure id=\"{}\" class=\"white\">{svg}</figure>", escape(id));
     }
@@ -61,7 +60,7 @@ impl Page {
         self.body.push_str("</tbody></table></div></section>\n");
     }
 
-    /// The whole file.
+    /// The finished file.
     pub fn to_html(&self) -> String {
         format!(
             "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\

@@ -1,4 +1,4 @@
-//! The passes over a running guest's memory, as others see them and what others may do with them.
+//! The state of the passes over a running guest's memory, and the orders that change them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -6,20 +6,20 @@ use std::time::{Duration, Instant};
 
 use crate::runtime::bandwidth::Bandwidth;
 
-/// What others may do with the passes of a source.
+/// The controls of a source's passes.
 pub(super) struct PassControl {
-    /// The guest runs at the destination before its last pages come.
+    /// Whether the guest runs at the destination before its last pages arrive.
     pub(super) postcopy: bool,
     /// The limit of the passes.
     pub(super) limit: Arc<Bandwidth>,
-    /// Has the passes end.
+    /// Ends the passes.
     pub(super) end: Box<dyn Fn() + Send + Sync>,
-    /// That has been asked for.
+    /// Whether `end` has been called.
     pub(super) has_ended: AtomicBool,
 }
 
 impl PassControl {
-    /// Has the passes end, however often this is called.
+    /// Ends the passes; further calls have no effect.
     pub(super) fn end(&self) {
         if !self.has_ended.swap(true, SeqCst) {
             (self.end)();
@@ -27,46 +27,46 @@ impl PassControl {
     }
 }
 
-/// How far the passes are.
+/// The progress of the passes.
 #[derive(Default)]
 pub(super) struct PassProgress {
-    /// The last pass that has begun, from 1; 0 before the first one.
+    /// The last pass that has begun, from 1; 0 before the first pass.
     pass: u32,
     going: Option<Going>,
     dirty_bytes_per_s: Option<u64>,
     expected_downtime: Option<Duration>,
 }
 
-/// The passes are not over.
+/// Whether passes may still follow.
 struct Going {
-    /// The pass, unless it has ended and no other one has begun.
+    /// The current pass; None between passes.
     began: Option<Instant>,
-    /// Bytes of pages of any kind that the pass has to send, or that the last one has left.
+    /// Bytes of pages of any kind that the pass has to send, or that the last pass left.
     bytes: u64,
-    /// Bytes that had gone in passes when it began.
+    /// Bytes that earlier passes had sent at its start.
     gone_before: u64,
 }
 
-/// The passes at a moment.
+/// A snapshot of the passes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct PassView {
     pub(super) pass: Option<u32>,
     pub(super) pass_bytes: Option<u64>,
     pub(super) remaining_bytes: Option<u64>,
-    /// Until the end of the pass, at the rate of all of it so far.
+    /// Time to the end of the pass, at the average rate of the pass so far.
     pub(super) seconds_left: Option<f64>,
     pub(super) dirty_bytes_per_s: Option<u64>,
     pub(super) expected_downtime_ms: Option<f64>,
 }
 
 impl PassProgress {
-    /// A pass begins that has so many bytes to send, when so many have gone in passes.
+    /// A pass begins: the bytes that it has to send, and the bytes that all passes have sent before.
     pub(super) fn begin(&mut self, bytes: u64, gone_bytes: u64, now: Instant) {
         self.pass += 1;
         self.going = Some(Going { began: Some(now), bytes, gone_before: gone_bytes });
     }
 
-    /// The pass has ended, and has left so many bytes.
+    /// The pass has ended and left these bytes.
     pub(super) fn end(
         &mut self,
         left_bytes: u64,
@@ -77,12 +77,12 @@ impl PassProgress {
         (self.dirty_bytes_per_s, self.expected_downtime) = (dirty_bytes_per_s, expected_downtime);
     }
 
-    /// The guest stands still.
+    /// The guest stands still: no pass follows.
     pub(super) fn over(&mut self) {
         self.going = None;
     }
 
-    /// How it stands when so many bytes have gone in passes.
+    /// The snapshot after all passes have sent these bytes.
     pub(super) fn view(&self, gone_bytes: u64, now: Instant) -> PassView {
         let mut view = PassView {
             pass: (self.pass > 0).then_some(self.pass),
@@ -108,7 +108,7 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    /// The rate of a moment says nothing: a pass that has stalled is later by the time that it has stalled.
+    /// The estimate uses the whole pass, not the current rate: a stall delays the end by its duration.
     #[test]
     fn the_time_that_is_left_is_that_of_the_pass_at_its_own_rate() {
         let begun = Instant::now();
@@ -116,12 +116,12 @@ mod tests {
         let mut passes = PassProgress::default();
         assert_eq!(passes.view(0, begun), PassView::default());
         passes.begin(1000 * MIB, 0, begun);
-        assert_eq!(passes.view(0, at(100)).seconds_left, None, "nothing is known yet");
+        assert_eq!(passes.view(0, at(100)).seconds_left, None, "no byte has been sent yet");
         let view = passes.view(250 * MIB, at(1000));
         assert_eq!((view.pass, view.pass_bytes), (Some(1), Some(1000 * MIB)));
         assert_eq!((view.remaining_bytes, view.seconds_left), (Some(750 * MIB), Some(3.0)));
         assert_eq!(passes.view(250 * MIB, at(2000)).seconds_left, Some(6.0));
-        // What the guest writes meanwhile is the next pass's.
+        // Pages that the guest writes meanwhile belong to the next pass.
         passes.end(100 * MIB, Some(50 * MIB), Some(Duration::from_millis(400)));
         let view = passes.view(1000 * MIB, at(4000));
         assert_eq!((view.remaining_bytes, view.seconds_left), (Some(100 * MIB), None));

@@ -1,5 +1,4 @@
-//! The four pictures of a report: throughput over time, fault latencies, a map of the guest's memory,
-//! and the phases.
+//! The four pictures of a report: throughput over time, fault latencies, a map of the guest's memory, the phases.
 
 use std::fmt::Write as _;
 
@@ -12,13 +11,13 @@ const WIDTH: f64 = 960.0;
 const LEFT: f64 = 64.0;
 const RIGHT: f64 = WIDTH - 32.0;
 
-/// Points of a curve: as many as can be told apart.
+/// Points of a curve: more could not be told apart.
 const POINTS_MAX: f64 = 240.0;
 
-/// A recording on the clock that all of a report have in common.
+/// A recording on the common clock of a report.
 pub(super) struct Timed<'a> {
     pub(super) recording: &'a Recording,
-    /// What is added to its seconds.
+    /// The offset of its seconds.
     shift_s: f64,
 }
 
@@ -32,8 +31,7 @@ impl Timed<'_> {
     }
 }
 
-/// Puts recordings on one clock, which begins when the first of them has a peer: before that there is
-/// only waiting.
+/// Puts recordings on one clock. The clock begins when the first side has a peer; before that both only wait.
 pub(super) fn align(recordings: &[Recording]) -> Vec<Timed<'_>> {
     let first = |recording: &Recording| recording.phases.get(1).map_or(0.0, |span| span.begin_s);
     let unix = |recording: &Recording| recording.began_unix_ms as f64 / 1e3;
@@ -54,7 +52,7 @@ fn time_axis(svg: &mut Svg, end_s: f64, top: f64, bottom: f64) -> Scale {
     x
 }
 
-/// A key below a drawing: class and name of each colour.
+/// A key below a drawing: the class and name of each colour.
 fn key(svg: &mut Svg, y: f64, entries: &[(&str, &str)]) {
     let mut x = LEFT;
     for (class, name) in entries {
@@ -70,14 +68,13 @@ fn empty(what: &str, why: &str) -> String {
     svg.finished()
 }
 
-/// How many Gbit/s of pages moved, of what they held and with zeroes and holes; below, how many faults
-/// waited.
+/// Gbit/s of page contents, and of all pages with zeroes and holes; below, the number of waiting faults.
 pub(super) fn throughput(timed: &Timed<'_>) -> String {
     const WHAT: &str = "Throughput over time";
     let (top, bottom, floor) = (12.0, 240.0, 310.0);
     let rates = rates(timed);
     if rates.is_empty() {
-        return empty(WHAT, "It ended before anything was measured.");
+        return empty(WHAT, "The migration ended before the first measurement.");
     }
     let mut svg = Svg::new(WIDTH, floor + 64.0, WHAT);
     let x = time_axis(&mut svg, timed.end().max(1e-3), top, floor);
@@ -114,7 +111,7 @@ pub(super) fn throughput(timed: &Timed<'_>) -> String {
 pub(super) fn steps(intervals: &[[f64; 3]]) -> String {
     const WHAT: &str = "Throughput in each interval";
     let Some(&[_, end, _]) = intervals.last() else {
-        return empty(WHAT, "There was no interval.");
+        return empty(WHAT, "The test has no interval.");
     };
     let (top, bottom) = (12.0, 240.0);
     let mut svg = Svg::new(WIDTH, bottom + 40.0, WHAT);
@@ -141,7 +138,7 @@ struct Rate {
     all: f64,
 }
 
-/// Between samples that are far enough apart for a rate to mean something.
+/// Rates between samples that are far enough apart for a meaningful rate.
 fn rates(timed: &Timed<'_>) -> Vec<Rate> {
     let samples = &timed.recording.samples;
     let (Some(first), Some(last)) = (samples.first(), samples.last()) else { return Vec::new() };
@@ -185,7 +182,7 @@ fn waiting(svg: &mut Svg, timed: &Timed<'_>, x: Scale, [top, bottom]: [f64; 2]) 
 pub(super) fn latencies(faults: &[(f64, f64, u64)], latency: Option<&Latency>) -> String {
     const WHAT: &str = "Fault latencies";
     let (Some(first), Some(last)) = (faults.first(), faults.last()) else {
-        return empty(WHAT, "No fault was measured here. The destination measures them.");
+        return empty(WHAT, "This side measured no faults. The destination measures them.");
     };
     let (top, bottom) = (52.0, 268.0);
     let mut svg = Svg::new(WIDTH, bottom + 40.0, WHAT);
@@ -216,7 +213,7 @@ pub(super) fn latencies(faults: &[(f64, f64, u64)], latency: Option<&Latency>) -
         let at = x.at((us.max(1) as f64).log10());
         let up = 12.0 + 15.0 * row as f64;
         svg.line([at, up, at, bottom], "mark");
-        // On the side that has room.
+        // On the side with room.
         let (at, class) = if at > RIGHT - 120.0 { (at - 4.0, "i e") } else { (at + 4.0, "i") };
         svg.text(at, up + 4.0, class, &format!("{name} {}", time(us as f64)));
     }
@@ -232,18 +229,18 @@ pub(super) fn time(us: f64) -> String {
     }
 }
 
-/// Two maps of the guest's memory, beside each other: how each part came, and when.
+/// Two maps of the guest's memory, side by side: how each part arrived, and when.
 pub(super) fn map(timed: &Timed<'_>) -> String {
     const WHAT: &str = "A map of the guest's memory";
     let record = &timed.recording.map;
     if record.cells.is_empty() {
-        return empty(WHAT, "The guest's size was not known before it ended.");
+        return empty(WHAT, "The migration ended before the guest's size was known.");
     }
     let grid = Grid::new(record.cells.len());
     let bottom = 28.0 + grid.height();
     let mut svg = Svg::new(WIDTH, bottom + 56.0, WHAT);
-    svg.text(LEFT, 16.0, "i", "How it came");
-    svg.text(LEFT + MAP_STEP, 16.0, "i", "When it was complete");
+    svg.text(LEFT, 16.0, "i", "How each part arrived");
+    svg.text(LEFT + MAP_STEP, 16.0, "i", "When each part was complete");
     let how: Vec<&str> = (0..record.cells.len()).map(|index| how(record, index, timed)).collect();
     grid.draw(&mut svg, LEFT, 28.0, &how);
     let (first, last) = arrivals(&record.cells);
@@ -283,7 +280,7 @@ fn how(record: &MapRecord, index: usize, timed: &Timed<'_>) -> &'static str {
     }
 }
 
-/// When the first and the last cell were complete.
+/// The times at which the first and the last cell were complete.
 fn arrivals(cells: &[CellRecord]) -> (f64, f64) {
     let times = || cells.iter().filter_map(|cell| cell.complete_s);
     (times().fold(f64::INFINITY, f64::min).min(1e12), times().fold(0.0, f64::max))
@@ -291,7 +288,7 @@ fn arrivals(cells: &[CellRecord]) -> (f64, f64) {
 
 fn map_keys(svg: &mut Svg, y: f64, [first, last]: [f64; 2]) {
     let hows = [
-        [("demand3", "waited for, half or more"), ("demand2", "a tenth"), ("demand1", "less")],
+        [("demand3", "on demand, half or more"), ("demand2", "a tenth"), ("demand1", "less")],
         [("data", "background"), ("zero", "zeroes"), ("hole", "holes")],
     ];
     for (row, entries) in hows.iter().enumerate() {
@@ -303,7 +300,7 @@ fn map_keys(svg: &mut Svg, y: f64, [first, last]: [f64; 2]) {
     }
     svg.text(left + 170.0, y, "i", &format!("{first:.2} s to {last:.2} s"));
     svg.rectangle([left, y + 9.0, 14.0, 10.0], "missing", "");
-    svg.text(left + 20.0, y + 18.0, "i", "has not come");
+    svg.text(left + 20.0, y + 18.0, "i", "has not arrived");
 }
 
 /// Cells row by row, about twice as wide as high.
@@ -323,7 +320,7 @@ impl Grid {
         self.cells.div_ceil(self.columns) as f64 * self.side
     }
 
-    /// One path a colour, in which cells beside each other are one piece.
+    /// One path for each colour; adjacent cells form one piece.
     fn draw(&self, svg: &mut Svg, left: f64, top: f64, classes: &[&str]) {
         let mut names: Vec<&str> = classes.to_vec();
         names.sort_unstable();
@@ -369,7 +366,7 @@ pub(super) fn timeline(sides: &[Timed<'_>]) -> String {
             let took = time((span.end_s - span.begin_s) * 1e6);
             let title = format!("{}: {took}", span.name);
             svg.rectangle([left, top + 18.0, width, 22.0], phase_class(&span.name), &title);
-            // A name where there is room for it; the table has them all.
+            // A name if it fits; the table has all names.
             let needs = 7.0 * span.name.chars().count() as f64 + 8.0;
             if width >= needs && left >= free {
                 svg.text(left + 2.0, top + 53.0, "t", &span.name);
@@ -387,7 +384,7 @@ pub(super) fn timeline(sides: &[Timed<'_>]) -> String {
     svg.finished()
 }
 
-/// By what the guest does meanwhile.
+/// The class of a phase, by the guest's state in it.
 fn phase_class(name: &str) -> &'static str {
     match name {
         "serving pages" | "receiving pages" => "pages",
@@ -443,7 +440,7 @@ mod tests {
         }
     }
 
-    /// Every coordinate of a drawing is inside it.
+    /// Checks that every coordinate of a drawing is inside it.
     fn check(svg: &str) {
         let view = svg.split("viewBox=\"0 0 ").nth(1).unwrap().split('"').next().unwrap();
         let (width, height) = view.split_once(' ').unwrap();
@@ -462,7 +459,10 @@ mod tests {
     fn pictures_stay_inside_and_begin_with_the_peer() {
         let recordings = [recording(), Recording { role: "source".into(), ..recording() }];
         let sides = align(&recordings);
-        assert!((sides[0].end() - 1.0).abs() < 1e-9, "the wait for a source is no part of it");
+        assert!(
+            (sides[0].end() - 1.0).abs() < 1e-9,
+            "the wait for a source is not part of the clock"
+        );
         check(&throughput(&sides[0]));
         let latency = Latency { count: 13, p50: 70, p90: 100, p99: 101, p999: 102, max: 103 };
         check(&latencies(&recordings[0].faults, Some(&latency)));

@@ -1,6 +1,6 @@
-//! Progress for whoever waits: bars on a terminal, a line every few seconds elsewhere, events in JSON.
+//! Progress of a migration: bars on a terminal, a line every few seconds elsewhere, events in JSON.
 //!
-//! The control thread calls [`Progress::update`] as it wakes; nothing here waits, not for stderr either.
+//! The control thread calls [`Progress::update`] on each wake-up. Nothing here waits, not even for stderr.
 
 use std::io::IsTerminal;
 use std::sync::Arc;
@@ -15,13 +15,13 @@ use crate::observe::watch::{Status, Watch};
 use crate::runtime::{print, screen};
 use crate::statistics::Counters;
 
-/// How often the bar moves.
+/// The interval of the bar.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// How often there is a line, or an event, where there is no bar.
+/// The interval of lines or events, without a bar.
 const LINE_INTERVAL: Duration = Duration::from_secs(3);
 
-/// Where progress is shown, and who else looks at it.
+/// The display of progress, and the other observers.
 pub(crate) struct Progress {
     watch: Arc<Watch>,
     show: Show,
@@ -30,7 +30,7 @@ pub(crate) struct Progress {
 
 enum Show {
     Nothing,
-    /// A bar for each phase; what it has come to stays when the next one begins.
+    /// A bar for each phase; its last state stays when the next phase begins.
     Bars,
     /// Sentences.
     Lines {
@@ -51,7 +51,7 @@ struct Phase {
 }
 
 impl Progress {
-    /// Of a guest whose size, bytes, and counters are known now. `quiet` says nothing.
+    /// The progress of a guest of this size, bytes, with these counters. `quiet` shows none.
     pub(crate) fn new(
         watch: &Arc<Watch>,
         counters: &Arc<Counters>,
@@ -64,7 +64,7 @@ impl Progress {
         let show = match output {
             _ if quiet => Show::Nothing,
             Output::Host(_) => Show::Nothing,
-            // Lines of a trace and a bar would write over each other.
+            // Lines of a trace and a bar would overwrite each other.
             _ if std::io::stderr().is_terminal() && !trace::is_on() => Show::Bars,
             Output::Json => Show::Events { output: output.clone(), next },
             Output::Person => Show::Lines { next },
@@ -72,7 +72,7 @@ impl Progress {
         Progress { watch: watch.clone(), show, phase: None }
     }
 
-    /// Those who look on, beside the display.
+    /// The other observers.
     pub(crate) fn watch(&self) -> &Watch {
         &self.watch
     }
@@ -82,7 +82,7 @@ impl Progress {
         self.watch.interval(INTERVAL)
     }
 
-    /// Names what is going on: `saving`, `filling`…
+    /// Names the current step: `saving`, `filling`…
     pub(crate) fn phase(&mut self, name: &'static str) {
         self.end_phase();
         let bar = match self.show {
@@ -96,7 +96,7 @@ impl Progress {
         self.phase = Some(Phase { name, began: Instant::now(), moved_bytes, bar });
     }
 
-    /// Leaves a line with what the phase has come to.
+    /// Leaves a line with the last state of the phase.
     fn end_phase(&mut self) {
         let Some(Phase { name, began, moved_bytes, bar }) = self.phase.take() else { return };
         if !matches!(self.show, Show::Bars) {
@@ -108,19 +108,19 @@ impl Progress {
         } else {
             bar.set_draw_target(ProgressDrawTarget::hidden());
         }
-        // Fewer than before where a lost connection has swallowed some.
+        // Fewer than before if a lost connection discarded some.
         let bytes = self.watch.moved_bytes().saturating_sub(moved_bytes);
         print::err_line(&phase_line(name, began.elapsed(), bytes));
     }
 
-    /// Takes the counters' state: for the display, and for a report.
+    /// Reads the counters, for the display and for a report.
     pub(crate) fn update(&mut self) {
         self.watch.tick();
         let now = Instant::now();
         match &mut self.show {
             Show::Nothing => {}
             Show::Bars => {
-                // A terminal that is stopped would stop whoever draws on it.
+                // Drawing on a stopped terminal would block.
                 if let Some(Phase { name, bar, .. }) = &self.phase
                     && print::stderr_is_ready()
                 {
@@ -157,7 +157,7 @@ impl Progress {
     }
 }
 
-/// A status as other events name their fields, and in words.
+/// A status with the field names of events, and as text.
 fn fields(status: &Status, text: String) -> Value {
     let status = serde_json::to_value(status).expect("plain numbers and strings");
     let status = status.as_object().into_iter().flatten();
@@ -175,7 +175,7 @@ impl Drop for Progress {
 fn bar(name: &'static str, total_bytes: u64) -> ProgressBar {
     let moves_pages = ["sending", "filling", COPYING].contains(&name);
     let style = match moves_pages {
-        // What is left of a pass is no matter of a moment, which is what the bar knows.
+        // The bar's own estimate uses the current rate, which is wrong for a pass.
         true if name == COPYING => {
             "{prefix:>10} [{wide_bar}] {binary_bytes}/{binary_total_bytes}{msg}"
         }
@@ -192,7 +192,7 @@ fn bar(name: &'static str, total_bytes: u64) -> ProgressBar {
     bar
 }
 
-/// The phase in which pages go while the guest runs.
+/// The phase of passes while the guest runs.
 const COPYING: &str = "copying";
 
 /// A pass over the running guest's memory.
@@ -202,7 +202,7 @@ struct Pass {
     remaining_bytes: u64,
 }
 
-/// The pass that goes on, or that has ended last before the guest is stopped.
+/// The current pass, or the last one until the guest is stopped.
 fn pass(status: &Status) -> Option<Pass> {
     Some(Pass {
         number: status.pass?,
@@ -212,7 +212,7 @@ fn pass(status: &Status) -> Option<Pass> {
 }
 
 impl Pass {
-    /// How fast it goes, how long it still takes, and what the guest writes meanwhile.
+    /// The rate, the time left, and the rate of guest writes.
     fn text(&self, status: &Status) -> String {
         let left = match status.seconds_left {
             Some(seconds) if self.remaining_bytes > 0 => left(seconds),
@@ -236,7 +236,7 @@ fn waiting(status: &Status) -> String {
     }
 }
 
-/// What stays of a phase on the terminal.
+/// The line that stays of a phase on the terminal.
 fn phase_line(name: &str, took: Duration, bytes: u64) -> String {
     let seconds = took.as_secs_f64();
     let took = match seconds < 1.0 {
@@ -250,7 +250,7 @@ fn phase_line(name: &str, took: Duration, bytes: u64) -> String {
     format!("{name:>10}  {took}, {}, {rate}/s", HumanBytes(bytes))
 }
 
-/// The same as a bar says, in words.
+/// The text of a bar.
 fn sentence(phase: Option<&str>, status: &Status) -> String {
     if let Some(pass) = pass(status) {
         return format!(
@@ -297,7 +297,7 @@ mod tests {
         let waits = Status { faults_waiting: 2, seconds_left: None, ..status() };
         let text = sentence(None, &waits);
         assert_eq!(text, "serving pages: 512.00 MiB of 2.00 GiB, 256.00 MiB/s, 2 faults wait");
-        // Not even a rate that is next to nothing is too much for it.
+        // A rate close to 0 has a text too.
         let slow = Status { seconds_left: Some(f64::MAX), ..status() };
         assert!(sentence(None, &slow).contains("left"));
     }
@@ -315,7 +315,7 @@ mod tests {
         let text = sentence(Some("copying"), &pass);
         let first = "pass 2: 128.00 MiB of 512.00 MiB left, 256.00 MiB/s, 3 seconds left";
         assert_eq!(text, format!("{first}, the guest writes 64.00 MiB/s"));
-        // Before the first one has ended, and when one has.
+        // Before the first pass has ended, and after it.
         let ended = Status { seconds_left: None, dirty_bytes_per_s: None, ..pass };
         let text = sentence(Some("copying"), &ended);
         assert_eq!(text, "pass 2: 128.00 MiB of 512.00 MiB left, 256.00 MiB/s");

@@ -1,14 +1,14 @@
-//! What a report is made of: one side's migration, as numbers over time.
+//! The data of a report: one side's migration, as numbers over time.
 
 use serde::{Deserialize, Serialize};
 
 use crate::statistics::map::{Came, Map};
 use crate::statistics::{Completed, Counters};
 
-/// Samples that are kept: when there are more, every other one goes and half as many come.
+/// The most samples. Beyond it every other sample is dropped, and the interval doubles.
 const SAMPLES_MAX: usize = 1024;
 
-/// Phases that are kept: a migration has a dozen, and some more each time its link is lost.
+/// The most phases: a migration has a dozen, and a few more for each lost link.
 const SPANS_MAX: usize = 1000;
 
 /// One side of a migration. `--report FILE.json` writes it; `--report FILE.html` shows it.
@@ -18,33 +18,33 @@ pub struct Recording {
     pub version: String,
     /// `source` or `destination`.
     pub role: String,
-    /// When the recording began, milliseconds since 1970. All other times count from there, in seconds.
+    /// The start of the recording, milliseconds since 1970. All other times are seconds since then.
     pub began_unix_ms: u64,
-    /// How long it lasted, seconds.
+    /// The duration, seconds.
     pub seconds: f64,
     /// The guest's RAM, bytes.
     pub total_bytes: u64,
-    /// Counters as time went on, in the order of time.
+    /// Counters over time, in order.
     pub samples: Vec<Sample>,
-    /// The protocol's phases, one behind the other.
+    /// The protocol's phases, in order.
     pub phases: Vec<Span>,
-    /// How the guest's memory came, in the order of its addresses.
+    /// How the guest's memory arrived, in the order of its addresses.
     pub map: MapRecord,
-    /// Fault latencies at the destination: lower and upper edge in µs, and how many lay between.
+    /// Fault latencies at the destination: lower and upper edge in µs, and the count between them.
     pub faults: Vec<(f64, f64, u64)>,
-    /// How often all connections were lost after the switchover.
+    /// The number of losses of all connections after the switchover.
     #[serde(default)]
     pub connection_losses: u32,
-    /// How long there were none then, seconds.
+    /// The time without connections after the switchover, seconds.
     #[serde(default)]
     pub disconnected_s: f64,
-    /// The report in numbers, if the migration came to its end.
+    /// The report in numbers, if the migration completed.
     pub completed: Option<Completed>,
-    /// Why it did not.
+    /// The reason of a failure.
     pub error: Option<String>,
 }
 
-/// Counters at a time, all from the beginning on.
+/// Counters at a time, all since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
     /// Seconds.
@@ -53,61 +53,61 @@ pub struct Sample {
     pub data_bytes: u64,
     /// Bytes of pages of zeroes.
     pub zero_bytes: u64,
-    /// Bytes of pages that the source did not have.
+    /// Bytes of holes: pages that the source's file does not have.
     pub hole_bytes: u64,
-    /// Bytes that moved as page contents, each time they did: also while the guest ran at the source.
+    /// Bytes that moved as page contents, each transfer counted: also while the guest ran at the source.
     #[serde(default)]
     pub crossed_data_bytes: u64,
-    /// Bytes of pages of any kind that moved, each time they did.
+    /// Bytes of pages of any kind that moved, each transfer counted.
     #[serde(default)]
     pub crossed_bytes: u64,
-    /// Pages that were asked for.
+    /// Pages that moved on demand.
     pub pages_demand: u64,
-    /// Faults that wait for their pages at this moment.
+    /// Faults that wait for their pages.
     pub faults_waiting: u64,
 }
 
 /// A phase.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Span {
-    /// As in messages.
+    /// The name, as in messages.
     pub name: String,
-    /// When it began, seconds.
+    /// The start, seconds.
     pub begin_s: f64,
-    /// When it ended, seconds.
+    /// The end, seconds.
     pub end_s: f64,
 }
 
-/// The guest's memory in cells of the same size.
+/// The guest's memory in cells of equal size.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct MapRecord {
     /// Bytes of a cell; the last one may be shorter.
     pub cell_bytes: u64,
-    /// One an element.
+    /// One element for each cell.
     pub cells: Vec<CellRecord>,
 }
 
-/// A part of the guest's memory. Pages here are of 4 KiB.
+/// A part of the guest's memory, in pages of 4 KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CellRecord {
-    /// Pages that somebody waited for.
+    /// Pages on demand.
     pub demand: u32,
-    /// Pages that nobody waited for, with contents.
+    /// Background pages with contents.
     pub background: u32,
-    /// The same, of zeroes.
+    /// Background pages of zeroes.
     pub zero: u32,
-    /// The same, that the source did not have.
+    /// Background pages that are holes at the source.
     pub hole: u32,
-    /// When its last page had come, seconds; none if some have not.
+    /// The arrival of its last page, seconds; None if pages are missing.
     pub complete_s: Option<f64>,
 }
 
-/// Takes samples, within bounds whatever happens.
+/// Takes samples, in bounded memory.
 pub(super) struct Recorder {
     samples: Vec<Sample>,
-    /// Seconds between samples.
+    /// The interval between samples, seconds.
     interval_s: f64,
-    /// When each cell was seen complete.
+    /// The time at which each cell was found complete.
     complete_s: Vec<Option<f64>>,
     pub(super) spans: Vec<Span>,
 }
@@ -129,7 +129,7 @@ impl Recorder {
 
     /// Whether it is time for the next sample.
     pub(super) fn is_due(&self, at_s: f64) -> bool {
-        // A wake that is a little early must not double the interval.
+        // A slightly early wake-up must not double the interval.
         self.samples.last().is_none_or(|last| at_s - last.at_s >= 0.9 * self.interval_s)
     }
 
@@ -151,7 +151,7 @@ impl Recorder {
         }
     }
 
-    /// Adds to a recording what was seen.
+    /// Adds the samples, phases and cells to a recording.
     pub(super) fn give(&self, recording: &mut Recording, counters: &Counters) {
         let record = |(came, &complete_s): (Came, &Option<f64>)| CellRecord {
             demand: came.demand,

@@ -1,4 +1,4 @@
-//! `--report FILE`: recordings written down, as figures or as a page.
+//! `--report FILE`: recordings as figures or as a page.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -11,20 +11,20 @@ use super::recording::Recording;
 use crate::error::{Context, Error, Result};
 use crate::statistics::Completed;
 
-/// Before anything is moved: a report that could not be written would be missed afterwards.
+/// Checks before the migration that the report can be written.
 pub(crate) fn check_writable(path: &Path) -> Result<()> {
     let context = || format!("--report {}", path.display());
-    // A FIFO would keep us waiting for a reader, now or at the end.
+    // Opening a FIFO would block until it has a reader.
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(false).custom_flags(libc::O_NONBLOCK);
     let kind = options.open(path).and_then(|file| file.metadata()).context(context)?.file_type();
     if kind.is_fifo() {
-        return Err(Error::Usage(format!("{} is a FIFO: name a file for the report", context())));
+        return Err(Error::Usage(format!("{} is a FIFO: choose a file for the report", context())));
     }
     Ok(())
 }
 
-/// Writes the recordings of one migration's sides.
+/// Writes the recordings of a migration's sides.
 pub(crate) fn write(path: &Path, recordings: &[Recording]) -> Result<()> {
     let is_json = path.extension().is_some_and(|extension| extension == "json");
     let text = match (is_json, recordings) {
@@ -35,7 +35,7 @@ pub(crate) fn write(path: &Path, recordings: &[Recording]) -> Result<()> {
     std::fs::write(path, text).context(|| format!("--report {}", path.display()))
 }
 
-/// The page that shows them. Throughput, faults and the map are the destination's, if it is there.
+/// The page of these recordings. Throughput, faults and the map are the destination's, if its recording is present.
 fn page(recordings: &[Recording]) -> String {
     let sides = pictures::align(recordings);
     let Some(main) =
@@ -88,12 +88,12 @@ fn highlights(completed: &Completed) -> Vec<(&'static str, String)> {
     highlights
 }
 
-/// Connections that were lost, if any were.
+/// Lost connections, if there were any.
 fn losses(page: &mut Page, recordings: &[Recording]) {
     if recordings.iter().all(|side| side.connection_losses == 0) {
         return;
     }
-    let head = ["seen by", "connections were lost", "time without any"].map(str::to_owned);
+    let head = ["side", "losses", "time without connections"].map(str::to_owned);
     let row = |side: &Recording| {
         let losses = format!("{} ×", side.connection_losses);
         vec![side.role.clone(), losses, format!("{:.3} s", side.disconnected_s)]
@@ -106,7 +106,7 @@ fn figures(page: &mut Page, main: &Timed<'_>, sides: &[Timed<'_>]) {
     page.figure(
         "throughput",
         "Throughput",
-        "Pages that moved, over time, and faults that waited for theirs.",
+        "Pages over time, and the faults that waited for them.",
         &pictures::throughput(main),
     );
     let latency =
@@ -114,25 +114,25 @@ fn figures(page: &mut Page, main: &Timed<'_>, sides: &[Timed<'_>]) {
     page.figure(
         "latency",
         "Fault latency",
-        "From reading a fault to waking the guest; how many took how long.",
+        "Time from reading a fault to waking the guest.",
         &pictures::latencies(&main.recording.faults, latency),
     );
     let mib = main.recording.map.cell_bytes as f64 / f64::from(1 << 20);
     page.figure(
         "map",
         "The guest's memory",
-        &format!("Address by address from the top left, {mib} MiB a cell."),
+        &format!("Addresses in rows from the top left, {mib} MiB a cell."),
         &pictures::map(main),
     );
     page.figure(
         "timeline",
         "Phases",
-        "What each side was at. Phases that are too short to have a name here are in the table below.",
+        "The phases of each side. The table below names the phases that are too short for a label.",
         &pictures::timeline(sides),
     );
 }
 
-/// The report in numbers, a column a side.
+/// The report in numbers, a column for each side.
 fn numbers(page: &mut Page, sides: &[&Completed]) {
     let mut head = vec![String::new()];
     head.extend(sides.iter().map(|side| side.role.clone()));

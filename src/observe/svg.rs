@@ -1,8 +1,8 @@
-//! Drawings for a page: SVG whose colours are the page's, in either colour scheme.
+//! Drawings for a page: SVG in the page's colours, in either colour scheme.
 
 use std::fmt::Write as _;
 
-/// Text as it may stand between tags and in attributes of HTML and SVG.
+/// Escapes text for contents and attributes of HTML and SVG.
 pub fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {
@@ -12,7 +12,7 @@ pub fn escape(text: &str) -> String {
             '>' => escaped.push_str("&gt;"),
             '"' => escaped.push_str("&quot;"),
             '\'' => escaped.push_str("&#39;"),
-            // Neither HTML nor SVG has a way to write these.
+            // HTML and SVG cannot represent these.
             control if control.is_control() && !control.is_whitespace() => escaped.push('\u{fffd}'),
             other => escaped.push(other),
         }
@@ -20,11 +20,11 @@ pub fn escape(text: &str) -> String {
     escaped
 }
 
-/// A drawing of `width` by `height` units, which the page scales to its own width.
+/// A drawing of `width` by `height` units; the page scales it to the page's width.
 pub(super) struct Svg(String);
 
 impl Svg {
-    /// `what` it shows, for those who cannot see it.
+    /// `what` is the description for screen readers.
     pub(super) fn new(width: f64, height: f64, what: &str) -> Svg {
         Svg(format!(
             "<svg viewBox=\"0 0 {width:.0} {height:.0}\" role=\"img\" aria-label=\"{}\">\n",
@@ -39,7 +39,7 @@ impl Svg {
         );
     }
 
-    /// A rectangle; `title` shows when a pointer is over it.
+    /// A rectangle; `title` is its tooltip.
     pub(super) fn rectangle(&mut self, [x, y, width, height]: [f64; 4], class: &str, title: &str) {
         let title = match title {
             "" => String::new(),
@@ -57,7 +57,7 @@ impl Svg {
         let _ = writeln!(self.0, "<path d=\"{d}\" class=\"{class}\"/>");
     }
 
-    /// `class` may have `e` for text that ends at `x` and `m` for text around it.
+    /// `class` may have `e` for text that ends at `x`, and `m` for text centred at `x`.
     pub(super) fn text(&mut self, x: f64, y: f64, class: &str, text: &str) {
         let _ = writeln!(
             self.0,
@@ -82,7 +82,7 @@ pub(super) struct Scale {
 }
 
 impl Scale {
-    /// Values `from..=to` lie at `start..=end`. Where there is but one value, it lies at the start.
+    /// Maps values `from..=to` to `start..=end`. An only value maps to the start.
     pub(super) fn new([from, to]: [f64; 2], [start, end]: [f64; 2]) -> Scale {
         Scale { from, to, start, end }
     }
@@ -107,7 +107,7 @@ pub(super) fn ticks(most: f64, count: u32) -> Vec<f64> {
     (0..=steps).map(|index| f64::from(index) * step).collect()
 }
 
-/// A tick's number, without digits that mean nothing.
+/// A tick's number, without insignificant digits.
 pub(super) fn number(value: f64) -> String {
     let text = format!("{value:.3}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()

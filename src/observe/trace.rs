@@ -1,6 +1,6 @@
-//! `tracing` for the command: to stderr, when asked for with `--verbose` or RUST_LOG.
+//! `tracing` for the command: to stderr, with `--verbose` or RUST_LOG.
 //!
-//! As a library umem only emits events: the program around it decides where they go.
+//! As a library umem only emits events: the embedding program decides where they go.
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -10,10 +10,10 @@ use crate::runtime::print;
 
 static IS_ON: AtomicBool = AtomicBool::new(false);
 
-/// What `--verbose` stands for.
+/// The filter of `--verbose`.
 const VERBOSE: &str = "umem=debug";
 
-/// Begins, if there is something to show: RUST_LOG decides what, and `verbose` where it is not set.
+/// Starts tracing if RUST_LOG is set or `verbose` is true. RUST_LOG takes precedence.
 pub(crate) fn begin(verbose: bool) {
     let directives = std::env::var("RUST_LOG").ok().filter(|text| !text.trim().is_empty());
     let directives = match (directives, verbose) {
@@ -22,7 +22,7 @@ pub(crate) fn begin(verbose: bool) {
         (None, false) => return,
     };
     let filter = EnvFilter::builder().parse_lossy(directives);
-    // There is one already where umem has been called twice in a process, as tests may.
+    // A second call in the same process, as in tests, finds a subscriber.
     let begun = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_thread_names(true)
@@ -31,7 +31,7 @@ pub(crate) fn begin(verbose: bool) {
     IS_ON.store(begun.is_ok(), Relaxed);
 }
 
-/// Whether lines of a trace come to stderr.
+/// Whether trace lines go to stderr.
 pub(crate) fn is_on() -> bool {
     IS_ON.load(Relaxed)
 }

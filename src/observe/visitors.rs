@@ -1,7 +1,7 @@
-//! Who asks from outside: the thread that listens to all who have connected at once.
+//! Clients from outside: one thread serves all connections.
 //!
-//! Nobody waits for anybody else: a visitor is polled for what it lacks, has a deadline where it holds something up,
-//! and is one of few. One whose request makes this process panic loses its connection, and nobody else's.
+//! No visitor delays another: each is polled, has a deadline while it blocks its own progress, and their number is
+//! limited. A visitor whose request causes a panic loses its connection; the others keep theirs.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -18,40 +18,40 @@ use crate::runtime::accepting::{Accepted, Room};
 use crate::runtime::panics;
 use crate::runtime::polling::poll;
 
-/// A connection, with what has come and what is to leave.
+/// A connection, with its received and unsent bytes.
 pub(super) trait Visitor: AsFd {
-    /// What it waits for.
+    /// The poll events that it waits for.
     fn flags(&self) -> PollFlags;
 
-    /// When it is cut off, if it does not go on.
+    /// The time at which it is disconnected without further progress.
     fn deadline(&self) -> Option<Instant>;
 
-    /// Where there are too many the one with the earliest of these goes.
+    /// Its age for replacement: of too many visitors the one with the earliest time is dropped.
     fn rank(&self) -> Instant;
 
-    /// Reads or writes what is possible at once. False: it is over.
+    /// Reads or writes without waiting. False at the end of the connection.
     fn go_on(&mut self) -> bool;
 }
 
-/// Where visitors come from.
+/// The listener for visitors.
 pub(super) trait Entrance: AsFd + Send + 'static {
     type Visitor: Visitor;
 
-    /// Visitors at a time.
+    /// The most visitors at a time.
     const VISITORS_MAX: usize;
 
-    /// The next one that waits, without waiting; none if it has gone again.
+    /// Accepts the next visitor without waiting; None if it has disconnected.
     fn accept(&self) -> io::Result<Option<Self::Visitor>>;
 }
 
-/// Listens until it is dropped.
+/// Serves visitors until it is dropped.
 pub(super) struct Server {
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Server {
-    /// Listens at `entrance` in a thread of this name.
+    /// Serves `entrance` on a thread of this name.
     pub(super) fn start(name: &str, entrance: impl Entrance) -> Result<Server> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let stop = Arc::new(EventFd::from_flags(flags).context(|| "eventfd")?);
@@ -78,7 +78,7 @@ fn listen<E: Entrance>(entrance: &E, stop: &EventFd) {
     let mut room = Room::default();
     loop {
         let waits = room.deadline(Instant::now());
-        // One of which nothing is asked is not polled: it would be ready for as long as somebody waits there.
+        // A pausing listener is not polled: it would be ready all the time.
         let at_entrance = if waits.is_some() { PollFlags::empty() } else { PollFlags::POLLIN };
         let mut fds = vec![
             PollFd::new(stop.as_fd(), PollFlags::POLLIN),
@@ -90,7 +90,7 @@ fn listen<E: Entrance>(entrance: &E, stop: &EventFd) {
         let timeout = left.map_or(PollTimeout::NONE, |left| {
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
-        // Interrupted or not, the loop looks again.
+        // After an interrupt the loop polls again.
         let _ = poll(&mut fds, timeout);
         let mut ready = fds.iter().map(|fd| fd.revents().is_some_and(|events| !events.is_empty()));
         let (is_over, has_guest) = (ready.next() == Some(true), ready.next() == Some(true));
@@ -115,7 +115,7 @@ fn listen<E: Entrance>(entrance: &E, stop: &EventFd) {
                 visitors.push(visitor);
             }
             Some(Ok(Accepted::One(None) | Accepted::Gone)) => {}
-            // Somebody who has had time has to go; where nobody has come yet there is only time.
+            // Dropping the oldest visitor makes room; without visitors the listener pauses.
             Some(Ok(Accepted::NoRoom(_))) if remove_first(&mut visitors) => {}
             Some(Ok(Accepted::NoRoom(_)) | Err(_)) | None => room.lacked(Instant::now()),
         }
@@ -127,7 +127,7 @@ fn served(visitor: &mut impl Visitor) -> bool {
     visitor.go_on()
 }
 
-/// Drops the one that has to go first: false if there is none.
+/// Drops the oldest visitor; false if there is none.
 fn remove_first<V: Visitor>(visitors: &mut Vec<V>) -> bool {
     let first = (0..).zip(visitors.iter()).min_by_key(|(_, visitor)| visitor.rank());
     let Some((index, _)) = first else { return false };
@@ -135,7 +135,7 @@ fn remove_first<V: Visitor>(visitors: &mut Vec<V>) -> bool {
     true
 }
 
-/// None where it panics.
+/// The result of the call; None if it panics.
 fn guarded<T>(call: impl FnOnce() -> T) -> Option<T> {
     catch_unwind(AssertUnwindSafe(call)).ok()
 }
@@ -151,7 +151,7 @@ mod tests {
 
     use super::*;
 
-    /// Answers each byte with itself; one of it panics.
+    /// Echoes each byte; panics on one value.
     struct Echo(UnixStream);
 
     impl AsFd for Echo {
@@ -180,7 +180,7 @@ mod tests {
         }
     }
 
-    /// A listener that is ready for ever, has no room `lacks` times, and then panics once.
+    /// A listener that is always ready, has no room `lacks` times, and then panics once.
     struct Crowded {
         ready: EventFd,
         lacks: AtomicI32,
@@ -223,12 +223,12 @@ mod tests {
         let crowded = Crowded { ready, lacks: AtomicI32::new(3), tried, waiting };
         let server = Server::start("umem-test", crowded).unwrap();
         let tries: Vec<Instant> = (0..6).map(|_| tries.recv().unwrap()).collect();
-        // Three without room and one that panics, each followed by a rest.
+        // Three accepts without room and one panic, each followed by a pause.
         for pair in tries.windows(2).take(4) {
             assert!(pair[1] - pair[0] >= crate::runtime::accepting::ROOM_INTERVAL, "{tries:?}");
         }
         panics.write_all(b"!").unwrap();
-        assert_eq!(panics.read(&mut [0]).unwrap(), 0, "it is cut off");
+        assert_eq!(panics.read(&mut [0]).unwrap(), 0, "the connection is closed");
         ours.write_all(b"a").unwrap();
         let mut byte = [0];
         ours.read_exact(&mut byte).unwrap();

@@ -1,13 +1,12 @@
-//! What one side of a migration lets others see while it goes on, and the few things they may do.
+//! The state of one side of a running migration, for observers, and their few orders to it.
 //!
-//! The control thread tells a [`Watch`] of its phases and has it take samples; metrics, the control
-//! socket and the display on the terminal look at it from threads of their own. Pages are counted
-//! elsewhere, by the threads that move them, in [`Counters`], which a watch only reads.
+//! The control thread reports its phases to a [`Watch`] and has it take samples. Metrics, the control socket and the
+//! terminal's display read the watch from other threads. The threads that move pages count them in [`Counters`]; a watch
+//! only reads those.
 //!
-//! **Cancelling.** Until the point of no return either side can give up and leave the guest at the
-//! source. Whether there is still time is decided in one word: the control thread commits before it
-//! goes beyond that point, and whoever cancels wins only if that has not happened. So who has been told
-//! that a migration is cancelled can rely on it.
+//! **Cancelling.** Until the point of no return either side can give up and leave the guest at the source. One atomic
+//! word decides: the control thread commits before the point of no return, and a cancel succeeds only before the commit.
+//! So a reported cancellation is final.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -26,19 +25,19 @@ use crate::runtime::role::Role;
 use crate::statistics::{Completed, Counters};
 use crate::transport::uri::Uri;
 
-/// Between the first samples of a recording; later ones come less often.
+/// The interval between the first samples of a recording; later intervals are longer.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Rates are of at least this long.
+/// The shortest window of a rate.
 const RATE_WINDOW: Duration = Duration::from_secs(1);
 
-/// Orders that may wait for the control thread: people and programs give one at a time.
+/// The most orders that wait for the control thread: users and programs give one at a time.
 const ORDERS_MAX: usize = 16;
 
 /// The last phase of either side.
 const COMPLETED: &str = "completed";
 
-/// Before there is a phase of the protocol.
+/// The phase before the protocol's first phase.
 fn first_phase(role: Role) -> &'static str {
     match role {
         Role::Source => "connecting",
@@ -51,28 +50,28 @@ pub(crate) struct Watch {
     began: Instant,
     began_unix: SystemTime,
     commitment: AtomicU8,
-    /// The background's limit, at a source that has one.
+    /// The limit of the background, at a source with one.
     bandwidth: Option<Arc<Bandwidth>>,
     live: OnceLock<Live>,
-    /// Where the control thread hears of what is to be done with the lanes, if it can do without them.
+    /// Passes an order about the lanes to the control thread, if the migration recovers.
     link: OnceLock<Box<dyn Fn(LinkOrder) + Send + Sync>>,
-    /// Orders that it has not heard yet.
+    /// Orders that the control thread has not read yet.
     orders: AtomicUsize,
-    /// At a source whose pages go while the guest runs.
+    /// The controls of the passes, at a source with passes while the guest runs.
     passes: OnceLock<PassControl>,
     state: Mutex<State>,
 }
 
-/// What is to be done with the lanes of a migration after its switchover.
+/// An order about the lanes of a migration after its switchover.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum LinkOrder {
-    /// Give them up; the guest runs on with what it has.
+    /// Give the lanes up; the guest runs on with the pages that it has.
     Pause,
-    /// Open them again, at another address if one is named.
+    /// Open the lanes again, at another address if the order has one.
     Resume(Option<Uri>),
 }
 
-/// What is counted, from when on the guest's size is known.
+/// The counters, known together with the guest's size.
 struct Live {
     counters: Arc<Counters>,
     total_bytes: u64,
@@ -92,9 +91,9 @@ struct State {
 #[derive(Default)]
 struct Cuts {
     count: u32,
-    /// Those that are over, together.
+    /// The total of the past ones.
     past: Duration,
-    /// Of the one that goes on.
+    /// The start of the current one.
     since: Option<Instant>,
 }
 
@@ -116,13 +115,13 @@ impl Cuts {
     }
 }
 
-/// Still to be decided, cancelled by somebody, or beyond the point of no return.
+/// Undecided, cancelled, or beyond the point of no return.
 const OPEN: u8 = 0;
 const CANCELLED: u8 = 1;
 const COMMITTED: u8 = 2;
 
 impl Watch {
-    /// For a side that begins now; `records` what a report needs.
+    /// The watch of a side that begins now; `records` for a report.
     pub(crate) fn new(role: Role, records: bool, bandwidth: Option<Arc<Bandwidth>>) -> Arc<Watch> {
         let now = Instant::now();
         Arc::new(Watch {
@@ -162,17 +161,17 @@ impl Watch {
 
 /// For the control thread.
 impl Watch {
-    /// The guest's size is known, and where its pages are counted.
+    /// Takes the guest's size, and the counters of its pages.
     pub(crate) fn attach(&self, counters: Arc<Counters>, total_bytes: u64) {
         self.live.get_or_init(|| Live { counters, total_bytes });
     }
 
-    /// Lanes can be given up and opened again: `tell` says so to the control thread.
+    /// Allows orders about the lanes; `tell` passes them to the control thread.
     pub(crate) fn link(&self, tell: impl Fn(LinkOrder) + Send + Sync + 'static) {
         self.link.get_or_init(|| Box::new(tell));
     }
 
-    /// Pages go in passes while the guest runs, within this limit; `end` tells the control thread to end the passes.
+    /// Allows orders about the passes, which have this limit; `end` has the control thread end the passes.
     pub(crate) fn has_passes(
         &self,
         postcopy: bool,
@@ -183,14 +182,13 @@ impl Watch {
         self.passes.get_or_init(|| PassControl { postcopy, limit, end, has_ended });
     }
 
-    /// A pass begins that has so many bytes to send.
+    /// A pass begins, with these bytes to send.
     pub(crate) fn pass_begins(&self, bytes: u64) {
         let gone_bytes = self.gone_in_passes();
         self.state().passes.begin(bytes, gone_bytes, Instant::now());
     }
 
-    /// A pass has ended, and has left so many bytes; the rate at which the guest writes, and how long it would stand
-    /// still, as far as that is known.
+    /// A pass has ended and left these bytes; the rate of guest writes and the expected downtime, if known.
     pub(crate) fn pass_ends(
         &self,
         left_bytes: u64,
@@ -209,8 +207,8 @@ impl Watch {
         self.live.get().map_or(0, |live| live.counters.rounds_page_bytes.load(Relaxed))
     }
 
-    /// A phase of the protocol begins, unless it is the one that goes on. While there are no lanes that
-    /// is what shows, until the end or until [`reconnected`](Watch::reconnected).
+    /// A phase of the protocol begins or continues. Without lanes the watch shows that as the phase, until the end or
+    /// [`reconnected`](Watch::reconnected).
     pub(crate) fn entered(&self, phase: &'static str) {
         let now = Instant::now();
         let mut state = self.state();
@@ -223,7 +221,7 @@ impl Watch {
         self.shows(phase, now, state);
     }
 
-    /// There are lanes again, in this phase.
+    /// The lanes are open again, in this phase.
     pub(crate) fn reconnected(&self, phase: &'static str) {
         let now = Instant::now();
         let mut state = self.state();
@@ -251,19 +249,19 @@ impl Watch {
         Span { name: name.to_owned(), begin_s: seconds(begin), end_s: seconds(end) }
     }
 
-    /// The guest runs at the destination after a standstill of this long.
+    /// The guest runs at the destination after this downtime.
     pub(crate) fn running(&self, downtime: Duration) {
         self.state().downtime = Some(downtime);
     }
 
-    /// How often to call [`tick`](Watch::tick); at most `most`.
+    /// The interval of [`tick`](Watch::tick), at most `most`.
     pub(crate) fn interval(&self, most: Duration) -> Duration {
         let state = self.state();
         let wished = state.recorder.as_ref().map(Recorder::interval_s);
         wished.map_or(most, |seconds| Duration::from_secs_f64(seconds).min(most))
     }
 
-    /// Takes a sample if it is time for one.
+    /// Takes a sample if one is due.
     pub(crate) fn tick(&self) {
         let Some(live) = self.live.get() else { return };
         let now = Instant::now();
@@ -275,16 +273,16 @@ impl Watch {
         }
     }
 
-    /// An order has been heard.
+    /// The control thread has read an order.
     pub(crate) fn heard(&self) {
-        // Those of a program that umem is a part of come by another way.
+        // Orders of an embedding program are not counted.
         let _ = self.orders.fetch_update(SeqCst, SeqCst, |count| count.checked_sub(1));
     }
 
-    /// Goes beyond the point of no return.
+    /// Passes the point of no return.
     ///
     /// # Errors
-    /// It was cancelled before; `otherwise` says where the guest is then.
+    /// The migration was cancelled before; `otherwise` describes the guest's state.
     pub(crate) fn commit(&self, otherwise: &str) -> Result<()> {
         match self.commitment.compare_exchange(OPEN, COMMITTED, SeqCst, SeqCst) {
             Err(CANCELLED) => Err(Error::Interrupted(otherwise.into())),
@@ -292,13 +290,13 @@ impl Watch {
         }
     }
 
-    /// All that was recorded, with its end; none if nothing was to be.
+    /// The finished recording; None without one.
     pub(crate) fn recording(
         &self,
         outcome: std::result::Result<&Completed, &Error>,
     ) -> Option<Recording> {
         let mut state = self.state();
-        // What umem does after its last phase is no part of the migration.
+        // The migration ends with its last phase.
         let is_over = state.phase == COMPLETED;
         let end = if is_over { state.phase_began } else { Instant::now() };
         let at_s = (end - self.began).as_secs_f64();
@@ -343,9 +341,9 @@ fn sample(counters: &Counters, at_s: f64) -> Sample {
     }
 }
 
-/// For everybody else.
+/// For observers.
 impl Watch {
-    /// How things stand.
+    /// The status.
     pub(crate) fn status(&self) -> Status {
         let gone_bytes = self.gone_in_passes();
         let state = self.state();
@@ -385,7 +383,7 @@ impl Watch {
         status.faults_waiting = counters.faults.waiting();
         status.precopy_bytes = counters.rounds_bytes.load(Relaxed);
         let left = status.total_bytes.saturating_sub(status.done_bytes) as f64;
-        // Only the source knows what a pass has to send.
+        // Only the source knows the bytes that a pass has to send.
         let is_unknown = phase == umem_wire::destination::Phase::Rounds.name();
         status.seconds_left = match passes.pass_bytes {
             Some(_) => passes.seconds_left,
@@ -394,7 +392,7 @@ impl Watch {
         status
     }
 
-    /// The limit of the passes, at a source that has any.
+    /// The limit of the passes, at a source with passes.
     pub(crate) fn pass_bandwidth(&self) -> Option<&Arc<Bandwidth>> {
         self.passes.get().map(|passes| &passes.limit)
     }
@@ -402,23 +400,23 @@ impl Watch {
     /// Ends the passes and switches over to postcopy.
     ///
     /// # Errors
-    /// Why that cannot be done, and what to do instead.
+    /// The reason why that is impossible, and the alternative.
     pub(crate) fn switch_to_postcopy(&self) -> std::result::Result<(), &'static str> {
         if self.role == Role::Destination {
             return Err(
-                "this is the destination: the source switches to postcopy, ask `umem migrate`",
+                "this is the destination, and the source switches to postcopy: send the command to the control socket of `umem migrate`",
             );
         }
         let Some(passes) = self.passes.get() else {
             return Err(
-                "there are no passes to end: this move has none (-p without --precopy, --stop-first), or has not \
+                "there are no passes to end: this migration has none (-p without --precopy, --stop-first), or has not \
                  connected yet",
             );
         };
         if !passes.postcopy {
             return Err(
-                "this move was begun without -p, and sends all pages before the guest runs at the destination: cancel \
-                 it, and begin it again with --precopy -p",
+                "this migration was started without -p, so all pages arrive before the guest runs at the destination: \
+                 cancel it, and start it again with --precopy -p",
             );
         }
         if self.is_committed() {
@@ -428,7 +426,7 @@ impl Watch {
         Ok(())
     }
 
-    /// Bytes of pages that have been moved, each time they were.
+    /// Bytes of pages that moved, each transfer counted.
     pub(crate) fn moved_bytes(&self) -> u64 {
         self.live.get().map_or(0, |live| live.counters.moved_bytes())
     }
@@ -437,101 +435,102 @@ impl Watch {
         self.live.get().map(|live| &*live.counters)
     }
 
-    /// Whether it is beyond the point of no return.
+    /// Whether the migration is beyond the point of no return.
     pub(crate) fn is_committed(&self) -> bool {
         self.commitment.load(SeqCst) == COMMITTED
     }
 
-    /// Has the lanes given up, or opened again.
+    /// Orders the control thread to give up the lanes, or to open them again.
     ///
     /// # Errors
-    /// Why that cannot be done.
+    /// The reason why that is impossible.
     pub(crate) fn order(&self, order: LinkOrder) -> std::result::Result<(), &'static str> {
         let Some(tell) = self.link.get() else {
-            return Err(
-                "there are no connections yet that could be given up, or none that can be opened again",
-            );
+            return Err("there are no connections yet, or the migration cannot open them again");
         };
         if !self.is_committed() {
-            return Err("the guest has not been switched over: cancel leaves it at the source");
+            return Err(
+                "the guest has not been switched over: use cancel, which leaves the guest at the source",
+            );
         }
         let waits = |count| (count < ORDERS_MAX).then_some(count + 1);
         if self.orders.fetch_update(SeqCst, SeqCst, waits).is_err() {
-            return Err("others have not been carried out yet: try again");
+            return Err("earlier orders have not been carried out yet: try again");
         }
         tell(order);
         Ok(())
     }
 
-    /// Gives the migration up, as Ctrl-C would.
+    /// Cancels the migration, as Ctrl-C would.
     ///
     /// # Errors
-    /// Why that is no longer possible.
+    /// The reason why that is no longer possible.
     pub(crate) fn cancel(&self) -> std::result::Result<(), &'static str> {
         match self.commitment.compare_exchange(OPEN, CANCELLED, SeqCst, SeqCst) {
             Ok(_) => {
-                // Whatever the control thread waits for, it takes this signal from its signalfd: every
-                // thread has it blocked.
-                kill(Pid::this(), Signal::SIGINT).map_err(|_| "the signal could not be sent")
+                // Every thread blocks this signal, so it ends any wait of the control thread, through its
+                // signalfd.
+                kill(Pid::this(), Signal::SIGINT)
+                    .map_err(|_| "the signal to the control thread could not be sent")
             }
             Err(CANCELLED) => Ok(()),
             Err(_) => Err(match self.role {
                 Role::Source => {
-                    "too late: the guest runs at the destination and needs its pages from here"
+                    "too late: the guest runs at the destination and needs its pages from this side"
                 }
                 Role::Destination => {
-                    "too late: the source may have given the guest to this side, which needs its pages"
+                    "too late: the source may have handed the guest over, and the guest needs the source's pages"
                 }
             }),
         }
     }
 }
 
-/// A migration at a moment, as the control socket and `--json` tell it.
+/// A snapshot of a migration, for the control socket and `--json`.
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) struct Status {
     pub(crate) role: &'static str,
     pub(crate) phase: &'static str,
-    /// Since umem was started.
+    /// Seconds since umem started.
     pub(crate) seconds: f64,
     pub(crate) total_bytes: u64,
-    /// Of these, those that are where they belong.
+    /// Bytes of these that have arrived.
     pub(crate) done_bytes: u64,
     pub(crate) data_bytes: u64,
     pub(crate) zero_bytes: u64,
     pub(crate) hole_bytes: u64,
     pub(crate) pages_demand: u64,
     pub(crate) pages_background: u64,
-    /// At the destination.
+    /// At the destination: faults that wait for a page.
     pub(crate) faults_waiting: u64,
-    /// In the last second or two.
+    /// The rate over the last one to two seconds.
     pub(crate) bytes_per_s: u64,
-    /// At this rate; in a pass until its end, at the rate of all of the pass so far.
+    /// Time left at this rate; in a pass the time to its end, at the average rate of the pass so far.
     pub(crate) seconds_left: Option<f64>,
-    /// At a source whose pages go while the guest runs: the pass, from 1, what it has to send, and what of that
-    /// remains, bytes of pages of any kind.
+    /// At a source with passes while the guest runs: the pass, from 1; the bytes of pages of any kind that it has to
+    /// send; the bytes that remain.
     pub(crate) pass: Option<u32>,
     pub(crate) pass_bytes: Option<u64>,
     pub(crate) remaining_bytes: Option<u64>,
-    /// Page contents that went while the guest ran, each time they did.
+    /// Bytes of page contents sent while the guest ran, each transfer counted.
     pub(crate) precopy_bytes: u64,
-    /// What the guest wrote in the last whole pass, each page once.
+    /// The rate of guest writes in the last whole pass, each page once.
     pub(crate) dirty_bytes_per_s: Option<u64>,
-    /// What the rest would take with the guest standing still, where it waits for the rest.
+    /// How long the rest would take with a stopped guest, if the guest waits for the rest.
     pub(crate) expected_downtime_ms: Option<f64>,
     pub(crate) downtime_ms: Option<f64>,
-    /// How often all lanes have gone since the switchover, and how long there were none.
+    /// The number of losses of all lanes since the switchover, and the time without lanes.
     pub(crate) connection_losses: u32,
     pub(crate) disconnected_s: f64,
-    /// Of the passes, if there is a limit.
+    /// The limit of the passes, if there is one.
     pub(crate) max_bandwidth: Option<u64>,
-    /// At the source, if there is a limit.
+    /// The limit of the background at the source, if there is one.
     pub(crate) max_postcopy_bandwidth: Option<u64>,
     pub(crate) may_cancel: bool,
 }
 
-/// How fast it goes: over one to two windows.
+/// The rate over one to two windows.
 struct Pace {
     older: (Instant, u64),
     newer: (Instant, u64),
@@ -544,11 +543,11 @@ impl Pace {
     }
 
     fn note(&mut self, now: Instant, bytes: u64) {
-        // What passed before the first byte is no part of a rate.
+        // Time before the first byte does not count.
         if self.now.1 == 0 {
             *self = Pace::new(now);
         }
-        // What a lost connection swallowed has not been moved after all.
+        // Bytes that a lost connection discarded have not been moved.
         if bytes < self.now.1 {
             let at = (now, bytes);
             *self = Pace { older: at, newer: at, now: at };
@@ -581,12 +580,12 @@ mod tests {
 
     #[test]
     fn what_has_been_cancelled_does_not_commit() {
-        // The signal would end the test's process, so the word is set by itself; the command's own test
-        // cancels whole.
+        // The signal would end the test's process, so the test sets the word itself. The test of the command
+        // covers the signal.
         let watch = Watch::new(Role::Source, false, None);
         watch.commitment.store(CANCELLED, SeqCst);
-        assert!(watch.cancel().is_ok(), "twice is as good as once");
-        let error = watch.commit("the guest goes on here").unwrap_err();
+        assert!(watch.cancel().is_ok(), "a second cancel succeeds too");
+        let error = watch.commit("the guest continues here").unwrap_err();
         assert!(matches!(error, Error::Interrupted(_)), "{error}");
     }
 
@@ -596,7 +595,7 @@ mod tests {
         let at = |ms: u64| start + Duration::from_millis(ms);
         let mut pace = Pace::new(start);
         assert_eq!(pace.bytes_per_s(start), 0.0);
-        // Nothing for a minute, then 1000 bytes a second, then a standstill.
+        // No bytes for a minute, then 1000 bytes a second, then a stall.
         pace.note(at(60_000), 0);
         for step in 1..=100 {
             pace.note(at(60_000 + 100 * step), 100 * step);
@@ -607,14 +606,14 @@ mod tests {
             pace.note(at(70_000 + 100 * step), 10_000);
         }
         assert_eq!(pace.bytes_per_s(at(73_000)), 0.0);
-        // Some of it was lost with a connection, and moves once more.
+        // A lost connection discarded some bytes, which move again.
         pace.note(at(73_100), 4_000);
         assert_eq!(pace.bytes_per_s(at(73_100)), 0.0);
         pace.note(at(74_100), 5_000);
         assert!((pace.bytes_per_s(at(74_100)) - 1000.0).abs() < 1.0);
     }
 
-    /// Pages that went while the guest ran count when they went, not when the guest stops.
+    /// Pages sent while the guest ran count when they were sent, not when the guest stops.
     #[test]
     fn passes_have_a_rate_and_their_end_has_none() {
         let watch = Watch::new(Role::Source, true, None);
@@ -652,7 +651,10 @@ mod tests {
             assert_eq!(cuts(), (count, "running"));
         }
         let so_far = watch.status().disconnected_s;
-        assert!(so_far > 0.0 && watch.status().disconnected_s == so_far, "it stands still");
+        assert!(
+            so_far > 0.0 && watch.status().disconnected_s == so_far,
+            "the total does not change"
+        );
         watch.entered(CUT);
         watch.entered("completed");
         assert_eq!(cuts(), (3, "completed"));
