@@ -104,7 +104,7 @@ fn check(report: &Value, bytes: u64) {
 
 /// The report has the output of `-J`, as an HTML page and verbatim, whatever is printed.
 #[test]
-fn a_report_shows_each_interval() {
+fn report_shows_each_interval() {
     let server = Server::start(&[]);
     let scratch = Scratch::new();
     let (page, figures) = (scratch.path("report.html"), scratch.path("report.json"));
@@ -392,7 +392,7 @@ fn stopped_server_notifies_its_client() {
     server.umem.signal(Signal::SIGTERM);
     let error = client.fails();
     assert!(error.contains("the server gave up: interrupted"), "{error}");
-    assert!(server.umem.fails().contains("in the middle of a test"));
+    assert!(server.umem.fails().contains("during a test"));
 }
 
 /// A client that ends without a message leaves the server free for the next one.
@@ -436,7 +436,7 @@ fn foreign_clients_are_refused_and_the_server_continues() {
 
 /// The server also refuses requests that the client never makes.
 #[test]
-fn a_test_that_asks_for_too_much_is_refused() {
+fn test_beyond_a_limit_is_refused() {
     let mut server = Server::start(&[]);
     for (field, value) in [
         ("lanes", json!(60_000)),

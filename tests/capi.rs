@@ -129,7 +129,7 @@ fn c_program_moves_all_pages_before_the_switchover() {
 }
 
 #[test]
-fn c_program_moves_memory_that_it_keeps_writing() {
+fn c_program_moves_memory_while_its_guest_writes() {
     embed("rounds");
 }
 

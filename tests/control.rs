@@ -186,7 +186,7 @@ fn in_a_pass(guests: &Guests, socket: &Path, mode: &[&str]) -> (Umem, Control) {
 }
 
 #[test]
-fn the_passes_end_by_hand_and_the_rest_follows_the_guest() {
+fn postcopy_command_ends_the_passes_and_the_rest_follows_the_guest() {
     let (scratch, socket) = (Scratch::new(), "control");
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let socket = scratch.path(socket);

@@ -118,7 +118,7 @@ fn metrics_of_both_sides_match_their_reports() {
 }
 
 #[test]
-fn passes_have_metrics_while_they_go_on_and_at_their_end() {
+fn passes_have_metrics_during_and_after_them() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     // The first pass would take minutes; its time is over before.

@@ -49,7 +49,7 @@ fn progress_lines_are_printed_without_a_terminal() {
 
 /// A pass that would take half a minute, and whose time is over before.
 #[test]
-fn a_line_says_how_far_a_pass_is() {
+fn line_shows_the_progress_of_a_pass() {
     let scratch = Scratch::new();
     let mut guests = Guests::quiet(&scratch, &["--json"]);
     let mut migrate = guests.migrate(&["--max-bandwidth", "512K", "--timeout", "5"]);

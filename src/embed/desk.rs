@@ -476,7 +476,7 @@ mod tests {
     }
 
     #[test]
-    fn program_with_a_log_is_asked_to_read_it() {
+    fn program_with_a_log_gets_a_read_log_event() {
         let (desk, answers) = desk();
         desk.ask(Question::Look);
         assert!(matches!(answers.try_recv(), Ok(Answer::Looked(Ok(())))) && !is_readable(&desk));

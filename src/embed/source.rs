@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bitmap_is_ranges_that_go_on_from_word_to_word() {
+    fn bitmap_runs_across_words_become_one_range() {
         let pages = |words: &[u64]| {
             let in_pages = |(offset, bytes): (u64, u64)| (offset >> 12, bytes >> 12);
             ranges(words).into_iter().map(in_pages).collect::<Vec<_>>()

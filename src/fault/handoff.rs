@@ -533,7 +533,7 @@ mod tests {
     }
 
     #[test]
-    fn a_region_comes_with_its_two_descriptors() {
+    fn region_message_carries_two_descriptors() {
         let (guest, mut daemon) = pair();
         let files = [tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap()];
         let text = b"{\"preload\":1,\"pid\":7}\n[{\"name\":\"ram0\",\"base_host_virt_addr\":4096,\
@@ -558,7 +558,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_ends_with_a_command_unread_has_ended() {
+    fn guest_exit_with_an_unread_command_is_detected() {
         let (guest, mut daemon) = pair();
         daemon.release().unwrap();
         drop(guest);
@@ -566,7 +566,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_preload_object_could_not_do_is_explained() {
+    fn failure_of_the_preload_object_is_explained() {
         for (code, hint) in [
             ("userfaultfd-permission", "setfacl"),
             ("userfaultfd-features", "Linux 5.14"),
@@ -586,7 +586,7 @@ mod tests {
     }
 
     #[test]
-    fn firecrackers_message_may_come_in_pieces_and_before_its_descriptor() {
+    fn firecracker_message_is_accepted_in_pieces_and_before_its_descriptor() {
         let (mut guest, mut daemon) = pair();
         let text = br#"[{"base_host_virt_addr":8192,"size":4194304,"offset":0,"page_size":2097152,
             "page_size_kib":2097152,"later":[]},{"base_host_virt_addr":8388608,"size":2097152,
@@ -613,7 +613,7 @@ mod tests {
     }
 
     #[test]
-    fn a_newline_behind_the_last_message_is_no_message() {
+    fn trailing_newline_is_not_a_message() {
         let (mut guest, mut daemon) = pair();
         guest.write_all(b"{\"preload\":1}\n").unwrap();
         assert_eq!(daemon.read().unwrap().unwrap().len(), 1);

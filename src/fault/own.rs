@@ -321,7 +321,7 @@ VmFlags: rd wr ht
 ";
 
     #[test]
-    fn every_mapping_of_a_range_is_looked_at() {
+    fn every_mapping_of_a_range_is_checked() {
         let of = |range: Range<u64>| mappings(SMAPS.as_bytes(), &range).unwrap();
         let all = of(0x2000..0x5000).unwrap();
         assert_eq!(all.iter().map(|m| m.has("um")).collect::<Vec<_>>(), [true, false]);
@@ -338,7 +338,7 @@ VmFlags: rd wr ht
     }
 
     #[test]
-    fn a_file_of_the_same_number_on_another_device_is_another_file() {
+    fn same_inode_number_on_another_device_is_another_file() {
         use std::os::unix::fs::MetadataExt;
 
         let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();

@@ -355,7 +355,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn events_are_read_as_the_kernel_lays_them_out() {
+    fn events_are_parsed_in_the_kernels_layout() {
         let mut bytes = [0u8; MESSAGE_BYTES];
         bytes[0] = EVENT_PAGEFAULT;
         bytes[8..16].copy_from_slice(&1u64.to_ne_bytes());
@@ -379,7 +379,7 @@ mod tests {
 
     /// A monitor does so with a DIMM that is unplugged.
     #[test]
-    fn what_is_not_mapped_any_more_is_left_alone() {
+    fn unmapped_range_is_skipped() {
         use std::num::NonZeroUsize;
 
         use nix::sys::memfd::{MFdFlags, memfd_create};

@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_sent_and_acknowledged_is_taken_once() {
+    fn acknowledged_pages_are_taken_once() {
         let acks = Acks::new(10_000);
         acks.sending(0, 10_000);
         assert_eq!(taken(&acks), []);
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_not_sent_cannot_be_acknowledged_nor_a_page_twice() {
+    fn acknowledging_an_unsent_page_or_a_page_twice_is_refused() {
         let acks = Acks::new(1_000);
         acks.sending(100, 100);
         assert_eq!(acks.acknowledge(99, 2), Err(NotSent { page: 99 }));
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_destination_has_after_a_loss_is_freed_and_the_rest_sent_again() {
+    fn after_a_loss_arrived_pages_are_freed_and_the_rest_is_sent_again() {
         let acks = Acks::new(200);
         acks.sending(0, 150);
         acks.acknowledge(10, 20).unwrap();

@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn runs_are_as_long_as_they_are() {
+    fn runs_have_their_full_length() {
         let bits = Bits::new(200);
         assert_eq!((runs(&bits, true), runs(&bits, false)), (vec![], vec![(0, 200)]));
         bits.set(60, 70);
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bit_is_taken_once() {
+    fn bit_is_taken_once() {
         let bits = Bits::new(100);
         bits.set(3, 62);
         assert_eq!(bits.take_word(0, 4), 0b1000);

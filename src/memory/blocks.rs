@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_block_leaves_with_its_last_page() {
+    fn block_is_unregistered_with_its_last_page() {
         let blocks = Blocks::new(512 * 3 + 10, 12);
         let mut left = Vec::new();
         blocks.complete(512, 511, |range| left.push(range));
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checkerboard_does_not_split_the_guest_without_end() {
+    fn checkerboard_of_complete_blocks_has_bounded_mappings() {
         const BLOCKS: u64 = 20_000;
         let blocks = Blocks::new(512 * BLOCKS, 12);
         let mut calls = 0;

@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_move_is_exclusive_and_a_guest_may_be_moved_on() {
+    fn claim_excludes_a_second_move_and_allows_a_later_one() {
         let here = NamedTempFile::new_in("/dev/shm").unwrap();
         take_for_guest("ram0", here.as_file().as_fd()).unwrap();
         // Every holder of the description has the locks.
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_keeps_a_guest_away() {
+    fn source_claim_keeps_a_guest_away() {
         let file = NamedTempFile::new_in("/dev/shm").unwrap();
         let source = reopened(&file);
         take_for_source("ram0", source.as_fd(), false).unwrap();

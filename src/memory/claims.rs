@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_destination_has_not_is_claimed_again() {
+    fn pages_missing_at_the_destination_are_claimed_again() {
         let claims = Claims::new(512 * 3 + 10, 12);
         while let Some(block) = claims.take_block(0) {
             let (first, pages) = claims.block_range(block);
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_nobody_sent_cannot_be_there() {
+    fn account_with_an_unsent_page_is_refused() {
         let claims = Claims::new(100, 12);
         claims.claim(64);
         assert_eq!(claims.account(64, 0b101), Err(66));
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pivot_is_seen_once() {
+    fn pivot_is_taken_once() {
         let pivot = LastDemand::default();
         let mut seen = 0;
         assert_eq!(pivot.moved(&mut seen), None);

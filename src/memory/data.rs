@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_position_that_others_share_stays() {
+    fn shared_file_position_is_restored() {
         let mut theirs = file();
         theirs.seek(SeekFrom::Start(12345)).unwrap();
         let shared = theirs.try_clone().unwrap();
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_put_it_back_one_after_the_other() {
+    fn threads_restore_the_file_position_in_turn() {
         let mut theirs = file();
         theirs.seek(SeekFrom::Start(12345)).unwrap();
         std::thread::scope(|scope| {

@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_units_discarded_pages_are_told_once() {
+    fn discarded_pages_of_a_unit_are_reported_once() {
         let fragments = Fragments::new(512);
         assert!(fragments.take(3).is_none() && !fragments.any_in(0, 10));
         fragments.add(3, 10, 2);
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn another_process_finds_what_is_discarded_of_units_that_have_not_come() {
+    fn discards_of_missing_units_survive_a_takeover() {
         let words = || AtomicWords::zeroed(8 * 16 / 64);
         let (mut fragments, shared) = (Fragments::new(16), words());
         fragments.share(words(), |_| false);

@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_is_gone_is_an_error_and_no_signal() {
+    fn vanished_memory_is_an_error_and_no_signal() {
         let half = Half::new();
         let mut bytes = vec![0xa5; 8192];
         for _ in 0..3 {
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_s_copy_says_the_same() {
+    fn portable_copy_gives_the_same_results() {
         let half = Half::new();
         let mut bytes = [0xa5; 4096];
         // SAFETY: inside the mapping.

@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn each_region_can_do_what_the_table_says() {
+    fn each_region_has_the_properties_in_the_table() {
         assert_eq!(which(RegionMemory::is_copied_in), [5, 6]);
         assert_eq!(which(RegionMemory::is_received_into), [1, 2, 4]);
         assert_eq!(which(RegionMemory::can_be_spliced), [0, 3]);
@@ -267,14 +267,14 @@ mod tests {
     }
 
     #[test]
-    fn a_unit_of_several_pages_cannot_be_given() {
+    fn unit_of_several_pages_cannot_be_copied_in() {
         let page = region((Kind::Shared, Backing::Small));
         assert!(!RegionMemory { unit_shift: 21, ..page }.can_be_given());
     }
 
     /// Every page has exactly one way from a lane into memory.
     #[test]
-    fn each_region_has_one_way_for_pages_that_come_in_the_background() {
+    fn each_region_has_one_landing_method_for_background_pages() {
         for made in MADE.map(region) {
             let ways = [made.is_copied_in(), made.is_received_into(), made.can_be_spliced()];
             assert_eq!(ways.iter().filter(|&&way| way).count(), 1, "{made:?}");
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_has_a_name_that_is_read_back() {
+    fn each_kind_parses_from_its_name() {
         for kind in Kind::ALL {
             assert_eq!(kind.name().parse(), Ok(kind));
         }

@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_discarded_before_it_came_is_thrown_away_when_it_comes() {
+    fn page_discarded_before_its_arrival_is_dropped_on_arrival() {
         let states = PageStates::new(200);
         states.begin(0, 10).unwrap();
         finish(&states, 0, 10);
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_goes_through_its_states_once() {
+    fn page_passes_through_its_states_once() {
         let states = PageStates::new(1000);
         states.begin(30, 70).unwrap();
         assert_eq!(states.get(29), PageState::Missing);
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_landing_leaves_no_trace() {
+    fn refused_landing_changes_no_state() {
         let states = PageStates::new(1000);
         states.begin(500, 1).unwrap();
         assert_eq!(states.begin(3, 900), Err(AlreadyHere { page: 500 }));
@@ -370,7 +370,7 @@ mod tests {
 
     /// Two lanes may both begin a discarded page, as its contents are never visible; it comes once.
     #[test]
-    fn a_discarded_page_that_comes_twice_is_an_error() {
+    fn discarded_page_arriving_twice_is_an_error() {
         let states = PageStates::new(64);
         states.discard(3, 1);
         states.begin(3, 1).unwrap();
@@ -381,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_landing_is_missing_again() {
+    fn landing_pages_become_missing_again() {
         let states = PageStates::new(200);
         states.begin(0, 10).unwrap();
         finish(&states, 0, 10);
@@ -425,7 +425,7 @@ mod tests {
     /// A process killed during `give_back` leaves pages Landing, and none that is Missing with
     /// partial bytes.
     #[test]
-    fn pages_are_missing_only_when_what_came_of_them_has_been_given_back() {
+    fn pages_become_missing_only_after_their_contents_are_freed() {
         let states = PageStates::new(200);
         states.begin(10, 5).unwrap();
         states.begin(100, 2).unwrap();

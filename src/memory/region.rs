@@ -658,7 +658,7 @@ mod tests {
     }
 
     #[test]
-    fn without_mincore_the_file_says_what_it_has() {
+    fn without_mincore_holes_are_found_through_the_file() {
         let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
         file.set_len(64 << 10).unwrap();
         let ram = ram_of(&file);

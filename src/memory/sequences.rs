@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn one_who_reads_through_its_memory_rarely_waits() {
+    fn sequential_reader_rarely_waits() {
         let forward = waits(0..PAGES);
         assert!(forward < 40, "{forward} waits");
         let backward = waits((0..PAGES).rev());
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn who_jumps_about_is_not_followed() {
+    fn random_access_is_not_followed() {
         let (shared, mut detector) = (Sequences::default(), Detector::default());
         let (mut draw, mut lane) = (1_u64, Followed::default());
         let mut looked_at = 0;
@@ -340,13 +340,13 @@ mod tests {
     }
 
     #[test]
-    fn the_ends_of_memory_are_ends() {
+    fn sequences_stop_at_both_ends_of_memory() {
         assert!(waits((0..100).chain((PAGES - 100..PAGES).rev())) < 20);
         assert!(waits([PAGES - 3, PAGES - 2, PAGES - 1].into_iter()) < 3);
     }
 
     #[test]
-    fn a_lane_that_looks_does_not_hold_up_the_demand_thread() {
+    fn demand_thread_skips_an_update_while_a_lane_reads() {
         let (shared, mut detector) = (Sequences::default(), Detector::default());
         [5, 6, 7].into_iter().for_each(|page| detector.demand(REGION, page, 4096));
         let looking = shared.current.lock().unwrap();

@@ -125,7 +125,7 @@ mod tests {
     use std::sync::Arc;
 
     #[test]
-    fn a_span_has_the_sums_of_its_bytes() {
+    fn span_has_the_sums_of_its_bytes() {
         let bytes: Vec<u8> = (0..3 * SUMMED_BYTES).map(|at| ((at * 7) >> 3) as u8).collect();
         let owner = Arc::new(bytes.clone());
         let start = NonNull::new(owner.as_ptr().cast_mut()).unwrap();
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_report_says_which_region_differs() {
+    fn report_names_the_region_that_differs() {
         let digests = RegionDigest::all(["a", "b"].into_iter(), &[1, 2], Some(&[1, 3]));
         assert_eq!([digests[0].differs(), digests[1].differs()], [false, true]);
         assert_eq!(

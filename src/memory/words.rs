@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn what_one_process_has_written_another_finds() {
+    fn words_written_by_one_process_are_read_by_another() {
         let state = State::new(extents(), 2).unwrap();
         let (first, second) = (state.region(0), state.region(1));
         assert_eq!((first.states.len(), second.states.len()), (2, 1));

@@ -84,7 +84,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_test_has_a_page_with_each_interval() {
+    fn page_of_a_test_shows_each_interval() {
         let sum = |start: f64| {
             json!({ "sum": { "start": start, "end": start + 1.0, "bytes": 1e9,
                 "bits_per_second": 8e9, "pages_per_second": 244_140.6, "omitted": false } })

@@ -441,7 +441,7 @@ mod tests {
     use crate::runtime::role::Role;
 
     #[test]
-    fn lanes_are_given_up_and_opened_again_after_the_switchover() {
+    fn pause_and_resume_are_accepted_after_the_switchover() {
         let watch = source();
         let answer = |line: &str| answer(line.as_bytes(), &watch);
         let refused = |line: &str| answer(line)["error"]["desc"].as_str().unwrap().to_owned();
@@ -470,7 +470,7 @@ mod tests {
     }
 
     #[test]
-    fn passes_end_by_hand_where_the_rest_can_follow_the_guest() {
+    fn postcopy_command_ends_the_passes_of_a_hybrid_migration() {
         let refused = |watch: &Watch| {
             let answer = answer(br#"{"execute": "postcopy"}"#, watch);
             answer["error"]["desc"].as_str().map(str::to_owned)
@@ -492,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_of_passes_is_set_where_there_are_any() {
+    fn limit_of_passes_is_set_only_with_passes() {
         let watch = source();
         let line = br#"{"execute": "set", "arguments": {"max-bandwidth": 1000}}"#;
         let refused = answer(line, &watch)["error"]["desc"].as_str().unwrap().to_owned();
@@ -533,7 +533,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_is_set_where_there_is_a_background() {
+    fn limit_of_the_background_is_set_only_with_a_background() {
         let watch = source();
         let line = r#"{"execute": "set", "arguments": {"max-postcopy-bandwidth": 1000}}"#;
         assert_eq!(answer(line.as_bytes(), &watch), json!({ "return": {} }));

@@ -322,7 +322,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_port_alone_is_on_the_loopback_address() {
+    fn port_alone_means_the_loopback_address() {
         let address = |text: &str| text.parse::<Address>().map(|address| address.0.to_string());
         assert_eq!(address("9100").unwrap(), "127.0.0.1:9100");
         assert_eq!(address("0.0.0.0:9100").unwrap(), "0.0.0.0:9100");

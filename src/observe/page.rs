@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_page_has_no_markup_but_its_own_and_nothing_from_elsewhere() {
+    fn page_escapes_texts_and_has_no_external_resource() {
         const HOSTILE: &str = "<img src=\"http://x\" onerror='1'>";
         let mut page = Page::new(HOSTILE, HOSTILE);
         page.highlights(&[(HOSTILE, HOSTILE.into())]);

@@ -110,7 +110,7 @@ mod tests {
 
     /// The estimate uses the whole pass, not the current rate: a stall delays the end by its duration.
     #[test]
-    fn the_time_that_is_left_is_that_of_the_pass_at_its_own_rate() {
+    fn time_left_follows_from_the_average_rate_of_the_pass() {
         let begun = Instant::now();
         let at = |ms| begun + Duration::from_millis(ms);
         let mut passes = PassProgress::default();

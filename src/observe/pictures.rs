@@ -473,7 +473,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cell_has_the_colour_of_how_it_came() {
+    fn colour_of_a_cell_shows_how_it_arrived() {
         let recordings = [recording()];
         let sides = align(&recordings);
         let colours: Vec<_> = (0..4).map(|cell| how(&recordings[0].map, cell, &sides[0])).collect();
@@ -481,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn a_migration_that_came_to_nothing_has_pictures_too() {
+    fn failed_migration_has_pictures() {
         let recordings = [Recording::default()];
         let sides = align(&recordings);
         for picture in [steps(&[]), steps(&[[0.0, 1.0, 8.0], [1.0, 1.5, 0.0]])] {
@@ -496,7 +496,7 @@ mod tests {
 
     /// The largest guest's map is drawn in pieces, not in cells.
     #[test]
-    fn a_map_is_small() {
+    fn map_of_the_largest_guest_is_small() {
         let mut recording = recording();
         recording.total_bytes = 4096 << 20;
         let cell = CellRecord { background: 256, complete_s: Some(1.0), ..CellRecord::default() };

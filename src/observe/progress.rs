@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_says_where_it_stands_and_who_waits() {
+    fn line_shows_progress_and_waiting_faults() {
         let text = sentence(Some("sending"), &status());
         assert_eq!(text, "sending: 512.00 MiB of 2.00 GiB, 256.00 MiB/s, 6 seconds left");
         let waits = Status { faults_waiting: 2, seconds_left: None, ..status() };
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_says_which_pass_goes_on_and_what_remains_of_it() {
+    fn line_shows_the_current_pass_and_its_remaining_bytes() {
         let pass = Status {
             pass: Some(2),
             pass_bytes: Some(512 << 20),
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn a_phase_leaves_its_time_and_its_rate() {
+    fn finished_phase_leaves_its_duration_and_rate() {
         assert_eq!(
             phase_line("switching", Duration::from_micros(23_400), 0),
             " switching  23.4 ms"

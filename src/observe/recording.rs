@@ -175,7 +175,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_long_recording_keeps_its_size_and_its_whole_length() {
+    fn long_recording_has_bounded_size_and_covers_the_whole_time() {
         let mut recorder = Recorder::new(0.01);
         let mut taken = 0;
         for step in 0..1_000_000_u32 {

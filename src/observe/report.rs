@@ -213,7 +213,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lost_connections_have_a_table_if_there_were_any() {
+    fn page_has_a_table_of_lost_connections_only_after_losses() {
         let whole = Recording { role: "source".into(), ..Recording::default() };
         let cut = Recording { connection_losses: 3, disconnected_s: 1.25, ..whole.clone() };
         assert!(!page(&[whole]).contains("Lost connections"));
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_has_a_page_that_says_why() {
+    fn page_of_a_failed_migration_states_the_reason() {
         let recording = Recording {
             role: "source".into(),
             error: Some("<b>the destination</b> gave up".into()),

@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn no_lack_of_room_and_no_panic_ends_who_listens_or_keeps_it_busy() {
+    fn lack_of_room_or_a_panic_neither_ends_nor_spins_the_listener() {
         let (tried, tries) = channel();
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let (mut panics, other) = UnixStream::pair().unwrap();

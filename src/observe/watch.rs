@@ -579,7 +579,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_been_cancelled_does_not_commit() {
+    fn cancelled_migration_does_not_commit() {
         // The signal would end the test's process, so the test sets the word itself. The test of the command
         // covers the signal.
         let watch = Watch::new(Role::Source, false, None);
@@ -590,7 +590,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rate_is_of_the_last_seconds() {
+    fn rate_covers_the_last_seconds() {
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
         let mut pace = Pace::new(start);
@@ -663,7 +663,7 @@ mod tests {
     }
 
     #[test]
-    fn phases_are_recorded_one_behind_the_other() {
+    fn phases_are_recorded_in_order() {
         let watch = Watch::new(Role::Source, true, None);
         let counters = Arc::new(Counters::of([1 << 20].into_iter()));
         watch.attach(counters.clone(), 1 << 20);

@@ -239,8 +239,8 @@ impl Demo<'_> {
         } else {
             print::out(&destination.summary());
             print::out_line(&format!(
-                "the guest read {}{} and wrote {} pages meanwhile; an access took {} µs in the \
-                 middle, {} µs at p99\n{}",
+                "the guest read {}{} and wrote {} pages meanwhile; an access took {} µs (median) \
+                 and {} µs (p99)\n{}",
                 verdict.reads,
                 match verdict.discards {
                     0 => String::new(),

@@ -135,7 +135,7 @@ fn play(listeners: &[TcpListener; 2], post: &Post<Note>) {
 }
 
 #[test]
-fn a_pause_gives_up_every_lane_and_a_resume_goes_on_at_another_address() {
+fn pause_closes_every_lane_and_resume_dials_another_address() {
     let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
     file.write_all(&[7; 4096 * PAGES as usize]).unwrap();
     let ram = RamFile::open_source("ram0", file.path(), false).unwrap();

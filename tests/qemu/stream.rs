@@ -100,7 +100,7 @@ fn is_the_memory(parsed: &Parsed, ram: &[u8]) {
 }
 
 #[test]
-fn a_recorded_stream_says_the_same_in_any_pieces_and_what_is_left_of_it_is_loaded() {
+fn recorded_stream_parses_alike_in_any_pieces_and_its_rest_loads() {
     let mut random = Random::new(seed(1));
     for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
         let scratch = Scratch::new();
@@ -188,7 +188,7 @@ fn connect(source: &Qemu) -> Source {
 }
 
 #[test]
-fn a_guest_that_writes_all_the_while_arrives_by_what_its_stream_has_marked() {
+fn constantly_writing_guest_arrives_whole_through_its_stream() {
     let scratch = Scratch::new();
     let machine = machine(QemuVersion::V10_0);
     let mut source = boot(&machine, &scratch);
@@ -225,7 +225,7 @@ fn a_guest_that_writes_all_the_while_arrives_by_what_its_stream_has_marked() {
 }
 
 #[test]
-fn a_guest_that_does_nothing_is_not_stopped_before_its_time() {
+fn idle_guest_runs_until_umem_stops_it() {
     let scratch = Scratch::new();
     let machine =
         Machine { guest: "umem.mib=64 umem.mode=idle".into(), ..machine(QemuVersion::V10_0) };
@@ -250,7 +250,7 @@ fn a_guest_that_does_nothing_is_not_stopped_before_its_time() {
 }
 
 #[test]
-fn a_guest_goes_on_whose_umem_ends_in_a_round_and_the_next_one_moves_it() {
+fn guest_continues_after_its_umem_ends_in_a_pass_and_moves_later() {
     let scratch = Scratch::new();
     let machine = machine(QemuVersion::V10_0);
     let mut source = boot(&machine, &scratch);
@@ -284,7 +284,7 @@ fn a_guest_goes_on_whose_umem_ends_in_a_round_and_the_next_one_moves_it() {
 }
 
 #[test]
-fn a_stream_that_would_not_tell_all_is_refused_before_anything_is_changed() {
+fn unusable_stream_is_refused_before_any_change() {
     let scratch = Scratch::new();
     let mut old = machine(QemuVersion::V7_2);
     old.name = "old";
@@ -337,18 +337,18 @@ pub(crate) fn moves(machine: &Machine, options: &[&str]) -> Value {
 }
 
 #[test]
-fn a_guest_is_moved_in_rounds_and_then_by_postcopy() {
+fn guest_moves_in_passes_and_then_by_postcopy() {
     moves(&machine(QemuVersion::V10_0), &["--precopy", "-p", "--downtime-limit", "0"]);
 }
 
 #[test]
-fn a_guest_is_moved_in_rounds_before_the_switchover() {
+fn guest_moves_in_passes_before_the_switchover() {
     moves(&machine(QemuVersion::V10_0), &["--lanes", "2"]);
 }
 
 /// The limit makes the first pass longer than the time that passes have.
 #[test]
-fn passes_over_a_guest_end_when_their_time_is_over() {
+fn passes_end_at_their_timeout() {
     for mode in [&["--precopy", "-p"][..], &[]] {
         let slowly = ["--max-bandwidth", "8M", "--timeout", "2"];
         let pass = moves(&machine(QemuVersion::V10_0), &[mode, &slowly].concat());
@@ -358,7 +358,7 @@ fn passes_over_a_guest_end_when_their_time_is_over() {
 
 /// Without KVM: an old QEMU's log, and that of each QEMU for any but its first RAM block.
 #[test]
-fn rounds_are_refused_where_the_log_loses_writes() {
+fn passes_are_refused_when_the_log_loses_writes() {
     let node = |id| Ram { id, mib: 128 };
     let ram = vec![node("node0"), node("node1")];
     let two = Machine { name: "two", ram, ..machine(QemuVersion::V10_0) };
@@ -379,7 +379,7 @@ fn rounds_are_refused_where_the_log_loses_writes() {
 
 /// Killed with the destination waiting and pages on their way.
 #[test]
-fn a_guest_goes_on_whose_umem_is_killed_in_a_round() {
+fn guest_continues_after_its_umem_is_killed_in_a_pass() {
     let scratch = Scratch::new();
     let machine = machine(QemuVersion::V10_0);
     let mut source = boot(&machine, &scratch);

@@ -567,7 +567,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_common_version_is_chosen() {
+    fn newest_common_version_is_chosen() {
         let select = |a, b, c, d| {
             select_version(VersionRange { min: a, max: b }, VersionRange { min: c, max: d })
         };

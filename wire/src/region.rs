@@ -579,7 +579,7 @@ mod tests {
     }
 
     #[test]
-    fn the_larger_page_is_the_landing_unit() {
+    fn larger_page_is_the_landing_unit() {
         let table = |sizes: [PageSize; 3]| {
             let region =
                 |(index, size): (usize, PageSize)| region(&index.to_string(), 4 << 30, size);

@@ -110,7 +110,7 @@ fn failed_middle_member_leaves_later_members_not_started() {
 /// The kernel checks all members before it starts the first, and then reports ECANCELED for the
 /// first.
 #[test]
-fn refused_member_is_blamed_by_members_before_it() {
+fn earlier_members_blame_the_refused_member() {
     let mut ring = ring();
     let (fd, mut peer) = pair();
     peer.write_all(b"abcd").expect("write");

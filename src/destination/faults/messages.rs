@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_the_kernel_refuses_for_want_of_memory_is_sent_again() {
+    fn message_is_sent_again_when_the_kernel_lacks_memory() {
         let (mut from, mut to) = (ring(), ring());
         let mailbox = to.mailbox();
         let mut messages = RingMessages::new();
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_is_refused_otherwise_is_an_error() {
+    fn message_refused_for_another_reason_is_an_error() {
         let (mut from, to) = (ring(), ring());
         let mut messages = RingMessages::new();
         messages.send(&mut from, &to.mailbox(), 7, 1).unwrap();

@@ -125,14 +125,14 @@ mod tests {
     }
 
     #[test]
-    fn stale_pages_are_dropped_when_the_guest_side_says_so() {
+    fn stale_pages_are_dropped_once_the_guest_side_confirms() {
         let (mut daemon, guest) = answering("{\"emptied\":4096,\"size\":12288}\n");
         daemon.empty(4096, &[4096..8192, 16384..24576], PATIENCE).unwrap();
         assert_eq!(guest.join().unwrap(), ["stale 4096 4096", "stale 16384 8192", "empty 4096"]);
     }
 
     #[test]
-    fn anything_else_that_the_guest_side_says_is_an_error() {
+    fn unexpected_answer_of_the_guest_side_is_an_error() {
         for (answer, expected) in [
             ("{\"emptied\":4096,\"size\":8192}\n", "dropped other pages"),
             ("{\"emptied\":8192,\"size\":4096}\n", "dropped other pages"),
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_side_that_does_not_answer_is_not_waited_for_indefinitely() {
+    fn wait_for_a_silent_guest_side_is_bounded() {
         let (_guest, daemon) = UnixStream::pair().unwrap();
         let mut daemon = HandoffSocket::new(daemon);
         let error = daemon.empty(4096, &[STALE], Duration::from_millis(1)).unwrap_err();

@@ -160,7 +160,7 @@ fn watch(
     }
 }
 
-/// A message of the server in the middle of a test.
+/// A message of the server during a test.
 fn handle_message(control: &mut Control, test: &Test, report: &mut Report) -> Result<()> {
     match control.receive()? {
         None => {}

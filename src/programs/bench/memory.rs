@@ -201,7 +201,7 @@ impl Landing {
         let mapping = &self.mappings[region];
         // SAFETY: our own mapping, whose pages have been checked; there are no pointers into it.
         unsafe { madvise(mapping.start.cast(), mapping.len, MmapAdvise::MADV_DONTNEED) }
-            .context(|| "giving memory back")
+            .context(|| "freeing memory")
     }
 }
 

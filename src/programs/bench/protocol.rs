@@ -491,7 +491,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_test_that_asks_for_too_much_is_refused() {
+    fn test_beyond_a_limit_is_refused() {
         let refused = |change: fn(&mut Test), hint: &str| {
             let mut test = test();
             change(&mut test);

@@ -94,7 +94,7 @@ impl Report {
         });
         if !self.json {
             let what = if test.discard {
-                "nothing is kept".into()
+                "pages are discarded".into()
             } else {
                 format!("pages of {} into fresh {} memory", test.pages, test.kind)
             };
@@ -399,7 +399,7 @@ fn kind(test: &Test) -> String {
 
 fn in_words(faults: &Latency) -> String {
     let Latency { count, p50, p99, max, .. } = faults;
-    format!("{count} faults: {p50} µs in the middle, {p99} at p99, {max} at worst")
+    format!("{count} faults: median {p50} µs, p99 {p99} µs, maximum {max} µs")
 }
 
 fn row(times: (f64, f64), moved: &Counts, again: Option<u64>, note: &str) -> String {

@@ -199,7 +199,7 @@ fn carry_out(
                 sides.take(note)?;
             }
             Happened::Signal => {
-                return Err(Error::Interrupted("the server ended in the middle of a test".into()));
+                return Err(Error::Interrupted("the server ended during a test".into()));
             }
             Happened::Newcomer(socket, _) => refuse(socket, BUSY),
             Happened::Timeout => {}

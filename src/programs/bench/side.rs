@@ -398,7 +398,7 @@ impl Side {
         let mut verified = 0;
         if let Some(retirer) = self.retirer.take() {
             let checked = retirer.join().ok().flatten();
-            let lost = || Error::Internal("the thread that gives memory back panicked".into());
+            let lost = || Error::Internal("the thread that frees memory panicked".into());
             verified += checked.ok_or_else(lost)??;
         }
         if let Work::Land(passes) = &self.work {

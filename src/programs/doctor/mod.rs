@@ -114,7 +114,7 @@ fn verdict(warnings: usize, missing: usize) -> String {
         (0, _) => format!(
             "umem can work here; the warnings ({warnings}) make it slower or exclude some guests."
         ),
-        _ => format!("umem cannot work here: mend the missing requirements ({missing})."),
+        _ => format!("umem cannot work here: solve the missing requirements ({missing})."),
     }
 }
 
