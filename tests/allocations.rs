@@ -143,7 +143,7 @@ fn moved(bytes: usize, shared: bool, rounds: Rounds) -> u64 {
                     for page in (0..SMALL / PAGE).step_by(9 * 16) {
                         let offset = (page * PAGE) as u64;
                         ram_of_source.write_all_at(&[contents(page); PAGE], offset).expect("room");
-                        source.written(0, offset, PAGE as u64).expect("it is there");
+                        source.written(0, offset, PAGE as u64).expect("the page exists");
                     }
                     source.stopped().expect("an answer");
                 }
@@ -169,11 +169,11 @@ fn moved(bytes: usize, shared: bool, rounds: Rounds) -> u64 {
         }
     }
     sending.join().expect("the source ends well");
-    guest.expect("it ran").join().expect("every page is right");
+    guest.expect("the guest ran").join().expect("every page is right");
     let count = ALLOCATIONS.load(SeqCst) - before;
     drop(destination);
     // SAFETY: our own mapping, which has no user any more.
-    unsafe { munmap(memory.cast(), bytes) }.expect("it is mapped");
+    unsafe { munmap(memory.cast(), bytes) }.expect("the memory is mapped");
     count
 }
 

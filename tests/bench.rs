@@ -27,7 +27,7 @@ impl Server {
     }
 
     fn connect(&self) -> TcpStream {
-        TcpStream::connect(self.uri.strip_prefix("tcp:").unwrap()).expect("it listens")
+        TcpStream::connect(self.uri.strip_prefix("tcp:").unwrap()).expect("umem listens")
     }
 
     /// The line with which it answers these bytes before it closes the connection.

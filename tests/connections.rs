@@ -34,10 +34,10 @@ fn destination(count: usize, speak: impl FnOnce(&mut [UnixStream])) -> String {
     unsafe { setup.region("ram0", &Memory { start, bytes: BYTES as u64, file: None }) }
         .expect("a region");
     setup.connections(ours).expect("connected sockets");
-    let destination = setup.start().expect("it starts");
+    let destination = setup.start().expect("the side starts");
     speak(&mut theirs);
     let failed = loop {
-        match destination.wait(Some(support::DEADLINE)).expect("it waits") {
+        match destination.wait(Some(support::DEADLINE)).expect("the wait succeeds") {
             Some(Event::Failed(failure)) => break failure.error.to_string(),
             Some(_) => {}
             None => panic!("it still waits"),
@@ -45,7 +45,7 @@ fn destination(count: usize, speak: impl FnOnce(&mut [UnixStream])) -> String {
     };
     drop(destination);
     // SAFETY: mapped above, and without a user any more.
-    unsafe { munmap(start, BYTES) }.expect("it was mapped");
+    unsafe { munmap(start, BYTES) }.expect("the memory was mapped");
     failed
 }
 
@@ -57,10 +57,10 @@ fn source(count: usize, speak: impl FnOnce(&mut [UnixStream])) -> String {
     let mut setup = SourceSetup::new();
     setup.region("ram0", std::os::fd::AsFd::as_fd(&file)).expect("a region");
     setup.connections(ours).expect("connected sockets");
-    let source = setup.start().expect("it starts");
+    let source = setup.start().expect("the side starts");
     speak(&mut theirs);
     loop {
-        match source.wait(Some(support::DEADLINE)).expect("it waits") {
+        match source.wait(Some(support::DEADLINE)).expect("the wait succeeds") {
             Some(Event::Failed(failure)) => return failure.error.to_string(),
             Some(_) => {}
             None => panic!("it still waits"),
@@ -85,9 +85,10 @@ fn hello(bulk_lanes: u16) -> [u8; HELLO_BYTES] {
 
 #[test]
 fn given_connection_must_finish_its_hello_in_ten_seconds() {
-    let one_byte = |ends: &mut [UnixStream]| ends[0].write_all(b"U").expect("it listens");
+    let one_byte =
+        |ends: &mut [UnixStream]| ends[0].write_all(b"U").expect("the destination reads");
     let first_lane = |ends: &mut [UnixStream]| {
-        ends[0].write_all(&hello(1)).expect("it listens");
+        ends[0].write_all(&hello(1)).expect("the destination reads");
         ends[0].read_exact(&mut [0; HELLO_BYTES]).expect("a welcome");
     };
     std::thread::scope(|scope| {
@@ -99,7 +100,7 @@ fn given_connection_must_finish_its_hello_in_ten_seconds() {
             scope.spawn(|| source(2, one_byte)),
         ];
         for failure in failures {
-            let text = failure.join().expect("it fails");
+            let text = failure.join().expect("the thread does not panic");
             let is_late = text.contains("has not sent its hello within 10 s")
                 || text.contains("no welcome: timed out");
             assert!(is_late, "{text}");

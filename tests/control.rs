@@ -34,7 +34,7 @@ impl Control {
     }
 
     fn ask(&mut self, command: &Value) -> Value {
-        writeln!(self.stream.get_mut(), "{command}").expect("it listens");
+        writeln!(self.stream.get_mut(), "{command}").expect("umem reads");
         self.read()
     }
 

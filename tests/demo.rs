@@ -89,7 +89,7 @@ fn guest_moves_in_a_sandbox_without_optional_system_calls() {
             command.args(["-k", "10", "100", env!("CARGO_BIN_EXE_umem")]);
             command.args(["demo", "--json", "--size", "64", "--kind", kind]);
             support::sandbox::forbid(&mut command, forbidden, errno);
-            let output = command.output().expect("it starts");
+            let output = command.output().expect("the program starts");
             let stdout = String::from_utf8_lossy(&output.stdout);
             let stderr = String::from_utf8_lossy(&output.stderr);
             let what = format!("{kind} without {forbidden:?}");
@@ -110,7 +110,7 @@ fn private_memory_is_touched_in_a_sandbox_without_madv_populate() {
         command.args(["-k", "10", "100", env!("CARGO_BIN_EXE_umem")]);
         command.args(["demo", "--json", "--size", "64", "--kind", "private"]);
         support::sandbox::forbid_with(&mut command, libc::SYS_madvise, advice, errno);
-        let output = command.output().expect("it starts");
+        let output = command.output().expect("the program starts");
         let stdout = String::from_utf8_lossy(&output.stdout);
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{}\n{stdout}\n{stderr}", output.status);

@@ -78,7 +78,7 @@ impl Diagnosis {
 }
 
 fn run(words: &[&str]) -> Output {
-    Command::new(words[0]).args(&words[1..]).output().expect("it starts")
+    Command::new(words[0]).args(&words[1..]).output().expect("the program starts")
 }
 
 #[test]

@@ -33,7 +33,7 @@ const PAGES: u64 = 1024;
 
 /// The peak memory of a process, bytes.
 fn peak_bytes(umem: &Umem) -> u64 {
-    peak(umem).expect("it runs")
+    peak(umem).expect("umem runs")
 }
 
 /// None if it has ended.
@@ -379,7 +379,7 @@ fn surplus_lanes_are_refused_and_the_others_continue() {
     let demand = dial(&uri, &hello(0, 3)).unwrap();
     let second = dial(&uri, &hello(2, 3)).unwrap();
     for one_more in [hello(2, 3), hello(1, 2), hello(0, 3)] {
-        let refused = dial(&uri, &one_more).expect_err("it is let in");
+        let refused = dial(&uri, &one_more).expect_err("umem accepts the lane");
         assert!(refused.contains("another migration"), "{refused}");
     }
     let wrong = dial(&uri, &hello(4, 3));

@@ -33,8 +33,8 @@ fn feed(program: &str, arguments: &[&str], input: &str) -> Option<Output> {
     let writer = std::thread::spawn(move || {
         let _ = stdin.write_all(&bytes);
     });
-    let output = child.wait_with_output().expect("it ends");
-    writer.join().expect("it does not panic");
+    let output = child.wait_with_output().expect("the program ends");
+    writer.join().expect("the thread does not panic");
     Some(output)
 }
 
@@ -173,7 +173,7 @@ fn systemd_verifies_the_units() {
 #[test]
 fn every_promise_names_tests_that_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let text = std::fs::read_to_string(root.join("SECURITY.md")).expect("it is there");
+    let text = std::fs::read_to_string(root.join("SECURITY.md")).expect("the file exists");
     let (promises, _) = text.split_once("\n## Not covered\n").expect("its last section");
     let promises = promises_in(promises);
     assert!(promises.len() > 30, "{} promises", promises.len());

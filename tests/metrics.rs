@@ -11,10 +11,10 @@ use support::{Guests, Qmp, Scratch, Umem, wait_for};
 
 /// The response to one request: its head and its body.
 fn request(address: &str, request: &str) -> (String, String) {
-    let mut stream = TcpStream::connect(address).expect("it listens");
-    stream.write_all(request.as_bytes()).expect("it reads");
+    let mut stream = TcpStream::connect(address).expect("umem listens");
+    stream.write_all(request.as_bytes()).expect("umem reads");
     let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("it answers");
+    stream.read_to_string(&mut answer).expect("umem answers");
     let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
     (head.to_owned(), body.to_owned())
 }
@@ -89,7 +89,7 @@ fn address(umem: &mut Umem) -> String {
 fn metrics_of_both_sides_match_their_reports() {
     let scratch = Scratch::new();
     let mut guests = Guests::with_metrics(&scratch);
-    let destination = guests.metrics.clone().expect("it serves");
+    let destination = guests.metrics.clone().expect("the guests have metrics");
     assert!(destination.starts_with("127.0.0.1:"), "a port alone is for this machine");
     let before = scrape(&destination);
     assert_eq!(before.get("umem_phase{phase=\"waiting for a source\"}"), 1.0);
@@ -183,7 +183,7 @@ fn check(metrics: &Metrics, report: &Value) {
 fn bad_metrics_request_gets_an_error_and_silent_client_is_dropped() {
     let scratch = Scratch::new();
     let guests = Guests::with_metrics(&scratch);
-    let address = guests.metrics.clone().expect("it serves");
+    let address = guests.metrics.clone().expect("the guests have metrics");
     let status = |text: &str| request(&address, text).0.lines().next().unwrap().to_owned();
     assert!(status("GET /other HTTP/1.0\r\n\r\n").contains(" 404 "));
     assert!(status("POST /metrics HTTP/1.0\r\n\r\n").contains(" 405 "));

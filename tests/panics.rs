@@ -159,8 +159,8 @@ fn panic_in_a_client_request_ends_only_that_client() {
     let mut incoming = Umem::start_under(&["env", &variable], words);
     incoming.event("listening");
     let ask = || {
-        let mut stream = BufReader::new(UnixStream::connect(&socket).expect("it listens"));
-        stream.get_mut().write_all(b"{\"execute\":\"status\"}\n").expect("it listens");
+        let mut stream = BufReader::new(UnixStream::connect(&socket).expect("umem listens"));
+        stream.get_mut().write_all(b"{\"execute\":\"status\"}\n").expect("umem reads");
         let mut answers = String::new();
         // Or the connection closes, or is reset.
         for _ in 0..2 {

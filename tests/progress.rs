@@ -158,7 +158,7 @@ fn start_mute(sink: Sink, arguments: &[&str]) -> Child {
     match sink {
         Sink::Closed => {}
         Sink::Full => {
-            let full = || File::options().write(true).open("/dev/full").expect("it is there");
+            let full = || File::options().write(true).open("/dev/full").expect("/dev/full exists");
             command.stdout(full()).stderr(full());
         }
         Sink::Unread => {
@@ -166,7 +166,7 @@ fn start_mute(sink: Sink, arguments: &[&str]) -> Child {
             command.stdout(unread.try_clone().expect("a descriptor")).stderr(unread);
         }
     }
-    command.spawn().expect("it starts")
+    command.spawn().expect("the program starts")
 }
 
 fn ends_with(mut child: Child, code: i32, what: &str) {
@@ -241,7 +241,7 @@ fn guest_moves_while_output_is_not_read() {
     let (mut reader, mut writer) = std::io::pipe().expect("a pipe");
     let room = fcntl(writer.as_fd(), FcntlArg::F_SETPIPE_SZ(4096)).expect("a pipe's size");
     let filling = vec![b'\n'; usize::try_from(room).expect("a size")];
-    writer.write_all(&filling).expect("there is room");
+    writer.write_all(&filling).expect("the pipe has room");
     let qmp = scratch.path("source").display().to_string();
     let mut migrate = Command::new(env!("CARGO_BIN_EXE_umem"))
         .args(["migrate", "--json", "-p", "--qmp", &qmp, guests.uri()])
@@ -253,7 +253,7 @@ fn guest_moves_while_output_is_not_read() {
     guests.incoming.event("completed");
     assert_eq!(migrate.try_wait().expect("our child"), None, "its report is not written yet");
     let mut text = String::new();
-    reader.read_to_string(&mut text).expect("it is UTF-8");
+    reader.read_to_string(&mut text).expect("the output is UTF-8");
     let status = wait_for("its end", || migrate.try_wait().expect("our child"));
     assert!(status.success(), "{status}: {text}");
     assert!(text.contains("\"event\":\"completed\""), "{text}");
@@ -266,7 +266,7 @@ fn guest_moves_while_output_is_not_read() {
 fn guest_moves_after_its_terminal_closed() {
     let terminal = nix::pty::openpty(None, None).expect("a terminal");
     let keep = FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC);
-    fcntl(&terminal.master, keep).expect("it is open");
+    fcntl(&terminal.master, keep).expect("the terminal is open");
     let mut command = Command::new(env!("CARGO_BIN_EXE_umem"));
     command
         .args(["demo", "--size", "64"])

@@ -86,7 +86,7 @@ fn userfaultfd(features: u64) -> OwnedFd {
 fn register(uffd: &OwnedFd, memory: &Memory, mode: u64) {
     let mut range = [memory.start.addr() as u64, memory.bytes as u64, mode, 0];
     // SAFETY: the argument has the layout of `struct uffdio_register`.
-    unsafe { ioctl::register(uffd.as_raw_fd(), &mut range) }.expect("it can be registered");
+    unsafe { ioctl::register(uffd.as_raw_fd(), &mut range) }.expect("the memory can be registered");
 }
 
 fn hand_over(socket: &UnixStream, pieces: &[String], descriptors: &[i32]) {
@@ -134,7 +134,7 @@ fn split_mapping_keeps_its_remaining_pages() {
     let mut incoming =
         Umem::start(["incoming", "--json", "--handoff", &handoff, "tcp:127.0.0.1:0"]);
     let uri = incoming.event("listening")["uri"].as_str().expect("a URI").to_owned();
-    let socket = UnixStream::connect(&handoff).expect("it listens");
+    let socket = UnixStream::connect(&handoff).expect("umem listens");
     hand_over(&socket, &[memory.piece("ram", "anonymous", 4096, false)], &[uffd.as_raw_fd()]);
     let path = scratch.ram("ram");
     let expected = write_region(&path, 3 * MIB, 4);
@@ -167,7 +167,7 @@ fn empty_huge_page_pool_pauses_both_sides_until_it_is_filled() {
     let mut incoming =
         Umem::start(["incoming", "--json", "--handoff", &handoff, "tcp:127.0.0.1:0"]);
     let uri = incoming.event("listening")["uri"].as_str().expect("a URI").to_owned();
-    let socket = UnixStream::connect(&handoff).expect("it listens");
+    let socket = UnixStream::connect(&handoff).expect("umem listens");
     let piece = memory.piece("huge", "anonymous", 2 * MIB, false);
     hand_over(&socket, &[piece], &[uffd.as_raw_fd()]);
     let path = scratch.ram("huge");
@@ -208,7 +208,7 @@ fn guest_with_mixed_kinds_and_page_sizes_moves() {
     let mut incoming =
         Umem::start(["incoming", "--json", "--handoff", &handoff, "tcp:127.0.0.1:0"]);
     let uri = incoming.event("listening")["uri"].as_str().expect("a URI").to_owned();
-    let socket = UnixStream::connect(&handoff).expect("it listens");
+    let socket = UnixStream::connect(&handoff).expect("umem listens");
     let anonymous = [
         small.piece("small", "anonymous", 4096, true),
         huge.piece("huge", "anonymous", 2 * MIB, true),
@@ -230,7 +230,7 @@ fn guest_with_mixed_kinds_and_page_sizes_moves() {
     words.push(uri);
     let mut migrate = Umem::start(words);
     for ((name, reader), expected) in readers.into_iter().zip(&expected) {
-        assert!(&reader.join().expect("it reads") == expected, "{name} differs");
+        assert!(&reader.join().expect("the thread does not panic") == expected, "{name} differs");
     }
     assert_eq!(incoming.event("completed")["kind"], "anonymous,shared");
     migrate.event("completed");

@@ -81,8 +81,8 @@ fn sibling_modules_import_without_cycles() {
 
 #[test]
 fn architecture_map_lists_each_folder_below_its_imports() {
-    let text = fs::read_to_string("ARCHITECTURE.md").expect("it is there");
-    let (_, map) = text.split_once("## The map").expect("it has a map");
+    let text = fs::read_to_string("ARCHITECTURE.md").expect("the file exists");
+    let (_, map) = text.split_once("## The map").expect("the document has a map");
     let place = |folder: &str| {
         map.find(&format!("`src/{folder}/`"))
             .unwrap_or_else(|| panic!("the map lacks src/{folder}"))
@@ -154,7 +154,7 @@ impl Crate {
                 }
             } else if path.extension().is_some_and(|extension| extension == "rs") {
                 let inside =
-                    path.strip_prefix(root).expect("it is below the root").with_extension("");
+                    path.strip_prefix(root).expect("the file is below the root").with_extension("");
                 let mut module: ModulePath =
                     inside.iter().map(|part| part.to_string_lossy().into_owned()).collect();
                 if matches!(module.last().map(String::as_str), Some("mod" | "lib" | "main")) {

@@ -403,9 +403,9 @@ fn resume_with_another_certificate_is_refused() {
     lane.switch_over(MIB << 20);
     incoming.event("running");
 
-    let refused = open(&others, 1).err().expect("it is another identity");
+    let refused = open(&others, 1).err().expect("another identity is refused");
     assert!(refused.contains("began with another certificate"), "{refused}");
-    let _back = open(&creds, 1).expect("who began it takes the first lane's place");
+    let _back = open(&creds, 1).expect("the identity of the first lane replaces the lane");
     incoming.event("recovering");
     incoming.event("resumed");
 }

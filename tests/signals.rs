@@ -48,7 +48,7 @@ fn send(umem: &Umem, signal: i32) {
 /// The guest's process, the only child of `umem incoming`.
 fn guest_of(incoming: &Umem) -> Pid {
     let path = format!("/proc/{0}/task/{0}/children", incoming.pid());
-    let children = std::fs::read_to_string(path).expect("it runs");
+    let children = std::fs::read_to_string(path).expect("the process exists");
     Pid::from_raw(children.trim().parse().expect("one child"))
 }
 
@@ -119,13 +119,13 @@ fn no_signal_ends_a_destination_with_missing_pages() {
 fn stop_service(incoming: &Umem, guest: Pid) {
     let unit =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("src/programs/install/umem-incoming@.service");
-    let unit = std::fs::read_to_string(unit).expect("it is there");
+    let unit = std::fs::read_to_string(unit).expect("the file exists");
     let says = |key: &str| unit.lines().find_map(|line| line.strip_prefix(key));
     let signal: Signal = says("KillSignal=").unwrap_or("SIGTERM").parse().expect("a signal");
     send(incoming, signal as i32);
     match says("KillMode=") {
         Some("mixed") => {}
-        None | Some("control-group") => kill(guest, signal).expect("it runs"),
+        None | Some("control-group") => kill(guest, signal).expect("the process exists"),
         Some(other) => panic!("KillMode={other}"),
     }
 }
@@ -210,7 +210,7 @@ fn other_signals_leave_the_guest_and_report_its_pid() {
 fn second_ctrl_c_leaves_a_guest_that_ignores_sigterm() {
     let scratch = Scratch::new();
     let (mut guests, guest) = complete(&scratch);
-    kill(guest, Signal::SIGSTOP).expect("it runs");
+    kill(guest, Signal::SIGSTOP).expect("the process exists");
     // Of two pending signals the one that ends it would come first.
     wait_for("the guest's stop", || state(guest).starts_with('T').then_some(()));
     guests.incoming.signal(Signal::SIGINT);
@@ -248,7 +248,8 @@ fn ctrl_c_terminates_the_child_of_a_wrapper() {
     let qmp = qmp.display().to_string();
     Umem::start(["migrate", "-p", "--json", "--qmp", &qmp, &uri]).succeeds();
     incoming.event("completed");
-    let arrived = std::fs::read_to_string(&pid).expect("it was written before the guest came");
+    let arrived =
+        std::fs::read_to_string(&pid).expect("the pid was written before the guest arrived");
     let arrived = Pid::from_raw(arrived.trim().parse().expect("a pid"));
     incoming.signal(Signal::SIGINT);
     incoming.event("stopping");
@@ -336,7 +337,7 @@ fn relay(umem: &UnixStream, monitor: &UnixStream, command: &str, swallow: &dyn F
         let received = recvmsg::<UnixAddr>(umem.as_raw_fd(), &mut buffers, Some(&mut space), flags);
         let Ok(received) = received else { return };
         let mut descriptors = Vec::new();
-        for message in received.cmsgs().expect("there is room") {
+        for message in received.cmsgs().expect("the buffer holds the control messages") {
             if let ControlMessageOwned::ScmRights(numbers) = message {
                 // SAFETY: the kernel has just made them for this process, and they have no other owner.
                 let owned = numbers.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
@@ -445,7 +446,7 @@ fn hung_monitor_of_a_stopped_guest_is_left_at_the_second_signal() {
         let resume = |qmp: &Path| {
             let sessions = scratch.path("sessions");
             let file = sessions.join(format!("{session}.source"));
-            let record = std::fs::read_to_string(&file).expect("it stays");
+            let record = std::fs::read_to_string(&file).expect("the session file stays");
             let deaf = deaf.socket.display().to_string();
             std::fs::write(&file, record.replace(&deaf, &qmp.display().to_string())).unwrap();
             let sessions = sessions.display().to_string();
@@ -547,7 +548,7 @@ fn any_signal_ends_demo_and_bench_cleanly() {
         let mut demo = Umem::start(slowly);
         demo.event("progress");
         let path = format!("/proc/{0}/task/{0}/children", demo.pid());
-        let children = std::fs::read_to_string(path).expect("it runs");
+        let children = std::fs::read_to_string(path).expect("the process exists");
         let children: Vec<i32> =
             children.split_whitespace().map(|pid| pid.parse().unwrap()).collect();
         assert!(children.len() > 1, "{children:?}");

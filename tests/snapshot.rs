@@ -125,7 +125,7 @@ fn migrate(snapshot: &Path, uri: &str, mode: &[&str]) -> Umem {
 /// every 16 are a hole.
 fn write_snapshot(path: &Path, mib: u64) {
     let file = File::create(path).expect("a file in shared memory");
-    file.set_len(mib << 20).expect("there is room");
+    file.set_len(mib << 20).expect("the file system has room");
     let mut page = Vec::with_capacity(PAGE as usize);
     for number in 0..mib * 256 {
         let (block, in_group) = (number / 512, number % 16);
@@ -138,7 +138,7 @@ fn write_snapshot(path: &Path, mib: u64) {
         } else {
             page.extend((0..512).flat_map(|word| (number << 9 | word | 1 << 63).to_le_bytes()));
         }
-        file.write_all_at(&page, number * PAGE).expect("there is room");
+        file.write_all_at(&page, number * PAGE).expect("the file system has room");
     }
 }
 
@@ -235,7 +235,8 @@ fn client_of_a_killed_umem_reads_no_wrong_page() {
     restore.pause.release();
     let client = &mut restore.client;
     support::wait_for("both threads to wait for pages", || {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", client.pid())).expect("it runs");
+        let tasks =
+            std::fs::read_dir(format!("/proc/{}/task", client.pid())).expect("the process exists");
         let is_waiting = |task: &std::fs::DirEntry| {
             let place = std::fs::read_to_string(task.path().join("wchan")).unwrap_or_default();
             place.contains("userfault")
@@ -276,10 +277,10 @@ fn foreign_clients_of_the_handover_socket_are_not_killed() {
     let scratch = Scratch::new();
     let (incoming, _) = incoming(&scratch);
     // This process is the foreign client.
-    drop(UnixStream::connect(handoff(&scratch)).expect("it listens"));
-    let mut talkative = UnixStream::connect(handoff(&scratch)).expect("it listens on");
-    talkative.write_all(b"[{\"size\":1}]").expect("it reads");
-    assert_eq!(talkative.read(&mut [0]).expect("it hangs up"), 0);
+    drop(UnixStream::connect(handoff(&scratch)).expect("umem listens"));
+    let mut talkative = UnixStream::connect(handoff(&scratch)).expect("umem still listens");
+    talkative.write_all(b"[{\"size\":1}]").expect("umem reads");
+    assert_eq!(talkative.read(&mut [0]).expect("umem closes the connection"), 0);
     assert!(incoming.fails().contains("is not understood"));
 }
 
@@ -302,7 +303,7 @@ fn client_behind_a_wrapper_is_ended() {
     incoming.event("listening");
     incoming.signal(Signal::SIGINT);
     incoming.fails();
-    let pid = std::fs::read_to_string(pid).expect("the wrapper wrote it");
+    let pid = std::fs::read_to_string(pid).expect("the wrapper wrote its pid");
     support::wait_for("the client to be gone", || {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
         // A zombie waits for its inheriting parent.

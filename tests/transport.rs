@@ -341,7 +341,7 @@ fn guest_of(umem: u32, ram: &Path) -> (Pid, usize) {
     let threads = std::fs::read_dir(format!("/proc/{umem}/task")).unwrap();
     let children = threads.map(|thread| thread.unwrap().path().join("children"));
     let children: String = children.map(|path| std::fs::read_to_string(path).unwrap()).collect();
-    let guest = children.split_whitespace().next().expect("it has started a guest");
+    let guest = children.split_whitespace().next().expect("umem has started a guest");
     let maps = std::fs::read_to_string(format!("/proc/{guest}/maps")).unwrap();
     let mapping = maps.lines().find(|line| line.ends_with(ram.to_str().unwrap()));
     let (start, _) = mapping.expect("the guest maps its RAM").split_once('-').unwrap();

@@ -65,7 +65,7 @@ impl Control {
         };
         let answer = control::ask(&self.socket, &command)?;
         if answer != json!({}) {
-            let text = serde_json::to_string_pretty(&answer).expect("it was JSON before");
+            let text = serde_json::to_string_pretty(&answer).expect("parsed JSON");
             print::out_line(&text);
         }
         Ok(0)

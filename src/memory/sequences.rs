@@ -115,7 +115,7 @@ impl Detector {
             Some(slot) if at - slot.at > STALE_DEMANDS => (1, 0),
             Some(slot) => (2, slot.at),
         });
-        let oldest = oldest.expect("there are slots");
+        let oldest = oldest.expect("at least one slot");
         let is_busy = oldest.is_some_and(|slot| slot.hits > 0 && at - slot.at <= STALE_DEMANDS);
         if !is_busy {
             *oldest = Some(Slot { id: at, region, last: page, step: 0, hits: 0, at });

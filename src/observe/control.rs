@@ -261,7 +261,7 @@ impl Client {
 pub(crate) fn fuzz(input: &[u8], watch: Arc<Watch>) {
     let (mut ours, theirs) = UnixStream::pair().expect("a socket pair");
     ours.set_nonblocking(true).expect("a socket");
-    let mut client = Client::greeted(theirs, watch).expect("there is room");
+    let mut client = Client::greeted(theirs, watch).expect("the socket takes the greeting");
     let (mut rest, mut answers) = (input, [0; 4096]);
     loop {
         let written = ours.write(&rest[..rest.len().min(1000)]).unwrap_or(0);

@@ -149,7 +149,7 @@ impl Machine {
             .env("UMEM_TEST_CACHE", self.path("cache"))
             .env_remove("UMEM_TEST_MIRROR")
             .output()
-            .expect("it starts");
+            .expect("the program starts");
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         if output.status.success() { Ok(said) } else { Err(said) }
     }
@@ -284,7 +284,7 @@ fn fetch_without_debian_names_the_variables_to_set() {
 fn unsigned_archive_is_refused() {
     let machine = Machine::new();
     machine.write("sources/debian.list", "deb file:ROOT/debian bookworm main\n");
-    let said = machine.fetch().expect_err("nobody vouches for it");
+    let said = machine.fetch().expect_err("the archive has no signature");
     assert!(said.contains("not signed"), "{said}");
 }
 

@@ -86,7 +86,7 @@ fn objects_of_other_programs_are_not_reported() {
     assert_eq!(ready, "ready\n");
 
     let ram = Removed(Path::new("/dev/shm").join(format!("{token}-ram")));
-    let qemu = std::env::var("UMEM_TEST_QEMU_72").expect("tests/run says where it is");
+    let qemu = std::env::var("UMEM_TEST_QEMU_72").expect("tests/run sets this variable");
     let mut qemu = Command::new(Path::new(&qemu).join("qemu-system-x86_64"));
     qemu.args(["-machine", "none", "-nodefaults", "-display", "none", "-S"]);
     let _qemu = Ended(qemu.stdin(Stdio::null()).spawn().expect("a QEMU"));

@@ -139,7 +139,7 @@ fn loaded_guest_survives_the_death_of_both_umems() {
     assert!(moved.destination.umem.wait().success());
     Qmp::connect(&moved.destination.qmp).quit();
     moved.source.qmp.quit();
-    assert_eq!(fs::read_dir(&sessions).expect("it is there").count(), 0);
+    assert_eq!(fs::read_dir(&sessions).expect("the directory exists").count(), 0);
 }
 
 #[test]
@@ -211,7 +211,7 @@ fn becomes_private(version: QemuVersion, flags: &str) {
     let destination = Destination::start_with(&machine, &scratch, &options, "tcp:127.0.0.1:0");
     let moved = Moved::start(source, destination, &["-p"]).complete();
     for path in &moved.destination.ram_files {
-        assert_eq!(fs::metadata(path).expect("the guest has it").blocks(), 0);
+        assert_eq!(fs::metadata(path).expect("the guest has the file").blocks(), 0);
     }
     moved.end();
 }

@@ -37,7 +37,7 @@ fn qemu_behind_a_wrapper_gets_the_preload_object() {
     let program = machine.version.program().display().to_string();
     let text = format!("#!/bin/sh\n{program} -version >/dev/null\n{qemu}\nexit $?\n");
     fs::write(&script, text).expect("a file");
-    fs::set_permissions(&script, Permissions::from_mode(0o755)).expect("it is there");
+    fs::set_permissions(&script, Permissions::from_mode(0o755)).expect("the file exists");
     let script = script.display().to_string();
     let given = machine.command_line(&scratch, Side::Destination);
     let namespace = Namespace::new();
@@ -54,7 +54,7 @@ fn qemu_behind_a_wrapper_gets_the_preload_object() {
         let destination = Destination::by(&wrapped, &machine, &scratch, &[], ANYWHERE);
         arrives_at(destination, source, &[memory]);
         for path in scratch.ram_files() {
-            fs::remove_file(path).expect("it is there");
+            fs::remove_file(path).expect("the file exists");
         }
     }
 }
@@ -79,7 +79,8 @@ fn end_of_qemu_is_detected_while_its_wrapper_script_runs() {
         let pid = pids.into_iter().find(is_qemu).expect("the script runs QEMU");
         let kill = || {
             let pid = nix::unistd::Pid::from_raw(pid.try_into().expect("pids are small"));
-            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("it runs");
+            nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)
+                .expect("the process exists");
         };
         if has_come {
             let tap = Tap::to(&destination.uri, Some(HELLO_BYTES));
@@ -100,7 +101,7 @@ fn end_of_qemu_is_detected_while_its_wrapper_script_runs() {
 
 fn children(pid: u32) -> Vec<u32> {
     let listed = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-    let listed = listed.expect("it runs");
+    let listed = listed.expect("the process exists");
     listed.split_ascii_whitespace().map(|pid| pid.parse().expect("a pid")).collect()
 }
 
@@ -168,11 +169,11 @@ fn memory_is_found_in_every_configuration() {
             let (source, memory) = source(&machine, &scratch);
             let all = [plain.clone(), more].concat();
             let destination = Destination::by(&all, &machine, &scratch, &[], ANYWHERE);
-            let made = fs::metadata(&ram).expect("QEMU has made it");
+            let made = fs::metadata(&ram).expect("QEMU has made the file");
             assert_eq!(made.mode() & 0o777, 0o600, "others may read the guest's memory");
             arrives_at(destination, source, &[memory]);
             for path in scratch.ram_files() {
-                fs::remove_file(path).expect("it is there");
+                fs::remove_file(path).expect("the file exists");
             }
         }
     }
@@ -198,14 +199,15 @@ fn memory_outside_the_guest_is_released() {
         // Nothing of it is registered any more, so no thread waits there.
         wait_for("the end of the registration", || {
             let smaps = fs::read_to_string(format!("/proc/{}/smaps", destination.guest_pid));
-            let smaps = smaps.expect("it runs");
-            let entry = smaps.split_once(&spare.display().to_string()).expect("it is mapped").1;
+            let smaps = smaps.expect("the process exists");
+            let entry =
+                smaps.split_once(&spare.display().to_string()).expect("the file is mapped").1;
             let flags = entry.lines().find(|line| line.starts_with("VmFlags:")).expect("flags");
             let is_registered = flags.split(' ').any(|flag| flag == "um" || flag == "ui");
             (!is_registered).then_some(())
         });
         arrives_at(destination, source, &[memory]);
-        fs::remove_file(image).expect("it is there");
+        fs::remove_file(image).expect("the file exists");
     }
 }
 
@@ -227,7 +229,7 @@ fn nvdimm_disk_cannot_be_filled() {
         says(&text, "files of tmpfs and hugetlbfs");
         assert_eq!(scratch.ram_files(), Vec::<std::path::PathBuf>::new());
         assert!(image.exists(), "a foreign disk has been removed");
-        fs::remove_file(image).expect("it is there");
+        fs::remove_file(image).expect("the file exists");
     }
 }
 
@@ -242,7 +244,7 @@ fn longer_file_is_filled_up_to_the_guests_memory() {
         file.and_then(|file| file.set_len(80 << 20)).expect("shared memory has room");
         let destination = Destination::start(&machine, &scratch);
         arrives_at(destination, source, &[memory]);
-        assert_eq!(fs::metadata(&name).expect("it was not ours").len(), 80 << 20);
+        assert_eq!(fs::metadata(&name).expect("umem leaves the file").len(), 80 << 20);
     }
 }
 
@@ -313,8 +315,8 @@ fn empty_file_mapped_by_another_qemu_is_refused() {
         };
 
         let before = start();
-        assert_eq!(fs::metadata(&name).expect("QEMU has made it").blocks(), 0);
-        fs::set_permissions(&name, Permissions::from_mode(0o600)).expect("it is there");
+        assert_eq!(fs::metadata(&name).expect("QEMU has made the file").blocks(), 0);
+        fs::set_permissions(&name, Permissions::from_mode(0o600)).expect("the file exists");
         let given = machine.command_line(&scratch, Side::Destination);
         let text = Umem::start(incoming(&given, &[], ANYWHERE)).fails();
         says(&text, &format!("RAM ram0: process {} has mapped the same file", before.pid()));
@@ -359,7 +361,7 @@ fn memory_plugged_in_later_is_left_to_qemu() {
             let file = scratch.path(id);
             let save = json!({ "val": address, "size": 4096, "filename": file });
             guest.execute("pmemsave", save);
-            assert_eq!(fs::read(file).expect("QEMU has written it"), [0; 4096]);
+            assert_eq!(fs::read(file).expect("QEMU has written the file"), [0; 4096]);
         }
         guest.quit();
         destination.umem.succeeds();
@@ -377,12 +379,12 @@ fn file_that_replaced_the_ram_file_is_kept() {
     for options in [&[][..], &["--ram", &ram]] {
         let mut destination = Destination::start_with(&machine, &scratch, options, ANYWHERE);
         let guests = scratch.ram("guests");
-        fs::rename(&name, &guests).expect("QEMU has made it");
+        fs::rename(&name, &guests).expect("QEMU has made the file");
         fs::write(&name, "somebody's").expect("shared memory can be written");
         destination.umem.signal(nix::sys::signal::Signal::SIGINT);
         destination.umem.fails();
-        assert_eq!(fs::read(&name).expect("it is not umem's"), b"somebody's");
-        fs::remove_file(&name).expect("it is there");
-        fs::remove_file(guests).expect("it is there");
+        assert_eq!(fs::read(&name).expect("umem leaves the file"), b"somebody's");
+        fs::remove_file(&name).expect("the file exists");
+        fs::remove_file(guests).expect("the file exists");
     }
 }

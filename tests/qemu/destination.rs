@@ -73,14 +73,14 @@ impl Destination {
     pub(super) fn kill_guest(&self) {
         let pid = nix::unistd::Pid::from_raw(self.guest_pid.try_into().expect("pids are small"));
         // umem, its parent, has not reaped it: the pid is its own.
-        nix::sys::signal::kill(pid, Signal::SIGKILL).expect("it runs");
+        nix::sys::signal::kill(pid, Signal::SIGKILL).expect("the process exists");
     }
 
     /// A killed umem cannot clean up: its QEMU ends by itself, its empty RAM files stay.
     pub(super) fn left_by_its_umem(&self, scratch: &Scratch) {
         scratch.wait_until_gone("destination");
         for path in &self.ram_files {
-            fs::remove_file(path).expect("it is there");
+            fs::remove_file(path).expect("the file exists");
         }
     }
 }

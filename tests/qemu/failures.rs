@@ -106,7 +106,7 @@ fn the_destination_is_interrupted_while_a_stranger_is_silent(
 ) {
     let mut destination = Destination::start(machine, scratch);
     let address = destination.uri.strip_prefix("tcp:").expect("a tcp: URI");
-    let _stranger = TcpStream::connect(address).expect("it listens");
+    let _stranger = TcpStream::connect(address).expect("umem listens");
     destination.umem.signal(Signal::SIGINT);
     says(&destination.umem.fails(), "interrupted; no guest had arrived");
 }
@@ -114,7 +114,7 @@ fn the_destination_is_interrupted_while_a_stranger_is_silent(
 /// The listener is not a umem.
 fn the_destination_says_nothing(_: &Machine, _: &Scratch, source: &mut Qemu) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let uri = format!("tcp:{}", listener.local_addr().expect("it is bound"));
+    let uri = format!("tcp:{}", listener.local_addr().expect("the listener is bound"));
     let mut umem = migrate(source, &uri, &["-p"]);
     let (mut connection, _) = listener.accept().expect("umem connects");
     connection.read_exact(&mut [0; HELLO_BYTES]).expect("umem says hello");

@@ -29,11 +29,12 @@ pub(super) fn small(version: QemuVersion) -> Machine {
 
 /// The mapping of a file of this name in a process, which has exactly one.
 pub(super) fn mapped(pid: u32, name: &str) -> File {
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("it runs");
-    let line = maps.lines().find(|line| line.contains(name)).expect("it has mapped the file");
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("the process exists");
+    let line =
+        maps.lines().find(|line| line.contains(name)).expect("the process has mapped the file");
     let range = line.split(' ').next().expect("a range");
     let path = format!("/proc/{pid}/map_files/{range}");
-    File::options().read(true).write(true).open(path).expect("it can be opened")
+    File::options().read(true).write(true).open(path).expect("the file can be opened")
 }
 
 /// Stops the guest, moves it, and compares each byte of its memory, which the source has in these files.
@@ -53,11 +54,11 @@ pub(super) fn arrives_at(mut destination: Destination, mut source: Qemu, memory:
     umem.event("completed");
     destination.umem.event("completed");
     for (from, to) in memory.iter().zip(&destination.ram_files) {
-        let to = fs::read(to).expect("it is there");
+        let to = fs::read(to).expect("the file exists");
         // Either file may be longer than the guest's memory.
-        let bytes = to.len().min(from.metadata().expect("it is open").len() as usize);
+        let bytes = to.len().min(from.metadata().expect("the file is open").len() as usize);
         let mut expected = vec![0; bytes];
-        from.read_exact_at(&mut expected, 0).expect("it is as long");
+        from.read_exact_at(&mut expected, 0).expect("the file is long enough");
         assert!(expected == to[..bytes], "other memory has arrived");
     }
     umem.succeeds();
@@ -88,7 +89,7 @@ fn mapped_file_is_moved_although_its_path_was_replaced() {
         let memory = mapped(source.pid(), &name.display().to_string());
         let other = scratch.ram("other");
         fs::copy(&name, &other).expect("shared memory has room");
-        fs::rename(&other, &name).expect("both are there");
+        fs::rename(&other, &name).expect("both files exist");
         arrives(source, &[memory], &machine, &scratch);
     }
 }
@@ -101,7 +102,7 @@ fn unlinked_ram_file_is_moved() {
         let source = machine.start(&scratch);
         let name = machine.ram_file(&scratch, Side::Source, "ram0");
         let memory = mapped(source.pid(), &name.display().to_string());
-        fs::remove_file(&name).expect("it is there");
+        fs::remove_file(&name).expect("the file exists");
         arrives(source, &[memory], &machine, &scratch);
     }
 }
@@ -121,7 +122,7 @@ fn inherited_memfd_is_moved() {
         let words: Vec<String> = words.iter().map(|word| word.replace(&name, &given)).collect();
         let source = start_by(&words, &machine, &scratch);
         // umem does not get the descriptor.
-        fcntl(&memory, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("it is open");
+        fcntl(&memory, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("the descriptor is open");
         arrives(source, &[memory], &machine, &scratch);
     }
 }
@@ -163,7 +164,7 @@ fn monitor_socket_made_by_a_parent_leads_to_qemu() {
         let mut machine = small(version);
         let path = scratch.path("given.qmp");
         let listener = UnixListener::bind(&path).expect("a socket");
-        fcntl(&listener, FcntlArg::F_SETFD(FdFlag::empty())).expect("it is open");
+        fcntl(&listener, FcntlArg::F_SETFD(FdFlag::empty())).expect("the terminal is open");
         let number = std::os::fd::AsRawFd::as_raw_fd(&listener);
         let given = format!("-chardev socket,id=given,fd={number},server=on,wait=off");
         machine.extra.extend(given.split(' ').map(str::to_owned));
@@ -291,25 +292,25 @@ fn memory_at_a_file_offset_is_moved_and_bytes_around_it_are_kept() {
         source.qmp.execute("stop", json!({}));
         file.write_all_at(b"the guest's", (64 << 20) + MARK_OFFSET).expect("room");
         let mut expected = vec![0; 64 << 20];
-        file.read_exact_at(&mut expected, 64 << 20).expect("it is as long");
+        file.read_exact_at(&mut expected, 64 << 20).expect("the file is long enough");
         let mut umem = migrate(&source, &destination.uri, options);
         umem.event("completed");
         destination.umem.event("completed");
         umem.succeeds();
         let mut found = vec![0; 64 << 20];
-        there.read_exact_at(&mut found, 32 << 20).expect("it is as long");
+        there.read_exact_at(&mut found, 32 << 20).expect("the file is long enough");
         assert!(found == expected, "other memory has arrived");
         for (at, mib) in [(0, 32), (96 << 20, 32)] {
             let mut around = vec![0; mib << 20];
-            there.read_exact_at(&mut around, at).expect("it is as long");
+            there.read_exact_at(&mut around, at).expect("the file is long enough");
             assert!(around.iter().all(|byte| *byte == 0), "something lies around the memory");
         }
         // Only the two pages of other owners are left.
-        let is_freed = fs::metadata(&from).expect("it is there").blocks() * 512 <= 2 * 4096;
+        let is_freed = fs::metadata(&from).expect("the file exists").blocks() * 512 <= 2 * 4096;
         assert_eq!(is_freed, options.contains(&"--release-ram"), "{options:?}");
         for (bytes, at) in others {
             let mut there = vec![0; bytes.len()];
-            file.read_exact_at(&mut there, at).expect("it is as long");
+            file.read_exact_at(&mut there, at).expect("the file is long enough");
             assert_eq!(there, bytes, "{options:?}");
         }
         Qmp::connect(&destination.qmp).quit();
@@ -329,7 +330,7 @@ fn shared_file_of_several_backends_is_served_after_a_takeover() {
         [[("ram-node0", 80), ("ram-node1", 0)], [("ram-node0", 0), ("ram-node1", 64)]];
     let mut source = source_in_one_file(&machine, &scratch, &from, &leaving);
     source.qmp.execute("stop", json!({}));
-    let file = File::options().read(true).write(true).open(&from).expect("QEMU has made it");
+    let file = File::options().read(true).write(true).open(&from).expect("QEMU has made the file");
     for (at, byte) in [(88, 0x5a), (8, 0xa5)] {
         file.write_all_at(&vec![byte; 32 << 20], at << 20).expect("room");
     }
@@ -342,11 +343,11 @@ fn shared_file_of_several_backends_is_served_after_a_takeover() {
     umem.kill();
     Umem::start(["migrate", "--json", "--resume", &session]).succeeds();
     destination.umem.event("completed");
-    let there = File::open(&to).expect("it is there");
+    let there = File::open(&to).expect("the file exists");
     for ((_, at), (_, to)) in leaving.into_iter().zip(arriving) {
         let mut parts = [vec![0; 64 << 20], vec![0; 64 << 20]];
-        file.read_exact_at(&mut parts[0], at << 20).expect("it is as long");
-        there.read_exact_at(&mut parts[1], to << 20).expect("it is as long");
+        file.read_exact_at(&mut parts[0], at << 20).expect("the file is long enough");
+        there.read_exact_at(&mut parts[1], to << 20).expect("the file is long enough");
         assert!(parts[0] == parts[1], "other memory has arrived");
     }
     Qmp::connect(&destination.qmp).quit();
@@ -412,7 +413,7 @@ fn named_files_are_compared_with_qemus_mappings() {
         let other = scratch.ram("other");
         fs::copy(&name, &other).expect("shared memory has room");
         let expected =
-            [other.to_str().expect("it is UTF-8"), "is not what the guest's QEMU has mapped"];
+            [other.to_str().expect("the path is UTF-8"), "is not what the guest's QEMU has mapped"];
         is_refused(&mut source, &["--ram", &ram(&other)], &expected);
         let twice = [&ram(&name), "--ram", &ram(&name)].map(str::to_owned);
         is_refused(&mut source, &["--ram", &twice[0], &twice[1], &twice[2]], &["is named twice"]);
@@ -434,12 +435,12 @@ fn user_without_access_to_the_mappings_gets_an_error() {
     let machine = small(QemuVersion::V10_0);
     let mut source = machine.start(&scratch);
     let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o777);
-    fs::set_permissions(&source.socket, everybody).expect("the socket is there");
+    fs::set_permissions(&source.socket, everybody).expect("the socket exists");
     let nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups \
                   --inh-caps=-all,+dac_read_search --ambient-caps=-all,+dac_read_search \
                   --bounding-set=-all,+dac_read_search";
     let nobody: Vec<&str> = nobody.split_ascii_whitespace().collect();
-    let qmp = source.socket.to_str().expect("it is UTF-8");
+    let qmp = source.socket.to_str().expect("the path is UTF-8");
     let words = ["migrate", "--json", "-p", "--qmp", qmp, NOBODY];
     let text = Umem::start_under(&nobody, words).fails();
     says(&text, &format!("process {}, has mapped", source.pid()));
@@ -490,7 +491,7 @@ fn nvdimm_disk_is_left_alone_or_refused_at_once() {
         let mut source = plain_source(version, &scratch, &private);
         is_refused(&mut source, &[], &["RAM backend nv has readonly=on and share=off"]);
         source.qmp.quit();
-        fs::remove_file(image).expect("it is there");
+        fs::remove_file(image).expect("the file exists");
     }
 }
 
@@ -502,7 +503,7 @@ pub(super) fn on_a_disk(scratch: &Scratch) -> PathBuf {
         name.parent().and_then(Path::file_name).expect("a name").display()
     ));
     let mut file = File::create(&name).expect("the target directory can be written");
-    file.set_len(16 << 20).expect("it has room");
-    file.write_all(b"a disk").expect("it has room");
+    file.set_len(16 << 20).expect("the file system has room");
+    file.write_all(b"a disk").expect("the file system has room");
     name
 }

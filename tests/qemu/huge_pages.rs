@@ -96,7 +96,7 @@ fn aligned(version: QemuVersion, scratch: &Scratch, side: Side, align: &str) -> 
     let mut words = Machine::bare(version).command_line(scratch, side);
     words.push("-S".into());
     let backend = words.iter_mut().find(|word| word.starts_with("memory-backend-file,"));
-    backend.expect("it has one").push_str(align);
+    backend.expect("the command line has a backend").push_str(align);
     words
 }
 

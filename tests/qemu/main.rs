@@ -47,7 +47,7 @@ fn incoming(command: &[String], options: &[&str], uri: &str) -> Vec<String> {
 
 /// Starts a `umem migrate` of this guest.
 fn migrate(source: &Qemu, uri: &str, options: &[&str]) -> Umem {
-    let qmp = source.socket.to_str().expect("it is UTF-8");
+    let qmp = source.socket.to_str().expect("the path is UTF-8");
     let words = [&["migrate", "--json", "--qmp", qmp], options, &[uri]].concat();
     Umem::start(words)
 }

@@ -73,7 +73,7 @@ fn guest_moves_without_a_writable_session_directory() {
         runtime.display()
     );
     let wrapper = ["unshare", "-m", "--propagation", "private", "sh", "-c", &script, "sh"];
-    let qmp = source.socket.to_str().expect("it is UTF-8");
+    let qmp = source.socket.to_str().expect("the path is UTF-8");
     let words = ["migrate", "--json", "--qmp", qmp, "-p", &destination.uri];
     let mut umem = Umem::start_under(&wrapper, words);
     assert_eq!(umem.event("stopped")["session"], Value::Null, "there is no session to resume");
@@ -166,7 +166,7 @@ fn second_umem_is_refused_during_a_move() {
         let (machine, other) = machine(version, &scratch);
         let mut source = machine.start(&scratch);
         let before = set_up(&mut source.qmp);
-        let other = other.to_str().expect("it is UTF-8");
+        let other = other.to_str().expect("the path is UTF-8");
         let second = || {
             let words = ["migrate", "--json", "-p", "--qmp", other, NOBODY];
             says(&Umem::start(words).fails(), "another umem moves this guest");

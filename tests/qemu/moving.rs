@@ -80,7 +80,7 @@ impl Moved {
 }
 
 fn bytes_of(path: &Path) -> u64 {
-    fs::metadata(path).expect("the guest has it").len()
+    fs::metadata(path).expect("the guest has the file").len()
 }
 
 /// Checks the two reports of one migration, each for itself and against each other.

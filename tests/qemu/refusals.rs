@@ -144,7 +144,7 @@ fn further_obstacles_of_a_destination_are_reported() {
     refused(umem, &["cannot start /nonexistent/qemu: no such program"]);
 
     let busy = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let uri = format!("tcp:{}", busy.local_addr().expect("it is bound"));
+    let uri = format!("tcp:{}", busy.local_addr().expect("the listener is bound"));
     let umem = Umem::start(incoming(&words, &[], &uri));
     refused(umem, &["cannot listen on tcp:127.0.0.1:", "Address already in use", "choose another"]);
 
@@ -176,7 +176,7 @@ fn further_obstacles_of_a_destination_are_reported() {
     file.set_len(256 << 20).expect("as long as the backend");
     let text = Umem::start(incoming(&words, &[], anywhere)).fails();
     says(&text, &format!("RAM {}: its file holds data already", used.display()));
-    assert_eq!(fs::read(&used).expect("it is left alone")[..17], *b"somebody's memory");
+    assert_eq!(fs::read(&used).expect("umem leaves the file")[..17], *b"somebody's memory");
 }
 
 #[test]

@@ -32,10 +32,10 @@ fn waits(machine: &Machine, scratch: &Scratch, ram: &[u8]) -> Qemu {
     let qemu = Qemu::start(&words, &test, umem, serial);
     let file =
         File::options().write(true).open(machine.ram_file(scratch, Side::Destination, "ram0"));
-    let file = file.expect("QEMU has made it");
+    let file = file.expect("QEMU has made the file");
     for (offset, page) in (0..).step_by(PAGE).zip(ram.chunks(PAGE)) {
         if page.iter().any(|&byte| byte != 0) {
-            file.write_all_at(page, offset).expect("it is as large");
+            file.write_all_at(page, offset).expect("the file is large enough");
         }
     }
     qemu
@@ -68,7 +68,7 @@ fn record(source: &mut Qemu, scratch: &Scratch) -> Vec<u8> {
 }
 
 fn in_one(stream: &[u8]) -> Parsed {
-    parse([stream], |name| name.ends_with("ram0")).expect("it is understood")
+    parse([stream], |name| name.ends_with("ram0")).expect("the stream parses")
 }
 
 fn in_pieces(stream: &[u8], random: &mut Random) -> Parsed {
@@ -79,13 +79,16 @@ fn in_pieces(stream: &[u8], random: &mut Random) -> Parsed {
         left = later;
         (!now.is_empty()).then_some(now)
     });
-    parse(pieces, |name| name.ends_with("ram0")).expect("it is understood")
+    parse(pieces, |name| name.ends_with("ram0")).expect("the stream parses")
 }
 
 /// What the stream says of RAM is what the file has: the last record of each page.
 fn is_the_memory(parsed: &Parsed, ram: &[u8]) {
-    let block =
-        parsed.blocks.iter().position(|(name, _)| name.ends_with("ram0")).expect("it is there");
+    let block = parsed
+        .blocks
+        .iter()
+        .position(|(name, _)| name.ends_with("ram0"))
+        .expect("the stream has the block");
     assert_eq!(parsed.blocks[block].1, RAM_BYTES);
     let mut last = vec![None; ram.len() / PAGE];
     for (of, offset, is_zero, _) in &parsed.pages {
@@ -159,7 +162,7 @@ struct Copied {
 impl Copied {
     fn of(machine: &Machine, scratch: &Scratch) -> Copied {
         let file = File::open(machine.ram_file(scratch, Side::Source, "ram0")).expect("RAM");
-        Copied { file, ram: vec![0; usize::try_from(RAM_BYTES).expect("it fits")] }
+        Copied { file, ram: vec![0; usize::try_from(RAM_BYTES).expect("RAM_BYTES fits a usize")] }
     }
 
     /// Takes the marked pages; how many those were.
@@ -184,7 +187,7 @@ impl Copied {
 }
 
 fn connect(source: &Qemu) -> Source {
-    Source::connect(&source.socket, &[("ram0", RAM_BYTES)]).expect("it is free")
+    Source::connect(&source.socket, &[("ram0", RAM_BYTES)]).expect("the guest is free")
 }
 
 #[test]
@@ -211,13 +214,13 @@ fn constantly_writing_guest_arrives_whole_through_its_stream() {
         "the guest writes all the while: {counts:?}"
     );
     assert_eq!(copied.wrong(), Vec::<usize>::new());
-    let state = ours.state().expect("it was saved");
+    let state = ours.state().expect("the state was saved");
     assert!(state.len() < 2 << 20, "{} bytes", state.len());
     let mut destination = waits(&machine, &scratch, &copied.ram);
     let of_destination = settings(&mut destination.qmp);
-    let mut arrived = Destination::load(&destination.socket, state).expect("it is loaded");
-    ours.give_away().expect("it stands still");
-    arrived.run().expect("it runs");
+    let mut arrived = Destination::load(&destination.socket, state).expect("the state loads");
+    ours.give_away().expect("the guest stands still");
+    arrived.run().expect("the guest runs");
     is_whole(&mut source.serial, &mut destination.serial);
     assert_eq!(source.qmp.status(), "postmigrate");
     assert_eq!(settings(&mut source.qmp), before);
@@ -244,7 +247,7 @@ fn idle_guest_runs_until_umem_stops_it() {
     // By QEMU itself, so that it goes on by itself as well.
     copied.take(&ours);
     assert_eq!(copied.wrong(), Vec::<usize>::new());
-    ours.resume().expect("it goes on");
+    ours.resume().expect("the guest continues");
     assert_eq!(source.qmp.status(), "running");
     source.serial.goes_on();
 }
@@ -260,7 +263,7 @@ fn guest_continues_after_its_umem_ends_in_a_pass_and_moves_later() {
         ours.start().expect("QEMU migrates");
         ours.look().expect("a look");
         if is_undone {
-            ours.resume().expect("it goes on");
+            ours.resume().expect("the guest continues");
             assert_eq!(settings(&mut source.qmp), before);
         }
         drop(ours);
@@ -277,7 +280,7 @@ fn guest_continues_after_its_umem_ends_in_a_pass_and_moves_later() {
     ours.stop().expect("the guest stops");
     copied.take(&ours);
     assert_eq!(copied.wrong(), Vec::<usize>::new());
-    ours.resume().expect("it goes on");
+    ours.resume().expect("the guest continues");
     assert_eq!(source.qmp.status(), "running");
     source.serial.goes_on();
     assert_eq!(settings(&mut source.qmp), before);
@@ -307,7 +310,7 @@ fn unusable_stream_is_refused_before_any_change() {
     let listener = UnixListener::bind(scratch.path("other")).expect("a socket");
     let uri = format!("unix:{}", scratch.path("other").display());
     source.qmp.execute("migrate", json!({ "uri": uri }));
-    let error = ours.start().expect_err("somebody else migrates it").to_string();
+    let error = ours.start().expect_err("another client migrates the guest").to_string();
     says(&error, "a migration of QEMU's own is under way");
     source.qmp.execute("migrate_cancel", json!({}));
     drop(listener);

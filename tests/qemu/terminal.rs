@@ -23,8 +23,8 @@ const CTRL_BACKSLASH: u8 = 0x1c;
 fn terminal() -> (File, OwnedFd) {
     let pty = openpty(None, None).expect("a terminal");
     // A process that inherited the typing side would keep the terminal open.
-    fcntl(&pty.master, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("it is open");
-    fcntl(&pty.slave, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("it is open");
+    fcntl(&pty.master, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("the terminal is open");
+    fcntl(&pty.slave, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("the terminal is open");
     (File::from(pty.master), pty.slave)
 }
 
@@ -53,9 +53,9 @@ fn terminal_signals_and_hangup_do_not_end_an_incomplete_guest() {
         let told = moving.destination.umem.stderr().matches("so umem continues until").count();
         (told == count).then_some(())
     };
-    keyboard.write_all(&[CTRL_C]).expect("the terminal takes it");
+    keyboard.write_all(&[CTRL_C]).expect("the terminal accepts input");
     wait_for("what Ctrl-C means", || told(1));
-    keyboard.write_all(&[CTRL_BACKSLASH]).expect("the terminal takes it");
+    keyboard.write_all(&[CTRL_BACKSLASH]).expect("the terminal accepts input");
     wait_for("what Ctrl-\\ means", || told(2));
     // The terminal's window is closed.
     drop(keyboard);
@@ -79,14 +79,14 @@ fn terminal_monitor_takes_input_before_and_after_the_move() {
     let extra = MONITOR.map(str::to_owned).to_vec();
     let destination = Destination::start_at(&theirs, &Machine { extra, ..machine }, &scratch);
     let (mut moving, cutter) = switched(source, destination);
-    keyboard.write_all(&[CTRL_C]).expect("the terminal takes it");
+    keyboard.write_all(&[CTRL_C]).expect("the terminal accepts input");
     cutter.let_pages_go();
     moving.umem.event("completed");
     moving.destination.umem.event("completed");
     moving.is_whole_at_the_destination();
     assert!(!moving.destination.umem.stderr().contains("continues until"), "it was no signal");
     let quit = b"{\"execute\": \"qmp_capabilities\"}\n{\"execute\": \"quit\"}\n";
-    keyboard.write_all(quit).expect("the terminal takes it");
+    keyboard.write_all(quit).expect("the terminal accepts input");
     moving.destination.umem.succeeds();
     moving.umem.succeeds();
     moving.source.qmp.quit();
@@ -102,7 +102,7 @@ fn ctrl_c_ends_a_complete_guest() {
     let destination = Destination::start_at(&theirs, &machine, &scratch);
     let umem = migrate(&source, &destination.uri, &["-p"]);
     let mut moved = Moving { source, umem, destination }.complete();
-    keyboard.write_all(&[CTRL_C]).expect("the terminal takes it");
+    keyboard.write_all(&[CTRL_C]).expect("the terminal accepts input");
     let stopping = moved.destination.umem.event("stopping");
     assert_eq!(stopping["guest_pid"], moved.destination.guest_pid, "{stopping}");
     moved.destination.umem.succeeds();

@@ -64,7 +64,7 @@ fn name(machine: &Machine, scratch: &Scratch, side: Side, id: &str) -> String {
 }
 
 fn maps(pid: u32, name: &str) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/maps")).expect("it runs").contains(name)
+    fs::read_to_string(format!("/proc/{pid}/maps")).expect("the process exists").contains(name)
 }
 
 fn is_unplugged(version: QemuVersion, becomes_private: bool, options: &[&str]) {

@@ -85,5 +85,5 @@ impl Authority {
 /// A file with access for its owner only.
 pub(crate) fn write_private(path: &Path, text: &str) {
     fs::write(path, text).expect("a file");
-    fs::set_permissions(path, Permissions::from_mode(0o600)).expect("it is ours");
+    fs::set_permissions(path, Permissions::from_mode(0o600)).expect("the test owns the file");
 }

@@ -89,7 +89,7 @@ impl Cutter {
     pub(crate) fn to(uri: &str) -> Cutter {
         let destination = uri.strip_prefix("tcp:").expect("a tcp: URI").to_owned();
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = listener.local_addr().expect("it is bound").port();
+        let port = listener.local_addr().expect("the listener is bound").port();
         let state = Mutex::new(State { greeting: HELLO, holds_bulk: true, ..State::default() });
         let shared = Arc::new(Shared { destination, state, changed: Condvar::new() });
         let accepting = shared.clone();

@@ -23,7 +23,7 @@ impl<S: Read + Write> LaneFromSource<S> {
         stream.read_exact(&mut bytes).expect("a hello");
         let hello = Hello::decode(&bytes).expect("a hello");
         let welcome = Welcome::answer(&hello, PROTOCOL, capabilities, [0; 32]);
-        stream.write_all(&welcome.expect("a version").encode()).expect("the source is there");
+        stream.write_all(&welcome.expect("a version").encode()).expect("the source reads");
         let receiver = Receiver::for_destination(hello.role);
         LaneFromSource { stream, hello, receiver, page_bytes: 0 }
     }

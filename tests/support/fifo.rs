@@ -16,7 +16,7 @@ pub(crate) struct Fifo {
 impl Fifo {
     pub(crate) fn new(path: PathBuf) -> Fifo {
         nix::unistd::mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).expect("a FIFO");
-        let file = OpenOptions::new().read(true).write(true).open(&path).expect("it is there");
+        let file = OpenOptions::new().read(true).write(true).open(&path).expect("the file exists");
         Fifo { path, file }
     }
 
@@ -26,6 +26,6 @@ impl Fifo {
     }
 
     pub(crate) fn release(&self) {
-        (&self.file).write_all(b"\n").expect("it is empty");
+        (&self.file).write_all(b"\n").expect("the FIFO has room");
     }
 }

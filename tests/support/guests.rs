@@ -71,8 +71,8 @@ impl Guests {
 
     /// A `umem migrate` over one connection for everything.
     pub(crate) fn migrate_over_one(&self, more: &[&str]) -> Umem {
-        let address = self.uri.strip_prefix("tcp:").expect("it listens for TCP");
-        let socket = TcpStream::connect(address).expect("it listens");
+        let address = self.uri.strip_prefix("tcp:").expect("a TCP address");
+        let socket = TcpStream::connect(address).expect("umem listens");
         let arguments = [&["migrate", "--qmp", &self.qmp], more, &["fd:40"]].concat();
         Umem::start_inheriting(&socket, 40, arguments)
     }

@@ -72,7 +72,7 @@ impl HugePages {
 
     fn set_pool_pages(&mut self, pages: u64) {
         self.pool.rewind().expect("a file");
-        self.pool.write_all(pages.to_string().as_bytes()).expect("root may change it");
+        self.pool.write_all(pages.to_string().as_bytes()).expect("root may change the pool");
     }
 }
 

@@ -110,7 +110,7 @@ impl Namespace {
         command.args(["--pdeathsig", "KILL", "unshare", "--net", "sleep", "infinity"]);
         let holder = Process::start(command.stdin(Stdio::null()));
         let path = format!("/proc/{}/ns/net", holder.pid());
-        let ours = std::fs::read_link("/proc/self/ns/net").expect("there is /proc");
+        let ours = std::fs::read_link("/proc/self/ns/net").expect("/proc is mounted");
         wait_for("a network namespace", || {
             std::fs::read_link(&path).ok().filter(|namespace| *namespace != ours)
         });

@@ -27,7 +27,7 @@ impl Process {
 
     /// Its exit status if it has ended.
     pub(crate) fn status(&mut self) -> Option<ExitStatus> {
-        self.child.try_wait().expect("it is our child")
+        self.child.try_wait().expect("the process is a child")
     }
 
     /// Waits for its exit.
@@ -40,7 +40,7 @@ impl Process {
     pub(crate) fn signal(&mut self, signal: Signal) {
         if self.status().is_none() {
             // Not reaped, so the pid is still the process's.
-            kill(pid(self.child.id()), signal).expect("it is our child");
+            kill(pid(self.child.id()), signal).expect("the process is a child");
         }
     }
 

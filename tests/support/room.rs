@@ -28,12 +28,13 @@ impl Room {
 
     /// Occupies this many MiB.
     pub(crate) fn take(&self, mib: usize) {
-        fs::write(self.path.join("taken"), vec![0xa5; mib << 20]).expect("there is as much room");
+        fs::write(self.path.join("taken"), vec![0xa5; mib << 20])
+            .expect("the file system has room");
     }
 
     /// Frees them.
     pub(crate) fn give_back(&self) {
-        fs::remove_file(self.path.join("taken")).expect("it has been taken");
+        fs::remove_file(self.path.join("taken")).expect("the room has been taken");
     }
 
     /// Resizes it.
@@ -51,6 +52,6 @@ impl Drop for Room {
 }
 
 fn run(program: &str, arguments: &[&str]) {
-    let status = Command::new(program).args(arguments).status().expect("it starts");
+    let status = Command::new(program).args(arguments).status().expect("the program starts");
     assert!(status.success(), "{program} {arguments:?}: {status}");
 }

@@ -26,7 +26,7 @@ impl Scratch {
             .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .tempdir_in("/tmp")
             .expect("a directory in /tmp");
-        let token = directory.path().file_name().expect("it has a name").to_str();
+        let token = directory.path().file_name().expect("the directory has a name").to_str();
         let token = token.expect("its name is ASCII").to_owned();
         Scratch { directory, token }
     }

@@ -18,11 +18,11 @@ impl<S: Read + Write> LaneToDestination<S> {
     /// # Errors
     /// The destination's refusal.
     pub(crate) fn open(mut stream: S, hello: &Hello) -> Result<LaneToDestination<S>, String> {
-        stream.write_all(&hello.encode()).expect("the destination is there");
+        stream.write_all(&hello.encode()).expect("the destination reads");
         let mut answer = [0; HELLO_BYTES];
         stream.read_exact(&mut answer).expect("a welcome");
         match Welcome::decode(&answer) {
-            Ok(welcome) => welcome.check(hello).expect("it answers what was asked"),
+            Ok(welcome) => welcome.check(hello).expect("a welcome for this hello"),
             Err(HelloError::Refused { text, .. }) => return Err(text),
             Err(other) => panic!("{other}"),
         }
@@ -51,7 +51,7 @@ impl<S: Read + Write> LaneToDestination<S> {
     fn send(&mut self, frame: &Frame) {
         let mut bytes = Vec::new();
         transmit::encode(frame, &mut bytes);
-        self.stream.write_all(&bytes).expect("the destination is there");
+        self.stream.write_all(&bytes).expect("the destination reads");
     }
 
     /// Reads up to an event of this name.
@@ -68,7 +68,7 @@ impl<S: Read + Write> LaneToDestination<S> {
                 unreachable!("no pages come to a source");
             };
             buffer.resize(exact, 0);
-            let count = self.stream.read(&mut buffer).expect("the destination is there");
+            let count = self.stream.read(&mut buffer).expect("the destination sends");
             assert_ne!(count, 0, "closed before {name}");
             receiver.control(&buffer[..count]).expect("the destination speaks umem");
         }

@@ -47,7 +47,7 @@ impl Tap {
     fn with(uri: &str, state: State) -> Tap {
         let destination = uri.strip_prefix("tcp:").expect("a tcp: URI").to_owned();
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = listener.local_addr().expect("it is bound").port();
+        let port = listener.local_addr().expect("the listener is bound").port();
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let accepting = shared.clone();
         // Ends with the test's process: it holds only its port.

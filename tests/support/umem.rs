@@ -116,7 +116,7 @@ impl Umem {
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(writer)
-            .stderr(stderr.reopen().expect("it is there"));
+            .stderr(stderr.reopen().expect("the file of stderr exists"));
         if let Some((descriptor, number)) = inherited {
             // A descriptor that already has the number would be closed by exec.
             // SAFETY: no memory is involved; the child's descriptor of that number is to be replaced.
@@ -136,7 +136,7 @@ impl Umem {
             }
         }
         if let Some(terminal) = terminal {
-            command.stdin(terminal.try_clone_to_owned().expect("it is open"));
+            command.stdin(terminal.try_clone_to_owned().expect("the terminal is open"));
             let take_terminal = || {
                 nix::unistd::setsid()?;
                 // SAFETY: numbers only; the standard input is the terminal.
@@ -219,7 +219,7 @@ impl Umem {
 
     /// The stderr of umem and its children.
     pub(crate) fn stderr(&self) -> String {
-        let bytes = std::fs::read(self.stderr.path()).expect("it is there");
+        let bytes = std::fs::read(self.stderr.path()).expect("the file of stderr exists");
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
@@ -235,7 +235,8 @@ impl Umem {
     /// Waits until a thread of this name has slept a few times more; a busy thread never sleeps.
     pub(crate) fn rests(&self, thread: &str) {
         let sleeps = || {
-            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("it runs");
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid()))
+                .expect("the process exists");
             let read = |task: &std::fs::DirEntry, file: &str| {
                 std::fs::read_to_string(task.path().join(file)).unwrap_or_default()
             };

@@ -153,7 +153,7 @@ fn cancellation_racing_with_data_ends_the_operation_once() {
         let op = Op::recv(fd.clone(), Bytes::with_capacity(1));
         let key = ring.submit(op, round).expect("room");
         ring.enter(Wait::No).expect("enter");
-        go.send(()).expect("the writer is there");
+        go.send(()).expect("the writer waits");
         for _ in 0..random.below(3000) {
             std::hint::spin_loop();
         }

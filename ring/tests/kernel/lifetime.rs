@@ -22,7 +22,7 @@ fn memory_and_descriptor_are_held_until_the_operation_ends() {
     peer.write_all(b"data").expect("write");
     ring.enter(Wait::One).expect("enter");
     assert_eq!((Arc::strong_count(&mapping), Arc::strong_count(&socket)), (2, 2));
-    let completion = ring.next().expect("it has ended");
+    let completion = ring.next().expect("the operation has ended");
     assert_eq!((Arc::strong_count(&mapping), Arc::strong_count(&socket)), (2, 1));
     drop(completion);
     assert_eq!(Arc::strong_count(&mapping), 1);

@@ -109,7 +109,7 @@ fn impossible_operation_is_refused_at_submission() {
     }
     assert_eq!(ring.in_flight(), 0);
     let most = (0..PIECES_MAX).map(|_| byte()).collect();
-    ring.submit(Op::send_vectored(fd, most), 0).expect("as many as there may be");
+    ring.submit(Op::send_vectored(fd, most), 0).expect("the most pieces that are allowed");
     assert_eq!(one(&mut ring).outcome, Outcome::Done(PIECES_MAX as u32));
 }
 
@@ -121,7 +121,7 @@ fn impossible_configuration_is_refused() {
         assert!(matches!(error, Error::Invalid { .. }), "{error}");
     }
     let largest = Config { ops_max: OPS_MAX, entries: u32::MAX, ..Config::default() };
-    Ring::new(&largest).expect("the kernel takes the largest there is");
+    Ring::new(&largest).expect("the largest configuration");
 }
 
 #[test]

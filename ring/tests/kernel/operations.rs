@@ -347,7 +347,7 @@ fn too_many_registered_files_are_refused() {
     let mut ring = ring();
     let file = Arc::new(OwnedFd::from(memfd(0)));
     let files = vec![file; umem_ring::FILES_MAX as usize];
-    ring.register_files(&files).expect("as many as there may be");
+    ring.register_files(&files).expect("the most files that are allowed");
     assert!(ring.register_files(&files[..1]).is_err());
 }
 

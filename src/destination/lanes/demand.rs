@@ -286,7 +286,7 @@ impl DemandThread {
     /// Something has come on the lane.
     fn received(&mut self, ring: &mut Ring, completion: Completion) -> Result<()> {
         let mut link =
-            self.link.take().expect("a lane is let go of when nothing of it is in flight");
+            self.link.take().expect("a lane is released once none of its operations is in flight");
         let mut wanted = std::mem::take(&mut self.wanted);
         let guest = self.guest.clone();
         let received = link.reader.complete(

@@ -272,7 +272,7 @@ impl<'a> Talk<'a> {
 /// A bit for each page, as in a have frame.
 fn all(range: PageRange) -> Vec<u64> {
     let mut words =
-        vec![u64::MAX; usize::try_from(range.pages.div_ceil(64)).expect("they fit a frame")];
+        vec![u64::MAX; usize::try_from(range.pages.div_ceil(64)).expect("the words fit a frame")];
     if let Some(last) = words.last_mut().filter(|_| !range.pages.is_multiple_of(64)) {
         *last >>= 64 - range.pages % 64;
     }

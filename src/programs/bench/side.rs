@@ -355,7 +355,7 @@ impl Side {
     pub(super) fn end(mut self) -> Result<Measured> {
         self.stop();
         let verified_pages = self.join()?;
-        let until = self.until.take().expect("it has been stopped");
+        let until = self.until.take().expect("the side has been stopped");
         let seconds = until.at.duration_since(self.since.at).as_secs_f64();
         let (busy, pressed) = shares(&self.since.threads, &until.threads, seconds);
         Ok(Measured {

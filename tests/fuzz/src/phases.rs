@@ -69,7 +69,9 @@ impl AtSource {
             AtSource::SentLoad => source::Input::SentLoad,
             AtSource::SentSwitchover => source::Input::SentSwitchover,
             AtSource::PagesAllSent => source::Input::PagesAllSent,
-            AtSource::Received(_) => source::Input::Received(event.expect("what was received")),
+            AtSource::Received(_) => {
+                source::Input::Received(event.expect("the state machine received this event"))
+            }
             AtSource::Lost => source::Input::Lost,
             AtSource::Cancel => source::Input::Cancel,
             AtSource::Broken => source::Input::Broken,
@@ -86,7 +88,7 @@ impl AtDestination {
     pub(crate) fn input<'a>(&self, event: Option<&'a Event>) -> destination::Input<'a> {
         match self {
             AtDestination::Received(_) => {
-                destination::Input::Received(event.expect("what was received"))
+                destination::Input::Received(event.expect("the state machine received this event"))
             }
             AtDestination::GuestReady => destination::Input::GuestReady,
             AtDestination::StateLoaded => destination::Input::StateLoaded,

@@ -30,7 +30,7 @@ fn is_left(parsed: &Parsed) {
     if !parsed.is_device_state {
         return;
     }
-    let again = parse([&parsed.cut[..]], is_moved).expect("what is left is a stream");
+    let again = parse([&parsed.cut[..]], is_moved).expect("the rest is a stream");
     assert!(again.blocks == parsed.blocks && again.capabilities == parsed.capabilities);
     assert!(again.cut == parsed.cut && again.is_device_state);
     assert!(again.pages.iter().all(|&(block, ..)| !is_moved(&again.blocks[block].0)));

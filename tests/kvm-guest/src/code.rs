@@ -99,7 +99,7 @@ impl Plan {
 fn stride(pages: u32) -> u32 {
     let wanted = u64::from(pages) * 382 / 1000;
     let wanted = u32::try_from(wanted).expect("smaller than pages").max(1);
-    (wanted..).find(|&stride| gcd(stride, pages) == 1).expect("there are primes")
+    (wanted..).find(|&stride| gcd(stride, pages) == 1).expect("a coprime stride exists")
 }
 
 fn gcd(a: u32, b: u32) -> u32 {

@@ -162,5 +162,5 @@ fn flags(word: &str) -> c_int {
 }
 
 fn errno() -> c_int {
-    std::io::Error::last_os_error().raw_os_error().expect("the C library sets it")
+    std::io::Error::last_os_error().raw_os_error().expect("the C library sets errno")
 }

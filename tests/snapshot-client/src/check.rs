@@ -107,7 +107,7 @@ impl<'a> Checker<'a> {
             let discarding = scope
                 .spawn(|| self.discarded.iter().try_for_each(|range| self.memory.discard(range)));
             self.compare(&stay, Expect::Snapshot);
-            discarding.join().expect("it does not panic")
+            discarding.join().expect("the thread does not panic")
         })?;
         self.compare(&gone, Expect::Zeroes);
         Ok(())
@@ -223,7 +223,7 @@ mod tests {
             .create_new(true)
             .open(&path)
             .expect("a temporary file");
-        std::fs::remove_file(&path).expect("it is there");
+        std::fs::remove_file(&path).expect("the file exists");
         file.write_all(&[0; 1 << 20]).unwrap();
         if let Some(at) = wrong_byte {
             file.write_all_at(&[1], at).unwrap();

@@ -164,9 +164,9 @@ impl Move<'_> {
                 };
                 destination.listen(uri.parse().expect("an address"), 4).expect("an address");
                 let destination = destination.start().expect("a destination");
-                let to = place(&destination.uri().expect("it listens").to_string());
+                let to = place(&destination.uri().expect("the destination listens").to_string());
                 let relay = Relay::start(self.seed, Some((from, to)));
-                let uri = relay.place.as_ref().expect("it has one").uri();
+                let uri = relay.place.as_ref().expect("the relay has a place").uri();
                 // At least one lane has to be dialled.
                 let lanes = self.bulk_lanes.max(1);
                 source.dial(uri.parse().expect("an address"), lanes).expect("an address");
@@ -222,7 +222,7 @@ impl Drive<'_> {
             }
             while let Some(event) = self.source.as_ref().and_then(Source::next_event) {
                 if matches!(event, Event::Stop) {
-                    before_stop.take().expect("it stops once")(&self.leaving);
+                    before_stop.take().expect("the guest stops once")(&self.leaving);
                 }
                 self.of_source(event);
             }
@@ -238,11 +238,11 @@ impl Drive<'_> {
         let failed = matches!(self.ends[DESTINATION], Some(End::Failed(_)));
         if self.has_run && failed {
             self.arriving.abandon();
-            let destination = self.destination.as_ref().expect("it has failed");
+            let destination = self.destination.as_ref().expect("the destination has failed");
             destination.guest_has_stopped().expect("the last event has arrived");
         }
         if let Some(loader) = self.loader.take() {
-            loader.join().expect("it does not panic");
+            loader.join().expect("the thread does not panic");
         }
         for _ in 0..2 {
             assert!(self.source.as_ref().is_none_or(|source| source.next_event().is_none()));
@@ -280,7 +280,7 @@ impl Drive<'_> {
     }
 
     fn of_source(&mut self, event: Event) {
-        let source = self.source.as_ref().expect("it has said something");
+        let source = self.source.as_ref().expect("the side has sent an event");
         // Answers, here and below, are refused if the migration has failed meanwhile.
         match event {
             Event::Stop => drop(source.stopped()),
@@ -292,7 +292,7 @@ impl Drive<'_> {
     }
 
     fn of_destination(&mut self, event: Event) {
-        let destination = self.destination.clone().expect("it has said something");
+        let destination = self.destination.clone().expect("the side has sent an event");
         match event {
             Event::LoadState(state) => {
                 assert!(state == self.state, "the device state is as it was");
@@ -366,7 +366,7 @@ impl Drive<'_> {
             Some(End::Failed(failure)) if failure.guest == Owner::AtSource
         );
         if self.ends[DESTINATION].is_none() && is_down(self.links[DESTINATION]) {
-            let destination = self.destination.as_ref().expect("it has not ended");
+            let destination = self.destination.as_ref().expect("the destination has not ended");
             if matches!(self.ends[SOURCE], Some(End::Completed(_))) {
                 // The destination is complete, and waits for a source that knows that.
                 destination.cancel();
@@ -375,7 +375,7 @@ impl Drive<'_> {
             }
         } else if self.ends[DESTINATION].is_none() && is_at_source {
             // The side may still wait for a source.
-            self.destination.as_ref().expect("it has not ended").cancel();
+            self.destination.as_ref().expect("the destination has not ended").cancel();
         }
         if self.ends.iter().any(Option::is_some) {
             return;
@@ -396,7 +396,8 @@ impl Drive<'_> {
         let (here, there): (Vec<OwnedFd>, Vec<OwnedFd>) =
             (0..=self.plan.bulk_lanes).map(|_| self.relay.pair()).unzip();
         let (source, destination) = (self.source.as_ref(), self.destination.as_ref());
-        let (source, destination) = (source.expect("there"), destination.expect("there"));
+        let (source, destination) =
+            (source.expect("both sides exist"), destination.expect("both sides exist"));
         // Refused by a side that has ended, whose last event is queued.
         if self.random.percent(50) {
             let _ = source.reconnect(here);
@@ -414,7 +415,8 @@ impl Drive<'_> {
             }
             let Some(how) = self.pausing[side].take() else { continue };
             let (source, destination) = (self.source.as_ref(), self.destination.as_ref());
-            let (source, destination) = (source.expect("there"), destination.expect("there"));
+            let (source, destination) =
+                (source.expect("both sides exist"), destination.expect("both sides exist"));
             let _ = match (side, how) {
                 (SOURCE, Pausing::Resume) => source.resume(),
                 (DESTINATION, Pausing::Resume) => destination.resume(),
@@ -430,7 +432,13 @@ impl Drive<'_> {
 
     /// The relay's own address, named anew.
     fn relays_uri(&self) -> umem::Uri {
-        self.relay.place.as_ref().expect("it is dialled").uri().parse().expect("an address")
+        self.relay
+            .place
+            .as_ref()
+            .expect("the relay has an address")
+            .uri()
+            .parse()
+            .expect("an address")
     }
 
     /// The destination listens on another address, and the relay connects there.

@@ -264,7 +264,9 @@ impl Running {
 
     /// Waits until their accesses are done.
     pub(crate) fn join(self) {
-        self.threads.into_iter().for_each(|thread| thread.join().expect("it does not panic"));
+        self.threads
+            .into_iter()
+            .for_each(|thread| thread.join().expect("the thread does not panic"));
     }
 
     /// Stops after the current access of each.

@@ -69,20 +69,20 @@ pub(crate) fn fuzz(input: &[u8]) {
         match operation % 6 {
             0 => {
                 let bytes = vec![number; size * 64];
-                sender.append(&mut out, &bytes).expect("there is a key");
-                sender.flush(&mut out).expect("there is a key");
+                sender.append(&mut out, &bytes).expect("the sender has a key");
+                sender.flush(&mut out).expect("the sender has a key");
                 sent.extend_from_slice(&bytes);
             }
             1 => {
                 // A type of 0 would be padding, and the contents' last byte the type.
                 let (content, bytes) = ((operation / 6).max(1), vec![number; size]);
-                sender.say(&mut out, content, &bytes).expect("there is a key");
+                sender.say(&mut out, content, &bytes).expect("the sender has a key");
                 if content == DATA {
                     sent.extend_from_slice(&bytes);
                 }
                 is_spoilt = true;
             }
-            2 => sender.renew(&mut out).expect("there is a key"),
+            2 => sender.renew(&mut out).expect("the sender has a key"),
             3 => {
                 if let Some(byte) = on_the_way.get_mut(size) {
                     *byte ^= operation / 6 + 1;
