@@ -73,7 +73,7 @@ fn texts(output: &Output) -> (String, String) {
 }
 
 fn number(value: &Value) -> f64 {
-    value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
+    value.as_f64().unwrap_or_else(|| panic!("{value} is not a number"))
 }
 
 /// The keys that scripts for iperf3 read, and the relations that hold for any test that moved all of its bytes.

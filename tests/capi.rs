@@ -18,7 +18,11 @@ fn root() -> &'static Path {
 /// The directory of the libraries that belong to this test.
 fn library(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_umem")).with_file_name("deps").join(name);
-    assert!(path.exists(), "{} is not there", path.display());
+    assert!(
+        path.exists(),
+        "{} is missing: `cargo build --workspace --all-targets` first",
+        path.display()
+    );
     path
 }
 

@@ -40,7 +40,7 @@ fn destination(count: usize, speak: impl FnOnce(&mut [UnixStream])) -> String {
         match destination.wait(Some(support::DEADLINE)).expect("the wait succeeds") {
             Some(Event::Failed(failure)) => break failure.error.to_string(),
             Some(_) => {}
-            None => panic!("it still waits"),
+            None => panic!("the side still waits"),
         }
     };
     drop(destination);
@@ -63,7 +63,7 @@ fn source(count: usize, speak: impl FnOnce(&mut [UnixStream])) -> String {
         match source.wait(Some(support::DEADLINE)).expect("the wait succeeds") {
             Some(Event::Failed(failure)) => return failure.error.to_string(),
             Some(_) => {}
-            None => panic!("it still waits"),
+            None => panic!("the side still waits"),
         }
     }
 }

@@ -107,7 +107,7 @@ fn bandwidth_limit_changes_during_a_move() {
     assert_eq!(after["done-bytes"], after["total-bytes"]);
     assert_eq!(after["phase"], "completed");
     migrate.succeeds();
-    assert!(is_gone(&source), "the socket goes with its umem");
+    assert!(is_gone(&source), "the socket is removed with its umem");
     end(&scratch, guests);
     assert!(is_gone(&destination));
 }
@@ -266,10 +266,10 @@ fn control_socket_is_private_and_replaces_a_stale_one() {
     let others = ["incoming", "--control", &word, "--handoff", &handoff, &uri];
     let error = Umem::start(others).fails();
     assert!(error.contains("another process uses the socket"), "{error}");
-    assert!(!is_gone(&socket), "it is the first one's");
+    assert!(!is_gone(&socket), "the socket belongs to the first umem");
 
     first.incoming.kill();
-    assert!(!is_gone(&socket), "a killed umem has removed it");
+    assert!(!is_gone(&socket), "a killed umem leaves the socket");
     let second = Umem::start(others);
     Control::connect(&socket);
     drop(second);

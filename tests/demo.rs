@@ -37,9 +37,17 @@ fn check(report: &Value, mib: u64) {
     assert_eq!(report["registered"], false);
     assert_eq!(number(report, "total_bytes"), mib << 20);
     let bytes = ["data_bytes", "zero_bytes", "hole_bytes"].map(|field| number(report, field));
-    assert_eq!(bytes.iter().sum::<u64>(), mib << 20, "every page came in one of three ways");
+    assert_eq!(
+        bytes.iter().sum::<u64>(),
+        mib << 20,
+        "every page arrived as data, zeroes or a hole"
+    );
     let pages = ["pages_demand", "pages_background"].map(|field| number(report, field));
-    assert_eq!(pages.iter().sum::<u64>(), mib * 256, "and by one of two lanes");
+    assert_eq!(
+        pages.iter().sum::<u64>(),
+        mib * 256,
+        "every page arrived on demand or in the background"
+    );
     let source = &report["source"];
     for field in ["data_bytes", "zero_bytes", "hole_bytes", "pages_demand", "pages_background"] {
         assert_eq!(source[field], report[field], "both sides counted the same {field}");
@@ -184,7 +192,7 @@ fn private_memory_becomes_anonymous_to_the_guest() {
             check(&report, more[1].parse().unwrap());
             assert_eq!(report["kind"], "private");
             assert_eq!(report["release_bytes"], report["data_bytes"]);
-            assert_eq!(number(&report, "ram_file_bytes"), 0, "nothing stays in the file");
+            assert_eq!(number(&report, "ram_file_bytes"), 0, "the file is empty");
         }
     }
 }

@@ -52,7 +52,11 @@ impl Diagnosis {
                 assert_ne!(event[field].as_str().expect("a text"), "", "{field} of {event}");
             }
             let is_well = event["status"] == "ok";
-            assert_eq!(event["remedy"].is_null(), is_well, "a remedy for what is not ok: {event}");
+            assert_eq!(
+                event["remedy"].is_null(),
+                is_well,
+                "a remedy exactly for a failed check: {event}"
+            );
         }
         let count = |status| events.iter().filter(|event| event["status"] == status).count();
         assert_eq!(verdict["missing"], count("missing"));
@@ -301,5 +305,5 @@ fn lanes_beyond_the_limits_are_refused_before_the_move() {
     assert!(text.contains("the destination gave up") && text.contains("ulimit -n 136"), "{text}");
     let text = incoming.fails();
     assert!(text.contains("`ulimit -n 136`"), "{text}");
-    assert!(!moving.ram("destination").exists(), "nothing is left there");
+    assert!(!moving.ram("destination").exists(), "the directory is empty");
 }

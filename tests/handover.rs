@@ -120,7 +120,7 @@ fn guest_waits_when_its_umem_dies_after_the_switchover() {
     incoming.kill();
     migrate.event("recovering");
     migrate.signal(Signal::SIGINT);
-    wait_for("it to say what giving up means", || {
+    wait_for("the warning about a second interrupt", || {
         migrate.stderr().contains("interrupt again").then_some(())
     });
     migrate.signal(Signal::SIGINT);

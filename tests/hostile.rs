@@ -361,7 +361,7 @@ fn impossibly_large_region_is_refused() {
     let before = peak_bytes(&guests.incoming);
     let mut source = Lanes::open(guests.uri());
     source.send(&Frame::Regions(table(1 << 51)));
-    let Event::Error(fault) = source.event() else { panic!("it is taken") };
+    let Event::Error(fault) = source.event() else { panic!("the destination accepts the frame") };
     assert!(fault.text.contains("ram0"), "{}", fault.text);
     // The process ends after that, and may have ended.
     if let Some(peak) = peak(&guests.incoming) {
@@ -389,7 +389,7 @@ fn surplus_lanes_are_refused_and_the_others_continue() {
     let mut source = Lanes { lanes: vec![demand, first, second, third], receiver };
     source.send(&Frame::Regions(table(guests.bytes())));
     source.receiver = Receiver::for_source(&table(guests.bytes()));
-    assert!(matches!(source.event(), Event::Ready(_)), "all four are in");
+    assert!(matches!(source.event(), Event::Ready(_)), "all four lanes are accepted");
     // No lane is accepted once all have arrived.
     assert!(dial(&uri, &hello(1, 3)).is_err());
     drop(source);
@@ -438,7 +438,7 @@ fn destination_that_never_loads_leaves_the_guest_running_at_the_source() {
             }
             Some(Event::Error(fault)) => break fault,
             Some(_) => {}
-            None => panic!("it does not say why it gives up"),
+            None => panic!("the reason is missing"),
         }
     };
     assert!(pings > 1, "{pings}");
@@ -500,7 +500,9 @@ fn slow_source_does_not_time_out() {
     let mut source = Lanes::until_stopped(&guests);
     // A second for each: three times the limit of a step without progress.
     for page in 0..13 {
-        let Event::Ping(number) = source.event() else { panic!("it gives up after {page} pings") };
+        let Event::Ping(number) = source.event() else {
+            panic!("the destination gives up after {page} pings")
+        };
         source.send(&Frame::Pong(number));
         source.send(&Frame::Hole(PageRange { region: RegionId(0), first: page, pages: 1 }));
     }

@@ -139,7 +139,7 @@ fn manual_pages_format_without_warnings() {
         for line in page.lines().filter(|line| line.starts_with('.')) {
             let name = line[1..].split(' ').next().unwrap_or_default();
             let known = ["ie", "el", "TH", "SH", "PP", "TP", "nf", "fi", "RS", "RE"];
-            assert!(known.contains(&name), "no macro of ours: {line}");
+            assert!(known.contains(&name), "not a macro of umem's pages: {line}");
         }
         let Some(output) = feed("man", &["-l", "--warnings", "-E", "UTF-8", "-"], &page) else {
             continue;

@@ -40,7 +40,7 @@ impl Metrics {
             if let Some(rest) = line.strip_prefix("# HELP ") {
                 let (name, help) = rest.split_once(' ').expect("a name and a text");
                 assert!(help.ends_with('.'), "{line}");
-                assert!(families.insert(name), "{name} comes twice");
+                assert!(families.insert(name), "{name} is listed twice");
                 helped = name;
             } else if let Some(rest) = line.strip_prefix("# TYPE ") {
                 (family, kind) = rest.split_once(' ').expect("a name and a type");
@@ -66,7 +66,10 @@ impl Metrics {
                 }
                 let value: f64 = value.parse().unwrap_or_else(|_| panic!("{line}"));
                 assert!(value >= 0.0, "{line}");
-                assert!(values.insert(sample.to_owned(), value).is_none(), "{line} comes twice");
+                assert!(
+                    values.insert(sample.to_owned(), value).is_none(),
+                    "{line} is listed twice"
+                );
             }
         }
         Metrics(values)
@@ -90,7 +93,7 @@ fn metrics_of_both_sides_match_their_reports() {
     let scratch = Scratch::new();
     let mut guests = Guests::with_metrics(&scratch);
     let destination = guests.metrics.clone().expect("the guests have metrics");
-    assert!(destination.starts_with("127.0.0.1:"), "a port alone is for this machine");
+    assert!(destination.starts_with("127.0.0.1:"), "a port alone means the loopback address");
     let before = scrape(&destination);
     assert_eq!(before.get("umem_phase{phase=\"waiting for a source\"}"), 1.0);
     assert_eq!(before.get("umem_guest_bytes"), 0.0);
@@ -175,7 +178,7 @@ fn check(metrics: &Metrics, report: &Value) {
     buckets.sort_by(|one, other| one.0.total_cmp(&other.0));
     assert!(buckets.windows(2).all(|pair| pair[0].1 <= pair[1].1), "{buckets:?}");
     assert_eq!(buckets.last(), Some(&(f64::INFINITY, count)));
-    assert_eq!(metrics.get("umem_faults_waiting"), 0.0, "no fault waits any more");
+    assert_eq!(metrics.get("umem_faults_waiting"), 0.0, "no fault waits");
     assert!(metrics.get("umem_cpu_seconds_total{mode=\"user\"}") >= 0.0);
 }
 
@@ -257,8 +260,8 @@ fn silent_clients_do_not_block_metrics() {
     // Of many clients the oldest are dropped; the last one is answered.
     let mut crowd: Vec<_> = (0..100).map(|_| connect(b"")).collect();
     scrape(&address);
-    assert_eq!(silent[0].read(&mut [0; 1]).unwrap_or(0), 0, "the oldest has gone");
-    assert_eq!(crowd[0].read(&mut [0; 1]).unwrap_or(0), 0, "the oldest has gone");
+    assert_eq!(silent[0].read(&mut [0; 1]).unwrap_or(0), 0, "the oldest client is dropped");
+    assert_eq!(crowd[0].read(&mut [0; 1]).unwrap_or(0), 0, "the oldest client is dropped");
     let sockets = std::fs::read_dir(format!("/proc/{}/fd", guests.incoming.pid())).unwrap();
     let sockets = sockets.flatten().filter_map(|fd| std::fs::read_link(fd.path()).ok());
     let sockets = sockets.filter(|link| link.to_string_lossy().starts_with("socket:")).count();

@@ -228,7 +228,7 @@ fn name_lookup_can_be_interrupted() {
     let ram = format!("ram0={}", ram.display());
     let arguments = ["migrate", "-p", "--ram", &ram, "tcp:there.example:4444"];
     let mut migrate = Umem::start_under(&wrapper, arguments);
-    wait_for("a thread that looks it up", || looks_up(&migrate).then_some(()));
+    wait_for("the look-up thread", || looks_up(&migrate).then_some(()));
     migrate.signal(Signal::SIGINT);
     assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
 }
@@ -283,10 +283,10 @@ fn name_lookup_of_a_manual_resume_blocks_no_other_work() {
         Umem::start(words).succeeds();
     };
     order(&["resume", "tcp:there.example:4444"]);
-    wait_for("a thread that looks it up", || looks_up(&incoming).then_some(()));
+    wait_for("the look-up thread", || looks_up(&incoming).then_some(()));
     order(&["pause"]);
     incoming.event("paused");
-    assert!(looks_up(&incoming), "it had nothing to wait for");
+    assert!(looks_up(&incoming), "the look-up still runs");
 }
 
 /// Whether a thread of the process is looking up a name.

@@ -81,7 +81,7 @@ fn destination_panic_before_the_commit_leaves_the_guest_at_the_source() {
         assert_eq!(Qmp::connect(&moving.scratch.path("source.qmp")).status(), "running", "{place}");
         assert!(moving.guest.is_running(), "{place}");
         let there = moving.scratch.path("destination.qmp");
-        assert!(UnixStream::connect(there).is_err(), "{place}: the guest there has ended");
+        assert!(UnixStream::connect(there).is_err(), "{place}: the guest at that side has ended");
     }
 }
 

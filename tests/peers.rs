@@ -169,7 +169,7 @@ fn partial_session_does_not_block_the_next() {
             half.clear();
         }
         let ram = format!("ram0={}", source.display());
-        let mut migrate = wait_for("a migration that is let in", || {
+        let mut migrate = wait_for("an accepted migration", || {
             let mut migrate = Umem::start(["migrate", "-p", "--json", "--ram", &ram, &uri]);
             migrate.connects().then_some(migrate)
         });

@@ -286,7 +286,7 @@ fn private_memory_becomes_anonymous_page_by_page() {
     assert_eq!(program.ask("write 0 77"), "ok");
     let mut byte = [1];
     ram.file.read_exact_at(&mut byte, 0).unwrap();
-    assert_eq!(byte, [0], "what the guest writes is not in the file");
+    assert_eq!(byte, [0], "guest writes do not reach the file");
 
     // A discarded page is missing again, and becomes zeroes without the file.
     program.send(&format!("advise 0 {PAGE} {}", libc::MADV_DONTNEED));
@@ -300,7 +300,7 @@ fn private_memory_becomes_anonymous_page_by_page() {
     ram.unregister();
     program.command("keep\nrelease\n");
     assert_eq!(program.message(), json!({ "released": 1 }));
-    assert_eq!(program.ask(&format!("read {}", 60 * PAGE)), "0", "nothing is waited for any more");
+    assert_eq!(program.ask(&format!("read {}", 60 * PAGE)), "0", "no page is waited for");
     assert_eq!(program.ask(&format!("read {}", 2 * PAGE)), "9");
 }
 
@@ -473,10 +473,10 @@ fn punched_holes_in_shared_memory_are_reported_first() {
     program.send(&format!("punch {} {}", 4 * PAGE, 2 * PAGE));
     assert_eq!(ram.event(), (EVENT_REMOVE, 4));
     assert_eq!(program.answer(), "ok");
-    assert_eq!(ram.file.metadata().unwrap().blocks(), 0, "it is not punched");
+    assert_eq!(ram.file.metadata().unwrap().blocks(), 0, "the hole was not punched");
     assert_eq!(program.ask(&format!("advise {} {} 4", 4 * PAGE, 2 * PAGE)), "ok");
     program.send(&format!("read {}", 5 * PAGE));
-    assert_eq!(ram.event(), (EVENT_PAGEFAULT, 5), "nothing else was reported");
+    assert_eq!(ram.event(), (EVENT_PAGEFAULT, 5), "no other event was reported");
     ram.mark_zero(5);
     assert_eq!(program.answer(), "0");
 
@@ -486,7 +486,11 @@ fn punched_holes_in_shared_memory_are_reported_first() {
     ram.unregister();
     program.command("keep\nrelease\n");
     assert_eq!(program.message(), json!({ "released": 1 }));
-    assert_eq!(program.ask(&format!("punch {} 1", 9 * PAGE)), "ok", "as everywhere");
+    assert_eq!(
+        program.ask(&format!("punch {} 1", 9 * PAGE)),
+        "ok",
+        "punching works after the release"
+    );
     assert_eq!(program.ask(&format!("read {}", 9 * PAGE)), "0");
     assert_eq!(program.ask(&format!("read {}", 9 * PAGE + 1)), "8");
 }
@@ -502,7 +506,7 @@ fn discarding_empty_memory_does_not_wait() {
         let drop = format!("advise 0 {LENGTH} {}", libc::MADV_DONTNEED);
         assert_eq!(program.ask(&drop), "ok");
         program.send("read 0");
-        assert_eq!(ram.event(), (EVENT_PAGEFAULT, 0), "nothing was reported");
+        assert_eq!(ram.event(), (EVENT_PAGEFAULT, 0), "no event was reported");
         ram.land(0, 9);
         ram.mark_cached(0);
         assert_eq!(program.answer(), "9");
@@ -520,13 +524,13 @@ fn dontneed_on_shared_memory_is_no_discard() {
         assert_eq!(program.ask(&format!("advise 0 {} {advice}", 4 * PAGE)), "ok");
     }
     program.send("read 0");
-    assert_eq!(ram.event(), (EVENT_PAGEFAULT, 0), "nothing was reported");
+    assert_eq!(ram.event(), (EVENT_PAGEFAULT, 0), "no event was reported");
     ram.land(0, 9);
     ram.mark_cached(0);
     assert_eq!(program.answer(), "9");
     assert_eq!(program.ask(&format!("read {}", 2 * PAGE)), "7");
     program.send(&format!("advise 0 {PAGE} {}", libc::MADV_REMOVE));
-    assert_eq!(ram.event(), (EVENT_REMOVE, 0), "this one discards");
+    assert_eq!(ram.event(), (EVENT_REMOVE, 0), "the call discards the page");
     assert_eq!(program.answer(), "ok");
 }
 

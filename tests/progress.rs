@@ -129,7 +129,7 @@ fn trace_has_start_and_end_of_each_phase() {
         }
     }
     let stderr = demo(&[], Some("umem=error")).stderr;
-    assert!(!String::from_utf8_lossy(&stderr).contains("phase"), "RUST_LOG says what");
+    assert!(!String::from_utf8_lossy(&stderr).contains("phase"), "RUST_LOG selects the lines");
 }
 
 /// A place where writes fail.
@@ -194,7 +194,7 @@ fn guest_moves_when_output_fails() {
             let none = ["--threads", "0"];
             let words = [&words[..], json, &tail, &guest, &none].concat();
             let incoming = start_mute(sink, &words);
-            wait_for("it to listen", || scratch.path("lanes").exists().then_some(()));
+            wait_for("umem to listen", || scratch.path("lanes").exists().then_some(()));
             let words = [&["migrate", "-p", "--qmp", &qmp][..], json, &[&uri]].concat();
             ends_with(start_mute(sink, &words), code, &format!("migrate {json:?} {sink:?}"));
             let mut guest = Qmp::connect(&scratch.path("there"));
@@ -251,7 +251,7 @@ fn guest_moves_while_output_is_not_read() {
         .spawn()
         .expect("umem starts");
     guests.incoming.event("completed");
-    assert_eq!(migrate.try_wait().expect("our child"), None, "its report is not written yet");
+    assert_eq!(migrate.try_wait().expect("our child"), None, "the report is not written yet");
     let mut text = String::new();
     reader.read_to_string(&mut text).expect("the output is UTF-8");
     let status = wait_for("its end", || migrate.try_wait().expect("our child"));

@@ -181,7 +181,7 @@ fn empty_huge_page_pool_pauses_both_sides_until_it_is_filled() {
     room.grow(LACKING);
     incoming.event("completed");
     migrate.event("completed");
-    assert!(memory.read() == expected, "it differs");
+    assert!(memory.read() == expected, "the memory differs");
     migrate.succeeds();
     incoming.succeeds();
 }

@@ -148,7 +148,7 @@ fn acknowledgement_of_an_unsent_page_is_refused() {
     source.demand.send(&Frame::Ack(range(6, 1)));
     let (scratch, error) = (source.scratch, source.migrate.fails());
     assert!(error.contains("page 6 of RAM ram0 was acknowledged"), "{error}");
-    assert_eq!(held(&scratch.ram("source")), (PAGES - 1) * 4096, "it is kept");
+    assert_eq!(held(&scratch.ram("source")), (PAGES - 1) * 4096, "the page is kept");
 
     // The same page twice.
     let mut source = Source::start(&["-p"]);

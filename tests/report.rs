@@ -62,7 +62,7 @@ fn browser_renders_all_four_charts_light_and_dark() {
              Math.max(...[...svg.querySelectorAll('rect, text, path')].map(e => \
              e.getBoundingClientRect().right - svg.getBoundingClientRect().right))))",
         );
-        assert!(outside.as_f64().unwrap() < 1.0, "something is cut off: {outside}");
+        assert!(outside.as_f64().unwrap() < 1.0, "part of the page is cut off: {outside}");
         let title = chromium.evaluate("document.title");
         assert!(title.as_str().unwrap().contains("moved in"), "{title}");
     }
@@ -94,7 +94,7 @@ fn figures_of_both_sides_match_the_report() {
         let cells = side["map"]["cells"].as_array().unwrap();
         let sum = |field: &str| cells.iter().map(|cell| cell[field].as_u64().unwrap()).sum::<u64>();
         let pages: u64 = ["demand", "background", "zero", "hole"].map(sum).iter().sum();
-        assert_eq!(pages, 64 * 256, "{role}: every page is somewhere on the map");
+        assert_eq!(pages, 64 * 256, "{role}: the map has every page");
         assert!(sum("demand") > 0, "{role}");
         assert!(cells.iter().all(|cell| cell["complete_s"].is_f64()), "{role}");
         let phases = side["phases"].as_array().unwrap();

@@ -71,7 +71,7 @@ fn destination_killed_by_a_memory_limit_is_taken_over() {
     moving.cutter.let_pages_go();
     assert_eq!(moving.incoming.wait().signal(), Some(libc::SIGKILL));
     moving.migrate.event("recovering");
-    assert_eq!(moving.scratch.processes("destination.qmp").len(), 1, "the guest is there");
+    assert_eq!(moving.scratch.processes("destination.qmp").len(), 1, "the guest's process exists");
     moving.incoming = moving.resume("incoming");
     moving.complete();
 }
@@ -86,7 +86,7 @@ fn takeover_waits_for_an_address_in_use() {
         std::net::TcpListener::bind(&address).ok()
     });
     moving.incoming = moving.resume("incoming");
-    support::wait_for("the resumed side to say what it waits for", || {
+    support::wait_for("the resumed side's remark about its wait", || {
         moving.incoming.stderr().contains("still in use").then_some(())
     });
     drop(other);
@@ -285,7 +285,7 @@ fn takeover_refuses_sessions_that_cannot_continue() {
         moving.session = "0123".into();
         let error = moving.resume(command).fails_as_misused();
         assert!(error.contains("no session 0123"), "{error}");
-        assert!(error.contains(&session), "it names those that there are: {error}");
+        assert!(error.contains(&session), "the error names the existing sessions: {error}");
         moving.session = session[..6].to_owned();
     }
     moving.migrate.kill();
@@ -326,7 +326,7 @@ fn destination_without_a_written_session_file_keeps_its_running_guest() {
     assert_eq!(moving.incoming.wait().code(), Some(1));
     let stderr = moving.incoming.stderr();
     assert!(stderr.contains("the guest here waits for pages that only the source has"), "{stderr}");
-    assert_eq!(moving.scratch.processes("destination.qmp").len(), 1, "the guest goes on");
+    assert_eq!(moving.scratch.processes("destination.qmp").len(), 1, "the guest's process exists");
 
     moving.incoming = moving.resume("incoming");
     moving.migrate = moving.resume("migrate");

@@ -73,9 +73,9 @@ fn sibling_modules_import_without_cycles() {
             }
         }
     }
-    assert!(report.is_empty(), "modules that use each other in a circle:\n{report}");
+    assert!(report.is_empty(), "modules that import each other in a circle:\n{report}");
     for (index, exception) in EXCEPTIONS.iter().enumerate() {
-        assert!(is_needed[index], "the exception is not needed any more: {exception:?}");
+        assert!(is_needed[index], "the exception is no longer needed: {exception:?}");
     }
 }
 

@@ -436,7 +436,7 @@ fn connection_without_a_session_gets_no_thread() {
         stream.write_all(&Hello { session, epoch, ..hello.clone() }.encode()).unwrap();
         let mut welcome = [0; HELLO_BYTES];
         stream.read_exact(&mut welcome).unwrap();
-        assert!(Welcome::decode(&welcome).is_err(), "it is let in");
+        assert!(Welcome::decode(&welcome).is_err(), "umem accepts the connection");
         // The connection stays, and sends more.
         let _ = stream.write_all(b"x");
         strangers.push(stream);
@@ -646,13 +646,17 @@ fn replayed_hello_is_refused() {
     let welcome = Welcome::decode(&hear(&mut stream)).unwrap();
     let bare = Welcome { proof: [0; 32], ..welcome.clone() };
     let said = [&ours.0[..], &theirs.0, &proven.encode(), &bare.encode()];
-    assert_eq!(welcome.proof, proof(SECRET, "umem welcome 1", &said), "it knows it too");
+    assert_eq!(
+        welcome.proof,
+        proof(SECRET, "umem welcome 1", &said),
+        "the destination knows the secret"
+    );
     drop(stream);
     says(&incoming, "its demand lane closed");
 
     let mut stream = socket(&uri);
     stream.write_all(&ours.encode_ask()).unwrap();
-    assert_ne!(Nonce::decode_answer(&hear(&mut stream)).unwrap(), theirs, "a nonce comes once");
+    assert_ne!(Nonce::decode_answer(&hear(&mut stream)).unwrap(), theirs, "each nonce is new");
     stream.write_all(&proven.encode()).unwrap();
     let refused = Welcome::decode(&hear(&mut stream)).unwrap_err().to_string();
     assert!(refused.contains("it does not know the secret"), "{refused}");

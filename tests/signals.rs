@@ -493,7 +493,7 @@ fn a_destinations_monitor_is_left(manner: Manner) {
     deaf.wait();
     deaf.has_talked(&incoming, manner);
     incoming.signal(Signal::SIGTERM);
-    wait_for("what it waits for", || {
+    wait_for("the remark about the wait", || {
         incoming.stderr().contains("has not answered `cont` yet").then_some(())
     });
     incoming.signal(Signal::SIGTERM);

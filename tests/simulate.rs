@@ -350,7 +350,7 @@ fn round(first: u64, end: u64) -> Tally {
                 let one = match result {
                     Ok(Ok(one)) => one,
                     Ok(Err(error)) => fail(seed, &error),
-                    Err(_) => fail(seed, "it panicked, as said above"),
+                    Err(_) => fail(seed, "a thread panicked (see above)"),
                 };
                 tally.lock().unwrap().add(one);
             }

@@ -51,7 +51,7 @@ fn arrives_with(kind: &str, incoming: &[&str], tls: bool) {
     let mut migrate = Umem::start(words.iter().chain(security));
     let report = incoming.event("completed");
     migrate.event("completed");
-    assert_eq!(report["page_size"], 2 << 20, "what lands as one: {report}");
+    assert_eq!(report["page_size"], 2 << 20, "the landing unit: {report}");
     assert_eq!(report["kind"], kind);
     let mut qmp = Qmp::connect(&scratch.path("destination.qmp"));
     let verdict = qmp.execute("umem-verify", json!({}));

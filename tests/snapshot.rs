@@ -86,7 +86,7 @@ impl Restored {
         for report in [&self.source, &self.destination] {
             assert_eq!(number(report, "total_bytes"), mib << 20);
             let bytes = ["data_bytes", "zero_bytes", "hole_bytes"].map(|f| number(report, f));
-            assert_eq!(bytes.iter().sum::<u64>(), mib << 20, "every page came once: {report}");
+            assert_eq!(bytes.iter().sum::<u64>(), mib << 20, "every page arrived once: {report}");
         }
         assert!(number(&self.destination, "pages_demand") > 0);
     }
@@ -215,7 +215,7 @@ fn client_waits_after_its_source_is_killed_and_ends_with_its_umem() {
     assert!(restore.client.is_running());
     restore.incoming.signal(Signal::SIGINT);
     let incoming = &restore.incoming;
-    support::wait_for("it to say what giving up means", || {
+    support::wait_for("the warning about a second interrupt", || {
         incoming.stderr().contains("interrupt again").then_some(())
     });
     restore.incoming.signal(Signal::SIGINT);

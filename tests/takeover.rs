@@ -167,7 +167,7 @@ fn source_of_a_lost_destination_can_be_abandoned() {
     assert_eq!(abandoning.event("abandoned")["ram"], json!([ram]));
     abandoning.succeeds();
     assert!(ram.exists(), "memory is never removed");
-    assert_eq!(moving.status(), "paused", "and the guest never runs here again");
+    assert_eq!(moving.status(), "paused", "the guest never runs here again");
     let of_source = |name: &&String| name.contains(".source");
     assert_eq!(moving.session_files().iter().filter(of_source).count(), 0);
     let error = moving.resume("migrate").fails_as_misused();
@@ -198,14 +198,14 @@ fn early_leftovers_of_a_killed_destination_are_removed() {
         let files = moving.session_files().into_iter();
         files.filter(|name| !name.contains(".source")).collect()
     };
-    let files = wait_for("what it keeps for a case that has not come", || {
+    let files = wait_for("the files of the guest for a takeover", || {
         let files = own(&moving);
         files.iter().any(|name| name.ends_with(".guest")).then_some(files)
     });
     moving.incoming.kill();
     moving.scratch.wait_until_gone("destination.qmp");
     moving.migrate.kill();
-    assert_eq!(own(&moving), files, "they have not been removed");
+    assert_eq!(own(&moving), files, "the files are still there");
     moving.session = "0123".into();
     let error = moving.resume("migrate").fails_as_misused();
     assert!(error.contains("no session 0123"), "{error}");
@@ -411,7 +411,7 @@ fn guest_killed_before_its_last_page_fails_both_sides() {
         kill(guest, Signal::SIGKILL).unwrap();
         let here = moving.incoming.wait().code();
         let there = moving.migrate.wait().code();
-        assert_eq!(here, Some(1), "it passes on that the guest was killed");
+        assert_eq!(here, Some(1), "the status reports that the guest was killed");
         let (here, error) = (moving.incoming.stderr(), moving.migrate.stderr());
         let is_lost = here.contains("the guest's process ended");
         assert_eq!(there, Some(i32::from(is_lost)), "{here}{error}");

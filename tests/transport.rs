@@ -268,7 +268,7 @@ fn answers_received_in_pieces_land_whole() {
     for (end, landed) in cuts.into_iter().chain([(run + 7, 2), (bytes.len(), 2)]) {
         peer.lanes[0].write_all(&bytes[sent..end]).unwrap();
         sent = end;
-        wait_for("what was sent of the first run to land", || {
+        wait_for("the sent part of the first run to land", || {
             let mut first = [1; 1];
             let at = (2 + landed) * PAGE;
             File::open(&ram).unwrap().read_exact_at(&mut first, at).unwrap();

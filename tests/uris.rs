@@ -222,7 +222,7 @@ fn one_lane_over_a_command_at_the_destination() {
     let mut incoming = Umem::start(moving.incoming(&format!("exec:{command}")));
     incoming.event("completed");
     moving.scratch.wait_until_gone("umem migrate");
-    assert!(incoming.is_running(), "its guest does");
+    assert!(incoming.is_running(), "umem runs as long as its guest");
     moving.assert_arrived();
 }
 
@@ -353,7 +353,7 @@ fn answer_overtakes_the_background_on_a_single_connection() {
     while lane.event().expect("pages come") != Event::RunBegins(answer) {}
     // The kernel's queue is twice 64 KiB, and a batch of 64 KiB stands before it.
     let waited_for = lane.page_bytes - before;
-    assert!(waited_for <= 3 * (64 << 10), "{waited_for} bytes came before the answer");
+    assert!(waited_for <= 3 * (64 << 10), "{waited_for} bytes arrived before the answer");
     // The rest arrives too, each page once.
     let mut pages = 0;
     while lane.page_bytes < (PAGES * 3 / 4) * 4096 {

@@ -456,7 +456,7 @@ mod tests {
         let mut table = Table::new(4);
         let keys = chain_of(&mut table, 4);
         assert!(complete(&mut table, keys[0], -libc::ECANCELED, MORE).is_empty());
-        assert!(complete(&mut table, keys[0], 0, NOTIF).is_empty(), "held back, too");
+        assert!(complete(&mut table, keys[0], 0, NOTIF).is_empty(), "the member is held back");
         assert!(complete(&mut table, keys[1], -libc::ECANCELED, MORE).is_empty());
         let not_started = Outcome::NotStarted { failed: keys[2] };
         assert_eq!(
@@ -506,7 +506,11 @@ mod tests {
         let mut table = Table::new(3);
         let keys = chain_of(&mut table, 2);
         assert!(table.mark_cancelled(keys[1]));
-        assert_eq!(table.cancel_missed(keys[1].payload()), Next::Nothing, "not its turn");
+        assert_eq!(
+            table.cancel_missed(keys[1].payload()),
+            Next::Nothing,
+            "an earlier member has not ended"
+        );
         let mut reports = VecDeque::new();
         let cqe = Cqe { user_data: keys[0].user_data(), result: 8, flags: 0 };
         assert_eq!(table.complete(keys[0], cqe, &mut reports), Next::Cancel(keys[1]));
@@ -515,7 +519,11 @@ mod tests {
         }
         assert_eq!(table.cancel_missed(keys[1].payload()), Next::Nothing);
         complete(&mut table, keys[1], 8, MORE);
-        assert_eq!(table.cancel_missed(keys[1].payload()), Next::Nothing, "it has its result");
+        assert_eq!(
+            table.cancel_missed(keys[1].payload()),
+            Next::Nothing,
+            "the operation has a result"
+        );
     }
 
     #[test]

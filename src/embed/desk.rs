@@ -464,15 +464,15 @@ mod tests {
         let (desk, _answers) = desk();
         let marks = Arc::new(DirtyMap::new(&[(4, 12)]));
         let is_refused = || desk.written(0, [(4096, 1)]).is_err();
-        assert!(!is_refused(), "nobody tracks yet");
+        assert!(!is_refused(), "no pass tracks writes yet");
         desk.ask(Question::Track(marks.clone()));
         assert!(!is_refused() && marks.bytes() == 4096);
         desk.ask(Question::Stop);
-        assert!(!is_refused(), "the last of it");
+        assert!(!is_refused(), "the last writes");
         desk.answer(Open::Stop, || Answer::Stopped(Ok(None))).unwrap();
         assert!(is_refused());
         desk.ask(Question::Resume);
-        assert!(!is_refused(), "the guest goes on");
+        assert!(!is_refused(), "the guest continues");
     }
 
     #[test]

@@ -311,7 +311,7 @@ mod tests {
         let text = failure.error.to_string();
         assert!(text.contains("another umem moves the guest in this file"), "{text}");
         drop(first);
-        assert!(claim::take_move(file.as_fd()).unwrap(), "it is still locked");
+        assert!(claim::take_move(file.as_fd()).unwrap(), "the file is still locked");
         claim::end_move(file.as_fd());
         let (_third, mut destination) = source(&file);
         destination.read_exact(&mut [0]).unwrap();

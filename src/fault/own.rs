@@ -332,9 +332,9 @@ VmFlags: rd wr ht
         );
         let huge = &of(0x20_0000..0x40_0000).unwrap()[0];
         assert_eq!((huge.has("sh"), huge.file, huge.page_bytes), (false, NO_FILE, 2 << 20));
-        assert!(of(0x4000..0x6000).is_none(), "a gap after it");
-        assert!(of(0x0..0x2000).is_none(), "a gap before it");
-        assert!(of(0x20_0000..0x50_0000).is_none(), "nothing behind it");
+        assert!(of(0x4000..0x6000).is_none(), "a gap after the mapping");
+        assert!(of(0x0..0x2000).is_none(), "a gap before the mapping");
+        assert!(of(0x20_0000..0x50_0000).is_none(), "no mapping behind the range");
     }
 
     #[test]

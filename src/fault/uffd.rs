@@ -412,6 +412,6 @@ mod tests {
         // SAFETY: this test's own mappings, without references.
         unsafe { munmap(start, len.get()) }.unwrap();
         assert_eq!(uffd.unregister(address, BYTES).unwrap(), BYTES);
-        assert!(!uffd.is_gone(), "this process is there");
+        assert!(!uffd.is_gone(), "this process exists");
     }
 }

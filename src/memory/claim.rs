@@ -241,7 +241,7 @@ mod tests {
         // Every holder of the description has the locks.
         take_for_guest("ram0", here.as_file().try_clone().unwrap().as_fd()).unwrap();
         let other = reopened(&here);
-        assert!(!take_move(other.as_fd()).unwrap(), "not all of it has come");
+        assert!(!take_move(other.as_fd()).unwrap(), "pages are missing");
         end_move(here.as_file().as_fd());
         take_for_source("ram0", other.as_fd(), false).unwrap();
         let third = here.reopen().unwrap();

@@ -145,6 +145,6 @@ mod tests {
         file.write_all_at(&[0; 4096], 0).unwrap();
         assert_eq!(next_huge(&file, 0..16 << 10, 13).unwrap(), None);
         file.write_all_at(&[0; 64 << 10], 0).unwrap();
-        assert_eq!(next_huge(&file, 0..16 << 10, 13).unwrap(), Some(0), "all of it is there");
+        assert_eq!(next_huge(&file, 0..16 << 10, 13).unwrap(), Some(0), "the whole range has data");
     }
 }

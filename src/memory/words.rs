@@ -324,7 +324,7 @@ mod tests {
         unsafe { state.events(1).span().as_ptr().add(EVENTS_BYTES - 1).write(3) };
 
         let file = state.file.try_clone().unwrap();
-        assert!(file.set_len(1).is_err(), "its length is sealed");
+        assert!(file.set_len(1).is_err(), "the file's length is sealed");
         let found = State::found(file, extents(), 2).unwrap();
         let (first, second) = (found.region(0), found.region(1));
         let parts = second.parts.unwrap();

@@ -85,7 +85,7 @@ mod tests {
         for name in lone.map(OsStr::from_bytes) {
             assert_eq!(decode(&encode(name)), name);
         }
-        assert_eq!(encode(OsStr::new("/dev/shm/gäst")), "/dev/shm/gäst", "UTF-8 stays as it is");
+        assert_eq!(encode(OsStr::new("/dev/shm/gäst")), "/dev/shm/gäst", "UTF-8 stays unchanged");
         // A name that looks like the text of another name.
         let text = encode(OsStr::from_bytes(b"a\xffb"));
         let looks_alike = OsStr::new(&text);

@@ -117,7 +117,7 @@ mod tests {
         let mut child = Command::new("sleep").arg("1000").spawn().expect("a sleep");
         let refused = |pid| Err(Error::Host(format!("no handle on {pid}")));
         assert!(ProcessHandle::of_child_by(&mut child, refused).is_err());
-        assert!(stat(child.id()).is_none(), "it has ended, and has been waited for");
+        assert!(stat(child.id()).is_none(), "the child has ended and was reaped");
         let mut child = Command::new("sleep").arg("1000").spawn().expect("a sleep");
         ProcessHandle::of_child(&mut child).expect("a handle").kill();
         child.wait().expect("a child of this process");

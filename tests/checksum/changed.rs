@@ -87,7 +87,7 @@ impl Served {
         resumed.succeeds();
         self.still.incoming.event("completed");
         let arrived = std::fs::read(self.still.scratch.ram("destination")).unwrap();
-        assert!(arrived == contents(0), "the destination has what the snapshot had");
+        assert!(arrived == contents(0), "the destination has the snapshot's contents");
         Qmp::connect(&self.still.scratch.path("guest.qmp")).quit();
         self.still.incoming.succeeds();
     }

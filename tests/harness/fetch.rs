@@ -168,13 +168,13 @@ impl Machine {
             let packages = fs::read_to_string(cache.join(name).join("packages")).expect(name);
             let packages = packages.replace('\t', " ");
             assert!(packages.lines().any(|line| line == package), "{package}: {packages}");
-            assert!(packages.contains("libc6 2.36"), "the whole: {packages}");
+            assert!(packages.contains("libc6 2.36"), "the whole package list: {packages}");
             let libraries = cache.join(name).join("root/usr/lib/x86_64-linux-gnu");
             assert!(libraries.join("libthing.so.1").exists(), "{name}: {packages}");
             assert!(!libraries.join("libc.so.6").exists(), "{name}");
         }
         assert!(!cache.join("apt").exists() && !self.path("hook").exists(), "{said}");
-        assert_eq!(self.fetch().as_deref(), Ok(""), "everything is there");
+        assert_eq!(self.fetch().as_deref(), Ok(""), "the cache is complete");
     }
 }
 

@@ -45,7 +45,7 @@ fn registered(scratch: &Scratch) -> (Program, Block, Ram) {
     );
     assert_eq!((&message["page_size"], &message["umem"]), (&json!(PAGE), &json!(2)));
     let uffd: OwnedFd = program.descriptors.pop_front().expect("the userfaultfd");
-    assert!(program.descriptors.is_empty(), "there is no file");
+    assert!(program.descriptors.is_empty(), "the memory has no file");
     let ram = Ram { address, uffd, file: file.file.try_clone().unwrap() };
     (program, Block { address, ram }, file)
 }

@@ -170,7 +170,7 @@ fn memory_is_found_in_every_configuration() {
             let all = [plain.clone(), more].concat();
             let destination = Destination::by(&all, &machine, &scratch, &[], ANYWHERE);
             let made = fs::metadata(&ram).expect("QEMU has made the file");
-            assert_eq!(made.mode() & 0o777, 0o600, "others may read the guest's memory");
+            assert_eq!(made.mode() & 0o777, 0o600, "other users can read the guest's memory");
             arrives_at(destination, source, &[memory]);
             for path in scratch.ram_files() {
                 fs::remove_file(path).expect("the file exists");

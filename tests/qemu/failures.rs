@@ -202,7 +202,7 @@ fn the_source_is_killed_when_stopped(machine: &Machine, scratch: &Scratch, sourc
     let mut halted = Halted::when_stopped(machine, scratch, source);
     halted.umem.kill();
     halted.tap.cut();
-    wait_for("QEMU to have its guest run", || (source.qmp.status() == "running").then_some(()));
+    wait_for("QEMU to run its guest", || (source.qmp.status() == "running").then_some(()));
     let uri = &halted.destination.uri;
     Umem::start(["migrate", "--json", "--resume", &halted.session, uri]).succeeds();
     // The destination is notified, or has given up before, because nothing was loaded yet.

@@ -303,7 +303,10 @@ fn memory_at_a_file_offset_is_moved_and_bytes_around_it_are_kept() {
         for (at, mib) in [(0, 32), (96 << 20, 32)] {
             let mut around = vec![0; mib << 20];
             there.read_exact_at(&mut around, at).expect("the file is long enough");
-            assert!(around.iter().all(|byte| *byte == 0), "something lies around the memory");
+            assert!(
+                around.iter().all(|byte| *byte == 0),
+                "the bytes around the memory have changed"
+            );
         }
         // Only the two pages of other owners are left.
         let is_freed = fs::metadata(&from).expect("the file exists").blocks() * 512 <= 2 * 4096;

@@ -83,7 +83,7 @@ fn source_prints_huge_page_advice() {
             let arguments = ["migrate", "--json", "-p", "--qmp", &qmp, NOBODY];
             let pid = source.pid().to_string();
             let mut umem = Umem::start_under(&["nsenter", "--target", &pid, "--mount"], arguments);
-            assert_eq!(umem.wait().code(), Some(1), "no destination listens there");
+            assert_eq!(umem.wait().code(), Some(1), "no destination listens at the address");
             let text = umem.stderr();
             says(&text, "tcp:127.0.0.1:1");
             judge(&text, is_advised.then_some("here and at the destination"));

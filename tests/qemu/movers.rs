@@ -55,7 +55,7 @@ fn memory_added_during_a_move_ends_the_move() {
         halted.tap.release();
         says(&halted.umem.fails(), "(RAM block ram1) was plugged in");
         halted.destination.umem.fails();
-        wait_for("the guest to go on", || (source.qmp.status() == "running").then_some(()));
+        wait_for("the guest to continue", || (source.qmp.status() == "running").then_some(()));
     }
 }
 
@@ -103,7 +103,7 @@ fn early_cont_at_the_destination_leaves_the_guest_at_the_source() {
         halted.tap.release();
         says(&halted.umem.fails(), "another client has let the guest run here (cont)");
         halted.destination.umem.fails();
-        wait_for("the guest to go on", || (source.qmp.status() == "running").then_some(()));
+        wait_for("the guest to continue", || (source.qmp.status() == "running").then_some(()));
     }
 }
 
@@ -124,7 +124,7 @@ fn settings_of_a_killed_umem_are_not_taken_for_the_users() {
             halted.tap.cut();
             halted.destination.umem.fails();
             ends_by_itself(&mut source);
-            assert_ne!(set_up(&mut source.qmp), before, "nothing is left");
+            assert_ne!(set_up(&mut source.qmp), before, "no setting is left");
             for path in scratch.ram_files() {
                 let is_the_destinations = path.to_string_lossy().contains("destination");
                 let _ = is_the_destinations.then(|| std::fs::remove_file(path));
@@ -238,10 +238,10 @@ fn commands_of_other_clients_are_refused_before_the_switchover() {
 
 /// QEMU ends its migration when the umem that it waits for ends.
 fn ends_by_itself(source: &mut Qemu) {
-    wait_for("QEMU to give its migration up", || {
+    wait_for("QEMU to cancel its migration", || {
         (migration(&mut source.qmp) == "failed").then_some(())
     });
-    wait_for("QEMU to go back to what was before", || {
+    wait_for("QEMU to restore its earlier state", || {
         ["running", "paused"].contains(&source.qmp.status().as_str()).then_some(())
     });
 }
@@ -255,7 +255,7 @@ fn qemus_own_migration_is_not_disturbed() {
         let begin = |source: &mut Qemu| {
             source.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": 4096 }));
             source.qmp.execute("migrate", json!({ "uri": "exec:cat >/dev/null" }));
-            wait_for("it to be under way", || {
+            wait_for("the migration to begin", || {
                 (migration(&mut source.qmp) == "active").then_some(())
             });
         };
@@ -514,7 +514,7 @@ fn suspended_guest_stays_suspended_where_qemu_supports_it() {
         let mut guest = Qmp::connect(&destination.qmp);
         assert_eq!(guest.status(), "suspended");
         guest.execute("system_wakeup", json!({}));
-        wait_for("it to wake", || (guest.status() == "running").then_some(()));
+        wait_for("the guest to wake", || (guest.status() == "running").then_some(()));
         guest.quit();
         destination.umem.succeeds();
     }

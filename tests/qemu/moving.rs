@@ -93,7 +93,7 @@ fn check_reports(source: &Value, destination: &Value) {
             report[name].as_u64().unwrap_or_else(|| panic!("{name} is not a count: {report}"))
         };
         let seconds = |name: &str| {
-            report[name].as_f64().unwrap_or_else(|| panic!("{name} is no number: {report}"))
+            report[name].as_f64().unwrap_or_else(|| panic!("{name} is not a number: {report}"))
         };
         assert_eq!(report["role"], role);
         assert_eq!(report["kind"].as_str(), Some(if role == "source" { "shared" } else { kind }));
@@ -134,7 +134,7 @@ fn is_free_of_userfaultfd(pid: u32) {
             .is_some_and(|flags| flags.split(' ').any(|flag| flag == "um" || flag == "ui"))
     };
     assert_eq!(maps.lines().find(registered), None);
-    assert!(maps.contains("VmFlags:"), "this kernel does not tell flags");
+    assert!(maps.contains("VmFlags:"), "this kernel reports no flags");
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).expect("the guest runs");
     let open = descriptors.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
     let userfaultfds: Vec<PathBuf> =

@@ -116,11 +116,11 @@ fn recorded_stream_parses_alike_in_any_pieces_and_its_rest_loads() {
         for _ in 0..3 {
             let apart = in_pieces(&stream, &mut random);
             // Not with assert_eq, which would print both.
-            assert!(apart == whole, "{version:?}: other pieces say something else");
+            assert!(apart == whole, "{version:?}: other pieces parse differently");
         }
         assert!(whole.cut.len() < 2 << 20 && stream.len() > 60 << 20);
         let again = in_one(&whole.cut);
-        assert!(again.cut == whole.cut, "{version:?}: more is cut out of what is left");
+        assert!(again.cut == whole.cut, "{version:?}: a second cut changes the rest");
         // This one's log loses writes under TCG.
         if version == QemuVersion::V7_2 {
             continue;
@@ -208,10 +208,10 @@ fn constantly_writing_guest_arrives_whole_through_its_stream() {
     ours.stop().expect("the guest stops");
     assert_eq!(source.qmp.status(), "finish-migrate");
     counts.push(copied.take(&ours));
-    assert_eq!(counts[0], copied.ram.len() / PAGE, "the first look is at every page");
+    assert_eq!(counts[0], copied.ram.len() / PAGE, "the first look has every page");
     assert!(
         counts[1..].iter().all(|&count| count > 0),
-        "the guest writes all the while: {counts:?}"
+        "the guest writes in every look: {counts:?}"
     );
     assert_eq!(copied.wrong(), Vec::<usize>::new());
     let state = ours.state().expect("the state was saved");

@@ -47,19 +47,19 @@ fn terminal_signals_and_hangup_do_not_end_an_incomplete_guest() {
     let destination = Destination::start_at(&theirs, &machine, &scratch);
     drop(theirs);
     let guest = Pid::from_raw(destination.guest_pid.try_into().expect("pids are small"));
-    assert_eq!(getsid(Some(guest)), Ok(guest), "a session of its own");
+    assert_eq!(getsid(Some(guest)), Ok(guest), "the guest leads its own session");
     let (moving, cutter) = switched(source, destination);
     let told = |count: usize| {
         let told = moving.destination.umem.stderr().matches("so umem continues until").count();
         (told == count).then_some(())
     };
     keyboard.write_all(&[CTRL_C]).expect("the terminal accepts input");
-    wait_for("what Ctrl-C means", || told(1));
+    wait_for("the remark about Ctrl-C", || told(1));
     keyboard.write_all(&[CTRL_BACKSLASH]).expect("the terminal accepts input");
-    wait_for("what Ctrl-\\ means", || told(2));
+    wait_for("the remark about Ctrl-\\", || told(2));
     // The terminal's window is closed.
     drop(keyboard);
-    wait_for("what a hang-up means", || told(3));
+    wait_for("the remark about the hang-up", || told(3));
     assert_eq!(Qmp::connect(&moving.destination.qmp).status(), "running");
     cutter.let_pages_go();
     moving.complete().end();
@@ -84,7 +84,7 @@ fn terminal_monitor_takes_input_before_and_after_the_move() {
     moving.umem.event("completed");
     moving.destination.umem.event("completed");
     moving.is_whole_at_the_destination();
-    assert!(!moving.destination.umem.stderr().contains("continues until"), "it was no signal");
+    assert!(!moving.destination.umem.stderr().contains("continues until"), "no signal ended QEMU");
     let quit = b"{\"execute\": \"qmp_capabilities\"}\n{\"execute\": \"quit\"}\n";
     keyboard.write_all(quit).expect("the terminal accepts input");
     moving.destination.umem.succeeds();

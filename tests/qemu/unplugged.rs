@@ -74,7 +74,7 @@ fn is_unplugged(version: QemuVersion, becomes_private: bool, options: &[&str]) {
     let mut qmp = Qmp::connect(&moving.destination.qmp);
     qmp.execute("object-del", json!({ "id": "spare" }));
     qmp.execute("device_del", json!({ "id": "dimm-ram1" }));
-    support::wait_for("the guest to give its DIMM back", || {
+    support::wait_for("the guest to release its DIMM", || {
         let devices = qmp.execute("query-memory-devices", json!({}));
         devices.as_array().expect("a list").is_empty().then_some(())
     });

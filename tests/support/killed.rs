@@ -197,7 +197,7 @@ impl Move {
         super::wait_for(format!("{bytes} more bytes"), || {
             let both = [&mut self.incoming, &mut self.migrate];
             for umem in both {
-                assert!(umem.is_running(), "it has ended: {}", umem.stderr());
+                assert!(umem.is_running(), "umem has ended: {}", umem.stderr());
             }
             (self.cutter.passed() >= until).then_some(())
         });

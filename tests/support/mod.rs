@@ -107,7 +107,7 @@ pub(crate) fn wait_for<T>(what: impl Display, mut look: impl FnMut() -> Option<T
         if let Some(value) = look() {
             return value;
         }
-        assert!(started.elapsed() < DEADLINE, "waited {DEADLINE:?} in vain for {what}");
+        assert!(started.elapsed() < DEADLINE, "{DEADLINE:?} passed without {what}");
         std::thread::sleep(INTERVAL);
     }
 }

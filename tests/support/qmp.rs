@@ -45,7 +45,7 @@ impl Qmp {
         self.send(command, &arguments);
         loop {
             let answer = self.read();
-            assert!(answer.get("return").is_none(), "{command} is carried out: {answer}");
+            assert!(answer.get("return").is_none(), "{command} must fail: {answer}");
             if let Some(error) = answer.get("error") {
                 return error["desc"].as_str().expect("a text").to_owned();
             }

@@ -65,7 +65,7 @@ impl Serial {
         let lines = self.lines();
         if let Some(line) = lines.iter().find(|line| complains(line)) {
             let all = std::fs::read(&self.path).unwrap_or_default();
-            panic!("the guest says: {line}\n{}", String::from_utf8_lossy(&all));
+            panic!("the guest reports: {line}\n{}", String::from_utf8_lossy(&all));
         }
         lines.iter().filter_map(|line| read_beat(line)).collect()
     }
@@ -105,7 +105,7 @@ fn read_beat(line: &str) -> Option<Beat> {
     let number = get("beat")?;
     // The last field: the line is complete.
     get("ms")?;
-    assert_eq!(get("bad"), Some(0), "the guest says: {line}");
+    assert_eq!(get("bad"), Some(0), "the guest reports: {line}");
     let given = get("given").unwrap_or(0);
     let (reads, writes, passes) = (get("reads")?, get("writes")?, get("pass")?);
     Some(Beat { number, reads, writes, passes, given })

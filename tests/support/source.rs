@@ -65,7 +65,7 @@ impl<S: Read + Write> LaneToDestination<S> {
                 continue;
             }
             let Target::Control { exact } = receiver.next_target() else {
-                unreachable!("no pages come to a source");
+                unreachable!("a source receives no pages");
             };
             buffer.resize(exact, 0);
             let count = self.stream.read(&mut buffer).expect("the destination sends");

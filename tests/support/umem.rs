@@ -299,11 +299,11 @@ impl Umem {
         let lines = || stderr.lines().map(Umem::without_half_a_line);
         let own = lines().filter_map(|line| line.strip_prefix("umem: "));
         let own: Vec<&str> = own.filter(|text| !is_advice(text)).collect();
-        let [text] = own[..] else { panic!("not one line of umem's on stderr:\n{stderr}") };
+        let [text] = own[..] else { panic!("stderr has other than one line of umem:\n{stderr}") };
         // Lines without a name would be continuations of umem's; a QEMU's lines begin with its name.
         let foreign = |line: &&str| !line.starts_with("umem: ") && !line.starts_with("qemu");
         let stray: Vec<&str> = lines().filter(foreign).collect();
-        assert!(stray.is_empty(), "lines without an author on stderr:\n{stderr}");
+        assert!(stray.is_empty(), "stderr has lines without an author:\n{stderr}");
         if let Some(failed) = self.events.try_iter().find(|event| event["event"] == "failed") {
             assert_eq!(failed["error"], text);
         }

@@ -57,7 +57,7 @@ fn second_guest_of_one_ram_file_is_refused() {
         // The claim ends with the process that had it.
         first.signal(nix::sys::signal::Signal::SIGINT);
         first.wait();
-        assert!(!file.exists(), "and so does what it made");
+        assert!(!file.exists(), "the file that umem made is removed");
         std::fs::remove_file(&link).unwrap();
         incoming(&scratch, &file, more).event("listening");
     }
@@ -166,7 +166,7 @@ fn ram_file_accessible_to_other_users_is_refused() {
             let error = umem.fails();
             assert!(error.contains(expected), "{name}: {error}");
         }
-        assert!(path.symlink_metadata().is_ok(), "umem must not remove it");
+        assert!(path.symlink_metadata().is_ok(), "umem must not remove the file");
         let _ = std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir(&path));
     }
 }

@@ -126,7 +126,7 @@ fn data_for_an_orphan_is_not_reported() {
     let orphan = ring.submit(Op::recv(fd, mapping.span()), 1).expect("room");
     ring.enter(Wait::No).expect("enter");
     ring.orphan(orphan);
-    assert_eq!(Arc::strong_count(&mapping), 2, "the kernel has not answered");
+    assert_eq!(Arc::strong_count(&mapping), 2, "the kernel has not confirmed the cancellation");
     assert!(settle(&mut ring).is_empty());
     assert_eq!(Arc::strong_count(&mapping), 1);
 }

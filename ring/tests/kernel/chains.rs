@@ -48,7 +48,7 @@ fn first_member_is_short_when_the_peer_closes() {
     let keys = ring.submit_chain(chain).expect("room");
     assert!(poke(&mut ring).is_empty());
     peer.write_all(b"abc").expect("write");
-    assert!(poke(&mut ring).is_empty(), "it waits for the rest");
+    assert!(poke(&mut ring).is_empty(), "the receive waits for all bytes");
     drop(peer);
     let completions = collect(&mut ring, 3);
     let failed = keys[0];
@@ -234,7 +234,7 @@ fn cancelled_later_member_ends_when_its_turn_comes() {
     let keys = ring.submit_chain(chain).expect("room");
     assert!(poke(&mut ring).is_empty());
     ring.cancel(keys[1]).expect("cancel");
-    assert!(poke(&mut ring).is_empty(), "the first one is not affected");
+    assert!(poke(&mut ring).is_empty(), "the first member is not affected");
     peer.write_all(b"ab").expect("write");
     let completions = collect(&mut ring, 3);
     assert_eq!(

@@ -66,7 +66,7 @@ fn receives_fill_bytes_and_spans() {
             Memory::Span(span) => {
                 assert_eq!((span.len(), mapping.read(8)), (8, b"received".into()));
             }
-            Memory::Pieces(_) => panic!("none were sent"),
+            Memory::Pieces(_) => panic!("no bytes were sent"),
         }
     }
 }
@@ -91,7 +91,7 @@ fn poll_first_receive_returns_the_bytes_available() {
     let (fd, mut peer) = pair();
     let receive = || Op::recv(fd.clone(), Bytes::with_capacity(8)).poll_first();
     ring.submit(receive(), 0).expect("room");
-    assert!(poke(&mut ring).is_empty(), "it waits for the peer");
+    assert!(poke(&mut ring).is_empty(), "the receive waits for the peer");
     peer.write_all(b"abc").expect("write");
     assert_eq!(one(&mut ring).outcome, Outcome::Done(3));
     peer.write_all(b"de").expect("write");
@@ -99,7 +99,7 @@ fn poll_first_receive_returns_the_bytes_available() {
     assert_eq!(one(&mut ring).outcome, Outcome::Done(2));
     ring.submit(receive().wait_all(), 0).expect("room");
     peer.write_all(b"1234").expect("write");
-    assert!(poke(&mut ring).is_empty(), "it waits for all of its bytes");
+    assert!(poke(&mut ring).is_empty(), "the receive waits for all of its bytes");
     peer.write_all(b"5678").expect("write");
     assert_eq!(bytes(one(&mut ring)), b"12345678");
     peer.write_all(b"f").expect("write");

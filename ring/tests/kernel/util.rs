@@ -38,7 +38,8 @@ pub(crate) fn collect(ring: &mut Ring, count: usize) -> Vec<Completion> {
             return completions;
         }
         let left = PATIENCE.checked_sub(start.elapsed());
-        let left = left.unwrap_or_else(|| panic!("{count} wanted, these came: {completions:#?}"));
+        let left = left
+            .unwrap_or_else(|| panic!("{count} completions expected, received: {completions:#?}"));
         ring.enter(Wait::OneFor(left)).expect("enter");
     }
 }
@@ -57,7 +58,7 @@ pub(crate) fn settle(ring: &mut Ring) -> Vec<Completion> {
         if ring.in_flight() == 0 {
             return completions;
         }
-        assert!(start.elapsed() < PATIENCE, "{} are left over", ring.in_flight());
+        assert!(start.elapsed() < PATIENCE, "{} unexpected completions", ring.in_flight());
         ring.enter(Wait::OneFor(PATIENCE)).expect("enter");
     }
 }

@@ -26,7 +26,7 @@ fn zero_copy_send_returns_memory_with_its_notification() {
     let result = one(&mut ring);
     assert_eq!((result.key, result.outcome, result.last), (key, Outcome::Done(65536), false));
     assert!(result.memory.is_none());
-    assert_eq!(Arc::strong_count(&mapping), 2, "the table holds it");
+    assert_eq!(Arc::strong_count(&mapping), 2, "the table holds the operation");
     assert_eq!(ring.in_flight(), 1);
     let mut received = vec![0; 65536];
     peer.read_exact(&mut received).expect("read");

@@ -192,18 +192,18 @@ mod tests {
         assert!(!pipe.takes(WORTHWHILE_BYTES - 1, 0));
         assert!(!pipe.takes(WORTHWHILE_BYTES + 10, 11));
         assert!(pipe.takes(WORTHWHILE_BYTES + 10, 10));
-        assert!(pipe.takes(4096, 0), "it has begun");
+        assert!(pipe.takes(4096, 0), "the run has begun");
         pipe.run_ended();
         assert_eq!(pipe.stage(), Stage::Header);
-        assert!(!pipe.takes(4096, 0), "a short one behind it");
+        assert!(!pipe.takes(4096, 0), "a short run behind it");
         assert_eq!(pipe.stage(), Stage::Off);
 
         assert!(pipe.takes(2 * WORTHWHILE_BYTES, 0));
         pipe.give_up();
-        assert_eq!(pipe.stage(), Stage::Off, "it is read ahead");
-        assert!(pipe.takes(4096, 100), "what has begun may not be of whole pages");
+        assert_eq!(pipe.stage(), Stage::Off, "the run is read ahead");
+        assert!(pipe.takes(4096, 100), "the begun run may end inside a page");
         pipe.run_ended();
-        assert!(!pipe.takes(2 * WORTHWHILE_BYTES, 0), "and is the last one");
+        assert!(!pipe.takes(2 * WORTHWHILE_BYTES, 0), "the run is the last one");
         assert_eq!(pipe.stage(), Stage::Off);
     }
 }

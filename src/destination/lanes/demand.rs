@@ -352,7 +352,7 @@ impl DemandThread {
     }
 
     fn resume(&mut self, ring: &mut Ring, resume: Resume) -> Result<()> {
-        assert!(self.link.is_none(), "the lane before has been let go of");
+        assert!(self.link.is_none(), "the previous lane has been released");
         let Resume { lane, landing, first, last } = resume;
         let receiver = Receiver::for_resumed_destination(&landing).checked(lane.is_checked());
         let mut reader = LaneReader::demand(&lane, receiver, self.guest.clone());
@@ -378,7 +378,7 @@ impl DemandThread {
         match (&mut self.faults, &self.servers) {
             (Some(faults), _) => faults.cached(ring, page),
             (None, Some(servers)) => servers.tell(ring, &mut self.messages, &self.guest, page),
-            (None, None) => unreachable!("nobody's fault was read before there are servers"),
+            (None, None) => unreachable!("no fault is read before a server exists"),
         }
     }
 

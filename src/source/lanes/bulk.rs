@@ -643,7 +643,7 @@ mod tests {
         lane.run(Started::unheard()).unwrap();
         let came = reader.join().unwrap().unwrap();
         let pages = came.iter().filter(|&&byte| byte == 0xa5).count();
-        assert!(pages >= BYTES && came.len() > BYTES, "{pages} of {BYTES} bytes came");
+        assert!(pages >= BYTES && came.len() > BYTES, "{pages} of {BYTES} bytes arrived");
         assert!(memory.zero_copy_is_copied.load(Relaxed), "zero copy has been tried");
     }
 }

@@ -285,14 +285,14 @@ mod tests {
         outlet.begin(pieces);
         // Without a reader, and with more data than both sockets hold.
         assert_eq!(outlet.advance(&outgoing), Ok(Left::Some));
-        assert!(outlet.inside > 0, "the pipe has some too");
+        assert!(outlet.inside > 0, "the pipe holds bytes too");
         let rest = bytes_of(&outlet.into_rest());
         drop(outgoing);
         let mut taken = Vec::new();
         incoming.read_to_end(&mut taken).unwrap();
         assert!(!taken.is_empty() && !rest.is_empty());
         taken.extend(rest);
-        assert!(taken == expected, "nothing is lost, and nothing comes twice");
+        assert!(taken == expected, "no byte is lost or sent twice");
     }
 
     /// A file that can be written to, and takes no pages.

@@ -36,7 +36,7 @@ pub(crate) fn connect_to(uri: &Uri, wait: Wait<'_>) -> Result<OwnedFd> {
     match uri {
         Uri::Tcp { host, port } => connect_tcp(uri, host, *port, wait),
         Uri::Unix { path } => connect_unix(uri, path, wait),
-        Uri::Fd { .. } | Uri::Exec { .. } => unreachable!("one connection is not dialled"),
+        Uri::Fd { .. } | Uri::Exec { .. } => unreachable!("a single connection is not dialled"),
     }
 }
 

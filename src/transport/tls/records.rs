@@ -468,7 +468,7 @@ impl Outgoing {
     /// Removes `count` sent bytes.
     pub(crate) fn sent(&mut self, count: usize) {
         self.start += count;
-        assert!(self.start <= self.end, "no more than there is");
+        assert!(self.start <= self.end, "at most the bytes present");
         if self.start == self.end && self.filled == 0 {
             (self.start, self.end) = (0, 0);
         }

@@ -129,11 +129,11 @@ pub(crate) fn step_source(before: source::Phase, input: source::Input<'_>) -> so
         && !before.may_run()
         && !matches!(before, Phase::Failed { .. })
     {
-        assert_eq!(after, before, "it is too late to cancel");
+        assert_eq!(after, before, "a late cancel changes nothing");
     }
     if matches!(input, Input::Broken) {
         assert!(failed != (!before.may_run() && !matches!(before, Phase::Failed { .. })));
-        assert!(failed || after == before, "lanes that break change nothing then");
+        assert!(failed || after == before, "lost lanes change nothing after the end");
     }
     if let Phase::Saving { state_bytes } | Phase::Loading { state_bytes } = after {
         assert!(state_bytes <= STATE_BYTES_MAX);
@@ -170,10 +170,10 @@ pub(crate) fn step_destination(
     }
     if matches!(input, Input::Cancel) && before.may_run() && !matches!(before, Phase::Failed { .. })
     {
-        assert_eq!(after, before, "it is too late to cancel");
+        assert_eq!(after, before, "a late cancel changes nothing");
     }
     if matches!(input, Input::Broken) {
-        assert!(failed || after == before, "lanes that break change nothing then");
+        assert!(failed || after == before, "lost lanes change nothing after the end");
         assert_eq!(failed, !before.outlives_its_lanes() && !matches!(before, Phase::Completed(_)));
     }
     if let Phase::Receiving { state_bytes, .. } | Phase::Loading { state_bytes, .. } = after {

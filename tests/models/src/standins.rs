@@ -73,11 +73,11 @@ pub(crate) mod region {
         pub(crate) fn end_move(&self) {}
 
         pub(crate) fn next_data(&self, _: u64) -> Result<Option<u64>> {
-            unreachable!("of private memory alone")
+            unreachable!("only private memory does this")
         }
 
         pub(crate) fn next_data_in(&self, _: std::ops::Range<u64>) -> Result<Option<u64>> {
-            unreachable!("of private memory alone")
+            unreachable!("only private memory does this")
         }
     }
 }

@@ -295,12 +295,12 @@ impl Drive<'_> {
         let destination = self.destination.clone().expect("the side has sent an event");
         match event {
             Event::LoadState(state) => {
-                assert!(state == self.state, "the device state is as it was");
+                assert!(state == self.state, "the device state is unchanged");
                 self.relay.then(std::mem::take(&mut self.plan.deeds[1]));
                 self.load(destination);
             }
             Event::Run => {
-                assert!(!std::mem::replace(&mut self.has_run, true), "a guest is run once");
+                assert!(!std::mem::replace(&mut self.has_run, true), "the guest is run once");
                 self.relay.then(std::mem::take(&mut self.plan.deeds[2]));
                 let habits = self.plan.habits;
                 self.running = Some(Running::start(&self.arriving, habits, self.plan.seed));

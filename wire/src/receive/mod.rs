@@ -376,7 +376,9 @@ impl Receiver {
                     self.finish(body, received)?;
                 }
             }
-            State::Run { .. } | State::Failed(_) => unreachable!("these want no control bytes"),
+            State::Run { .. } | State::Failed(_) => {
+                unreachable!("these targets take no control bytes")
+            }
         }
         Ok(())
     }

@@ -100,7 +100,7 @@ impl Pipe {
             return vec![0xa5; count as usize];
         }
         let Some(Piece::Control(waiting)) = self.pieces.front_mut() else {
-            panic!("control bytes were wanted, pages came");
+            panic!("control bytes were expected, pages arrived");
         };
         let count = random.partial(most.min(waiting.len()) as u64) as usize;
         let bytes = waiting.drain(..count).collect();
@@ -118,10 +118,10 @@ impl Pipe {
             return (self.read_control(most, random).len() as u64, false);
         }
         let Some(Piece::Pages(run, is_spoilt)) = self.pieces.front_mut() else {
-            panic!("pages were wanted, control bytes came");
+            panic!("pages were expected, control bytes arrived");
         };
         let is_intact = *run == target && !*is_spoilt;
-        assert!(is_intact || self.is_spoilt, "bytes land where they do not belong");
+        assert!(is_intact || self.is_spoilt, "bytes land at a wrong place");
         let count = random.partial(run.bytes.min(target.bytes));
         run.byte_offset += count;
         run.bytes -= count;

@@ -142,7 +142,7 @@ impl Source {
                     let bit = page - range.first;
                     let has = words[(bit / 64) as usize] >> (bit % 64) & 1 == 1;
                     let claimed = &mut self.claimed[usize::from(range.region.0)][page as usize];
-                    assert!(*claimed || !has, "page {page} is there and was not sent");
+                    assert!(*claimed || !has, "page {page} arrived but was not sent");
                     *claimed = has;
                 }
             }

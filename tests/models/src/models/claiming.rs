@@ -51,7 +51,7 @@ pub fn acknowledged_pages_are_freed_once() {
             let acks = acks.clone();
             move || {
                 acks.acknowledge(63, 2).unwrap();
-                assert!(acks.acknowledge(63, 1).is_err(), "it was acknowledged before");
+                assert!(acks.acknowledge(63, 1).is_err(), "the page was acknowledged before");
             }
         });
         let freeing = thread::spawn({

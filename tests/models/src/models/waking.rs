@@ -41,7 +41,7 @@ impl Guest {
             Fault::WakeAll => self.cached(unit),
             Fault::Ask => {
                 let before = self.asked.fetch_or(1 << unit, SeqCst);
-                assert!(before & 1 << unit == 0, "asked for twice");
+                assert!(before & 1 << unit == 0, "the page is requested twice");
             }
             Fault::Wait => {}
         }
