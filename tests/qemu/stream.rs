@@ -1,5 +1,5 @@
-//! QEMU's own migration stream: recorded and read in pieces, and read while it comes, as a log of the pages that the
-//! guest writes. The guest checks at the destination that no word was missed.
+//! QEMU's own migration stream: recorded and parsed in pieces, and parsed while it arrives, as a log of the pages that
+//! the guest writes. The guest checks every word at the destination.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -17,12 +17,12 @@ use crate::{boot, migrate, says};
 const PAGE: usize = 4096;
 const RAM_BYTES: u64 = 256 << 20;
 
-/// Our Linux guest with its one backend, `ram0`.
+/// The tests' Linux guest with one backend, `ram0`.
 fn machine(version: QemuVersion) -> Machine {
     Machine { guest: "umem.mib=64".into(), ..Machine::linux(version) }
 }
 
-/// The same machine, which waits for its guest. Its memory is what `ram` says.
+/// The same machine waiting for a guest, with this memory.
 fn waits(machine: &Machine, scratch: &Scratch, ram: &[u8]) -> Qemu {
     let mut words = machine.command_line(scratch, Side::Destination);
     words.extend(["-incoming", "defer"].map(str::to_owned));
@@ -41,7 +41,7 @@ fn waits(machine: &Machine, scratch: &Scratch, ram: &[u8]) -> Qemu {
     qemu
 }
 
-/// Waits until the guest has checked all of its memory where it is now.
+/// Waits until the guest has checked all of its memory at the destination.
 fn is_whole(before: &mut Serial, now: &mut Serial) {
     let last = before.last_beat();
     let first = now.beat("a number after the source's last", |beat| beat.number > last.number);
@@ -49,7 +49,7 @@ fn is_whole(before: &mut Serial, now: &mut Serial) {
     assert_eq!(before.last_beat().number, last.number, "both guests run");
 }
 
-/// Has QEMU migrate by itself, and returns its stream. The guest writes until the first pass is over.
+/// Records the stream of a migration by QEMU alone. The guest writes until the first pass is over.
 fn record(source: &mut Qemu, scratch: &Scratch) -> Vec<u8> {
     let path = scratch.path("stream");
     let listener = UnixListener::bind(&path).expect("a socket");
@@ -59,7 +59,7 @@ fn record(source: &mut Qemu, scratch: &Scratch) -> Vec<u8> {
     source.qmp.execute("migrate", json!({ "uri": uri }));
     let (mut socket, _) = listener.accept().expect("QEMU connects");
     let mut stream = Vec::new();
-    // More than the guest has written, so that what was written meanwhile has come, too.
+    // More bytes than the guest wrote, so the stream has the writes of the first pass too.
     let first = (&mut socket).take(3 * RAM_BYTES / 2).read_to_end(&mut stream);
     first.expect("QEMU writes");
     source.qmp.execute("stop", json!({}));
@@ -82,7 +82,7 @@ fn in_pieces(stream: &[u8], random: &mut Random) -> Parsed {
     parse(pieces, |name| name.ends_with("ram0")).expect("the stream parses")
 }
 
-/// What the stream says of RAM is what the file has: the last record of each page.
+/// Checks that the last record of each page in the stream matches the file.
 fn is_the_memory(parsed: &Parsed, ram: &[u8]) {
     let block = parsed
         .blocks
@@ -115,13 +115,13 @@ fn recorded_stream_parses_alike_in_any_pieces_and_its_rest_loads() {
         assert_eq!(whole.capabilities, Vec::<String>::new());
         for _ in 0..3 {
             let apart = in_pieces(&stream, &mut random);
-            // Not with assert_eq, which would print both.
+            // assert_eq would print both.
             assert!(apart == whole, "{version:?}: other pieces parse differently");
         }
         assert!(whole.cut.len() < 2 << 20 && stream.len() > 60 << 20);
         let again = in_one(&whole.cut);
         assert!(again.cut == whole.cut, "{version:?}: a second cut changes the rest");
-        // This one's log loses writes under TCG.
+        // The log of this version loses writes under TCG.
         if version == QemuVersion::V7_2 {
             continue;
         }
@@ -147,13 +147,13 @@ fn loaded(qmp: &mut Qmp) {
     });
 }
 
-/// What may be changed for the time of a move.
+/// Settings that may change for the time of a move.
 fn settings(qmp: &mut Qmp) -> [Value; 2] {
     ["query-migrate-capabilities", "query-migrate-parameters"]
         .map(|ask| qmp.execute(ask, json!({})))
 }
 
-/// A copy of the guest's RAM that has of each page what was in the file when its mark was taken.
+/// A copy of the guest's RAM: each page as it was in the file when its mark was taken.
 struct Copied {
     file: File,
     ram: Vec<u8>,
@@ -165,7 +165,7 @@ impl Copied {
         Copied { file, ram: vec![0; usize::try_from(RAM_BYTES).expect("RAM_BYTES fits a usize")] }
     }
 
-    /// Takes the marked pages; how many those were.
+    /// Copies the marked pages. Returns their number.
     fn take(&mut self, source: &Source) -> usize {
         let marked = source.marked(0);
         for &page in &marked {
@@ -175,7 +175,7 @@ impl Copied {
         marked.len()
     }
 
-    /// Pages that are not as in the file.
+    /// Pages that differ from the file.
     fn wrong(&self) -> Vec<usize> {
         let mut page = [0; PAGE];
         let mut is_wrong = |index: &usize| {
@@ -244,7 +244,7 @@ fn idle_guest_runs_until_umem_stops_it() {
     }
     let stopped = ours.stop().expect("the guest stops");
     assert!(stopped.is_some());
-    // By QEMU itself, so that it goes on by itself as well.
+    // QEMU stopped the guest itself, so it also continues the guest itself.
     copied.take(&ours);
     assert_eq!(copied.wrong(), Vec::<usize>::new());
     ours.resume().expect("the guest continues");
@@ -270,7 +270,7 @@ fn guest_continues_after_its_umem_ends_in_a_pass_and_moves_later() {
         source.serial.goes_on();
         assert_eq!(source.qmp.status(), "running");
     }
-    // Undoes what the one before has left.
+    // Undoes the settings that the previous umem left.
     let mut ours = connect(&source);
     assert_eq!(settings(&mut source.qmp), before);
     let mut copied = Copied::of(&machine, &scratch);
@@ -293,7 +293,8 @@ fn unusable_stream_is_refused_before_any_change() {
     old.name = "old";
     let mut source = boot(&old, &scratch);
     let before = settings(&mut source.qmp);
-    let error = connect(&source).start().expect_err("its log loses writes").to_string();
+    let error =
+        connect(&source).start().expect_err("a log that loses writes is refused").to_string();
     says(&error, "QEMU 7.2 without KVM loses writes");
     assert_eq!(settings(&mut source.qmp), before);
     drop(source);
@@ -302,7 +303,7 @@ fn unusable_stream_is_refused_before_any_change() {
     let set = |state: bool| json!({ "capabilities": [{ "capability": "dirty-bitmaps", "state": state }] });
     source.qmp.execute("migrate-set-capabilities", set(true));
     let before = settings(&mut source.qmp);
-    let error = connect(&source).start().expect_err("disks are not read").to_string();
+    let error = connect(&source).start().expect_err("a stream with disks is refused").to_string();
     says(&error, "capability dirty-bitmaps is on");
     assert_eq!(settings(&mut source.qmp), before);
     source.qmp.execute("migrate-set-capabilities", set(false));
@@ -328,7 +329,7 @@ pub(crate) fn moves(machine: &Machine, options: &[&str]) -> Value {
     assert_eq!(pass["pass"], 1);
     let reports = [moving.umem.event("completed"), moving.destination.umem.event("completed")];
     for report in &reports {
-        for digest in report["digests"].as_array().expect("sums were compared") {
+        for digest in report["digests"].as_array().expect("digests were compared") {
             assert_eq!(digest["digest"], digest["peer"], "{report}");
         }
     }
@@ -349,7 +350,7 @@ fn guest_moves_in_passes_before_the_switchover() {
     moves(&machine(QemuVersion::V10_0), &["--lanes", "2"]);
 }
 
-/// The limit makes the first pass longer than the time that passes have.
+/// The bandwidth limit makes the first pass longer than the timeout of the passes.
 #[test]
 fn passes_end_at_their_timeout() {
     for mode in [&["--precopy", "-p"][..], &[]] {
@@ -359,7 +360,7 @@ fn passes_end_at_their_timeout() {
     }
 }
 
-/// Without KVM: an old QEMU's log, and that of each QEMU for any but its first RAM block.
+/// Without KVM: the log of an old QEMU, and any QEMU's log of RAM blocks after the first.
 #[test]
 fn passes_are_refused_when_the_log_loses_writes() {
     let node = |id| Ram { id, mib: 128 };
@@ -380,7 +381,7 @@ fn passes_are_refused_when_the_log_loses_writes() {
     }
 }
 
-/// Killed with the destination waiting and pages on their way.
+/// umem is killed while the destination waits and pages are in transit.
 #[test]
 fn guest_continues_after_its_umem_is_killed_in_a_pass() {
     let scratch = Scratch::new();
@@ -388,7 +389,7 @@ fn guest_continues_after_its_umem_is_killed_in_a_pass() {
     let mut source = boot(&machine, &scratch);
     let before = settings(&mut source.qmp);
     let destination = destination::Destination::start(&machine, &scratch);
-    // The guest writes more than goes in that time, so that there is a next pass.
+    // The guest writes more than the pass can send in that time, so another pass follows.
     let slow = ["--precopy", "-p", "--downtime-limit", "0", "--precopy-passes", "100"];
     let mut umem = migrate(&source, &destination.uri, &slow);
     umem.event("pass");
@@ -397,5 +398,5 @@ fn guest_continues_after_its_umem_is_killed_in_a_pass() {
     let mut ours = connect(&source);
     assert_eq!(source.qmp.status(), "running");
     assert_eq!(settings(&mut source.qmp), before);
-    ours.resume().expect("nothing is to be done");
+    ours.resume().expect("no setting is left to undo");
 }

@@ -1,14 +1,14 @@
 //! The demand lane at the destination: faults in, requests out, answers into the guest's pages.
 //!
-//! One thread, one ring. It reads the userfaultfds ([`Faults`]), asks for each missing page once,
-//! lands the answers, and is the only one that marks single pages cached; bulk lanes tell it by message
-//! which of their pages somebody waits for. The faults of a guest in shards are served by other
-//! threads, and it only asks and lands. Control frames share the lane and go to the control thread.
+//! One thread, one ring. The thread reads the userfaultfds ([`Faults`]), requests each missing page once, and lands the
+//! answers. Only this thread marks single pages cached; bulk lanes report their awaited pages to it by message. The
+//! faults of a guest in shards are served by other threads, and this thread only requests and lands. Control frames
+//! share the lane and go to the control thread.
 //!
-//! In a session that recovers the thread outlives its lane. When that is lost it says so, waits until no
-//! operation of the lane is left, says that too, and goes on showing pages that have come and taking the
-//! guest's discards. On a new lane it first tells the source what has come, then asks again for what is
-//! waited for.
+//! In a session that recovers the thread outlives its lane. It reports the loss of the lane, waits until no operation of
+//! the lane is left, and reports that too. Meanwhile it continues to show arrived pages and to take the guest's
+//! discards. On a new lane it first sends the account of arrived pages to the source, then requests the awaited pages
+//! again.
 
 use crate::error;
 use std::os::fd::OwnedFd;
@@ -47,9 +47,9 @@ const TOKEN_CALM: u64 = TOKEN_FREE + 2;
 /// The guest's userfaultfds have this token and those after it.
 const TOKEN_FAULTS: u64 = TOKEN_FREE + 3;
 
-/// What the control thread tells the demand thread, followed by a wake.
+/// Commands of the control thread. A wake follows each.
 pub(crate) enum Command {
-    /// Send these bytes, whole frames. Without a lane nobody gets them.
+    /// Send these bytes, whole frames. Without a lane they are dropped.
     Send(Vec<u8>),
     /// Send a ping of this number, whose pong is expected.
     Ping(u64),
@@ -57,22 +57,22 @@ pub(crate) enum Command {
     RequestPages,
     /// Vcpus wait for these pages, which are cached.
     Show(Vec<PageId>),
-    /// Go on over this lane. Comes only when the thread has let go of the one before.
+    /// Continue over this lane. Sent only after the thread has released the previous lane.
     Resume(Box<Resume>),
-    /// Faults are served by other threads: tell them of pages that have come.
+    /// Other threads serve the faults: report arrived pages to them.
     Servers(Servers),
-    /// The guest is complete or lost: end, once what was to be sent has been.
+    /// The guest is complete or lost: end after the last send.
     End,
 }
 
-/// The moment from which on pages are requested.
+/// The moment at which requests begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RequestsFrom {
-    /// From the beginning: the guest has stopped at the source before.
+    /// At the start: the guest has already stopped at the source.
     Start,
     /// Once the guest has stopped at the source: before that its pages may still change.
     Stop,
-    /// Once [`Command::RequestPages`] comes: the guest runs as soon as it has pages, and belongs to the source before.
+    /// On [`Command::RequestPages`]: the guest runs as soon as it has pages, and belongs to the source until then.
     Command,
 }
 
@@ -82,45 +82,45 @@ pub(crate) struct Resume {
     pub(crate) landing: RegionTable,
     /// Whole frames, to be sent first.
     pub(crate) first: Vec<u8>,
-    /// Whole frames, to be sent after the account of what has come.
+    /// Whole frames, to be sent after the account of arrived pages.
     pub(crate) last: Vec<u8>,
 }
 
-/// What the demand thread needs.
+/// The configuration of a demand thread.
 pub(crate) struct DemandLane {
-    /// With a receiver that has read the regions already. None where a process before this has lost it:
-    /// the first one comes as a [`Command::Resume`] then.
+    /// The lane, with a receiver that has read the regions. None in a takeover: the first lane then arrives with
+    /// [`Command::Resume`].
     pub(crate) lane: Option<(Lane, Receiver)>,
     pub(crate) guest: Arc<GuestMemory>,
-    /// Serve the guest's faults as well; if not, [`Command::Servers`] says who does.
+    /// Whether this thread serves the guest's faults; otherwise [`Command::Servers`] names the threads that do.
     pub(crate) serves_faults: bool,
     pub(crate) core: Option<usize>,
-    /// Nobody has named that core: go where the guest's vCPUs are.
+    /// Whether the thread follows the guest's vCPUs: the user has not named a core.
     pub(crate) follows: bool,
     pub(crate) idle_cores: IdleCores,
     pub(crate) requests_from: RequestsFrom,
-    /// There are no bulk lanes: pages come here that nobody asked for.
+    /// Whether pages without a demand arrive here: there are no bulk lanes.
     pub(crate) has_background: bool,
-    /// The session goes on when the lane is lost.
+    /// Whether the session continues after the loss of the lane.
     pub(crate) recovers: bool,
     pub(crate) acks: Acks,
     pub(crate) commands: Commands<Command>,
     pub(crate) post: Post<Note>,
 }
 
-/// The lane that there is.
+/// The current lane.
 struct Link {
     socket: Arc<OwnedFd>,
     reader: LaneReader,
-    /// What is said on it.
+    /// Seals frames that are sent on it.
     seal: Seal,
-    /// It is lost, and its operations are ending.
+    /// Whether it is lost, and its operations are ending.
     is_lost: bool,
-    /// What is to be told on it before anything else.
+    /// The account to send before any other frame.
     account: Option<Account>,
 }
 
-/// What has come, as the source is told on a lane that replaces a lost one.
+/// The account of arrived pages, which a replacement lane sends to the source.
 struct Account {
     first: Vec<u8>,
     ranges: Box<dyn Iterator<Item = PageRange> + Send>,
@@ -128,19 +128,19 @@ struct Account {
 
 struct DemandThread {
     guest: Arc<GuestMemory>,
-    /// None from when a lost lane has been let go of until there is another one.
+    /// None between the release of a lost lane and the next lane.
     link: Option<Link>,
     recovers: bool,
     has_background: bool,
-    /// Pages that have come since they were counted, where the lane has a background.
+    /// Arrived pages that are not counted yet, on a lane with a background.
     pages_arrived: u64,
     acks: Acks,
     commands: Commands<Command>,
     post: Post<Note>,
     requests_from: RequestsFrom,
-    /// The source's guest has stopped.
+    /// Whether the source's guest has stopped.
     has_stopped: bool,
-    /// Pages are requested.
+    /// Whether requests have begun.
     may_ask: bool,
     /// None when the guest's faults are served by other threads.
     faults: Option<Faults>,
@@ -148,36 +148,36 @@ struct DemandThread {
     messages: RingMessages,
     follower: AffinityFollower,
     vigil: CpuLatencyHold,
-    /// Pages have been asked for since the last look at where from.
+    /// Whether pages were requested since the last look-up of the vCPUs' core.
     has_asked: bool,
-    /// Pages that other threads' guests wait for.
+    /// Awaited pages, reported by other threads.
     ask: Vec<(RegionId, u64)>,
-    /// Pages that have come and that somebody waits for.
+    /// Arrived pages that a vCPU waits for.
     wanted: Vec<PageId>,
     /// Whole frames to send.
     outbox: Vec<u8>,
-    /// The last ping that has not been answered: of a flood of them no more is kept.
+    /// The last unanswered ping; of a flood only one is kept.
     ping: Option<u64>,
-    /// What goes to the control thread from this lane.
+    /// Limits the frames that go to the control thread.
     hearing: Hearing,
-    /// What has come of the device state; none once it is whole.
+    /// The received part of the device state; None once it is whole.
     state: Option<Vec<u8>>,
-    /// The buffer that is not in flight.
+    /// The send buffer, while it is not in flight.
     spare: Option<Vec<u8>>,
-    /// The source has said goodbye, and may close the lane. A question that came behind that is answered at the
-    /// end, when it has been written down.
+    /// Whether the source has said goodbye, and may close the lane. A ping after the goodbye is answered at the end, once
+    /// the completion has been recorded.
     has_parted: bool,
     ending: bool,
 }
 
 impl DemandLane {
-    /// Serves until told to end. Returns what the faults took.
+    /// Serves until [`Command::End`]. Returns the latencies of the faults.
     pub(crate) fn run(self, started: Started<ThreadHandle>) -> Result<Latencies> {
         let faults = self.serves_faults.then(|| {
             let sources = (0..self.guest.sources.len()).collect();
             Faults::new(self.guest.clone(), sources, TOKEN_FAULTS, TOKEN_FAULT_RETRY)
         });
-        // Without a lane the guest has long stopped at the source.
+        // Without a lane this is a takeover: the guest has stopped at the source.
         let has_stopped = self.lane.is_none();
         let link = self.lane.map(|(lane, receiver)| Link {
             socket: lane.socket(),
@@ -258,7 +258,7 @@ impl DemandThread {
 
     fn completed(&mut self, ring: &mut Ring, completion: Completion) -> Result<()> {
         match completion.token {
-            // After its goodbye the source closes the lane.
+            // The source closes the lane after its goodbye.
             TOKEN_CONTROL | TOKEN_RUN | TOKEN_AHEAD if self.ending => Ok(()),
             TOKEN_CONTROL | TOKEN_RUN | TOKEN_AHEAD | TOKEN_RETRY => {
                 self.received(ring, completion)
@@ -272,7 +272,7 @@ impl DemandThread {
                 Outcome::Message { value, .. } => self.cached(ring, PageId::unpack(value)),
                 other => unreachable!("{other:?} as a message"),
             },
-            // Commands are taken in any case.
+            // The loop takes commands after every completion.
             TOKEN_WAKE => Ok(()),
             TOKEN_SENT => self.sent(completion),
             token if RingMessages::owns(token) => self.messages.complete(ring, &completion),
@@ -283,7 +283,7 @@ impl DemandThread {
         }
     }
 
-    /// Something has come on the lane.
+    /// Handles a completed receive of the lane.
     fn received(&mut self, ring: &mut Ring, completion: Completion) -> Result<()> {
         let mut link =
             self.link.take().expect("a lane is released once none of its operations is in flight");
@@ -295,7 +295,7 @@ impl DemandThread {
             |page| wanted.push(page),
             |arrived| self.arrived(&guest, arrived),
         );
-        // What has come is shown, whatever happened then.
+        // Arrived pages are shown even if the receive failed.
         let given = link.reader.take_given(|Given { page, arrived }| {
             self.faults.iter_mut().for_each(|faults| faults.given(page, arrived));
         });
@@ -310,7 +310,7 @@ impl DemandThread {
         received.or_else(|error| self.lost(error))
     }
 
-    /// Where others come here too, a page was asked for if somebody waits for it now.
+    /// Counts arrived pages. On a lane with a background, awaited pages count as demanded.
     fn count_arrived(&mut self, wanted: u64) {
         let arrived = std::mem::take(&mut self.pages_arrived);
         let demand = arrived.min(wanted);
@@ -318,13 +318,13 @@ impl DemandThread {
         Counters::add(&self.guest.counters.pages_background, arrived - demand);
     }
 
-    /// The lane cannot go on. In a session that recovers the thread does, without it.
+    /// Handles a failure of the lane. In a session that recovers the thread continues without the lane.
     fn lost(&mut self, error: Error) -> Result<()> {
         let (true, true, Some(link)) = (error.ends_lanes(), self.recovers, &mut self.link) else {
             return Err(error);
         };
         if !std::mem::replace(&mut link.is_lost, true) {
-            // The source hears why, if nothing else is on its way there; otherwise when it comes back.
+            // The source gets the reason now if no send is in flight; otherwise when it reconnects.
             if matches!(error, Error::OutOfMemory(_)) && self.spare.is_some() {
                 lane::tell(&link.socket, link.reader.is_checked(), &error);
             }
@@ -334,11 +334,11 @@ impl DemandThread {
         Ok(())
     }
 
-    /// Lets go of a lost lane once nothing of it is in flight, so that no page of it is written to any
-    /// more, and says so.
+    /// Releases a lost lane once none of its operations is in flight, so that it writes to no page any more, and reports
+    /// that.
     fn let_go(&mut self, ring: &mut Ring) -> Result<()> {
         let is_quiet = |link: &mut Link| link.is_lost && link.reader.is_quiet();
-        // The buffer is not here while it is being sent.
+        // A send is in flight.
         if self.spare.is_none() {
             return Ok(());
         }
@@ -366,14 +366,14 @@ impl DemandThread {
         Ok(())
     }
 
-    /// What somebody waits for and has not come, asked for before the lane was lost or not.
+    /// Requests all awaited missing pages, also those requested before the lane was lost.
     fn ask_again(&mut self) {
         self.faults.as_mut().into_iter().for_each(Faults::forget_unasked);
         self.ask.clear();
         self.guest.each_unanswered(|region, page| self.ask.push((region, page)));
     }
 
-    /// A page that somebody waits for is there.
+    /// Reports an awaited page that is cached.
     fn cached(&mut self, ring: &mut Ring, page: PageId) -> Result<()> {
         match (&mut self.faults, &self.servers) {
             (Some(faults), _) => faults.cached(ring, page),
@@ -429,7 +429,7 @@ impl DemandThread {
         Ok(())
     }
 
-    /// Pieces of device state go on as one: a source may cut it as small as it likes.
+    /// Gathers the chunks of the device state, which a source may cut as small as it likes.
     fn gather_state(&mut self, chunk: &[u8]) -> Result<()> {
         let state = self.state.as_mut().filter(|_| self.has_stopped);
         let state = state.ok_or_else(|| violated("device state where none belongs"))?;
@@ -465,7 +465,7 @@ impl DemandThread {
         Ok(())
     }
 
-    /// Goes to the core where vCPUs wait; after a fault has been dealt with, not before.
+    /// Moves to the core where vCPUs wait. Called after a request, so that the move delays no fault.
     fn follow(&mut self, ring: &mut Ring) -> Result<()> {
         if !std::mem::take(&mut self.has_asked) {
             return Ok(());
@@ -479,10 +479,10 @@ impl DemandThread {
         self.vigil.fault(ring)
     }
 
-    /// Sends what there is, requests first, all in one.
+    /// Sends all waiting frames in one send, requests first.
     fn send(&mut self, ring: &mut Ring) -> Result<()> {
         let Some(link) = self.link.as_mut().filter(|link| !link.is_lost) else {
-            // The page states remember what is asked for again.
+            // The page states have the pages to request again.
             self.faults.as_mut().into_iter().for_each(Faults::forget_unasked);
             self.ask.clear();
             self.outbox.clear();
@@ -522,12 +522,12 @@ impl DemandThread {
         Ok(())
     }
 
-    /// Behind what is sent, if there is anything.
+    /// Reads faults again. Called after the requests are sent.
     fn listen_again(&mut self, ring: &mut Ring) -> Result<()> {
         self.faults.iter_mut().try_for_each(|faults| faults.listen_again(ring))
     }
 
-    /// What there is to say.
+    /// Gathers the waiting frames.
     fn gather(&mut self, buffer: &mut Vec<u8>) {
         if self.may_ask {
             let own = self.faults.as_mut().map_or(&[][..], Faults::take_unasked);
@@ -564,7 +564,7 @@ impl DemandThread {
     }
 }
 
-/// The source has said what it must not.
+/// The error of a source that violates the protocol.
 fn violated(what: &str) -> Error {
     Error::protocol(&error::lane_name(LaneRole::Demand, 0), what)
 }
