@@ -239,7 +239,7 @@ fn source_sends_no_data_to_a_bad_certificate() {
     let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--secret-file", &secret]);
     let error = moving.migrate(&uri, &named).fails();
     assert!(error.contains("was it started with --tls-creds?"), "{error}");
-    says(&incoming, "the peer uses TLS, and --tls-creds is not given here");
+    says(&incoming, "the peer uses TLS, and this side has no --tls-creds");
     let migrate = moving.migrate(&uri, &["--secret-file", &secret]);
     moving.succeeds(incoming, migrate, "secret");
 }

@@ -32,7 +32,7 @@ pub(crate) struct HostChannel {
     bell: EventFd,
     /// With precopy: where any thread marks the guest's writes.
     marks: OnceLock<Arc<DirtyMap>>,
-    /// The program has a log of its guest's writes, which is asked for what it has.
+    /// Whether the program has a log of its guest's writes, and gets [`Event::ReadLog`].
     has_log: bool,
     ended: Condvar,
     canceller: Canceller,

@@ -8,7 +8,7 @@
 //! | event | at the | the program then | and calls |
 //! |---|---|---|---|
 //! | [`Connected`](Event::Connected) | both | has nothing to do | |
-//! | [`ReadLog`](Event::ReadLog) | source | says what its log of writes has, if it has one | [`Source::written`], [`Source::log_read`] |
+//! | [`ReadLog`](Event::ReadLog) | source | reports the contents of its log of writes | [`Source::written`], [`Source::log_read`] |
 //! | [`Stop`](Event::Stop) | source | stops every vCPU, and all else that writes guest memory | [`Source::stopped`] |
 //! | [`SaveState`](Event::SaveState) | source | saves its device state, if it has any | [`Source::saved`] |
 //! | [`LoadState`](Event::LoadState) | destination | loads it; that may touch guest memory | [`Destination::loaded`] |
@@ -37,12 +37,12 @@
 //!
 //! # Pages before the stop
 //!
-//! With [`SourceSetup::precopy`] pages are sent while the guest runs, and again those that it writes meanwhile. The
-//! program knows which these are, and says so: after each write with [`Source::written`], or from a log, such as
-//! KVM's dirty log, with [`Source::written_bitmap`]. The log is on before [`SourceSetup::start`]. A program that has
-//! one is asked for what is in it with [`ReadLog`](Event::ReadLog) after each pass, if it says so beforehand
-//! ([`SourceSetup::log`]). [`Stop`](Event::Stop) asks for the last of it: the guest stands still, everything that is
-//! left is said, and then [`Source::stopped`] is called. The memory at the destination is of a file.
+//! With [`SourceSetup::precopy`] umem sends pages while the guest runs, and sends again the pages that the guest writes
+//! meanwhile. The program reports the writes: after each write with [`Source::written`], or from a log, such as KVM's
+//! dirty log, with [`Source::written_bitmap`]. The log must be on before [`SourceSetup::start`]. With
+//! [`SourceSetup::log`] the event [`ReadLog`](Event::ReadLog) asks for the log's contents after each pass.
+//! [`Stop`](Event::Stop) asks for the last writes: the program stops the guest, reports the writes, and then calls
+//! [`Source::stopped`]. The memory at the destination must be of a file.
 //!
 //! # Lost connections
 //!
@@ -149,7 +149,8 @@ use crate::statistics::Completed;
 pub enum Event {
     /// Every lane is open.
     Connected,
-    /// Source, with [`SourceSetup::log`]: say what the guest has written since its log was read last. It runs on.
+    /// Source, with [`SourceSetup::log`]: report what the guest has written since its log was read last. The guest runs
+    /// on.
     ReadLog,
     /// Source: stop the guest.
     Stop,

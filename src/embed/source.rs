@@ -94,16 +94,16 @@ impl SourceSetup {
             Some(Precopy { passes_max, downtime_limit, timeout: None, max_bandwidth: None });
     }
 
-    /// Whether the migration continues when connections are lost after the switchover, if the destination does too. The
-    /// default is true for a source that dials, and false for one with given connections: its program has to give
+    /// Whether the migration continues when connections are lost after the switchover, if the destination does too.
+    /// The default is true for a source that dials, and false for one with given connections: its program has to give
     /// others.
     pub fn recover(&mut self, recovers: bool) {
         self.recovers = Some(recovers);
     }
 
-    /// Whether the program has a log of what its guest writes, which it reads when [`Event::ReadLog`] asks for that,
-    /// after each pass, and answers with [`Source::log_read`]. Without a log passes are judged by the writes reported by
-    /// then. Without [`precopy`](SourceSetup::precopy) this has no effect.
+    /// Whether the program has a log of its guest's writes. [`Event::ReadLog`] asks for its contents after each pass,
+    /// and the program answers with [`Source::log_read`]. Without a log umem judges a pass by the writes reported by
+    /// its end. Has no effect without [`precopy`](SourceSetup::precopy).
     pub fn log(&mut self, has_log: bool) {
         self.has_log = has_log;
     }
@@ -187,7 +187,8 @@ impl Source {
         self.written_ranges(region, &[(offset, bytes)])
     }
 
-    /// The same of several ranges, each an offset and a length in bytes. Where one of them is not there none counts.
+    /// As [`written`](Source::written), for several ranges, each an offset and a length in bytes. If one of them does
+    /// not exist, none is reported.
     ///
     /// # Errors
     /// As [`Source::written`].
@@ -203,9 +204,9 @@ impl Source {
         self.handle.desk.written(region, ranges.iter().copied())
     }
 
-    /// The same as a bitmap in the layout of KVM's dirty log (`KVM_GET_DIRTY_LOG` of a slot that begins where the region
-    /// does): a bit a page of 4 KiB, in little-endian words of 64, the region's first page at bit 0 of the first word. Pages
-    /// behind the last word have not been written.
+    /// As [`written`](Source::written), with a bitmap in the layout of KVM's dirty log (`KVM_GET_DIRTY_LOG` of a slot
+    /// that begins where the region does): one bit for each page of 4 KiB, in little-endian words of 64 bits, the
+    /// region's first page at bit 0 of the first word. Pages beyond the last word count as not written.
     ///
     /// # Errors
     /// As [`Source::written`]; a bit of a page that the region does not have.
@@ -213,10 +214,10 @@ impl Source {
         self.written_ranges(region, &ranges(words))
     }
 
-    /// Answers [`Event::ReadLog`]: everything that the log had has been said.
+    /// Answers [`Event::ReadLog`]: all contents of the log have been reported.
     ///
     /// # Errors
-    /// [`Error::Usage`] if that is not asked.
+    /// [`Error::Usage`] if the question is not open.
     pub fn log_read(&self) -> Result<()> {
         self.handle.desk.answer(Open::ReadLog, || Answer::Looked(Ok(())))
     }
@@ -240,7 +241,7 @@ impl Source {
     }
 }
 
-/// The bytes of which a bitmap of pages has bits: offsets and lengths, in order, and no two that touch.
+/// The ranges that a bitmap of pages marks: offsets and lengths in bytes, in order, without adjacent ranges.
 fn ranges(words: &[u64]) -> Vec<(u64, u64)> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     for (index, word) in (0..).zip(words) {

@@ -68,7 +68,7 @@ pub enum Error {
     Insecure {
         /// "source" or "destination".
         side: &'static str,
-        /// The reason; "it" is the peer.
+        /// The reason. "it" in the text is the peer.
         what: String,
     },
 

@@ -23,15 +23,15 @@ pub(crate) enum Event {
     Pass {
         pass: u32,
         took: Duration,
-        /// Bytes of page contents that it has sent.
+        /// Bytes of page contents that the pass has sent.
         sent_bytes: u64,
-        /// Bytes that are to be sent (again).
+        /// Bytes that remain to be sent.
         dirty_bytes: u64,
         /// Bytes a second that the guest wrote in the last whole pass, each page once.
         dirty_bytes_per_s: Option<u64>,
-        /// How long the rest takes at the rate of the fastest pass, where the guest waits for it.
+        /// How long the rest takes at the rate of the fastest pass, if the guest waits for the rest.
         expected_downtime: Option<Duration>,
-        /// It was cut short, so that the rest has pages that it has not sent.
+        /// Whether the pass was cut short: the rest then includes pages that no pass has sent.
         is_cut: bool,
     },
     /// The destination's source has stopped its guest. `session` is the session's number if one is kept.
@@ -168,7 +168,7 @@ pub(crate) enum Remark {
     NotFreed { reason: String },
     /// The source's monitor could not be restored to its settings.
     NotPutBack { reason: String },
-    /// The guest goes on at the source, which may have been changed to track its writes.
+    /// The guest continues at the source, whose monitor may still have settings for tracking writes.
     NotTidied { reason: String, command: String },
     /// After an interrupt: pages without a demand are sent now.
     SendsTheRest,

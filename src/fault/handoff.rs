@@ -154,7 +154,7 @@ pub(crate) struct HandoffSocket {
     /// Files that the guest's process has made, also if an error followed.
     created: Vec<Created>,
     registers: bool,
-    /// The memory that the guest side has dropped last: its start address, and bytes.
+    /// The memory whose pages the guest side dropped last: its start address, and the bytes dropped.
     emptied: Option<(u64, u64)>,
 }
 
@@ -189,7 +189,7 @@ impl HandoffSocket {
         }
         let mut messages = Vec::new();
         while let Some((value, end)) = self.next_value()? {
-            // A message may come before its descriptors.
+            // A message may arrive before its descriptors.
             if !self.message(value, &mut messages)? {
                 break;
             }
@@ -201,7 +201,7 @@ impl HandoffSocket {
         Ok(Some(messages))
     }
 
-    /// Whether the guest side has sent more than any message has, which no mistake explains.
+    /// Whether the guest side has sent more than any message has: it is not a guest side of umem.
     pub(crate) fn is_flooded(&self) -> bool {
         self.descriptors.len() > DESCRIPTORS_QUEUED_MAX || self.bytes.len() > MESSAGE_BYTES_MAX
     }
@@ -236,7 +236,7 @@ impl HandoffSocket {
         self.command(b"keep\n")
     }
 
-    /// Tells the guest side that every page has come: it closes its userfaultfds.
+    /// Tells the guest side that every page has arrived: it closes its userfaultfds.
     pub(crate) fn release(&mut self) -> Result<()> {
         self.command(b"release\n")
     }

@@ -1,8 +1,7 @@
 //! Userfaultfds for memory of this process: made, registered, and released.
 //!
-//! [`Guarded`] holds a spare duplicate of the userfaultfd that is closed only by
-//! [`release`](Guarded::release): whatever ends, also by a panic, accesses to missing pages wait
-//! and never read zeroes.
+//! [`Guarded`] holds a spare duplicate of the userfaultfd that only [`release`](Guarded::release) closes. Until then
+//! accesses to missing pages wait and never read zeroes, also after a panic.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
@@ -207,7 +206,9 @@ fn check(area: &Area, is_registered: bool) -> Result<Checked> {
     };
     if !mappings.iter().all(is_as_said) {
         return Err(wrong(match area.file {
-            Some(_) => "its file is not what is mapped there, from its first byte on, MAP_SHARED",
+            Some(_) => {
+                "its addresses are not a MAP_SHARED mapping of its file from the first byte on"
+            }
             None => "it is not mapped MAP_PRIVATE | MAP_ANONYMOUS; memory of a file needs the file",
         }));
     }

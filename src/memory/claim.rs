@@ -7,7 +7,7 @@
 //! | *guest*: an open file description lock (`F_OFD_SETLK`) on the whole file, for writing | the guest's process at a destination, through the same description | its mapping | its end |
 //!
 //! There are two locks because a guest that came here may be moved on, by a process that only has
-//! the file open for reading, but not before all of it has come. The guest's process shares the
+//! the file open for reading, but not before all of it has arrived. The guest's process shares the
 //! description with umem, so the locks outlive umem. Both are the kernel's, on the inode: another
 //! name of the file does not evade them. QEMU itself locks no RAM file.
 
@@ -107,7 +107,7 @@ fn unfit(metadata: &Metadata, user: User) -> Option<String> {
     let is_trusted = owner == ours || (user == User::Source && (owner == 0 || ours == 0));
     if !is_trusted {
         return Some(format!(
-            "belongs to user {owner}, who can change what is in it: {}",
+            "belongs to user {owner}, who can change its contents: {}",
             match user {
                 User::Source => "run umem as that user, or copy the file",
                 User::Destination => "name another file, or remove this one",
@@ -117,11 +117,11 @@ fn unfit(metadata: &Metadata, user: User) -> Option<String> {
     let mode = metadata.mode() & 0o7777;
     (mode & 0o022 != 0).then(|| {
         format!(
-            "can be written by others than its owner (mode {mode:04o}): {}",
+            "can be written by users other than its owner (mode {mode:04o}): {}",
             match user {
-                User::Source => "take that from them with `chmod go-w`",
+                User::Source => "run `chmod go-w` on it",
                 User::Destination =>
-                    "name another file, or remove this one; umem makes one that is its user's alone",
+                    "name another file, or remove this one; umem then makes a private one",
             }
         )
     })
@@ -134,7 +134,7 @@ fn unsafe_directory(metadata: &Metadata) -> Option<String> {
         return Some(format!("of user {owner}"));
     }
     let is_open = mode & 0o002 != 0 && mode & 0o1000 == 0;
-    is_open.then(|| format!("where everybody may replace it (mode {mode:04o})"))
+    is_open.then(|| format!("in which every user can replace the file (mode {mode:04o})"))
 }
 
 /// Takes the file for a move, through this very description; false if another description has the
@@ -186,7 +186,7 @@ pub(crate) fn take_for_guest(name: &str, file: BorrowedFd<'_>) -> Result<()> {
     let what = || format!("locking RAM {name}");
     if !take_guest(file).context(what)? {
         return Err(Error::Unsupported(format!(
-            "RAM {name}: another guest has its memory in this file: name another one"
+            "RAM {name}: another guest has its memory in this file: name another file"
         )));
     }
     if !take_move(file).context(what)? {
@@ -216,7 +216,7 @@ pub(crate) fn take_for_source(name: &str, file: BorrowedFd<'_>, after_a_dead: bo
     while !take_move(file).context(|| format!("locking RAM {name}"))? {
         if Instant::now() >= deadline {
             return Err(Error::Unsupported(format!(
-                "RAM {name}: another umem moves the guest in this file, or the guest has not arrived there completely: wait for the end of that move, or stop it first"
+                "RAM {name}: another umem moves the guest in this file, or the guest has not completely arrived in it: wait for the end of that move, or stop the move first"
             )));
         }
         std::thread::sleep(DEAD_INTERVAL);

@@ -144,7 +144,7 @@ impl Claims {
     }
 }
 
-/// The last demand, from which bulk lanes go on.
+/// The last demand, from which bulk lanes continue.
 #[derive(Default)]
 pub(crate) struct LastDemand(AtomicU64);
 

@@ -13,8 +13,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::{Mutex, PoisonError};
 
-/// Bytes that are first read of a huge page, as most pages have data there; and the size of later
-/// reads.
+/// Size of the first read of a huge page, where most pages have data, and of later reads.
 const PROBE_BYTES: usize = 4096;
 const READ_BYTES: usize = 64 << 10;
 

@@ -1,4 +1,4 @@
-//! Parts of a landing unit that the guest has discarded before the unit came.
+//! Parts of a landing unit that the guest has discarded before the unit arrived.
 //!
 //! If the source's pages are larger than the destination's, one landing unit is many pages of the
 //! guest, which may discard some of them. The guest must not see the unit's contents of those
@@ -9,16 +9,16 @@ use std::collections::BTreeMap;
 use super::sync::{AtomicBool, Mutex, MutexGuard, Ordering::SeqCst, PoisonError};
 use super::words::AtomicWords;
 
-/// Discarded pages of units that have not come, for one region.
+/// Discarded pages of units that have not arrived, for one region.
 ///
 /// Allocates only for units with discarded pages, one bit for each page of the unit.
 pub(crate) struct Fragments {
     pages_per_unit: u64,
-    /// Never cleared: most guests discard no part of a unit at all.
+    /// Whether any part was ever discarded. Never cleared: most guests discard no part of a unit.
     any: AtomicBool,
     units: Mutex<BTreeMap<u64, Box<[u64]>>>,
-    /// For a process that takes over: every page that was ever added, a bit each. The bits of units
-    /// that have come are meaningless.
+    /// For a takeover: a bit for every page that was ever added. The bits of units that have arrived
+    /// are meaningless.
     shared: Option<AtomicWords>,
 }
 
@@ -33,8 +33,8 @@ impl Fragments {
         }
     }
 
-    /// Records discards also in these words from now on, and starts with their discards of units
-    /// that have not come.
+    /// Records discards also in these words from now on, and starts with the words' discards of units
+    /// that have not arrived.
     pub(crate) fn share(&mut self, words: AtomicWords, has_come: impl Fn(u64) -> bool) {
         let bits = words.iter().enumerate().filter_map(|(at, word)| {
             let bits = word.load(SeqCst);

@@ -6,8 +6,8 @@
 //! beyond Missing. [`PageStates::finish`] moves them on to Cached, after the last byte.
 //!
 //! A guest may also discard a page that is still missing (balloon, MADV_DONTNEED): the page is then
-//! *Discarded* until it has come, and its contents are thrown away before it becomes Cached, as a
-//! page of zeroes. It still has to come: bytes in flight could land in it at any later time.
+//! *Discarded* until it has arrived, and its contents are dropped before it becomes Cached, as a page
+//! of zeroes. It must still arrive: bytes in flight could land in it at any later time.
 //!
 //! When lanes are lost, and nothing can land any more, landing pages become Missing again
 //! ([`PageStates::roll_back`]).
@@ -28,7 +28,7 @@ pub(crate) enum PageState {
     Missing = 0b00,
     /// Its bytes are being received into guest memory.
     Landing = 0b01,
-    /// The guest discarded it before it came: its contents must not become visible.
+    /// The guest discarded it before it arrived: its contents must not become visible.
     Discarded = 0b10,
     /// Every byte is present (or the page holds zeroes): the guest may see it.
     Cached = 0b11,
@@ -121,8 +121,8 @@ impl PageStates {
     }
 
     /// Landing → Cached for `first..first + pages`. Calls `discard` first with each page whose bytes
-    /// must be thrown away. An error of `discard` leaves that page and later ones unchanged. So does a
-    /// page that is Cached already: a discarded one that came twice, which is an error.
+    /// must be dropped. An error of `discard` leaves that page and later ones unchanged. So does a
+    /// page that is Cached already: a discarded page that arrived twice, which is an error.
     pub(crate) fn finish<E: From<AlreadyHere>>(
         &self,
         first: u64,
@@ -176,7 +176,7 @@ impl PageStates {
                 give_back(word * STATES_PER_WORD + u64::from(slot / 2), u64::from(count))?;
                 left &= !(low_bits(u64::from(2 * count)) << slot);
             }
-            // Discards may have come in the meantime; nothing else changes a landing page.
+            // Discards may have arrived meanwhile; no other event changes a landing page.
             let _ = cell.fetch_update(SeqCst, SeqCst, |now| Some(now & !landing(now)));
         }
         Ok(())
@@ -210,7 +210,7 @@ impl PageStates {
         Ok(())
     }
 
-    /// The guest has discarded these pages: those that have not come are to read as zeroes.
+    /// The guest has discarded these pages: pages that have not arrived will read as zeroes.
     pub(crate) fn discard(&self, first: u64, pages: u64) {
         for (word, mask) in self.words(first, pages) {
             // Missing and Landing become Discarded; Cached stays, as the kernel has discarded the
@@ -314,7 +314,7 @@ fn index(word: u64) -> usize {
 mod tests {
     use super::*;
 
-    /// Finishes a range and returns the pages whose bytes were to be thrown away.
+    /// Finishes a range and returns the pages whose bytes had to be dropped.
     fn finish(states: &PageStates, first: u64, pages: u64) -> Vec<u64> {
         let mut discarded = Vec::new();
         let discard = |page| {
@@ -368,7 +368,7 @@ mod tests {
         assert_eq!(states.get(500), PageState::Landing);
     }
 
-    /// Two lanes may both begin a discarded page, as its contents are never visible; it comes once.
+    /// Two lanes may both begin a discarded page, because its contents are never visible; it arrives once.
     #[test]
     fn discarded_page_arriving_twice_is_an_error() {
         let states = PageStates::new(64);
@@ -415,7 +415,7 @@ mod tests {
             Ok::<(), ()>(())
         });
         assert_eq!((found, &cached[..]), (Ok(()), &[(0, 10), (40, 3)][..]));
-        // The pages come again.
+        // The pages arrive again.
         states.begin(20, 20).unwrap();
         states.begin(43, 27).unwrap();
         finish(&states, 43, 27);

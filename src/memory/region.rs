@@ -59,16 +59,16 @@ pub(crate) struct RamFile {
     /// log2 of the page size: the kernel's (tmpfs, files) or hugetlbfs's.
     pub(crate) page_shift: u8,
     pub(crate) backing: Backing,
-    /// Whether it is on tmpfs (as a memfd is) or hugetlbfs.
+    /// Whether the file is on tmpfs (as a memfd is) or hugetlbfs.
     is_memory: bool,
-    /// Whether its times change at a write, and not when the data reaches a disk.
+    /// Whether the file's times change at a write, and not when the data reaches a disk.
     keeps_times: bool,
     /// Whether other processes share the open file, and so its position.
     is_shared: bool,
     file: File,
     mapping: Arc<Mapping>,
-    /// Its stamp since it must not change any more ([`fix`](RamFile::fix)). None while umem punches
-    /// holes. Locked only for a copy.
+    /// The file's stamp, from the moment at which it must not change any more ([`fix`](RamFile::fix)).
+    /// None while umem punches holes. Locked only for a copy.
     stamp: Mutex<Option<Stamp>>,
 }
 
@@ -309,7 +309,7 @@ impl RamFile {
         claim::take_for_guest(&self.name, self.file.as_fd())
     }
 
-    /// Ends the move, as all of the guest has come: the guest may be moved on.
+    /// Ends the move, once the whole guest has arrived: the guest may be moved on.
     pub(crate) fn end_move(&self) {
         claim::end_move(self.file.as_fd());
     }
@@ -341,15 +341,15 @@ impl RamFile {
         Ok(self.stamped().take())
     }
 
-    /// After umem has punched holes of at most `bytes`. Fails, as each [`check`](RamFile::check)
-    /// does then, if more is gone.
+    /// After umem has punched holes of at most `bytes`. If more is gone, this fails, and so does each later
+    /// [`check`](RamFile::check).
     pub(crate) fn end_holes(&self, before: Option<Stamp>, bytes: u64) -> Result<()> {
         let Some(before) = before else { return Ok(()) };
         let now = self.stamp_now()?;
         if before.lost_more_than(bytes, &now) {
             *self.stamped() = Some(before);
             return Err(self.failed(
-                "has changed while it was served: more of it was given back than the destination has",
+                "has changed while it was served: more of it was freed than the destination has",
             ));
         }
         *self.stamped() = Some(now);

@@ -40,7 +40,7 @@ impl Stamp {
             && now < before
         {
             let gone = (before - now) * 512;
-            return Some(format!("{gone} bytes of it were given back (a hole was punched)"));
+            return Some(format!("{gone} bytes of it were freed (a hole was punched)"));
         }
         let is_modified = self.modified != now.modified;
         is_modified.then(|| "it was written to, truncated or punched".to_owned())

@@ -7,7 +7,7 @@
 //! as the guest whose pages it describes. Its layout follows from the regions alone ([`Extent`]):
 //!
 //! ```text
-//! counters  8 words          totals received, the page that is being given, how far the switchover has come
+//! counters  8 words          totals received, the page that is being given, the progress of the switchover
 //! events    4 KiB a source   the buffer for the kernel's events of each userfaultfd
 //! per region:
 //!   states  2 bits a page    as in pages.rs
@@ -19,14 +19,14 @@
 //! | killed | what the next process finds and does |
 //! |---|---|
 //! | while a page lands | Landing: partial bytes are freed, *then* the page is Missing ([`PageStates::roll_back`]) |
-//! | after the page was copied in (UFFDIO_COPY), before Cached | Landing, so Missing: it comes again, and EEXIST keeps the guest's writes |
+//! | after the page was copied in (UFFDIO_COPY), before Cached | Landing, so Missing: it is sent again, and EEXIST keeps the guest's writes |
 //! | after a page of a file was given (UFFDIO_COPY), before Cached | the page is named in the counters, and the file has it: Cached |
-//! | before it was given, or as the kernel refused | the page is named, and the file does not have it: Landing, as above |
+//! | before it was given, or after the kernel refused | the page is named, and the file does not have it: Landing, as above |
 //! | after Cached, before its waiters were woken | all waiters are woken: they fault again, and the page becomes visible |
 //! | after a block's last page, before it left the userfaultfd | every complete block leaves again, without effect the second time |
 //! | after a fault was read, before the page was requested | all waiters are woken, and fault again |
 //! | after a discard was read, before it was recorded | the event is in the file: it is recorded then, twice without harm |
-//! | after a discarded page came, before it was freed | Discarded: it comes again, and is freed before it is Cached |
+//! | after a discarded page arrived, before it was freed | Discarded: it is sent again, and freed before it is Cached |
 //! | private: anywhere between Cached and released | made visible, touched and released again: none of that changes the guest's private copies |
 //!
 //! The kernel takes an event from its queue and copies it in one system call, which a signal does
@@ -193,7 +193,7 @@ pub(crate) struct RegionWords {
 impl State {
     /// A new file, all zeroes, whose length is sealed.
     pub(crate) fn new(extents: Vec<Extent>, sources: usize) -> Result<State> {
-        let what = || "a memory file for the state of the guest's pages";
+        let what = || "the memory file for the state of the guest's pages";
         let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
         let file = File::from(memfd_create(c"umem-state", flags).context(what)?);
         file.set_len(length(&extents, sources) as u64).context(what)?;

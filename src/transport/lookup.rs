@@ -41,8 +41,7 @@ impl Drop for OneOfFew {
 /// The addresses of a host, in the resolver's order, with this port.
 ///
 /// # Errors
-/// The error that ended the wait. The thread then goes on until the resolver has given up, and
-/// ends.
+/// The error that ended the wait. The thread ends when its resolver has given up.
 pub(crate) fn addresses(
     host: &str,
     port: u16,
@@ -130,7 +129,7 @@ mod tests {
 
     #[test]
     fn interrupted_wait_returns_before_the_resolver_ends() {
-        // The answer may have come before the wait begins.
+        // The answer may arrive before the wait begins.
         let wait: Wait<'_> = &|_, _| Err(Error::Interrupted("the guest goes on here".into()));
         match addresses("localhost", 7, wait) {
             Ok(found) => assert!(!found.unwrap().is_empty()),

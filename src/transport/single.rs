@@ -2,7 +2,7 @@
 //! a command whose standard input and output lead to the other side.
 //!
 //! A command's connection to umem is a socket. The command ends when that closes, as `socat`, `nc`
-//! and `ssh` do, or is ended a moment later. Ctrl-C reaches only umem, which may have to go on.
+//! and `ssh` do, or is ended a moment later. Ctrl-C reaches only umem, which may have to continue.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};

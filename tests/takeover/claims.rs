@@ -76,7 +76,7 @@ fn ram_file_stays_claimed_by_its_guest_after_umem_exits() {
     moving.incoming.kill();
     refused(&moving);
     let onward = migrate(&file).fails();
-    assert!(onward.contains("has not arrived there completely"), "{onward}");
+    assert!(onward.contains("has not completely arrived in it"), "{onward}");
     moving.incoming = moving.resume("incoming");
     moving.incoming.event("listening");
     refused(&moving);
@@ -142,8 +142,8 @@ fn ram_file_named_twice_is_refused() {
 type Wrong = (&'static str, fn(&Path), &'static str);
 
 const WRONG: [Wrong; 6] = [
-    ("open", |path| make(path, 0o666), "can be written by others than its owner (mode 0666)"),
-    ("group", |path| make(path, 0o660), "can be written by others than its owner (mode 0660)"),
+    ("open", |path| make(path, 0o666), "can be written by users other than its owner (mode 0666)"),
+    ("group", |path| make(path, 0o660), "can be written by users other than its owner (mode 0660)"),
     ("link", |path| symlink("elsewhere", path).unwrap(), "is a symbolic link, to elsewhere"),
     ("fifo", |path| mkfifo(path, Mode::S_IRWXU).unwrap(), "is a FIFO and no file"),
     ("socket", |path| drop(UnixListener::bind(path).unwrap()), "is a socket and no file"),
@@ -187,7 +187,10 @@ fn ram_file_of_another_user_is_refused() {
     let open = std::fs::Permissions::from_mode(0o777);
     std::fs::set_permissions(&directory, open).unwrap();
     let error = incoming(&scratch, &directory.join("ram"), &[]).fails();
-    assert!(error.contains("in a directory where everybody may replace it (mode 0777)"), "{error}");
+    assert!(
+        error.contains("in a directory in which every user can replace the file (mode 0777)"),
+        "{error}"
+    );
     chown(&directory, Some(nobody), None).unwrap();
     let error = incoming(&scratch, &directory.join("ram"), &[]).fails();
     assert!(error.contains("in a directory of user 65534"), "{error}");

@@ -36,8 +36,9 @@ impl HandoffSocket {
         self.command(format!("register {address} {bytes} {name}\n").as_bytes())
     }
 
-    /// Makes the preload object drop the copies of pages that come once more: ranges of addresses in the memory without
-    /// a file that begins at `block`. No thread may fill pages of it meanwhile. Returns when they are missing again.
+    /// Makes the preload object drop the copies of pages that are sent again: ranges of addresses in the memory
+    /// without a file that begins at `block`. No thread may fill pages of it meanwhile. Returns when the pages are
+    /// missing again.
     ///
     /// # Errors
     /// The preload object failed, the guest's process has ended, or it does not answer in time.
@@ -57,7 +58,7 @@ impl HandoffSocket {
         self.emptied = None;
         let silent = || {
             Error::Preload(
-                "the guest's process does not drop pages: see whether it is stopped".into(),
+                "the guest's process does not drop pages: check whether it is stopped".into(),
             )
         };
         self.stream.set_write_timeout(Some(patience)).context(|| "the hand-over socket")?;
@@ -89,7 +90,7 @@ impl HandoffSocket {
         match self.emptied.take() {
             Some(emptied) if emptied == (block, bytes) => Ok(()),
             _ => Err(Error::Preload(
-                "the guest's process has dropped other pages than those that come again".into(),
+                "the guest's process has dropped other pages than those that are sent again".into(),
             )),
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! The queue between the two threads has no limit of its own; this module limits what enters it.
 //! Pages, requests and acknowledgements never enter it, a flood of pings leaves one to answer, and
-//! pieces of device state are gathered first. Each other kind of frame comes once in a lane's life.
+//! pieces of device state are gathered first. Each other kind of frame is sent once in a lane's life.
 
 use umem_wire::Event;
 

@@ -8,8 +8,8 @@
 //! other end is the lane. A *secret* that both sides have ([`secret`]) only authenticates the
 //! opening of a lane: an attacker on the path can read and change the data that follows.
 //!
-//! A destination has a [`ServerAuth`], a source a [`ClientAuth`]. They open each lane anew, also
-//! one that replaces a lost lane: there is no resumption.
+//! A destination has a [`ServerAuth`], a source a [`ClientAuth`]. Every lane is authenticated in full,
+//! also a lane that replaces a lost one: there is no resumption.
 
 mod dialing;
 mod greeting;

@@ -41,7 +41,7 @@ pub(crate) struct Opened {
 
 /// The progress of an opening.
 pub(crate) enum Progress {
-    /// More bytes have to come.
+    /// More bytes are needed.
     Waits(Opening),
     Opened(Opened),
 }
@@ -152,7 +152,7 @@ impl Opening {
                 Err(self.refuse("no secret is known here: start umem incoming with --secret-file"))
             }
             (Err(HelloError::NotUmem), _) if bytes.starts_with(TLS_BEGINS) => {
-                Err("the peer uses TLS, and --tls-creds is not given here".into())
+                Err("the peer uses TLS, and this side has no --tls-creds".into())
             }
             (Err(error), _) => Err(error.to_string()),
         }

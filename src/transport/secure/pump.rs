@@ -1,5 +1,5 @@
 //! The thread between a TLS connection and the demand lane. It encrypts the bytes that the lane
-//! sends and decrypts those that come for it. (Bulk lanes do that in their own threads.)
+//! sends and decrypts the bytes for the lane. (Bulk lanes do that in their own threads.)
 //!
 //! ```text
 //! lane's ring <-- socket pair --> pump: plaintext | records <-- TCP --> the other side's pump
@@ -199,7 +199,7 @@ struct Pump {
     chunk: Vec<u8>,
     /// Set when the lane has ended: the time at which data was last sent.
     lane_ended: Option<Instant>,
-    /// The time at which the pump ends whatever still moves.
+    /// The time at which the pump ends, even if data still moves.
     until: Option<Instant>,
     /// [`LINGER`]
     linger: Duration,
