@@ -495,8 +495,8 @@ fn punched_holes_in_shared_memory_are_reported_first() {
     assert_eq!(program.ask(&format!("read {}", 9 * PAGE + 1)), "8");
 }
 
-/// As virtio-mem of QEMU 7.2 discards its empty memory. Pages that arrive later are kept, and umem waits for the program's
-/// monitor then and reads no reports.
+/// As virtio-mem of QEMU 7.2 discards its empty memory. Pages that arrive later are kept, and umem waits for the
+/// program's monitor then and reads no reports.
 #[test]
 fn discarding_empty_memory_does_not_wait() {
     for kind in ["shared", "private"] {

@@ -182,7 +182,8 @@ impl Source {
     /// was sent before.
     ///
     /// # Errors
-    /// [`Error::Usage`] if the region has no such bytes, and after [`Source::stopped`]: the guest must stand still then.
+    /// [`Error::Usage`] if the region has no such bytes, and after [`Source::stopped`]: the guest must stand still
+    /// then.
     pub fn written(&self, region: u16, offset: u64, bytes: u64) -> Result<()> {
         self.written_ranges(region, &[(offset, bytes)])
     }

@@ -216,7 +216,8 @@ pub(crate) fn take_for_source(name: &str, file: BorrowedFd<'_>, after_a_dead: bo
     while !take_move(file).context(|| format!("locking RAM {name}"))? {
         if Instant::now() >= deadline {
             return Err(Error::Unsupported(format!(
-                "RAM {name}: another umem moves the guest in this file, or the guest has not completely arrived in it: wait for the end of that move, or stop the move first"
+                "RAM {name}: another umem moves the guest in this file, or the guest has not completely \
+                 arrived in it: wait for the end of that move, or stop the move first"
             )));
         }
         std::thread::sleep(DEAD_INTERVAL);

@@ -13,8 +13,8 @@
 //! ← {"error": {"class": "GenericError", "desc": "too late: the guest runs at …"}}
 //! ```
 //!
-//! The socket belongs to the user who runs umem, with mode 0600, and is removed when umem ends. umem replaces the socket
-//! of a killed umem, but not a socket in use.
+//! The socket belongs to the user who runs umem, with mode 0600, and is removed when umem ends. umem replaces the
+//! socket of a killed umem, but not a socket in use.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -365,7 +365,8 @@ fn set(arguments: &Value, watch: &Watch) -> std::result::Result<(), String> {
             BACKGROUND,
             watch.bandwidth().ok_or_else(|| {
                 format!(
-                    "{BACKGROUND} limits a source's pages after the switchover (umem migrate -p); this migration sends none"
+                    "{BACKGROUND} limits a source's pages after the switchover (umem migrate -p); this \
+                     migration sends none"
                 )
             })?,
         ),

@@ -1,12 +1,12 @@
 //! The state of one side of a running migration, for observers, and their few orders to it.
 //!
 //! The control thread reports its phases to a [`Watch`] and has it take samples. Metrics, the control socket and the
-//! terminal's display read the watch from other threads. The threads that move pages count them in [`Counters`]; a watch
-//! only reads those.
+//! terminal's display read the watch from other threads. The threads that move pages count them in [`Counters`]; a
+//! watch only reads those.
 //!
 //! **Cancelling.** Until the point of no return either side can give up and leave the guest at the source. One atomic
-//! word decides: the control thread commits before the point of no return, and a cancel succeeds only before the commit.
-//! So a reported cancellation is final.
+//! word decides: the control thread commits before the point of no return, and a cancel succeeds only before the
+//! commit. So a reported cancellation is final.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -404,7 +404,8 @@ impl Watch {
     pub(crate) fn switch_to_postcopy(&self) -> std::result::Result<(), &'static str> {
         if self.role == Role::Destination {
             return Err(
-                "this is the destination, and the source switches to postcopy: send the command to the control socket of `umem migrate`",
+                "this is the destination, and the source switches to postcopy: send the command to the \
+                 control socket of `umem migrate`",
             );
         }
         let Some(passes) = self.passes.get() else {

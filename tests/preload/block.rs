@@ -82,7 +82,7 @@ fn registered_memory_is_emptied_and_waits_for_its_pages() {
     // Where umem is gone no child has it.
     assert_eq!(program.ask(&format!("fork {PAGE}")), format!("signal {}", libc::SIGSEGV));
     program.command(&format!("register {} {LENGTH} again\n", block.address));
-    is_refused(&program.message(), "block", "another RAM block's");
+    is_refused(&program.message(), "block", "memory of another RAM block");
 }
 
 #[test]
@@ -102,14 +102,14 @@ fn stale_pages_are_missing_again_and_others_stay() {
     }
     for range in [(block.address - PAGE, PAGE), (at(0), LENGTH + PAGE), (at(0) + 1, PAGE)] {
         program.command(&format!("stale {} {}\nempty {}\n", range.0, range.1, block.address));
-        is_refused(&program.message(), "block", "other memory than the guest's");
+        is_refused(&program.message(), "block", "not in the guest's memory");
     }
     program.command(&format!("empty {}\n", block.address + PAGE));
     is_refused(&program.message(), "block", "no memory without a file");
     assert_eq!(program.ask(&format!("read {PAGE}")), "41");
 
     program.command(&format!("keep\nstale {} {PAGE}\nempty {}\n", at(1), block.address));
-    is_refused(&program.message(), "block", "a guest that may run here");
+    is_refused(&program.message(), "block", "the guest may run here");
     assert_eq!(program.ask(&format!("read {PAGE}")), "41");
 }
 
@@ -141,7 +141,7 @@ fn memory_that_cannot_be_emptied_is_refused() {
     refused(address + 1, PAGE, "block", "whole pages");
     refused(address, 0, "block", "whole pages");
     refused(u64::MAX - PAGE + 1, PAGE, "block", "whole pages");
-    refused(file.address, LENGTH, "block", "another RAM block's");
+    refused(file.address, LENGTH, "block", "memory of another RAM block");
     // What lies there is not mapped, or is some program's file.
     refused(PAGE, PAGE, "block", "neither private memory");
     assert_eq!(program.ask(&format!("lock 0 {PAGE}")), "ok");

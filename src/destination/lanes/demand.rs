@@ -5,8 +5,8 @@
 //! faults of a guest in shards are served by other threads, and this thread only requests and lands. Control frames
 //! share the lane and go to the control thread.
 //!
-//! In a session that recovers the thread outlives its lane. It reports the loss of the lane, waits until no operation of
-//! the lane is left, and reports that too. Meanwhile it continues to show arrived pages and to take the guest's
+//! In a session that recovers the thread outlives its lane. It reports the loss of the lane, waits until no operation
+//! of the lane is left, and reports that too. Meanwhile it continues to show arrived pages and to take the guest's
 //! discards. On a new lane it first sends the account of arrived pages to the source, then requests the awaited pages
 //! again.
 
@@ -164,8 +164,8 @@ struct DemandThread {
     state: Option<Vec<u8>>,
     /// The send buffer, while it is not in flight.
     spare: Option<Vec<u8>>,
-    /// Whether the source has said goodbye, and may close the lane. A ping after the goodbye is answered at the end, once
-    /// the completion has been recorded.
+    /// Whether the source has said goodbye, and may close the lane. A ping after the goodbye is answered at the end,
+    /// once the completion has been recorded.
     has_parted: bool,
     ending: bool,
 }
@@ -334,8 +334,8 @@ impl DemandThread {
         Ok(())
     }
 
-    /// Releases a lost lane once none of its operations is in flight, so that it writes to no page any more, and reports
-    /// that.
+    /// Releases a lost lane once none of its operations is in flight, so that it writes to no page any more, and
+    /// reports that.
     fn let_go(&mut self, ring: &mut Ring) -> Result<()> {
         let is_quiet = |link: &mut Link| link.is_lost && link.reader.is_quiet();
         // A send is in flight.

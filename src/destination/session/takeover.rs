@@ -8,8 +8,8 @@
 //!
 //! The new process continues as after the loss of all lanes ([`link`](crate::destination::link)), after these steps:
 //! pages that were landing become missing again; events that were read but not carried out are carried out; complete
-//! blocks leave their userfaultfd; all waiting threads are woken, so that they fault again. [`words`](crate::memory::words)
-//! lists the moments at which a process can be killed, and why each is safe.
+//! blocks leave their userfaultfd; all waiting threads are woken, so that they fault again.
+//! [`words`](crate::memory::words) lists the moments at which a process can be killed, and why each is safe.
 //!
 //! Epochs start again at the lowest number: the lanes and the listener of the dead process are gone, with every waiting
 //! connection. The source's next attempt is later than all of its earlier ones.
@@ -374,8 +374,8 @@ pub(crate) fn landing(record: &DestinationRecord) -> Result<RegionTable> {
     RegionTable::new(regions).map_err(|error| strange(error.to_string()))
 }
 
-/// A monitor whose connection opens on the first request, once its guest's faults are served: until then the monitor may
-/// itself wait for a page.
+/// A monitor whose connection opens on the first request, once its guest's faults are served: until then the monitor
+/// may itself wait for a page.
 struct WaitingMonitor {
     /// The path of its socket; without one `entrusted` is the connection.
     path: Option<PathBuf>,
@@ -395,7 +395,8 @@ impl DestinationHost for WaitingMonitor {
             (None, Some(stream)) => Qmp::go_on(stream)?,
             (None, None) => {
                 return Err(Error::Host(
-                    "its QMP connection was not kept, so umem cannot run the guest: run it with the monitor command `cont`"
+                    "its QMP connection was not kept, so umem cannot run the guest: run it with the \
+                     monitor command `cont`"
                         .into(),
                 ));
             }

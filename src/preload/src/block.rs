@@ -1,8 +1,9 @@
-//! RAM that umem names by its address, once QEMU has said where it is: memory without a file.
+//! RAM that umem names by its address, once QEMU has reported the address: memory without a file.
 //!
-//! At the moment of the mapping such memory looks like any other mapping of the program, so it is registered later, when
-//! the program may have touched it. A page that is present never faults, and the guest would read its contents. So the
-//! object drops all pages first. A page that is touched between the drop and the registration shows in the page tables:
+//! At the moment of the mapping such memory looks like any other mapping of the program, so it is registered later,
+//! when the program may have touched it. A page that is present never faults, and the guest would read its contents. So
+//! the object drops all pages first. A page that is touched between the drop and the registration shows in the page
+//! tables:
 //!
 //! ```text
 //! drop      MADV_DONTNEED: no page is present            (locked memory: EINVAL, refused)
@@ -12,10 +13,10 @@
 //!
 //! The guest does not run yet, and the memory holds nothing but zeroes that `prealloc=on` has allocated.
 //!
-//! Where pages come in rounds, some of them come once more when the source's guest stands still. The object drops their
-//! copies in the same way ([`empty`]). It takes the memory out of its userfaultfd first: the kernel would report each
-//! dropped range as a discard of the guest's. So nothing of the memory is registered for a moment. A touch in that moment,
-//! khugepaged's for example, leaves a present page, which the object finds and drops as above.
+//! With passes some pages are sent again when the source's guest stands still. The object drops their copies in the
+//! same way ([`empty`]). It unregisters the memory first: the kernel would report each dropped range as a discard by
+//! the guest. So the memory is unregistered for a moment. A touch in that moment, by khugepaged for example, leaves a
+//! present page, which the object finds and drops as above.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -28,7 +29,7 @@ use crate::report::{Code, Failure, Handover};
 use crate::uffd::{self, Backing};
 use crate::{handover, state, sys};
 
-/// How often the memory is dropped anew where somebody touches it meanwhile.
+/// The most attempts to drop memory that other code touches meanwhile.
 const ATTEMPTS_MAX: usize = 8;
 
 /// Entries of the page tables that are read at a time, of 8 bytes each.
@@ -68,10 +69,10 @@ fn check(address: usize, length: usize) -> Result<(), Failure> {
     let is_whole = |number: usize| number.is_multiple_of(sys::page_size());
     let end = address.checked_add(length);
     let Some(end) = end.filter(|_| length > 0 && is_whole(address) && is_whole(length)) else {
-        return refuse(sys::EINVAL, "QEMU names memory that is not of whole pages");
+        return refuse(sys::EINVAL, "QEMU names memory that is not whole pages");
     };
     if handover::is_held(address, length) {
-        return refuse(sys::EBUSY, "QEMU names memory that is another RAM block's");
+        return refuse(sys::EBUSY, "QEMU names memory of another RAM block");
     }
     match is_anonymous(address, end) {
         Ok(true) => Ok(()),
@@ -87,7 +88,7 @@ fn check(address: usize, length: usize) -> Result<(), Failure> {
     }
 }
 
-/// Whether all of the range is mapped, writable, private and of no file.
+/// Whether all of the range is mapped, writable, private and without a file.
 fn is_anonymous(start: usize, end: usize) -> std::io::Result<bool> {
     let mut reached = start;
     for line in BufReader::new(File::open("/proc/self/maps")?).lines() {
@@ -121,7 +122,7 @@ impl Area {
         let (start, end) = words.next()?.split_once('-')?;
         let permissions = words.next()?;
         let inode = words.nth(2)?;
-        // The kernel's names are of stacks and the like; `[anon:…]` is one that a program has given.
+        // The kernel names stacks and the like; `[anon:…]` is a name that a program has given.
         let is_unnamed = words.next().is_none_or(|name| name.starts_with("[anon:"));
         Some(Area {
             start: usize::from_str_radix(start, 16).ok()?,
@@ -134,13 +135,13 @@ impl Area {
     }
 }
 
-/// Drops these ranges of the memory and registers all of it, until none of their pages is present.
+/// Drops these ranges of the memory and registers the whole memory; repeats until none of the dropped pages is present.
 fn empty_and_register(
     uffd: &OwnedFd,
     (address, length): (usize, usize),
     ranges: &[(usize, usize)],
 ) -> Result<(), Failure> {
-    // Before anything is changed.
+    // Checked before any change.
     let mut tables = PageTables::open()?;
     for _ in 0..ATTEMPTS_MAX {
         let dropped = ranges.iter().try_for_each(|&(start, size)| drop_pages(start, size));
@@ -169,11 +170,10 @@ fn unregister(uffd: &OwnedFd, address: usize, length: usize) -> Result<(), Failu
     })
 }
 
-/// Drops the copies of pages that come once more, ranges of the memory that begins at `block`. Returns how many bytes
-/// they are.
+/// Drops the copies of pages that are sent again, ranges of the memory that begins at `block`. Returns their bytes.
 pub(crate) fn empty(block: usize, stale: &[(usize, usize)]) -> Result<usize, Failure> {
     if state::guest_may_run() {
-        let text = "pages were to be dropped of a guest that may run here";
+        let text = "the guest may run here, so its pages cannot be dropped";
         return Err(Failure::new(Code::Block, sys::EBUSY, text));
     }
     let emptied = handover::with_anonymous(block, |uffd, length| {
@@ -187,7 +187,7 @@ pub(crate) fn empty(block: usize, stale: &[(usize, usize)]) -> Result<usize, Fai
                 && is_whole(size)
         };
         if !stale.iter().all(is_within) {
-            let text = "pages were to be dropped of other memory than the guest's";
+            let text = "the pages to drop are not in the guest's memory";
             return Err(Failure::new(Code::Block, sys::EINVAL, text));
         }
         unregister(uffd, block, length)?;
@@ -195,15 +195,16 @@ pub(crate) fn empty(block: usize, stale: &[(usize, usize)]) -> Result<usize, Fai
         Ok(stale.iter().map(|&(_, size)| size).sum())
     });
     emptied.unwrap_or_else(|| {
-        let text = "no memory without a file was handed over there";
+        let text = "no memory without a file was handed over at this address";
         Err(Failure::new(Code::Block, sys::EINVAL, text))
     })
 }
 
-/// No page of the range is present afterwards. Of a registered one the kernel would tell umem first.
+/// Drops the range: no page of it is present afterwards. The range must not be registered: the kernel would report the
+/// drop to umem.
 fn drop_pages(address: usize, length: usize) -> Result<(), Failure> {
     let start = std::ptr::with_exposed_provenance_mut(address);
-    // SAFETY: memory of a guest that does not run, in which nothing of ours or of the program's own lies.
+    // SAFETY: memory of a guest that does not run; it holds no data of this object or of the program.
     if unsafe { sys::madvise(start, length, sys::MADV_DONTNEED) } == 0 {
         return Ok(());
     }
@@ -221,7 +222,7 @@ fn drop_pages(address: usize, length: usize) -> Result<(), Failure> {
 /// This process's page tables.
 struct PageTables {
     pagemap: File,
-    /// What is read at a time.
+    /// The buffer of one read.
     entries: Vec<u8>,
 }
 

@@ -1,4 +1,4 @@
-//! The thread that listens to umem once something has been handed over.
+//! The thread that reads umem's commands, after the first hand-over.
 
 use std::fmt::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -9,22 +9,23 @@ use std::time::Duration;
 
 use crate::{block, handover, report, state, sys};
 
-/// It needs little more than [`RECEIVE_SIZE`] and what formatting a short line takes.
+/// The stack: little more than [`RECEIVE_SIZE`] and the formatting of a short line.
 const STACK_SIZE: usize = 128 << 10;
 
-/// Longer lines than any command are dropped unread. The longest names a region, whose name has 63 bytes at most.
+/// The most bytes of a command; longer lines are dropped unread. The longest command has a region's name, of 63 bytes
+/// at most.
 const LINE_SIZE_MAX: usize = 256;
 
-/// Commands are taken this many bytes at a time: some hundred of them.
+/// Bytes of one receive: some hundred commands.
 const RECEIVE_SIZE: usize = 8 << 10;
 
-/// Answers are collected up to this size, and sent at the latest when what was received is done.
+/// Answers are collected up to this size, and sent at the latest after the last received command.
 const ANSWERS_SIZE_MAX: usize = 8 << 10;
 
-/// How often it is tried whether there is room for the connection of a umem that takes over.
+/// The interval between attempts to accept the connection of a umem that takes over.
 const ACCEPT_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Starts the thread, once. All signals are blocked in it: QEMU's are for QEMU's threads.
+/// Starts the thread, once. It blocks all signals: QEMU's threads handle QEMU's signals.
 pub(crate) fn start(socket: i32) -> Result<(), i32> {
     static STARTED: AtomicBool = AtomicBool::new(false);
     if STARTED.swap(true, Ordering::Relaxed) {
@@ -41,17 +42,17 @@ fn thread(body: impl FnOnce() + Send + 'static) -> Result<(), i32> {
     }
 }
 
-/// What is kept for a umem that takes over, until `release`.
+/// The objects kept for a umem that takes over, until `release`.
 struct Session {
-    /// Where it connects.
+    /// The socket to which it connects.
     listener: OwnedFd,
-    /// The state of the guest's pages, and the monitor's socket: never looked at.
+    /// The state of the guest's pages, and the monitor's socket; this object does not read them.
     kept: Vec<OwnedFd>,
 }
 
 static SESSION: Mutex<Option<Arc<Session>>> = Mutex::new(None);
 
-/// The first descriptor is the listener. One session is all that there can be.
+/// Keeps a session. The first descriptor is the listener. There is at most one session.
 fn keep_session(descriptors: Vec<OwnedFd>) {
     let mut descriptors = descriptors.into_iter();
     let Some(listener) = descriptors.next() else { return };
@@ -61,22 +62,22 @@ fn keep_session(descriptors: Vec<OwnedFd>) {
         return;
     }
     let accepting = session.clone();
-    // Without the thread nobody can take over, which is how it was before.
+    // Without the thread no umem can take over, as before the session.
     if thread(move || accept(&accepting)).is_ok() {
         *slot = Some(session);
     }
 }
 
-/// Hands over again to each umem that connects: the one before it is gone then.
+/// Hands over again to each umem that connects: its predecessor is gone.
 fn accept(session: &Session) {
     loop {
         let socket = match sys::accept(session.listener.as_raw_fd()) {
             Ok(socket) => socket,
-            // Released: nobody listens there any more.
+            // Released: the socket is no longer used.
             Err(sys::EINVAL) => return,
             Err(errno) => {
-                // Mostly the program has no descriptor left, and may have one later, which no event tells. A umem
-                // that takes over waits meanwhile.
+                // Usually the program has no descriptor left. No event reports a free one, so the thread tries
+                // again; a umem that takes over waits meanwhile.
                 if errno != sys::EINTR {
                     std::thread::sleep(ACCEPT_INTERVAL);
                 }
@@ -88,7 +89,7 @@ fn accept(session: &Session) {
         let handed = handover::again(socket.as_raw_fd())
             .and_then(|()| report::send(socket.as_raw_fd(), line.as_bytes(), &kept));
         if handed.is_ok() {
-            // A umem that is not served gives up, and may try again.
+            // An unserved umem gives up, and may try again.
             let _ = thread(move || serve(socket.as_raw_fd()));
         }
     }
@@ -103,11 +104,11 @@ fn release() -> usize {
     released
 }
 
-/// Until `release` or until umem is gone. A guest that may have run here stays then, everything open,
-/// and waits; one that was still to come never will, and its process ends.
+/// Carries out commands until `release` or the end of umem. A guest that may have run here then stays and waits, with
+/// every descriptor open. A guest that has not arrived never will, so its process ends.
 fn serve(socket: i32) {
     if catch_unwind(|| carry_out_all(socket)).is_err() {
-        // To umem that is the end of this side; the guest's memory stays held.
+        // umem sees the end of this side; the guest's memory stays protected.
         sys::shut_down(socket);
     }
     if !state::guest_may_run() {
@@ -130,7 +131,7 @@ fn carry_out_all(socket: i32) {
             Ok(0) | Err(_) => break,
         };
         state::begin();
-        // No command has more.
+        // No command has more descriptors.
         commands.descriptors.truncate(sys::DESCRIPTORS_MAX);
         let end = commands.carry_out(socket, received);
         if commands.send_answers(socket).is_err() || end == End::Released {
@@ -139,22 +140,22 @@ fn carry_out_all(socket: i32) {
     }
 }
 
-/// What has been received and what is to be answered.
+/// Received bytes, and answers to send.
 struct Commands {
-    /// The beginning of a line. One of [`LINE_SIZE_MAX`] is too long already, and dropped at its end.
+    /// The start of a line. A line of [`LINE_SIZE_MAX`] is too long, and is dropped at its end.
     line: Vec<u8>,
     answers: String,
-    /// Those that came with lines which are not carried out yet.
+    /// Descriptors of lines that are not carried out yet.
     descriptors: Vec<OwnedFd>,
-    /// Ranges that the next `empty` is for: addresses and lengths.
+    /// Ranges for the next `empty`: addresses and lengths.
     stale: Vec<(usize, usize)>,
 }
 
 #[derive(PartialEq, Eq)]
 enum End {
-    /// Of what was received.
+    /// The end of the received bytes.
     Received,
-    /// Of everything.
+    /// The end of all commands, after `release`.
     Released,
 }
 
@@ -173,7 +174,7 @@ impl Commands {
             }
             self.line = line;
             self.line.clear();
-            // Nobody reads any more if this fails: the end of the stream says so as well.
+            // Fails only without a reader, and the end of the stream reports that too.
             if self.answers.len() >= ANSWERS_SIZE_MAX && self.send_answers(socket).is_err() {
                 return End::Received;
             }

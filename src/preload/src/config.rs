@@ -1,4 +1,4 @@
-//! What umem told us through the environment, and taking it out of the environment again.
+//! umem's variables in the environment: read, then removed.
 
 use std::ffi::{CStr, OsStr, OsString};
 use std::mem::ManuallyDrop;
@@ -16,40 +16,40 @@ const RAM: &str = "UMEM_PRELOAD_RAM";
 const KIND: &str = "UMEM_PRELOAD_KIND";
 const QEMU: &str = "UMEM_PRELOAD_QEMU";
 
-/// What `/proc/PID/fd` says of the file of a `memory-backend-memfd` (QEMU's backends/hostmem-memfd.c).
+/// The link in `/proc/PID/fd` of the file of a `memory-backend-memfd` (QEMU's backends/hostmem-memfd.c).
 const BACKEND_MEMFD: &str = "/memfd:memory-backend-memfd (deleted)";
 
 static CONFIG: OnceLock<Config> = OnceLock::new();
 
-/// What a QEMU gets in addition to its own options.
+/// The options that a QEMU gets in addition to its own.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Adds {
-    /// It waits for a guest.
+    /// Those to wait for a guest.
     Incoming,
-    /// And has a monitor for umem.
+    /// Those to wait for a guest, and a monitor for umem.
     Monitor,
 }
 
-/// One line of `UMEM_PRELOAD_RAM`, or what a QEMU maps as its RAM.
+/// One line of `UMEM_PRELOAD_RAM`, or a file that a QEMU maps as its RAM.
 #[derive(Clone)]
 pub(crate) struct RamFile {
     pub(crate) name: String,
     pub(crate) path: PathBuf,
 }
 
-/// How RAM files have to be mapped, and what umem makes of them.
+/// How RAM files must be mapped, and how their pages land.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// MAP_SHARED: the file stays the guest's memory.
     Shared,
-    /// MAP_PRIVATE: page by page the guest gets anonymous memory, and the file is emptied.
+    /// MAP_PRIVATE: the guest gets anonymous memory page by page, and the file is emptied.
     Private,
     /// MAP_PRIVATE | MAP_ANONYMOUS: no file. No variable asks for this kind; umem names such memory by its address.
     Anonymous,
 }
 
 impl Kind {
-    /// As the hand-over message and `UMEM_PRELOAD_KIND` write it.
+    /// The name in the hand-over message and in `UMEM_PRELOAD_KIND`.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Kind::Shared => "shared",
@@ -61,14 +61,14 @@ impl Kind {
 
 pub(crate) struct Config {
     pub(crate) socket: i32,
-    /// None for a kind that this object does not know.
+    /// None for an unknown kind.
     pub(crate) kind: Option<Kind>,
-    /// None where no program gets any.
+    /// None if no program gets options.
     pub(crate) adds: Option<Adds>,
     ram: Vec<RamFile>,
 }
 
-/// Reads the variables, once; without them the object stays a bystander.
+/// Reads the variables, once; without them the object does nothing.
 pub(crate) fn read_environment() {
     let Some(socket) = std::env::var(SOCKET).ok().and_then(|number| number.parse().ok()) else {
         return;
@@ -83,23 +83,24 @@ pub(crate) fn read_environment() {
         Ok("incoming") => Some(Adds::Incoming),
         _ => None,
     };
-    // Loaded twice into one process is possible (two paths to one object); the first one counts.
+    // An object may be loaded twice into one process, by two paths; the first one counts.
     let _ = CONFIG.set(Config { socket, kind, adds, ram });
 }
 
-/// None until the constructor has run: mappings made before are none of ours.
+/// None until the constructor has run: earlier mappings are not the guest's.
 pub(crate) fn get() -> Option<&'static Config> {
     CONFIG.get()
 }
 
 impl Config {
-    /// RAM files are known by their paths. Otherwise they are what a QEMU maps in the way in which it maps its RAM.
+    /// Whether RAM files are known by their paths. Otherwise they are recognised by the way in which a QEMU maps its
+    /// RAM.
     pub(crate) fn has_names(&self) -> bool {
         !self.ram.is_empty()
     }
 
     /// The RAM file behind an open descriptor. The path is looked up each time, because QEMU makes
-    /// the file itself, after we were loaded.
+    /// the file itself, after this object was loaded.
     pub(crate) fn ram_file(&self, descriptor: i32) -> Option<RamFile> {
         if self.ram.is_empty() && !is_qemu() {
             return None;
@@ -127,8 +128,8 @@ impl Config {
         self.ram.iter().find(|ram| is_same(&ram.path)).cloned()
     }
 
-    /// Keeps socket and variables from whatever this program starts. The program that maps a RAM
-    /// file is the one that was meant; wrappers before it had to pass them on.
+    /// Keeps socket and variables from programs that this program starts. The program that maps a RAM
+    /// file is the intended one; wrappers before it had to pass them on.
     pub(crate) fn hide(&self) {
         static HIDDEN: Once = Once::new();
         HIDDEN.call_once(|| {
@@ -163,7 +164,7 @@ fn parse_ram(list: &OsStr) -> Vec<RamFile> {
     list.as_bytes().split(|&byte| byte == b'\n').filter_map(parse_line).collect()
 }
 
-/// The value of LD_PRELOAD less this object: what else the user preloads is theirs to pass on.
+/// The value of LD_PRELOAD without this object: the user's other objects stay.
 fn without_this_object(value: &OsStr) -> Option<OsString> {
     let own = sys::object_path(crate::mmap64 as *const ());
     let is_separator = |byte: &u8| *byte == b':' || *byte == b' ';
@@ -175,10 +176,10 @@ fn without_this_object(value: &OsStr) -> Option<OsString> {
     (!others.is_empty()).then(|| OsStr::from_bytes(&others.join(&b':')).to_owned())
 }
 
-/// This program is a QEMU that umem waits for.
+/// Notes that this program is a QEMU for which umem waits.
 pub(crate) static IS_QEMU: AtomicBool = AtomicBool::new(false);
 
-/// Whether it is.
+/// Whether this program is a QEMU for which umem waits.
 pub(crate) fn is_qemu() -> bool {
     IS_QEMU.load(Ordering::Relaxed)
 }

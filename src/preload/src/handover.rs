@@ -1,4 +1,4 @@
-//! A RAM file being mapped: protect the mapping, hand it over, or undo it.
+//! The mapping of a RAM file: it is protected and handed over, or undone.
 
 use std::ffi::{c_int, c_void};
 use std::mem::ManuallyDrop;
@@ -12,26 +12,26 @@ use crate::report::{self, Code, Failure};
 use crate::uffd::{self, Backing};
 use crate::{state, sys, whole};
 
-/// What has been handed over and is not released yet. The userfaultfds in it are the duplicates
-/// that make the guest wait when umem dies: only [`release`] closes them.
+/// Memory that was handed over and is not released yet. Its userfaultfds are the duplicates that make
+/// the guest wait when umem dies: only [`release`] closes them.
 static HELD: Mutex<Vec<Held>> = Mutex::new(Vec::new());
 
 struct Held {
     name: String,
     address: usize,
     length: usize,
-    /// Where in its file that begins.
+    /// The offset of its start in the file.
     offset: u64,
     /// Mapped shared: the file is the guest's memory.
     is_shared: bool,
     page_size: usize,
-    /// Its file's pages are huge ones, as far as its file system could.
+    /// Its file's pages are huge, as far as the file system could make them.
     is_huge: bool,
-    /// QEMU asks several times whether it may populate; umem is told of the first.
+    /// Whether a refusal was reported: QEMU tries to populate several times, and umem gets one report.
     has_refused: bool,
-    /// What the program itself has last said of forks: [`release`] leaves it so.
+    /// The program's own last advice about forks, which [`release`] restores.
     wants_dont_fork: bool,
-    /// What was said of it, for a umem that takes over.
+    /// The hand-over message, for a umem that takes over.
     told: report::Handover,
     uffd: OwnedFd,
     /// None for memory without a file.
@@ -40,13 +40,13 @@ struct Held {
 
 /// The file of memory that was handed over.
 struct RamDescriptor {
-    /// The open file that the locks are on: of all that are mapped from this file the same.
+    /// The open file that has the locks: the same for all mappings of this file.
     file: OwnedFd,
     /// The program's own descriptor of the file.
     number: c_int,
 }
 
-/// Maps a RAM file in the caller's stead. Returns what `mmap` returns, with errno set.
+/// Maps a RAM file for the caller. Returns the result of `mmap`, with errno set.
 ///
 /// # Safety
 ///
@@ -65,7 +65,7 @@ pub(crate) unsafe fn map(
     };
     config.hide();
     if state::is_settled() {
-        // What has not come of it would read as zeroes there.
+        // Missing pages would read as zeroes in the second mapping.
         if held().iter().any(|held| is_same(held, descriptor)) {
             report::complaint(
                 &ram.name,
@@ -105,7 +105,7 @@ pub(crate) unsafe fn map(
     }
     let mapped = Mapped { ram, kind, start: mapping, length, descriptor, offset: offset_in_file };
     if let Err(failure) = protect(config.socket, &mapped, locked) {
-        // SAFETY: the mapping was made above and nobody else knows of it yet.
+        // SAFETY: the mapping was made above and has no other user yet.
         unsafe { sys::munmap(mapping, length) };
         return fail(&failure);
     }
@@ -132,8 +132,8 @@ pub(crate) fn refuse_remap(address: usize, length: usize) -> bool {
     )
 }
 
-/// Notes what the program wants to become of the range in a child that it forks. True if the range
-/// reaches into memory that was handed over: no child may have it before [`release`].
+/// Notes the program's advice about the range in forked children. True if the range reaches into
+/// memory that was handed over: no child may have it before [`release`].
 pub(crate) fn note_fork_advice(address: usize, length: usize, dont_fork: bool) -> bool {
     let mut is_held = false;
     for held in held().iter_mut().filter(|held| held.overlaps(address, length)) {
@@ -143,9 +143,9 @@ pub(crate) fn note_fork_advice(address: usize, length: usize, dont_fork: bool) -
     is_held
 }
 
-/// True if the range reaches into memory that was handed over and whose page tables need not go: it is shared, or
-/// still empty, or has no file and the guest has not been loaded yet. Until then the source alone says what is in such
-/// memory, and in rounds the memory has copies of pages that QEMU knows nothing of.
+/// True if the range reaches into memory that was handed over and whose page tables may stay: the memory is shared, or
+/// still empty, or has no file and the guest has not been loaded yet. Until then the source alone decides the contents
+/// of such memory, and with passes the memory has copies of pages that are unknown to QEMU.
 pub(crate) fn keeps(address: usize, length: usize) -> bool {
     let is_kept = |held: &Held| match held.descriptor() {
         Some(file) => held.is_shared || is_empty(file),
@@ -154,14 +154,13 @@ pub(crate) fn keeps(address: usize, length: usize) -> bool {
     held().iter().any(|held| held.overlaps(address, length) && is_kept(held))
 }
 
-/// Nothing of a RAM file has come yet, nor will before umem has said something.
+/// Whether the memory is still empty: no page arrives before umem's first command.
 fn is_empty(descriptor: c_int) -> bool {
     !state::has_begun() && blocks_of(descriptor).is_ok_and(|blocks| blocks == 0)
 }
 
-/// Punches a hole into a file; through the mapping where the file is shared memory that was handed over. Fails
-/// with an errno. There the hole has to be of whole pages: what else of a page that has not come is to be zeroes
-/// nobody could keep in mind.
+/// Punches a hole into a file; through the mapping if the file is shared memory that was handed over. Fails with an
+/// errno. Through the mapping the hole must be whole pages: umem has no record of a partly discarded page.
 pub(crate) fn punch(descriptor: c_int, mode: c_int, offset: u64, length: u64) -> Result<(), c_int> {
     let in_file = |from: u64, to: u64| match from < to {
         true if sys::fallocate(descriptor, mode, from as i64, (to - from) as i64) != 0 => {
@@ -185,8 +184,8 @@ pub(crate) fn punch(descriptor: c_int, mode: c_int, offset: u64, length: u64) ->
             }
             let address = start + (from - mapped.start) as usize;
             let pages = std::ptr::with_exposed_provenance_mut(address);
-            // The lock is not held: this waits until umem has heard of it.
-            // SAFETY: the caller wants these bytes of the file to be zeroes, whoever has it mapped.
+            // The lock is not held: this waits until umem has read the event.
+            // SAFETY: the caller wants these bytes of the file to be zeroes, in every mapping.
             if unsafe { sys::madvise(pages, (to - from) as usize, sys::MADV_REMOVE) } != 0 {
                 return Err(sys::last_errno());
             }
@@ -196,8 +195,8 @@ pub(crate) fn punch(descriptor: c_int, mode: c_int, offset: u64, length: u64) ->
     in_file(done, end)
 }
 
-/// Where shared memory that was handed over is mapped from this file: the address, what of the file that is, and the
-/// size of its pages; as they lie in the file.
+/// The mappings of this file that were handed over, in the order of their offsets: the address, the range of the file,
+/// the page size.
 fn shared_mappings_of(descriptor: c_int) -> Vec<(usize, Range<u64>, u64)> {
     let all = held();
     let mut found: Vec<_> = all
@@ -209,15 +208,15 @@ fn shared_mappings_of(descriptor: c_int) -> Vec<(usize, Range<u64>, u64)> {
     found
 }
 
-/// Makes the pages of the range the guest's own. They are there, or umem brings them meanwhile.
-/// Fails with the name of the RAM, as far as it is known, and the answer.
+/// Makes private copies of the pages of the range. The pages are present, or umem fills them meanwhile.
+/// Fails with the name of the RAM, if known, and the answer.
 pub(crate) fn touch(address: usize, length: usize) -> Result<(), (String, Failure)> {
     let Some(name) = name_of(address, length) else {
-        let text = "no memory of this guest is there";
+        let text = "no memory of this guest is at this address";
         return Err((String::new(), Failure::new(Code::Touch, sys::EINVAL, text)));
     };
     let start = std::ptr::with_exposed_provenance_mut(address);
-    // The lock is not held: this may wait for umem. Only this thread lets memory go.
+    // The lock is not held: this may wait for umem. Only this thread releases memory.
     // SAFETY: a write fault in every page changes no content.
     if unsafe { sys::madvise(start, length, sys::MADV_POPULATE_WRITE) } == 0 {
         return Ok(());
@@ -230,13 +229,13 @@ pub(crate) fn touch(address: usize, length: usize) -> Result<(), (String, Failur
     touched.map_err(|errno| (name, Failure::new(Code::Touch, errno, text)))
 }
 
-/// Where a sandbox keeps that advice from us: a write to each page, which changes nothing of it. By the kernel, as the
-/// program may have unmapped the page.
+/// The fallback if a sandbox forbids that advice: a write to each page that changes no content. The kernel writes,
+/// because the program may have unmapped the page.
 fn touch_each(address: usize, length: usize) -> Result<(), i32> {
     (address..address + length).step_by(sys::page_size().max(1)).try_for_each(sys::write_nothing)
 }
 
-/// The RAM that all of the range belongs to, where it is whole pages.
+/// The RAM to which the whole range belongs; the range must be whole pages.
 fn name_of(address: usize, length: usize) -> Option<String> {
     let is_whole = length > 0
         && address.is_multiple_of(sys::page_size())
@@ -252,12 +251,12 @@ impl Held {
         self.address.saturating_add(self.length)
     }
 
-    /// Of the file that the locks are on.
+    /// The file that has the locks.
     fn descriptor(&self) -> Option<c_int> {
         self.file.as_ref().map(|ram| ram.file.as_raw_fd())
     }
 
-    /// What of its file it is.
+    /// Its range of the file.
     fn part(&self) -> Range<u64> {
         self.offset..self.offset.saturating_add(self.length as u64)
     }
@@ -283,7 +282,7 @@ fn refuse(is_meant: impl Fn(&Held) -> bool, code: Code, text: &str) -> bool {
     if !held.has_refused {
         held.has_refused = true;
         let failure = Failure::new(code, sys::EFAULT, text);
-        // A guest that may be running here must not end because of what has just been refused.
+        // The refusal must not end a guest that may be running here.
         if state::guest_may_run() {
             report::complaint(&held.name, &failure);
         } else {
@@ -293,7 +292,7 @@ fn refuse(is_meant: impl Fn(&Held) -> bool, code: Code, text: &str) -> bool {
     true
 }
 
-/// Everything is unregistered: closes the userfaultfds and says how many there were.
+/// Closes the userfaultfds, once everything is unregistered, and returns their number.
 pub(crate) fn release() -> usize {
     let released = std::mem::take(&mut *held());
     for held in &released {
@@ -306,8 +305,8 @@ pub(crate) fn release() -> usize {
         }
     }
     let count = released.len();
-    // Where the program has closed its own descriptor since, or closes the one of several that is locked, ours keeps
-    // the file locked for as long as it lives.
+    // If the program closes its own descriptor, or the locked one of several, this descriptor keeps the file locked as
+    // long as the program lives.
     let files: Vec<RamDescriptor> = released.into_iter().filter_map(|held| held.file).collect();
     let identities: Vec<_> = files.iter().map(|ram| identity_of(ram.file.as_raw_fd())).collect();
     for (ram, file) in files.into_iter().zip(&identities) {
@@ -323,7 +322,7 @@ fn identity_of(descriptor: c_int) -> Option<(u64, u64)> {
     metadata(descriptor).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// What is mapped there is called so from now on.
+/// Names the memory at this address.
 pub(crate) fn rename(address: usize, name: &str) {
     for held in held().iter_mut().filter(|held| held.address == address) {
         name.clone_into(&mut held.name);
@@ -331,7 +330,7 @@ pub(crate) fn rename(address: usize, name: &str) {
     }
 }
 
-/// What is mapped there is no RAM: umem has closed its userfaultfd, and with ours nothing is registered any more.
+/// Forgets memory that is not RAM: umem has closed its userfaultfd, and closing this duplicate unregisters the memory.
 pub(crate) fn forget(address: usize) {
     let mut all = held();
     let Some(index) = all.iter().position(|held| held.address == address) else { return };
@@ -346,7 +345,7 @@ pub(crate) fn forget(address: usize) {
     }
 }
 
-/// Hands everything that is not released over once more, to a umem that takes over. Fails with an errno.
+/// Hands everything that is not released over again, to a umem that takes over. Fails with an errno.
 pub(crate) fn again(socket: i32) -> Result<(), i32> {
     for held in held().iter() {
         send(socket, held)?;
@@ -354,7 +353,7 @@ pub(crate) fn again(socket: i32) -> Result<(), i32> {
     Ok(())
 }
 
-/// Sends the hand-over message of something, with its descriptors. Fails with an errno.
+/// Sends a hand-over message with its descriptors. Fails with an errno.
 fn send(socket: i32, held: &Held) -> Result<(), i32> {
     let descriptors: Vec<c_int> =
         std::iter::once(held.uffd.as_raw_fd()).chain(held.descriptor()).collect();
@@ -365,7 +364,7 @@ fn held() -> MutexGuard<'static, Vec<Held>> {
     HELD.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Looks whether the mapping that is asked for can be handed over, and locks its file. Gives what the locks are on.
+/// Checks whether the requested mapping can be handed over, and locks its file. Returns the file that has the locks.
 fn lock_before(
     ram: &RamFile,
     kind: Kind,
@@ -377,7 +376,7 @@ fn lock_before(
         return Err(Failure::new(
             Code::ShareOff,
             sys::EINVAL,
-            "the memory backend maps its file privately: give it share=on",
+            "the memory backend maps its file privately: set share=on",
         ));
     }
     if kind == Kind::Private && flags & sys::MAP_TYPE != sys::MAP_PRIVATE {
@@ -397,7 +396,7 @@ fn lock_before(
         let other = held.part();
         other.start < part.end && part.start < other.end
     };
-    // With names given each is of a whole file.
+    // A named RAM file is mapped as a whole.
     let is_named = config::get().is_some_and(config::Config::has_names);
     if of_file.iter().any(overlaps) || (is_named && all.iter().any(|held| held.name == ram.name)) {
         return Err(Failure::new(
@@ -411,10 +410,12 @@ fn lock_before(
         return keep(other);
     }
     drop(all);
-    // Held from here on by the description that this program has opened, so that it ends with this program.
+    // This program's open file description holds the lock from here on, so the lock ends with the program.
     if let Err(errno) = sys::lock_ram(descriptor) {
         let text = match errno {
-            sys::EAGAIN => "another guest has its memory in this file, or another umem moves it",
+            sys::EAGAIN => {
+                "another guest has its memory in this file, or another umem moves the guest in it"
+            }
             _ => "the RAM file cannot be locked",
         };
         return Err(Failure::new(Code::RamLocked, errno, text));
@@ -430,23 +431,23 @@ fn lock_before(
     keep(descriptor)
 }
 
-/// A mapping that nobody knows of yet.
+/// A mapping that is not handed over yet.
 struct Mapped<'a> {
     ram: &'a RamFile,
     kind: Kind,
     start: *mut c_void,
-    /// As it was asked for, bytes.
+    /// The requested length, bytes.
     length: usize,
     descriptor: c_int,
     /// In its file.
     offset: u64,
 }
 
-/// `file` is what the locks are on.
+/// `file` has the locks.
 fn protect(socket: i32, mapped: &Mapped, file: OwnedFd) -> Result<(), Failure> {
     let &Mapped { ram, kind, start, length, descriptor, offset } = mapped;
-    // Pages that came with the mapping itself (locked from before, MAP_POPULATE) hold zeroes, and no
-    // fault will ever ask for them.
+    // Pages populated with the mapping itself (an earlier mlockall, MAP_POPULATE) are zeroes and never
+    // fault.
     if blocks_of(descriptor)? > 0 {
         return Err(Failure::new(
             Code::RamPopulated,
@@ -470,14 +471,14 @@ fn protect(socket: i32, mapped: &Mapped, file: OwnedFd) -> Result<(), Failure> {
         page_size: backing.page_size,
         features,
     };
-    // Pages that have become anonymous are small ones, whatever the file's were.
+    // Pages that became anonymous are small, also if the file's pages are huge.
     let is_huge = kind == Kind::Shared
         && block_size_of(descriptor) >= whole::HUGE_PAGE_SIZE as u64
         && sys::hugetlbfs_page_size(descriptor).is_none();
     hand_over(socket, told, uffd, Some(RamDescriptor { file, number: descriptor }), is_huge)
 }
 
-/// Hands over memory without a file, which is registered and which no forked child has.
+/// Hands over memory without a file; it is registered and kept from forked children.
 pub(crate) fn hand_over_anonymous(
     socket: i32,
     told: report::Handover,
@@ -486,8 +487,8 @@ pub(crate) fn hand_over_anonymous(
     hand_over(socket, told, uffd, None, false)
 }
 
-/// Calls `change` with the userfaultfd and the length of the memory without a file that begins there. None if there is
-/// none. Nobody else changes anything of it meanwhile.
+/// Calls `change` with the userfaultfd and the length of the memory without a file that begins at this address. None if
+/// there is no such memory. The lock excludes other changes meanwhile.
 pub(crate) fn with_anonymous<T>(
     address: usize,
     change: impl FnOnce(&OwnedFd, usize) -> T,
@@ -510,7 +511,7 @@ fn hand_over(
     is_huge: bool,
 ) -> Result<(), Failure> {
     let address = told.address;
-    // Held before it is sent: from the moment umem has it, ours must be the spare.
+    // Kept before it is sent: as soon as umem has the userfaultfd, this duplicate must exist.
     let mut all = held();
     all.push(Held {
         name: told.ram.name.clone(),
@@ -521,7 +522,7 @@ fn hand_over(
         page_size: told.page_size.max(1),
         is_huge,
         has_refused: false,
-        // A QEMU keeps all of its RAM from children as it makes it, which is before memory without a file is handed over.
+        // A QEMU keeps all of its RAM from children when it makes the RAM, before memory without a file is handed over.
         wants_dont_fork: file.is_none(),
         told,
         uffd,
@@ -549,8 +550,8 @@ pub(crate) fn keep_from_children(address: usize, length: usize) -> Result<(), Fa
 }
 
 fn advise_fork(address: usize, length: usize, advice: c_int) -> c_int {
-    // SAFETY: what a child inherits changes, and no content. Where the program has unmapped the range
-    // meanwhile the kernel says so, and there is nothing to do.
+    // SAFETY: changes whether a child inherits the range, and no content. If the program has unmapped the range
+    // meanwhile, the call fails without effect.
     unsafe { sys::madvise(std::ptr::with_exposed_provenance_mut(address), length, advice) }
 }
 

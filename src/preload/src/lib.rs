@@ -1,117 +1,120 @@
-//! The shared object that an unmodified QEMU is started with (`LD_PRELOAD`): it hands the guest's
-//! RAM to umem before the guest or QEMU can touch it.
+//! The shared object with which umem starts an unmodified QEMU (`LD_PRELOAD`): it hands the guest's RAM to umem before
+//! the guest or QEMU can touch the RAM.
 //!
-//! # What goes in
+//! # Input
 //!
 //! | variable | meaning |
 //! |---|---|
 //! | `UMEM_PRELOAD_SOCKET` | number of an inherited descriptor, one end of a unix stream socket pair |
-//! | `UMEM_PRELOAD_RAM` | `name=path`, one a line: the RAM files to wait for; without it they are what a QEMU maps as its RAM |
+//! | `UMEM_PRELOAD_RAM` | `name=path`, one a line: the RAM files to wait for; without it, the files that a QEMU maps as its RAM |
 //! | `UMEM_PRELOAD_QEMU` | `incoming`: a QEMU gets the options to wait for a guest; `monitor`: and a monitor |
-//! | `UMEM_PRELOAD_KIND` | `shared` (also if it is not set) or `private`: how they have to be mapped |
+//! | `UMEM_PRELOAD_KIND` | `shared` (the default) or `private`: how the RAM files must be mapped |
 //!
-//! # What goes over the socket
+//! # Messages on the socket
 //!
-//! Every message is one line of JSON. A program that loads the object says
+//! Every message is one line of JSON. A program that loads the object sends
 //!
 //! ```text
 //! {"preload":1,"pid":4711,"program":"/usr/bin/qemu-system-x86_64"}
 //! ```
 //!
-//! and a wrapper (a shell script, `taskset`, `numactl`) says it as well, before QEMU does: the
-//! variables and the socket pass through programs until one maps a RAM file. From then on they are
-//! gone, so that nothing QEMU starts inherits them.
+//! A wrapper (a shell script, `taskset`, `numactl`) sends this message as well, before QEMU does: the variables and the
+//! socket pass through programs until one maps a RAM file. From then on they are gone, so that no program that QEMU
+//! starts inherits them.
 //!
-//! A QEMU, which is known by its name, says further, with umem's end of a socket for its monitor if it was to have one,
+//! A QEMU is recognised by its name. It also sends the following, with umem's end of a socket for its monitor if the
+//! variables ask for a monitor:
 //!
 //! ```text
 //! {"qemu":1,"monitor":true,"registers":true}
 //! ```
 //!
-//! (`registers`: it knows the command of that name) and of each file that it makes on tmpfs or hugetlbfs, which is its owner's alone,
+//! `registers` means that the object has the command `register`. For each file that a QEMU makes on tmpfs or hugetlbfs,
+//! which only its owner can access, the object sends
 //!
 //! ```text
 //! {"made":"/dev/shm/x","device":27,"inode":16}
 //! ```
 //!
-//! When a named file is mapped writable, or a QEMU maps a file of tmpfs or hugetlbfs over memory that it has reserved,
-//! which is how it maps its RAM, one `sendmsg` carries
+//! A RAM file is handed over when a named file is mapped writable, or when a QEMU maps a file of tmpfs or hugetlbfs
+//! over memory that it has reserved, which is how QEMU maps its RAM. One `sendmsg` carries
 //!
 //! ```text
 //! [{"name":"ram0","path":"/dev/shm/x","base_host_virt_addr":140737354133504,"size":268435456,
 //!   "offset":0,"file_offset":0,"page_size":4096,"kind":"shared","features":1064,"pid":4711,"umem":2}]
 //! ```
 //!
-//! (on one line; addresses and sizes in bytes, `features` as `UFFDIO_API` granted them) and exactly
-//! two descriptors: the userfaultfd, registered MISSING and MINOR over the mapping, then the RAM
-//! file. One message for each mapping, each with a userfaultfd of its own. There is no answer. `file_offset` is where
-//! in its file the mapping begins. Of a file that is mapped in several places, at offsets of their own, the file that
-//! comes is the same open file for each: its locks are on that.
-//! `umem` says which version of the commands below is understood.
+//! on one line, and exactly two descriptors: the userfaultfd, registered MISSING and MINOR over the mapping, then the
+//! RAM file. Addresses and sizes are bytes. `features` are those that `UFFDIO_API` granted. `file_offset` is the
+//! mapping's offset in its file. `umem` is the version of the commands below. There is one message for each mapping,
+//! each with its own userfaultfd, and no answer. If a file is mapped in several places, at different offsets, each
+//! message carries the same open file, which has the locks.
 //!
-//! What cannot be protected is not mapped: the mapping is undone, `mmap` fails, QEMU refuses to
-//! start, and the socket says why (the codes are [`report::Code`]):
+//! Memory that cannot be protected is not mapped: the object undoes the mapping, `mmap` fails, and QEMU refuses to
+//! start. The socket gets the reason (the codes are [`report::Code`]):
 //!
 //! ```text
 //! {"error":"ram-in-use","name":"ram0","errno":16,"text":"…"}
 //! ```
 //!
-//! After the first hand-over, and in a QEMU from the moment at which it maps the first of its RAM, a thread of ours reads
-//! command lines, any number at once, and carries them out in their order:
+//! # Commands
+//!
+//! After the first hand-over, and in a QEMU from its first RAM mapping on, a thread of the object reads lines of
+//! commands and carries them out in order:
 //!
 //! | command | answer | |
 //! |---|---|---|
 //! | `ping` | `{"pong":1}` | |
 //! | `register ADDRESS LENGTH NAME` | a hand-over message | empties and registers private memory without a file |
 //! | `stale ADDRESS LENGTH` | | names a range for the next `empty` |
-//! | `empty ADDRESS` | `{"emptied":ADDRESS,"size":LENGTH}` | drops the stale ranges of the memory that was registered there |
-//! | `name ADDRESS NAME` | | what is mapped there is called so from now on |
-//! | `forget ADDRESS` | | what is mapped there is no RAM: closes our userfaultfd of it |
-//! | `settled` | | that was all: what is mapped from now on (a DIMM that is plugged in later) is none of ours |
-//! | `touch ADDRESS LENGTH` | `{"touched":ADDRESS,"size":LENGTH}` | makes these pages the guest's own |
+//! | `empty ADDRESS` | `{"emptied":ADDRESS,"size":LENGTH}` | drops the stale ranges of the memory registered at this address |
+//! | `name ADDRESS NAME` | | names the memory mapped at this address |
+//! | `forget ADDRESS` | | the memory at this address is not RAM: closes the object's userfaultfd of it |
+//! | `settled` | | all RAM has been handed over: later mappings (a DIMM that is plugged in) are not umem's |
+//! | `touch ADDRESS LENGTH` | `{"touched":ADDRESS,"size":LENGTH}` | makes private copies of these pages for the guest |
 //! | `keep` | | the guest may run here from now on |
 //! | `session` | | with two or three descriptors: keeps them for a umem that takes over |
-//! | `release` | `{"released":N}` | everything is unregistered: closes our userfaultfds, ends the thread |
+//! | `release` | `{"released":N}` | everything is unregistered: closes the object's userfaultfds, ends the thread |
 //!
-//! Addresses and lengths are decimal, bytes, whole pages of one RAM file. A `touch` that fails is
-//! answered by `{"error":"touch",…}` and changes nothing. What `register` hands over is of kind `anonymous`: its
-//! message comes with the userfaultfd alone, which reports missing pages. Before `keep` a page that has come there may
-//! be `stale`, and is missing again once `empty` has been answered; `size` is the ranges' sum. A program's own
-//! MADV_DONTNEED does nothing there before `keep`. If the socket closes before `keep`, no guest
-//! will come: the process is killed.
+//! Addresses and lengths are decimal, bytes, whole pages of one RAM file. A `touch` that fails is answered with
+//! `{"error":"touch",…}` and changes nothing. `register` hands over memory of kind `anonymous`: the message has only
+//! the userfaultfd, which reports missing pages. Before `keep` an arrived page of such memory may become `stale`; it is
+//! missing again once `empty` has been answered, and `size` is the sum of the ranges. Before `keep` the program's own
+//! MADV_DONTNEED has no effect on such memory. If the socket closes before `keep`, no guest will arrive, and the object
+//! kills the process.
 //!
-//! With `session` come a unix socket that listens, a memory file and, perhaps, umem's end of the
-//! monitor's socket. Whoever connects to the listening socket, in which the file system lets nobody
-//! but umem's user, gets every hand-over message again, and then
+//! `session` carries a listening unix socket, a memory file and, optionally, umem's end of the monitor's socket. Only
+//! umem's user can connect to the listening socket (its file has mode 0600). A umem that connects gets every hand-over
+//! message again, and then
 //!
 //! ```text
 //! {"session":2}
 //! ```
 //!
-//! with the memory file and the monitor's socket (`1` without it); commands come on that connection
-//! then. So a umem that was killed after `keep` can be replaced, while the guest waits.
+//! with the memory file and the monitor's socket (`1` without the socket). Commands then arrive on that connection. So
+//! a umem that was killed after `keep` can be replaced while the guest waits.
 //!
-//! Until `release` the memory is in no forked child (MADV_DONTFORK) and stays where it is (`mremap`
-//! fails): the kernel would not tell umem of either, and missing pages would read as zeroes there.
+//! # Calls that the object changes
 //!
-//! A discard of shared memory has to be told apart from page tables that are dropped, and the kernel reports
-//! both alike, and a hole that is punched in the file not at all. QEMU discards (balloon, reports of free pages,
-//! virtio-mem) by punching and then dropping. So until `release` a hole is punched through the mapping
-//! (`MADV_REMOVE`), which is reported, before anything is gone, as the discard that it is; and dropping does
-//! nothing. A program that makes sure, as it starts, that its memory is empty (virtio-mem of QEMU 7.2) discards
-//! nothing, and is not to wait for a umem that waits for its monitor: nothing happens, and nothing is reported.
+//! Until `release` no forked child has the memory (MADV_DONTFORK), and `mremap` of it fails: the kernel would report
+//! neither to umem, and missing pages would read as zeroes in the copy.
+//!
+//! The kernel reports a discard of shared memory and a drop of page tables alike, and does not report a hole punched in
+//! the file. QEMU discards pages (balloon, free page reporting, virtio-mem) with both: it punches, then drops. So until
+//! `release` the object punches a hole through the mapping (`MADV_REMOVE`), which the kernel reports as a discard
+//! before the pages are gone, and ignores the drop. A program that empties its memory at its start (virtio-mem of QEMU
+//! 7.2) discards nothing, and must not wait for a umem that itself waits for the monitor: the object ignores that call.
 //!
 //! # What must hold
 //!
-//! - The userfaultfds stay open in this process until `release`. A closed one would let the guest
-//!   read zeroes for pages that never arrived; an open one makes it wait, whatever became of umem.
-//! - No RAM file named to us is ever mapped writable and left unprotected.
-//! - A mapping that is none of ours costs a few comparisons: nothing is locked, nothing allocated.
-//! - Nothing here panics, and nothing but the C library is needed: the object is loaded into
-//!   programs that know nothing of it.
+//! - The userfaultfds stay open in this process until `release`. A closed userfaultfd would let the guest read zeroes
+//!   for pages that never arrived; an open one makes the guest wait, even without umem.
+//! - No named RAM file is ever mapped writable and left unprotected.
+//! - Any other mapping costs a few comparisons, without a lock or an allocation.
+//! - Nothing here panics or needs more than the C library: the object is loaded into unsuspecting programs.
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
-compile_error!("the preload object needs 64-bit Linux: it speaks its system calls and layouts");
+compile_error!("the preload object needs 64-bit Linux: it uses its system calls and layouts");
 
 mod block;
 mod commands;
@@ -127,7 +130,7 @@ mod whole;
 
 use std::ffi::{c_char, c_int, c_long, c_void};
 
-/// Run by the dynamic linker when the object has been loaded, before `main`.
+/// The dynamic linker runs this after loading the object, before `main`.
 #[used]
 #[unsafe(link_section = ".init_array")]
 static INITIALISE: extern "C" fn() = initialise;
@@ -140,7 +143,7 @@ extern "C" fn initialise() {
     }
 }
 
-/// `mmap64` of the C library, which is what Debian's QEMU calls.
+/// `mmap64` of the C library, which Debian's QEMU calls.
 ///
 /// # Safety
 ///
@@ -185,11 +188,13 @@ pub unsafe extern "C" fn mmap(
     unsafe { mmap64(address, length, protection, flags, descriptor, offset) }
 }
 
-/// `madvise` of the C library: passed on, but populating handed-over memory (`prealloc=on`) is
-/// refused. It would wait, for ever or for the whole migration, for pages that are still elsewhere.
-/// Letting forked children have it (`MADV_DOFORK`) is put off until it is complete. Dropping the page tables of
-/// shared memory (`MADV_DONTNEED`) is done by doing nothing: its bytes have to stay, and the kernel would report
-/// to umem what it reports of a discard. So is a discard of what is still empty.
+/// `madvise` of the C library: passed on, with exceptions for handed-over memory:
+///
+/// - Populating it (`prealloc=on`) is refused: the call would wait for pages that are still at the source, for the
+///   whole migration or forever.
+/// - Giving it to forked children (`MADV_DOFORK`) is postponed until it is complete.
+/// - Dropping the page tables of shared memory (`MADV_DONTNEED`) is ignored: the bytes must stay, and the kernel would
+///   report the drop to umem as a discard. A discard of memory that is still empty is ignored too.
 ///
 /// # Safety
 ///
@@ -216,9 +221,9 @@ pub unsafe extern "C" fn madvise(address: *mut c_void, length: usize, advice: c_
     unsafe { sys::madvise(address, length, advice) }
 }
 
-/// `fallocate64` of the C library, which is what QEMU calls: passed on, but a hole in handed-over memory is
-/// punched by way of its mapping (`MADV_REMOVE`). The kernel says nothing of a hole that is punched in a file, and
-/// what comes later would fill it; of the other it tells umem, which has heard of it before the pages go.
+/// `fallocate64` of the C library, which QEMU calls: passed on, but a hole in handed-over memory is punched through the
+/// mapping (`MADV_REMOVE`). The kernel does not report a hole punched in a file, and a page that arrives later would
+/// fill the hole. It reports `MADV_REMOVE` to umem, which reads the event before the pages are gone.
 #[unsafe(no_mangle)]
 pub extern "C" fn fallocate64(descriptor: c_int, mode: c_int, offset: i64, length: i64) -> c_int {
     if mode & sys::FALLOC_FL_PUNCH_HOLE != 0 && offset >= 0 && length > 0 {
@@ -244,11 +249,11 @@ pub extern "C" fn fallocate(
     fallocate64(descriptor, mode, offset, length)
 }
 
-/// `mremap` of the C library: passed on, but moving, growing or doubling handed-over memory is refused.
-/// The userfaultfd would not come along, and what is missing would read as zeroes.
+/// `mremap` of the C library: passed on, but moving, growing or doubling handed-over memory is refused. The new mapping
+/// would not be registered, and missing pages would read as zeroes.
 ///
-/// The C library's takes its last argument only if it is given; on every processor that this object
-/// is made for an argument that is not given is a register that is not looked at.
+/// The C library's function reads its last argument only with a flag. On every supported processor a missing argument
+/// is a register that the function does not read.
 ///
 /// # Safety
 ///
@@ -261,7 +266,7 @@ pub unsafe extern "C" fn mremap(
     flags: c_int,
     new_address: *mut c_void,
 ) -> *mut c_void {
-    // Shrinking without a new place unmaps the rest, which anybody may.
+    // Shrinking in place unmaps the rest, which is allowed.
     let shrinks = length > 0 && new_length <= length && flags & !sys::MREMAP_MAYMOVE == 0;
     if !shrinks && handover::refuse_remap(address as usize, length) {
         return sys::map_failed(sys::ENOMEM);
@@ -270,8 +275,8 @@ pub unsafe extern "C" fn mremap(
     unsafe { sys::mremap(address, length, new_length, flags, new_address) }
 }
 
-/// `mlockall` of the C library: passed on, but locking handed-over memory (`mem-lock=on`) is refused,
-/// for the same reason. Locking pages as they come (`MCL_ONFAULT`) is fine.
+/// `mlockall` of the C library: passed on, but locking handed-over memory (`mem-lock=on`) is refused, because the call
+/// would wait for missing pages. Locking pages on arrival (`MCL_ONFAULT`) is allowed.
 ///
 /// # Safety
 ///
@@ -287,7 +292,7 @@ pub unsafe extern "C" fn mlockall(flags: c_int) -> c_int {
     unsafe { sys::mlockall(flags) }
 }
 
-/// The RAM file that this mapping is of, if it is a writable mapping of one.
+/// The RAM file of this mapping, if it is a writable mapping of a RAM file.
 fn ram_file(protection: c_int, flags: c_int, descriptor: c_int) -> Option<config::RamFile> {
     let anonymous = flags & sys::MAP_ANONYMOUS != 0;
     if anonymous || descriptor < 0 || protection & sys::PROT_WRITE == 0 {
@@ -295,8 +300,8 @@ fn ram_file(protection: c_int, flags: c_int, descriptor: c_int) -> Option<config
     }
     let config = config::get()?;
     if !config.has_names() {
-        // A QEMU maps its RAM over what it has reserved. Of the other kind it is none of ours, and umem learns of it
-        // when it asks for QEMU's RAM blocks.
+        // A QEMU maps its RAM over memory that it has reserved. RAM of another kind is not handled here: umem finds it
+        // when it queries QEMU's RAM blocks.
         let is_shared = flags & sys::MAP_SHARED != 0;
         if flags & sys::MAP_FIXED == 0 || is_shared != (config.kind == Some(config::Kind::Shared)) {
             return None;
@@ -305,8 +310,8 @@ fn ram_file(protection: c_int, flags: c_int, descriptor: c_int) -> Option<config
     config.ram_file(descriptor)
 }
 
-/// `open64` of the C library, by which a QEMU makes its RAM files: passed on, but a file that it makes on tmpfs or
-/// hugetlbfs is its owner's alone.
+/// `open64` of the C library, with which a QEMU makes its RAM files: passed on, but a new file on tmpfs or hugetlbfs
+/// is accessible to its owner only.
 ///
 /// # Safety
 ///

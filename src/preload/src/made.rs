@@ -1,4 +1,4 @@
-//! Files that a QEMU makes: whose they are, and which of them are there because of us.
+//! Files that a QEMU makes: their owner, and the files that umem has to remove if no guest arrives.
 
 use std::ffi::{CStr, OsStr, c_char, c_int};
 use std::mem::ManuallyDrop;
@@ -9,7 +9,7 @@ use std::path::Path;
 
 use crate::{config, report, state, sys};
 
-/// `open(2)`. `mode` is none where the flags make no file.
+/// `open(2)`. `mode` is ignored if the flags make no file.
 ///
 /// # Safety
 ///
@@ -33,7 +33,7 @@ pub(crate) unsafe fn open(path: *const c_char, flags: c_int, mode: c_int) -> c_i
     descriptor
 }
 
-/// The path's directory is on tmpfs or hugetlbfs.
+/// Whether the path's directory is on tmpfs or hugetlbfs.
 fn is_in_memory(path: &CStr) -> bool {
     let path = Path::new(OsStr::from_bytes(path.to_bytes()));
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());

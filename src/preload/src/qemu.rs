@@ -1,5 +1,5 @@
-//! A program that is a QEMU gets the options that umem needs, wherever in a chain of wrappers it is started: its
-//! `main` is called with more words than it was executed with.
+//! A QEMU gets the options that umem needs, also behind a chain of wrappers: its `main` is called with more words than
+//! the command line has.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::os::fd::{AsRawFd, IntoRawFd};
@@ -29,7 +29,7 @@ type Start = unsafe extern "C" fn(
 /// # Safety
 ///
 /// Only for the program's entry, which has the words of the command line from the kernel.
-#[expect(unreachable_pub, reason = "the dynamic loader finds it by its name")]
+#[expect(unreachable_pub, reason = "the dynamic loader finds the function by its name")]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn __libc_start_main(
     main: Main,
@@ -52,7 +52,7 @@ pub unsafe extern "C" fn __libc_start_main(
     unsafe { start(main, count, words, init, fini, loader_fini, stack_end) }
 }
 
-/// The words of a QEMU's command line with those that it needs; None where nothing is to be added.
+/// The words of a QEMU's command line with the needed options; None if there is nothing to add.
 ///
 /// # Safety
 ///
@@ -63,7 +63,7 @@ unsafe fn with_options(count: c_int, words: *mut *mut c_char) -> Option<(c_int, 
     let count = usize::try_from(count).ok().filter(|&count| count > 0)?;
     // SAFETY: the caller's promise.
     let given = unsafe { std::slice::from_raw_parts(words, count) };
-    // SAFETY: each is a string, which stays where it is for as long as the process lives.
+    // SAFETY: each is a string, which stays in place as long as the process lives.
     let texts: Vec<&[u8]> =
         given.iter().map(|&word| unsafe { CStr::from_ptr(word) }.to_bytes()).collect();
     if !is_qemu(texts.first()?) {
@@ -101,7 +101,7 @@ unsafe fn with_options(count: c_int, words: *mut *mut c_char) -> Option<(c_int, 
         let Ok((theirs, ours)) = UnixStream::pair() else {
             refuse("no socket for QEMU's monitor: too many descriptors are open");
         };
-        // QEMU's, for as long as it lives.
+        // QEMU uses it as long as it lives.
         let number = ours.into_raw_fd();
         add("-chardev");
         add(&format!("socket,id=umem-qmp,fd={number}"));
@@ -111,19 +111,20 @@ unsafe fn with_options(count: c_int, words: *mut *mut c_char) -> Option<(c_int, 
     }
     let sent = report::qemu(config.socket, umems_end.as_ref().map(AsRawFd::as_raw_fd));
     if sent.is_err() {
-        refuse("umem is gone, or something between it and QEMU has closed its socket");
+        refuse("umem is gone, or a program between umem and QEMU has closed umem's socket");
     }
     let mut all: Vec<*mut c_char> = given.to_vec();
     all.extend(added.into_iter().map(CString::into_raw));
     let count = c_int::try_from(all.len()).ok()?;
     all.push(std::ptr::null_mut());
-    // As the kernel's own, they are there until the end.
+    // Like the kernel's own words, these stay until the process ends.
     Some((count, Box::leak(all.into_boxed_slice()).as_mut_ptr()))
 }
 
-/// A program maps writable memory at an address of its choice, as a QEMU does for all of its RAM blocks, the firmware's
-/// among them, on its main thread and before it answers at its monitor. From the first one on umem is listened to, for
-/// RAM that it names by its address, and what QEMU starts inherits nothing of ours.
+/// Called when a program maps writable memory at an address of its choice. A QEMU does so for all of its RAM blocks,
+/// the firmware's included, on its main thread and before its monitor answers. From the first such mapping on this
+/// object reads umem's commands, which name RAM by its address, and programs that QEMU starts inherit nothing of this
+/// object.
 pub(crate) fn maps_ram() {
     static BEGUN: Once = Once::new();
     if !config::is_qemu() || BEGUN.is_completed() {
@@ -133,14 +134,14 @@ pub(crate) fn maps_ram() {
     BEGUN.call_once(|| {
         config.hide();
         if let Err(errno) = state::listen(config.socket) {
-            let text = "no thread can be started that listens to umem";
+            let text = "the thread that reads umem's commands cannot be started";
             report::failure(config.socket, "", &Failure::new(Code::Options, errno, text));
             sys::exit(1);
         }
     });
 }
 
-/// By the name that it was called by, or the name of its file: `qemu-system-x86_64`, `qemu-kvm`, `kvm`.
+/// Recognises a QEMU by the name that it was called by, or by its file's name: `qemu-system-x86_64`, `qemu-kvm`, `kvm`.
 fn is_qemu(called: &[u8]) -> bool {
     let file = std::fs::read_link("/proc/self/exe").unwrap_or_default();
     [Path::new(std::ffi::OsStr::from_bytes(called)), &file].into_iter().any(|path| {

@@ -1,4 +1,4 @@
-//! The lines we send to umem.
+//! The lines that this object sends to umem.
 
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
@@ -7,44 +7,44 @@ use std::path::Path;
 use crate::config::{Kind, RamFile};
 use crate::sys;
 
-/// Why a RAM file was not handed over: the value of `error`.
+/// The reason why a RAM file was not handed over: the value of `error`.
 #[derive(Clone, Copy)]
 pub(crate) enum Code {
     /// This user may not use userfaultfd, or only for faults of user mode.
     Permission,
-    /// The kernel has no userfaultfd, or gave none for another reason.
+    /// The kernel has no userfaultfd, or refused it for another reason.
     Unavailable,
-    /// The kernel's userfaultfd lacks what is needed.
+    /// The kernel's userfaultfd lacks a feature.
     Features,
     /// UFFDIO_REGISTER failed.
     Register,
     /// The file had contents before it was mapped.
     RamInUse,
-    /// Another guest has the file, or another umem moves the guest that is in it.
+    /// Another guest has the file, or another umem moves the guest in it.
     RamLocked,
-    /// The file got contents as it was mapped.
+    /// The file got contents when it was mapped.
     RamPopulated,
     /// The same file was mapped a second time.
     RamTwice,
-    /// The file is mapped privately, and is to be the guest's memory.
+    /// The file is mapped privately, but must become the guest's memory.
     ShareOff,
-    /// The file is mapped shared, and the guest is to end with anonymous memory.
+    /// The file is mapped shared, but the guest must end with anonymous memory.
     ShareOn,
     /// `UMEM_PRELOAD_KIND` names a kind that this object does not know.
     Kind,
-    /// A QEMU was started with options that umem has no use for.
+    /// A QEMU was started with options that do not work with umem.
     Options,
-    /// QEMU populates memory that was handed over; this one comes after the hand-over.
+    /// QEMU populates memory that was handed over; sent after the hand-over.
     Prealloc,
-    /// QEMU locks memory that was handed over; this one too comes after the hand-over.
+    /// QEMU locks memory that was handed over; sent after the hand-over.
     MemLock,
-    /// Memory that was handed over is to be moved or resized; after the hand-over as well.
+    /// The program moves or resizes memory that was handed over; sent after the hand-over.
     Remap,
-    /// Memory could not be touched as umem asked; an answer, and nothing else has changed.
+    /// A `touch` failed; the answer, without other effects.
     Touch,
-    /// umem has named memory by its address, and that cannot be filled page by page.
+    /// Memory that umem named by its address cannot be filled page by page.
     Block,
-    /// The socket failed; umem will hardly see this one.
+    /// The socket failed; umem probably does not receive this code.
     Send,
 }
 
@@ -75,7 +75,7 @@ impl Code {
 
 pub(crate) struct Failure {
     code: Code,
-    /// What `mmap` fails with.
+    /// The errno of the failing `mmap`.
     pub(crate) errno: i32,
     text: String,
 }
@@ -86,14 +86,14 @@ impl Failure {
     }
 }
 
-/// What the hand-over message says; addresses and sizes in bytes.
+/// The fields of the hand-over message; addresses and sizes in bytes.
 #[derive(Clone)]
 pub(crate) struct Handover {
     pub(crate) ram: RamFile,
     pub(crate) kind: Kind,
     pub(crate) address: usize,
     pub(crate) length: usize,
-    /// Where in its file it begins.
+    /// The offset of its start in the file.
     pub(crate) file_offset: u64,
     pub(crate) page_size: usize,
     pub(crate) features: u64,
@@ -106,17 +106,17 @@ pub(crate) fn hello(socket: i32) {
         std::process::id(),
         json_string(program.as_os_str().as_bytes()),
     );
-    // A wrapper may have closed the socket; that is told when RAM is mapped, not by every program.
+    // A wrapper may have closed the socket; that is reported when RAM is mapped, not by every program.
     let _ = send(socket, line.as_bytes(), &[]);
 }
 
-/// This is a QEMU, and has these options.
+/// Reports a QEMU with these options.
 pub(crate) fn qemu(socket: i32, monitor: Option<i32>) -> Result<(), i32> {
     let line = format!("{{\"qemu\":1,\"monitor\":{},\"registers\":true}}\n", monitor.is_some());
     send(socket, line.as_bytes(), monitor.as_slice())
 }
 
-/// This QEMU has made a file, which nobody needs if the guest does not come.
+/// Reports a file that this QEMU has made, and that is useless if the guest does not arrive.
 pub(crate) fn made(socket: i32, path: &Path, identity: (u64, u64)) {
     let line = format!(
         "{{\"made\":{},\"device\":{},\"inode\":{}}}\n",
@@ -143,14 +143,14 @@ pub(crate) fn handover_line(handover: &Handover) -> String {
     )
 }
 
-/// Tells umem, or, where it cannot be told, whoever reads QEMU's standard error.
+/// Reports to umem, or to QEMU's standard error if umem cannot be reached.
 pub(crate) fn failure(socket: i32, name: &str, failure: &Failure) {
     if send(socket, failure_line(name, failure).as_bytes(), &[]).is_err() {
         complaint(name, failure);
     }
 }
 
-/// Tells whoever reads QEMU's standard error.
+/// Reports to QEMU's standard error.
 pub(crate) fn complaint(name: &str, failure: &Failure) {
     sys::write_stderr(format!("umem: {name}: {}\n", failure.text).as_bytes());
 }
@@ -165,7 +165,7 @@ pub(crate) fn failure_line(name: &str, failure: &Failure) -> String {
     )
 }
 
-/// Sends it all, the descriptors with the first byte. Fails with an errno.
+/// Sends all bytes, the descriptors with the first byte. Fails with an errno.
 pub(crate) fn send(socket: i32, line: &[u8], descriptors: &[i32]) -> Result<(), i32> {
     let mut rest = line;
     let mut descriptors = descriptors;

@@ -1,38 +1,38 @@
-//! How far umem has come with this program.
+//! umem's progress with this program.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Starts the thread that listens to umem on a socket, once, or says the errno.
+/// Starts the thread that reads umem's commands on a socket, once. Fails with an errno.
 pub(crate) type Listen = fn(socket: i32) -> Result<(), i32>;
 
 static LISTEN: OnceLock<Listen> = OnceLock::new();
 
-/// How umem is listened to. To be called when the object has been loaded.
+/// Sets the function that starts the command thread. Called when the object has been loaded.
 pub(crate) fn listens_by(listen: Listen) {
     let _ = LISTEN.set(listen);
 }
 
-/// umem is listened to from now on: something has been handed over.
+/// Starts the command thread, after the first hand-over.
 pub(crate) fn listen(socket: i32) -> Result<(), i32> {
     LISTEN.get().map_or(Ok(()), |listen| listen(socket))
 }
 
-/// umem has said `keep`: whatever becomes of it, this process stays.
+/// Whether umem has sent `keep`: this process stays even if umem ends.
 static KEEPS: AtomicBool = AtomicBool::new(false);
 
-/// All of the guest's memory has been handed over: what is mapped from now on is none that umem brings.
+/// Whether all of the guest's memory has been handed over: umem does not fill later mappings.
 static SETTLED: AtomicBool = AtomicBool::new(false);
 
-/// True once umem knows which memory the guest has.
+/// True once umem knows the guest's memory.
 pub(crate) fn is_settled() -> bool {
     SETTLED.load(Ordering::Relaxed)
 }
 
-/// umem has said something.
+/// Whether umem has sent a command.
 static HAS_BEGUN: AtomicBool = AtomicBool::new(false);
 
-/// True once umem has begun its work. Before that it may not look at what the kernel reports to it.
+/// True once umem has begun its work. Before that it may not read the kernel's events.
 pub(crate) fn has_begun() -> bool {
     HAS_BEGUN.load(Ordering::Relaxed)
 }
@@ -42,17 +42,17 @@ pub(crate) fn guest_may_run() -> bool {
     KEEPS.load(Ordering::Relaxed)
 }
 
-/// umem has begun its work.
+/// Notes that umem has begun its work.
 pub(crate) fn begin() {
     HAS_BEGUN.store(true, Ordering::Relaxed);
 }
 
-/// The guest may run here from now on.
+/// Notes that the guest may run here from now on.
 pub(crate) fn keep() {
     KEEPS.store(true, Ordering::Relaxed);
 }
 
-/// umem knows which memory the guest has.
+/// Notes that umem knows the guest's memory.
 pub(crate) fn settle() {
     SETTLED.store(true, Ordering::Relaxed);
 }

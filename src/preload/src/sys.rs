@@ -1,5 +1,5 @@
-//! The C library and the kernel, as far as they are needed: declarations of our own, because the
-//! object is compiled by a build script, without any dependency. Errors are errno values.
+//! The needed parts of the C library and the kernel. The declarations are here because a build script compiles the
+//! object without any dependency. Errors are errno values.
 
 use std::ffi::{CStr, c_char, c_int, c_long, c_void};
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -39,11 +39,11 @@ pub(crate) const ENOSYS: c_int = 38;
 pub(crate) const EOPNOTSUPP: c_int = 95;
 
 const O_RDWR: c_int = 0o2;
-/// Makes a file that was not there.
+/// Makes a file that did not exist.
 pub(crate) const O_NEW: c_int = 0o100 | 0o200;
 const O_NONBLOCK: c_int = 0o4000;
 const O_CLOEXEC: c_int = 0o2_000_000;
-/// What a userfaultfd is made with.
+/// The flags of a new userfaultfd.
 pub(crate) const O_UFFD: c_int = O_CLOEXEC | O_NONBLOCK;
 
 const F_SETFD: c_int = 2;
@@ -186,7 +186,7 @@ mod c {
     }
 }
 
-/// The system call itself, so that no other interposed `mmap` and not our own comes between.
+/// The system call itself: bypasses every interposed `mmap`, this object's too.
 ///
 /// # Safety
 ///
@@ -199,7 +199,7 @@ pub(crate) unsafe fn mmap(
     descriptor: c_int,
     offset: i64,
 ) -> *mut c_void {
-    // The kernel reads whole registers, so everything is widened before it is passed on.
+    // The kernel reads whole registers, so every argument is widened.
     // SAFETY: the caller's promises.
     let result = unsafe {
         c::syscall(
@@ -223,19 +223,19 @@ pub(crate) unsafe fn madvise(address: *mut c_void, length: usize, advice: c_int)
     unsafe { c::syscall(number::MADVISE, address, length, c_long::from(advice)) as c_int }
 }
 
-/// A page that is discarded as often as that between two system calls is no page that somebody uses.
+/// The most attempts. A page that is discarded this often between two system calls is not in use.
 const WRITE_TRIES: u32 = 16;
 
-/// Has the kernel write to the page at `address`, four bytes aligned, by an atomic operation that changes nothing of it:
-/// futex(2) with FUTEX_WAKE_OP, which needs no futex to be there. An address that is not mapped is an error, where a
-/// write of this process's own would end the process.
+/// Has the kernel write to the page at `address`, four bytes aligned, by an atomic operation that changes nothing of
+/// it: futex(2) with FUTEX_WAKE_OP, which needs no futex to be there. An address that is not mapped is an error, where
+/// a write of this process's own would end the process.
 ///
-/// futex(2) does not wait for a page that a userfaultfd has to bring: it fails with EFAULT. process_vm_readv(2) waits, so
-/// a byte of such a page is read first. The page may be discarded in between, so both are tried [`WRITE_TRIES`] times.
+/// futex(2) does not wait for a missing page of a userfaultfd: it fails with EFAULT. process_vm_readv(2) waits, so a
+/// byte of such a page is read first. The page may be discarded in between, so both are tried [`WRITE_TRIES`] times.
 pub(crate) fn write_nothing(address: usize) -> Result<(), c_int> {
     const FUTEX_WAKE_OP: c_long = 5;
     const FUTEX_PRIVATE_FLAG: c_long = 128;
-    /// Or with nothing (FUTEX_OP_OR, 0), and compare with nothing.
+    /// OR with 0 (FUTEX_OP_OR), which changes nothing, and a comparison without effect.
     const OR_NOTHING: c_long = 2 << 28;
     let operation = FUTEX_WAKE_OP | FUTEX_PRIVATE_FLAG;
     let none: c_long = 0;
@@ -250,11 +250,11 @@ pub(crate) fn write_nothing(address: usize) -> Result<(), c_int> {
             _ => read_byte(address)?,
         }
     }
-    // It can be read and not written: it is mapped so.
+    // Readable but not writable: the mapping is read-only.
     Err(EFAULT)
 }
 
-/// Has the kernel read a byte at `address`, and waits for a page that a userfaultfd has to bring.
+/// Has the kernel read a byte at `address`; waits for a missing page of a userfaultfd.
 fn read_byte(address: usize) -> Result<(), c_int> {
     let mut byte = 0u8;
     let into = Iovec { base: (&raw mut byte).cast_const(), length: 1 };
@@ -263,7 +263,7 @@ fn read_byte(address: usize) -> Result<(), c_int> {
     let (one, none): (c_long, c_long) = (1, 0);
     // SAFETY: getpid passes no memory.
     let pid = c_long::from(unsafe { c::getpid() });
-    // SAFETY: one byte is written, to a variable of ours; the kernel checks where it is read from.
+    // SAFETY: one byte is written, to a local variable; the kernel checks the source address.
     let result = unsafe { c::syscall(number::PROCESS_VM_READV, pid, into, one, from, one, none) };
     if result == 1 { Ok(()) } else { Err(last_errno()) }
 }
@@ -303,11 +303,11 @@ pub(crate) unsafe fn mlockall(flags: c_int) -> c_int {
 ///
 /// As for `munmap(2)`.
 pub(crate) unsafe fn munmap(address: *mut c_void, length: usize) {
-    // SAFETY: the caller's promises. It fails only for a range that is no mapping.
+    // SAFETY: the caller's promises. The call fails only for a range without a mapping.
     unsafe { c::munmap(address, length) };
 }
 
-/// What a failing `mmap` returns, with errno set.
+/// The result of a failing `mmap`, with errno set.
 pub(crate) fn map_failed(errno: c_int) -> *mut c_void {
     set_errno(errno);
     MAP_FAILED
@@ -345,7 +345,7 @@ pub(crate) fn open_device(path: &CStr) -> Result<OwnedFd, c_int> {
     // SAFETY: the path is a C string.
     let descriptor = unsafe { c::open(path.as_ptr(), O_RDWR | O_CLOEXEC) };
     check(i64::from(descriptor))?;
-    // SAFETY: just opened, and ours alone.
+    // SAFETY: just opened, without another owner.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
@@ -377,7 +377,7 @@ pub(crate) fn is_memory(descriptor: c_int) -> bool {
     result == 0 && [HUGETLBFS_MAGIC, TMPFS_MAGIC].contains(&(statfs.kind as u32))
 }
 
-/// `open` without whoever has interposed it, and that is us.
+/// The system call `open`: bypasses the interposed functions.
 ///
 /// # Safety
 ///
@@ -387,9 +387,9 @@ pub(crate) unsafe fn open(path: *const c_char, flags: c_int, mode: c_int) -> c_i
     unsafe { c::openat(AT_FDCWD, path, flags, mode) }
 }
 
-/// What comes behind us under this name, for the program.
+/// The next function of this name after this object's, for the program.
 pub(crate) fn next_symbol(name: &CStr) -> Option<*mut c_void> {
-    // SAFETY: the name is a string; -1 means what comes behind this object.
+    // SAFETY: the name is a string; -1 means the objects after this one.
     let symbol = unsafe { c::dlsym(RTLD_NEXT, name.as_ptr()) };
     (!symbol.is_null()).then_some(symbol)
 }
@@ -399,17 +399,17 @@ pub(crate) fn exit(status: c_int) -> ! {
     unsafe { c::_exit(status) }
 }
 
-/// The first byte of a file at `offset` or behind it that is no hole; None if there is none.
+/// The first byte of data of a file at `offset` or after it; None without data.
 pub(crate) fn next_data(descriptor: c_int, offset: u64) -> Option<u64> {
     seek(descriptor, offset, SEEK_DATA)
 }
 
-/// The first hole of a file at `offset` or behind it; its end is one.
+/// The first hole of a file at `offset` or after it; the end of the file counts as a hole.
 pub(crate) fn next_hole(descriptor: c_int, offset: u64) -> Option<u64> {
     seek(descriptor, offset, SEEK_HOLE)
 }
 
-/// The descriptor's own position, which is the monitor's, is put back.
+/// Restores the descriptor's position, which belongs to the monitor.
 fn seek(descriptor: c_int, offset: u64, whence: c_int) -> Option<u64> {
     let offset = i64::try_from(offset).ok()?;
     // SAFETY: no memory is passed.
@@ -427,7 +427,7 @@ pub(crate) fn page_size() -> usize {
     usize::try_from(size).unwrap_or(4096)
 }
 
-/// One `sendmsg`, without SIGPIPE. Returns how many bytes went.
+/// One `sendmsg`, without SIGPIPE. Returns the bytes sent.
 pub(crate) fn send_message(
     socket: c_int,
     bytes: &[u8],
@@ -458,7 +458,7 @@ pub(crate) fn send_message(
     check(unsafe { c::sendmsg(socket, &raw const message, MSG_NOSIGNAL) } as i64)
 }
 
-/// Returns 0 at the end of the stream. Descriptors that come with the bytes are added to those there.
+/// Returns 0 at the end of the stream. Appends descriptors that arrive with the bytes.
 pub(crate) fn receive(
     socket: c_int,
     buffer: &mut [u8],
@@ -475,7 +475,7 @@ pub(crate) fn receive(
         control_length: size_of::<Rights>(),
         flags: 0,
     };
-    // SAFETY: the message points to the buffer and to the rights, both ours to write to for the call, with
+    // SAFETY: the message points to the buffer and to the rights, both writable for the call, with
     // their own lengths.
     let count = check(unsafe { c::recvmsg(socket, &raw mut message, MSG_CMSG_CLOEXEC) } as i64)?;
     let has_rights = message.control_length >= RIGHTS_HEADER_SIZE
@@ -483,7 +483,7 @@ pub(crate) fn receive(
     if has_rights {
         let bytes = rights.length.saturating_sub(RIGHTS_HEADER_SIZE);
         for &descriptor in rights.descriptors.iter().take(bytes / size_of::<c_int>()) {
-            // SAFETY: the kernel has just made this descriptor for us alone.
+            // SAFETY: the kernel has just made this descriptor, which has no other owner.
             descriptors.push(unsafe { OwnedFd::from_raw_fd(descriptor) });
         }
     }
@@ -492,26 +492,26 @@ pub(crate) fn receive(
 
 /// Waits for a connection.
 pub(crate) fn accept(listener: c_int) -> Result<OwnedFd, c_int> {
-    // SAFETY: nobody's address is asked for.
+    // SAFETY: no address is requested.
     let socket =
         unsafe { c::accept4(listener, std::ptr::null_mut(), std::ptr::null_mut(), SOCK_CLOEXEC) };
     check(i64::from(socket))?;
-    // SAFETY: the kernel has just made this descriptor for us alone.
+    // SAFETY: the kernel has just made this descriptor, which has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(socket) })
 }
 
-/// Has whoever waits for connections there give up.
+/// Ends the wait for connections on this socket.
 pub(crate) fn shut_down(socket: c_int) {
-    // SAFETY: no memory is passed. One that is shut down already stays so.
+    // SAFETY: no memory is passed. A second shutdown has no effect.
     unsafe { c::shutdown(socket, SHUT_RDWR) };
 }
 
-/// Another descriptor of the same file, not for programs that this one starts.
+/// Another descriptor of the same file, closed on exec.
 pub(crate) fn duplicate(descriptor: c_int) -> Result<OwnedFd, c_int> {
     // SAFETY: no memory is passed.
     let number = unsafe { c::fcntl(descriptor, F_DUPFD_CLOEXEC, 0) };
     check(i64::from(number))?;
-    // SAFETY: the kernel has just made this descriptor for us alone.
+    // SAFETY: the kernel has just made this descriptor, which has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
@@ -525,8 +525,8 @@ struct Lock {
     pid: c_int,
 }
 
-/// Takes a RAM file for this process's guest, and for the umem that brings it, with this very open file
-/// description: what umem's `memory::claim` does. Fails with EAGAIN if another one has it.
+/// Locks a RAM file for this process's guest, and for the umem that moves the guest, with this open file description,
+/// as umem's `memory::claim` does. Fails with EAGAIN if another description has the lock.
 pub(crate) fn lock_ram(descriptor: c_int) -> Result<(), c_int> {
     let lock = Lock { kind: F_WRLCK, whence: 0, start: 0, length: 0, pid: 0 };
     // SAFETY: the lock is read, and outlives the call.
@@ -535,20 +535,20 @@ pub(crate) fn lock_ram(descriptor: c_int) -> Result<(), c_int> {
     check(i64::from(unsafe { c::flock(descriptor, LOCK_EX | LOCK_NB) })).map(drop)
 }
 
-/// All of it has come: the guest may be moved on.
+/// Ends the move, once the whole guest has arrived: the guest may be moved on.
 pub(crate) fn unlock_move(descriptor: c_int) {
     // SAFETY: no memory is passed.
     unsafe { c::flock(descriptor, LOCK_UN) };
 }
 
-/// At once: other threads may be waiting in page faults that nobody answers any more.
+/// Ends the process at once: other threads may wait in page faults without an answer.
 pub(crate) fn kill_this_process() {
     // SAFETY: no memory is passed.
     unsafe { c::kill(c::getpid(), SIGKILL) };
 }
 
 pub(crate) fn write_stderr(bytes: &[u8]) {
-    // SAFETY: the bytes are readable for the call. A failure leaves nowhere to tell it.
+    // SAFETY: the bytes are readable for the call. A failure cannot be reported.
     unsafe { c::write(2, bytes.as_ptr().cast(), bytes.len()) };
 }
 
@@ -560,7 +560,7 @@ pub(crate) fn object_path(function: *const ()) -> Option<&'static CStr> {
         symbol_name: std::ptr::null(),
         symbol_address: std::ptr::null_mut(),
     };
-    // SAFETY: the structure is the C library's; the address is only looked up.
+    // SAFETY: the structure is the C library's; the call only looks the address up.
     let found = unsafe { c::dladdr(function.cast(), &raw mut info) };
     if found == 0 || info.object_path.is_null() {
         return None;
@@ -570,7 +570,7 @@ pub(crate) fn object_path(function: *const ()) -> Option<&'static CStr> {
     Some(unsafe { CStr::from_ptr(info.object_path) })
 }
 
-/// Runs `action` with all signals blocked, which a thread made in it inherits.
+/// Runs `action` with all signals blocked; a thread that it starts inherits that.
 pub(crate) fn with_signals_blocked<T>(action: impl FnOnce() -> T) -> T {
     let all: SignalSet = [u64::MAX; 16];
     let mut before: SignalSet = [0; 16];

@@ -1,4 +1,4 @@
-//! Opening a userfaultfd that catches the kernel's faults too, and registering a mapping with it.
+//! Opening a userfaultfd that also catches the kernel's faults, and registering a mapping with it.
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
@@ -13,7 +13,7 @@ const THREAD_ID: u64 = 1 << 8;
 const MINOR_HUGETLBFS: u64 = 1 << 9;
 const MINOR_SHMEM: u64 = 1 << 10;
 
-/// The names in linux/userfaultfd.h, for the error that says what this kernel lacks.
+/// The names in linux/userfaultfd.h, for the error that names the missing features.
 const FEATURE_NAMES: [(u64, &str); 6] = [
     (EVENT_REMOVE, "EVENT_REMOVE"),
     (MISSING_HUGETLBFS, "MISSING_HUGETLBFS"),
@@ -60,7 +60,7 @@ struct UffdioRange {
 const _: () = assert!(size_of::<UffdioApi>() == 24 && size_of::<UffdioRegister>() == 32);
 const _: () = assert!(size_of::<UffdioRange>() == 16);
 
-/// What the memory's pages come from.
+/// The backing of the memory's pages.
 #[derive(Clone, Copy)]
 pub(crate) struct Backing {
     pub(crate) page_size: usize,
@@ -101,7 +101,7 @@ impl Backing {
 /// A userfaultfd with the features that this backing needs, and those features.
 pub(crate) fn open(backing: Backing) -> Result<(OwnedFd, u64), Failure> {
     let wanted = backing.features();
-    // Asking for a feature that the kernel lacks spoils the descriptor, so one is spent on asking.
+    // Requesting a missing feature makes the descriptor unusable, so a separate one queries the features.
     let offered = handshake(&create()?, 0)?;
     if wanted & !offered != 0 {
         return Err(Failure::new(
@@ -115,8 +115,7 @@ pub(crate) fn open(backing: Backing) -> Result<(OwnedFd, u64), Failure> {
     Ok((uffd, wanted))
 }
 
-/// Every first touch of the range, and every touch of a page nobody has marked cached, waits from
-/// here on.
+/// Registers the range: from here on a touch of a page that is not marked cached waits.
 pub(crate) fn register(
     uffd: &OwnedFd,
     kind: Kind,
@@ -157,7 +156,7 @@ pub(crate) fn register(
             },
         ));
     }
-    // What was discarded has to become zeroes without the file, which is emptied at the end.
+    // Discarded pages must become zeroes without the file, which is emptied at the end.
     if kind == Kind::Private && register.ioctls & IOCTL_ZEROPAGE == 0 {
         return Err(Failure::new(
             Code::Register,
@@ -169,21 +168,21 @@ pub(crate) fn register(
     Ok(())
 }
 
-/// Takes a range out of a userfaultfd again. Fails with an errno.
+/// Unregisters a range. Fails with an errno.
 pub(crate) fn unregister(uffd: &OwnedFd, start: usize, length: usize) -> Result<(), i32> {
     let mut range = UffdioRange { start: start as u64, length: length as u64 };
     // SAFETY: the argument is the structure that UFFDIO_UNREGISTER takes, alive for the call.
     unsafe { sys::ioctl(uffd.as_raw_fd(), UFFDIO_UNREGISTER, &raw mut range) }
 }
 
-/// The device first: its file permissions are the modern way to allow userfaultfd. Never user mode
-/// only: faults of KVM and of system calls come from the kernel.
+/// Opens the device first: its file permissions are the modern way to allow userfaultfd. Never for user mode
+/// only: the kernel causes the faults of KVM and of system calls.
 fn create() -> Result<OwnedFd, Failure> {
     let number = sys::open_device(c"/dev/userfaultfd")
         .and_then(|device| sys::ioctl_value(device.as_raw_fd(), USERFAULTFD_IOC_NEW, sys::O_UFFD))
         .or_else(|_| sys::userfaultfd(sys::O_UFFD));
     match number {
-        // SAFETY: the kernel has just made this descriptor for us alone.
+        // SAFETY: the kernel has just made this descriptor, which has no other owner.
         Ok(number) => Ok(unsafe { OwnedFd::from_raw_fd(number) }),
         Err(errno @ (sys::EPERM | sys::EACCES)) => Err(Failure::new(
             Code::Permission,
@@ -199,7 +198,7 @@ fn create() -> Result<OwnedFd, Failure> {
     }
 }
 
-/// UFFDIO_API; returns what the kernel offers.
+/// UFFDIO_API; returns the kernel's features.
 fn handshake(uffd: &OwnedFd, features: u64) -> Result<u64, Failure> {
     let mut api = UffdioApi { api: UFFD_API, features, ioctls: 0 };
     // SAFETY: the argument is the structure that UFFDIO_API takes, alive for the call.
@@ -208,7 +207,7 @@ fn handshake(uffd: &OwnedFd, features: u64) -> Result<u64, Failure> {
         Err(errno) => Err(Failure::new(
             Code::Features,
             errno,
-            "this kernel refuses the userfaultfd features that are needed",
+            "this kernel refuses the userfaultfd features that umem needs",
         )),
     }
 }

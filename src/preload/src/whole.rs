@@ -1,26 +1,24 @@
-//! Memory in huge pages is mapped by them again once all of it is there.
+//! Maps complete memory with huge pages again.
 //!
-//! A page that was served by itself left a small mapping in its block, and the kernel would keep mapping that
-//! block by small pages. MADV_COLLAPSE has it map the block whole, which moves no byte.
+//! A page that was served on demand left a small mapping in its block, and the kernel would keep mapping that block
+//! with small pages. MADV_COLLAPSE makes the kernel map the block as a whole, which moves no byte.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use crate::sys;
 
-/// What a tmpfs that makes huge pages gives as its files' `st_blksize`.
+/// The `st_blksize` of files on a tmpfs that makes huge pages.
 pub(crate) const HUGE_PAGE_SIZE: usize = 2 << 20;
 
-/// The most that one call is for. Each first empties what every core has put by for the kernel's lists of pages,
-/// and waits for that (`lru_add_drain_all` in its mm/khugepaged.c), which takes longer than to map a block; after
-/// one that fails the halves are tried.
+/// The most bytes of one call. Each call first drains every core's page lists and waits for that (`lru_add_drain_all`
+/// in the kernel's mm/khugepaged.c), which takes longer than mapping a block. After a failed call the halves are tried.
 const CALL_SIZE: usize = 256 << 20;
 
-/// A page that somebody holds at the moment makes the kernel give up on its block (EAGAIN).
+/// The most attempts for a block: the kernel gives up on a block while one of its pages is in use (EAGAIN).
 const ATTEMPTS_MAX: usize = 3;
 
-/// A mapping of a file in huge pages, from `offset` of it on. Only what the file has is mapped whole: holes cannot
-/// be, and each would be a call that fails. A block that is in use at the moment is tried again, and then left to the
-/// kernel's own daemon.
+/// Maps a file's mapping, from `offset` of the file on, with huge pages. Holes are skipped: their calls would fail. A
+/// block in use is tried again, and then left to the kernel's own daemon.
 pub(crate) fn map(address: usize, length: usize, file: &OwnedFd, offset: u64) {
     let end = offset.saturating_add(length as u64);
     let mut at = offset;
@@ -40,13 +38,14 @@ pub(crate) fn map(address: usize, length: usize, file: &OwnedFd, offset: u64) {
     }
 }
 
-/// As the kernel stops at the first block that it cannot map whole, and does not say at which.
+/// Maps the range, or its halves: the kernel stops at the first block that it cannot map as a whole, and does not
+/// report which.
 fn collapse(start: usize, size: usize) {
     let is_one = size == HUGE_PAGE_SIZE;
     for _ in 0..if is_one { ATTEMPTS_MAX } else { 1 } {
         let blocks = std::ptr::with_exposed_provenance_mut(start);
-        // SAFETY: how the blocks are mapped changes, and no content. The monitor may have unmapped them meanwhile;
-        // then there is nothing to do, and the kernel says so.
+        // SAFETY: changes how the blocks are mapped, and no content. If the monitor has unmapped them meanwhile, the
+        // call fails without effect.
         if unsafe { sys::madvise(blocks, size, sys::MADV_COLLAPSE) } == 0 {
             return;
         }
