@@ -1,12 +1,13 @@
-//! umem moves running guests between hosts. Their memory goes before them (precopy), after them (postcopy), or both.
+//! umem moves running guests between hosts. The guest's memory moves before the guest (precopy), after it (postcopy),
+//! or both.
 //!
-//! With postcopy alone the guest starts on the destination with no memory at all. Each page it touches is fetched
-//! first, everything else streams in behind. A page's way from the source's socket into the guest, in seven
+//! With postcopy alone the guest starts on the destination without memory. A page that the guest touches is fetched
+//! first; all other pages stream in behind. The way of a page from the source's socket into the guest has seven
 //! steps:
 //!
-//! 1. A vCPU touches a page that is not there. The kernel reports it on the guest's userfaultfd,
-//!    which [`destination`]'s demand thread reads through its ring.
-//! 2. The page is *wanted* now; unless it is on its way already, a request for it leaves.
+//! 1. A vCPU touches a missing page. The kernel reports the fault on the guest's userfaultfd, which
+//!    [`destination`]'s demand thread reads through its ring.
+//! 2. The page is *wanted* now. Unless the page is already in flight, the thread requests it.
 //! 3. The [`source`]'s demand thread claims the page (every page leaves once) and answers at once:
 //!    a header, and the page straight from the guest's RAM file.
 //! 4. The destination receives the header, learns where the page belongs, moves it from Missing to
@@ -17,7 +18,7 @@
 //! 7. When every page is cached the guest leaves its userfaultfd for good.
 //!
 //! The protocol is [`umem_wire`], without input or output; io_uring is [`umem_ring`], without a
-//! protocol. What is here puts them together:
+//! protocol. This crate combines them:
 
 #![warn(missing_docs)]
 

@@ -47,7 +47,7 @@ struct ChannelState {
     stop_asked: bool,
     /// The guest was asked to continue afterwards.
     resume_asked: bool,
-    /// It has been said to stand still.
+    /// The program has reported that the guest stands still.
     has_stopped: bool,
     /// The destination's guest was asked to run: it belongs to that side.
     run_asked: bool,
@@ -163,7 +163,7 @@ impl Embedder for HostChannel {
                 return answer_at_once(state, Answer::Tracking(Ok(())));
             }
             Question::Look if self.has_log => (Open::ReadLog, Event::ReadLog),
-            // Writes are told as they happen.
+            // The program reports writes as they happen.
             Question::Look => return answer_at_once(state, Answer::Looked(Ok(()))),
             Question::Stop => {
                 state.stop_asked = true;

@@ -25,28 +25,28 @@ use crate::transport::uri::Uri;
 
 /// The way to the destination.
 pub(crate) enum Way {
-    /// Where it listens, and how many bulk lanes to open there.
+    /// The destination's address, and the number of bulk lanes.
     Dial { uri: Uri, lanes: u16 },
-    /// One for each lane, the demand lane's first.
+    /// A socket for each lane, the demand lane's first.
     Connections(Vec<OwnedFd>),
 }
 
-/// What to send, and how.
+/// The memory to send, and how to send it.
 pub(crate) struct OutgoingConfig {
     pub(crate) way: Way,
     pub(crate) files: Vec<RamFile>,
     pub(crate) postcopy: bool,
-    /// As in [`Options`](super::Options); the program tells what is written.
+    /// As in [`Options`](super::Options); the program reports the writes.
     pub(crate) precopy: Option<Precopy>,
-    /// Go on over other connections when these are lost after the switchover.
+    /// Whether to continue over other connections when these are lost after the switchover.
     pub(crate) recovers: bool,
-    /// Both sides check what comes.
+    /// Whether both sides use checksums.
     pub(crate) checksum: bool,
     /// As in [`Options`](super::Options).
     pub(crate) cores: Vec<usize>,
 }
 
-/// Moves one guest away. Nothing of it runs any more when this returns.
+/// Moves one guest away. No thread of the migration remains when this returns.
 pub(crate) fn send(departure: OutgoingConfig, embedder: &Arc<dyn Embedder>) -> Result<Completed> {
     let OutgoingConfig { way, files, postcopy, precopy, recovers, checksum, cores } = departure;
     let inbox = Inbox::embedded(embedder.canceller())?;
@@ -56,7 +56,7 @@ pub(crate) fn send(departure: OutgoingConfig, embedder: &Arc<dyn Embedder>) -> R
     let memory = Arc::new(memory);
     memory.claim(false)?;
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(&inbox, fds, limit);
-    // Who is there is the program's own matter: it can give connections that it has secured.
+    // The program authenticates its peer: it can give connections that it has secured.
     let pass = Arc::new(ClientAuth::default());
     let (session, lanes, uri, stays_local) = match way {
         Way::Dial { uri, lanes } => {
@@ -87,7 +87,7 @@ pub(crate) fn send(departure: OutgoingConfig, embedder: &Arc<dyn Embedder>) -> R
         background: true,
         precopy,
         cores: &cores,
-        // How deeply the whole machine sleeps is the monitor's affair.
+        // The monitor decides how deeply the machine's cores sleep.
         idle_cores: IdleCores::Sleep,
         order: Order::Adaptive,
         step_timeout: STEP_TIMEOUT,

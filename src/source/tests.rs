@@ -1,4 +1,4 @@
-//! A pause and a resume by hand, between this side and a destination that the test plays.
+//! The orders to pause and to resume, between this side and a destination that the test plays.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};

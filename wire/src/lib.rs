@@ -120,7 +120,7 @@
 //! every page that has never come. These pages count as missing, all others as cached. From
 //! *settled* on each missing page comes once, as without rounds.
 //!
-//! A lane lost during rounds ends the migration, and the guest goes on at the source.
+//! A lane lost during rounds ends the migration, and the guest continues at the source.
 //!
 //! # Recovery
 //!
@@ -146,7 +146,7 @@
 //! - A destination that has sent *complete* and waits for the goodbye has all it needs, and may
 //!   leave.
 //!
-//! Before *loaded* a lost lane ends the migration, and the guest goes on at the source.
+//! Before *loaded* a lost lane ends the migration, and the guest continues at the source.
 //!
 //! # Checksums
 //!

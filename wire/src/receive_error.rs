@@ -1,4 +1,4 @@
-//! Errors in what comes over a lane.
+//! Errors in the bytes of a lane.
 
 use crate::frame::{FrameError, Kind};
 #[cfg(doc)]

@@ -1,8 +1,8 @@
 //! Messages to other threads' rings that arrive in any case.
 //!
 //! The kernel allocates memory for a message. Under a memory limit it may refuse the message with ENOMEM. A message
-//! that is lost leaves a vCPU waiting for a page that is there, or that nobody requests. So a refused message is sent
-//! again after [`SHORTAGE_INTERVAL`].
+//! that is lost leaves a vCPU waiting for a page that has arrived, or that no thread requests. So a refused message is
+//! sent again after [`SHORTAGE_INTERVAL`].
 
 use slab::Slab;
 use umem_ring::{Completion, Mailbox, Op, Outcome, Ring};

@@ -342,7 +342,7 @@ impl LaneCore {
         let memory = self.guest.region(range.region).memory;
         let end = run.byte_offset + copied as u64;
         let pages = (end >> memory.unit_shift) - range.first;
-        // What comes in rounds counts when they are over.
+        // Pages of a pass count when all passes are over.
         if !memory.is_copied_in() || pages == 0 || self.is_in_rounds {
             return Ok(());
         }

@@ -132,7 +132,7 @@ fn nobody_waits(page: PageId) {
     panic!("no vCPU waits for {page:?}");
 }
 
-/// Whatever pieces a lane arrives in, and on every path, the guest's memory holds the bytes that were sent. The path's
+/// A lane that arrives in any pieces, on every path, leaves the sent bytes in the guest's memory. The path's
 /// invariant is asserted after each completion.
 #[test]
 fn every_landing_method_lands_a_lane_received_in_pieces() {

@@ -41,7 +41,7 @@ const NO_ZERO_COPY: [i32; 6] =
 
 const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;
-/// The bandwidth limit allows the background to go on.
+/// The bandwidth limit allows more background pages.
 const TOKEN_LOOK: u64 = 2;
 /// The socket has room for more of the batch in the outlet.
 const TOKEN_WRITABLE: u64 = 3;
@@ -245,7 +245,7 @@ impl BulkThread {
                     self.rounds.begin_pass();
                     (self.stage, self.is_cut) = (Stage::Pass, false);
                 }
-                // One that has been around has said so.
+                // A finished pass has already reported its end.
                 Ok(Order::CutPass) => {
                     self.rounds.cut_pass();
                     (self.is_cut, self.pausing) = (true, false);
@@ -307,7 +307,7 @@ impl BulkThread {
         Ok(())
     }
 
-    /// The rounds end, for which the destination waits before it counts pages as come.
+    /// The rounds end, for which the destination waits before it counts pages as arrived.
     fn rounds_end(&mut self) -> Result<Op> {
         let mut frame = Vec::with_capacity(HEADER_BYTES);
         transmit::encode(&Frame::RoundsEnd, &mut frame);

@@ -86,7 +86,7 @@ pub(crate) struct DemandLane {
     pub(crate) core: Option<usize>,
     /// The user has named no core: follow the core on which requests arrive.
     pub(crate) follows: bool,
-    /// Let the background go on from the demands.
+    /// Whether the background continues from the last demand.
     pub(crate) adapts: bool,
     pub(crate) idle_cores: IdleCores,
     pub(crate) commands: Commands<Command>,

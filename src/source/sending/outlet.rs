@@ -5,7 +5,7 @@
 //! notification must mean that the pages are the sender's again, so that they cannot lie in another
 //! socket's queue. Spliced pages can, as there is no notification. That is safe for the memory of a
 //! stopped guest: it does not change while pages may be in flight, or, if the migration fails and
-//! the guest goes on, the sent data is not used.
+//! the guest continues, the sent data is not used.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 

@@ -61,7 +61,7 @@ impl Sealer {
         Ok(header)
     }
 
-    /// The header of a page that is sent from a buffer of umem's own.
+    /// The header of a page that is sent from one of umem's buffers.
     pub(crate) fn page(&mut self, page: PageRange, contents: &[u8]) -> [u8; HEADER_BYTES] {
         let mut header = transmit::data_header(page);
         if self.seal.is_on() {

@@ -1,4 +1,4 @@
-//! Where an end stands: what it has moved, and which side has the guest.
+//! The state of an end: the bytes that it has moved, and the side that has the guest.
 
 use crate::bytes::u64_at;
 
