@@ -260,7 +260,7 @@ fn table_lists_directions_and_faults_separately() {
     let (stdout, stderr) = texts(&output);
     assert!(output.status.success(), "{stdout}\n{stderr}");
     for part in
-        ["1 lane each way", "TX-C received", "RX-C sent", "from access to return", " at p99"]
+        ["1 lane each way", "TX-C received", "RX-C sent", "from access to return", ", p99 "]
     {
         assert!(stdout.contains(part), "{part} in {stdout}");
     }
