@@ -259,8 +259,7 @@ fn table_lists_directions_and_faults_separately() {
     let output = client(&server.uri, &["-t", "0.3", "--bidir", "--fault-rate", "500"]);
     let (stdout, stderr) = texts(&output);
     assert!(output.status.success(), "{stdout}\n{stderr}");
-    for part in
-        ["1 lane each way", "TX-C received", "RX-C sent", "from access to return", ", p99 "]
+    for part in ["1 lane each way", "TX-C received", "RX-C sent", "from access to return", ", p99 "]
     {
         assert!(stdout.contains(part), "{part} in {stdout}");
     }

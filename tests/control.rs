@@ -204,7 +204,7 @@ fn postcopy_command_ends_the_passes_and_the_rest_follows_the_guest() {
     assert_eq!((&pass["pass"], &pass["cut"]), (&json!(1), &json!(true)));
     let report = migrate.event("completed");
     guests.incoming.event("completed");
-    // What went in the pass is the small part.
+    // The pass sent the smaller part.
     let sent = pass["sent_bytes"].as_u64().unwrap();
     assert!(sent < guests.bytes() / 2, "{pass}");
     assert_eq!(report["precopy_bytes"], sent);

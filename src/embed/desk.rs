@@ -71,7 +71,7 @@ pub(crate) enum Open {
 }
 
 impl Open {
-    /// What umem asks the program to do.
+    /// A request to the program.
     fn name(self) -> &'static str {
         match self {
             Open::ReadLog => "read its log",

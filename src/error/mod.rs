@@ -90,7 +90,7 @@ pub enum Error {
         /// The kernel's answer.
         #[source]
         source: io::Error,
-        /// What to do, or empty.
+        /// The remedy, or empty.
         hint: &'static str,
     },
 

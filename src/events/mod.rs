@@ -114,7 +114,7 @@ pub(crate) enum Pause {
     GivenInVain,
 }
 
-/// What this side knows of the free memory at the destination.
+/// This side's knowledge of the free memory at the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Room {
     /// Nothing: this side is the source.
@@ -123,7 +123,7 @@ pub(crate) enum Room {
     Here { missing: u64, free: Option<u64> },
 }
 
-/// What a source knows of a destination at whose address no process listens.
+/// A source's knowledge of a destination at whose address no process listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Unanswered {
     pub(crate) uri: Uri,
@@ -211,7 +211,7 @@ pub(crate) enum Remark {
     DestinationNotTold { uri: Uri, reason: String },
 }
 
-/// What the destination cannot obtain, as far as its source knows.
+/// The data that the destination cannot obtain, as far as its source knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Missing {
     /// Every page has been sent; whether all have arrived is unknown.
@@ -220,7 +220,7 @@ pub(crate) enum Missing {
     Pages,
 }
 
-/// What a destination without lanes cannot learn or obtain.
+/// The information or data that a destination without lanes cannot obtain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lost {
     /// The guest's owner.
@@ -229,11 +229,11 @@ pub(crate) enum Lost {
     Pages,
 }
 
-/// What a source waits for while its destination has not received the switchover.
+/// The wait of a source whose destination has not received the switchover.
 pub(crate) const AWAITS_STANDSTILL: &str = "the destination has not received the switchover, and the monitor here has not \
     confirmed that the guest still stands still: the guest runs on neither side until the monitor answers";
 
-/// What a destination waits for while its monitor has not answered.
+/// The wait of a destination whose monitor has not answered.
 pub(crate) fn awaits_cont(pages_missing: u64) -> String {
     format!(
         "the source has given the guest to this side, and the monitor here has not answered `cont` yet; \

@@ -284,8 +284,8 @@ fn remark(remark: &Remark) -> String {
             format!("the guest has moved, but the settings of its QEMU here were not restored: {reason}")
         }
         Remark::NotTidied { reason, command } => format!(
-            "the guest goes on here, and its monitor may not be as before: {reason}; when it answers, {command} puts \
-             back what is left"
+            "the guest continues here, but the settings of its monitor may not be restored: {reason}; when the \
+             monitor answers, restore them with {command}"
         ),
         Remark::SendsTheRest => "sending the remaining pages, then exiting".into(),
         Remark::StillNeeded { bytes } => format!(
@@ -365,7 +365,7 @@ fn remark(remark: &Remark) -> String {
     }
 }
 
-/// What the source does not know, or alone has, while it has no lanes.
+/// The information that the source lacks, or the data that only it has, while it has no lanes.
 pub(crate) fn missing(missing: Missing) -> &'static str {
     match missing {
         Missing::PerhapsNothing => {

@@ -514,7 +514,7 @@ fn explain(error: &ErrorMessage) -> Error {
         ),
         "ram-in-use" => format!(
             "RAM {name}: its file holds data already ({text}): it belongs to another guest or is \
-             left from an earlier one; name a new file, or remove it if nobody uses it"
+             left from an earlier one; name a new file, or remove it if no guest uses it"
         ),
         "ram-locked" => format!("RAM {name}: {text}: name another file"),
         // Errors that concern no RAM.

@@ -204,7 +204,7 @@ impl Interrupts {
         }
     }
 
-    /// Fails if the wait must not go on.
+    /// Fails if the wait must end.
     fn check(&self) -> Result<()> {
         match self {
             Interrupts::Signals(_) => Ok(()),

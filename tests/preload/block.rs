@@ -113,7 +113,8 @@ fn stale_pages_are_missing_again_and_others_stay() {
     assert_eq!(program.ask(&format!("read {PAGE}")), "41");
 }
 
-/// What a device discards as its state is loaded is the source's to say; what the guest discards is reported.
+/// A discard by a device during the load of its state is ignored, because the source decides those contents. A discard
+/// by the guest is reported.
 #[test]
 fn discards_count_from_when_the_guest_may_run() {
     let scratch = Scratch::new();
@@ -142,7 +143,7 @@ fn memory_that_cannot_be_emptied_is_refused() {
     refused(address, 0, "block", "whole pages");
     refused(u64::MAX - PAGE + 1, PAGE, "block", "whole pages");
     refused(file.address, LENGTH, "block", "memory of another RAM block");
-    // What lies there is not mapped, or is some program's file.
+    // The address is not mapped, or maps a file of another program.
     refused(PAGE, PAGE, "block", "neither private memory");
     assert_eq!(program.ask(&format!("lock 0 {PAGE}")), "ok");
     program.command(&format!("register {address} {LENGTH} pc.ram\n"));

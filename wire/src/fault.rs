@@ -61,7 +61,7 @@ pub enum FaultCode {
     /// a destination whose guest may run waits for the source to come back, as after a lost
     /// connection.
     SourceMemory = 9,
-    /// A destination's guest has exited for good after the switchover: the migration cannot go on,
+    /// A destination's guest has exited for good after the switchover: the migration cannot continue,
     /// and the source's pages are needed no more. After the switchover every other code leaves that
     /// open, and the source keeps its pages.
     Ended = 10,

@@ -127,7 +127,7 @@
 //! With [`Capabilities::RECOVERY`] the session survives the loss of a lane after *loaded*. Each end
 //! then drops all lanes of the session and stops all work on them, so that nothing from them
 //! reaches a page any more. The guest runs on with the pages it has. The source opens all lanes
-//! anew, with the same session, number of lanes and capabilities, and a higher epoch than ever
+//! again, with the same session, number of lanes and capabilities, and a higher epoch than ever
 //! before. The destination accepts lanes of one epoch together; a higher epoch ends all older
 //! lanes. Regions are not compared or prepared again. On the new demand lane the destination first
 //! sends its standing and its pages ([`resume`]), the *account*. After the last page of the account

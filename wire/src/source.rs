@@ -116,7 +116,7 @@ pub enum Input<'a> {
     /// A lane is lost, and the session cannot recover.
     Lost,
     /// A lane is lost, in a session that recovers ([`Capabilities::RECOVERY`]). Without effect from
-    /// the commit point on: new lanes will come. Before it the guest goes on at once.
+    /// the commit point on: new lanes will come. Before it the guest continues at once.
     ///
     /// [`Capabilities::RECOVERY`]: crate::Capabilities::RECOVERY
     Broken,
@@ -159,7 +159,7 @@ impl Phase {
         }
     }
 
-    /// Whether pages may be sent, each once: the guest has stopped, and the migration goes on.
+    /// Whether pages may be sent, each once: the guest has stopped, and the migration continues.
     pub fn may_send_pages(&self) -> bool {
         self.has_stopped() && !matches!(self, Phase::Completed(_))
     }

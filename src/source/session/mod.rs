@@ -1,4 +1,4 @@
-//! What goes on over other lanes, or in another process, and how it ends there.
+//! The continuation of a session over other lanes or in another process, and its end.
 
 pub(in crate::source) mod parting;
 pub(in crate::source) mod reopening;

@@ -1,6 +1,6 @@
 //! A minimal monitor and a KVM guest of a few instructions, for the tests.
 //!
-//! The guest checks every word of its memory, writes it anew, and checks its writes. The monitor never touches that
+//! The guest checks every word of its memory, rewrites it, and checks its writes. The monitor never touches that
 //! memory, so KVM takes every fault in it on the guest's behalf, in kernel context: as under a QEMU with `-accel kvm`,
 //! without a Linux in the guest.
 //!

@@ -430,7 +430,7 @@ impl Drive<'_> {
         }
     }
 
-    /// The relay's own address, named anew.
+    /// The relay's own address, named again.
     fn relays_uri(&self) -> umem::Uri {
         self.relay
             .place
