@@ -213,7 +213,7 @@ fn postcopy_command_ends_the_passes_and_the_rest_follows_the_guest() {
 }
 
 #[test]
-fn passes_of_a_move_without_postcopy_do_not_end_by_hand() {
+fn postcopy_command_is_refused_in_a_move_without_postcopy() {
     let scratch = Scratch::new();
     let guests = Guests::quiet(&scratch, &["--json"]);
     let (migrate, mut control) = in_a_pass(&guests, &scratch.path("control"), &[]);

@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_lost_between_threads() {
+    fn concurrent_acknowledgements_are_each_taken_once() {
         const PAGES: u64 = 50_000;
         let acks = Acks::new(PAGES);
         acks.sending(0, PAGES);

@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_go_round_from_the_cursor() {
+    fn block_search_wraps_around_from_the_cursor() {
         let claims = Claims::new(512 * 5, 12);
         let taken: Vec<_> = std::iter::from_fn(|| claims.take_block(3)).collect();
         assert_eq!(taken, [3, 4, 0, 1, 2]);
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_grow_runs_of_their_kind() {
+    fn adjacent_pages_of_one_kind_form_a_run() {
         let mut runs = Vec::new();
         for (kind, page) in [(RunKind::Data, 5), (RunKind::Data, 6), (RunKind::Data, 7)] {
             push_page(&mut runs, kind, RegionId(0), page, 2);

@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn data_is_looked_for_in_the_range_alone() {
+    fn data_search_stays_within_the_range() {
         let file = file();
         assert_eq!(next(&file, 0..16 << 10, false).unwrap(), None);
         assert_eq!(next(&file, 0..20 << 10, false).unwrap(), Some(16 << 10));

@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn one_bit_anywhere_is_seen() {
+    fn one_set_bit_anywhere_is_detected() {
         let mut page = Box::new(Page([0; 4096]));
         let start = NonNull::from(&mut *page).cast::<u8>();
         // SAFETY: the box is 4096 aligned bytes and outlives each call.
@@ -305,7 +305,7 @@ mod tests {
 
     /// In every thread, whatever the thread did before.
     #[test]
-    fn threads_fail_by_themselves() {
+    fn lost_memory_fails_in_every_thread_that_reads_it() {
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {

@@ -678,7 +678,7 @@ mod tests {
     }
 
     #[test]
-    fn holes_of_ours_are_no_change_and_those_of_others_are() {
+    fn own_holes_are_no_change_and_foreign_holes_are() {
         let file = File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
         file.write_all_at(&[0xa5; 64 << 10], 0).unwrap();
         let ram = ram_of(&file);
@@ -701,7 +701,7 @@ mod tests {
 
     /// From now on only mappings can write the file, which shows the bytes that take this way.
     #[test]
-    fn few_bytes_do_not_take_the_file_s_lock() {
+    fn small_write_does_not_take_the_file_lock() {
         let file = memfd_create(c"ram", MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_CLOEXEC);
         let file = File::from(file.unwrap());
         file.set_len(1 << 20).unwrap();

@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn growing_is_no_change_and_shrinking_and_writing_are() {
+    fn growth_is_no_change_but_shrinking_and_writing_are() {
         let stamp = Stamp { modified: (5, 6), blocks: Some(80) };
         assert_eq!(stamp.difference(&stamp), None);
         assert_eq!(stamp.difference(&Stamp { blocks: Some(88), ..stamp }), None);

@@ -570,7 +570,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_cancelled_beyond_the_point_of_no_return() {
+    fn cancel_is_refused_beyond_the_point_of_no_return() {
         let watch = Watch::new(Role::Destination, false, None);
         assert!(watch.status().may_cancel);
         watch.commit("it stays").unwrap();
@@ -616,7 +616,7 @@ mod tests {
 
     /// Pages sent while the guest ran count when they were sent, not when the guest stops.
     #[test]
-    fn passes_have_a_rate_and_their_end_has_none() {
+    fn pages_of_passes_count_in_the_rate_when_they_are_sent() {
         let watch = Watch::new(Role::Source, true, None);
         let counters = Arc::new(Counters::of([1 << 20].into_iter()));
         watch.attach(counters.clone(), 1 << 20);
@@ -636,7 +636,7 @@ mod tests {
     }
 
     #[test]
-    fn losses_are_counted_once_however_phases_go_on_meanwhile() {
+    fn loss_is_counted_once_despite_phase_changes() {
         let watch = Watch::new(Role::Destination, true, None);
         watch.attach(Arc::new(Counters::of([1 << 20].into_iter())), 1 << 20);
         let cuts = || (watch.status().connection_losses, watch.status().phase);
