@@ -327,7 +327,10 @@ impl Migration<'_> {
             Effect::MeasureRoom => return Ok(Some(Input::Room(self.free_space()))),
             Effect::Entered(phase) => self.progress.watch().entered(phase),
             Effect::Show(name) => self.progress.phase(name),
-            Effect::Report(event) => self.output.tell(&event),
+            Effect::Report(event) => self.output.tell(&match self.link.is_external() {
+                true => event.left_to_manager(),
+                false => event,
+            }),
             Effect::SeekCause(error) => {
                 let error = worker::first_cause(self.inbox, error);
                 return Ok(Some(Input::Cause { error, process: self.process(side) }));

@@ -34,6 +34,7 @@ use crate::control::destination::{Core, Outcome};
 use crate::error::{Error, Result};
 use crate::events as control;
 use crate::host::command::RamPath;
+use crate::host::switchover::Switchover;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{DestinationHost, RunsItself};
 use crate::memory::kind::Kind;
@@ -79,6 +80,10 @@ pub struct Options {
     pub handoff: Option<PathBuf>,
     /// The monitor's QMP socket, if the monitor has one of its own.
     pub qmp: Option<PathBuf>,
+    /// Where QEMU listens for its migration; none to give it a socket of umem's.
+    pub connect: Option<PathBuf>,
+    /// Who has the guest run here.
+    pub switchover: Switchover,
     /// The most bulk lanes that a source may open; none if the URI is a single connection.
     pub lanes_max: u16,
     /// Refuse a source without checksums.
@@ -269,7 +274,8 @@ fn receive(
         announce(prepared.side.pid());
     }
     let (lanes_max, checksum) = (options.lanes_max, options.checksum);
-    let terms = Terms { lanes_max, recovers: true, checksum };
+    let is_external = options.switchover == Switchover::External;
+    let terms = Terms { lanes_max, recovers: true, checksum, is_external };
     let lanes = entrance.accept(guard, terms, &output, inbox, &prepared)?;
     output.tell(&control::Event::Connected {
         to: None,

@@ -9,6 +9,7 @@
 //! - [`thread`]: the thread that waits for the monitor, so that nobody else has to
 //! - [`pieces`]: some of these one by one, for tests
 //! - [`embedder`]: a program that umem is a part of, in the monitor's place
+//! - [`switchover`]: who has the guest run
 //! - [`guest`]: the demo's guest, which speaks the same QMP
 
 pub(crate) mod command;
@@ -19,6 +20,7 @@ pub(crate) mod maps;
 pub mod pieces;
 pub(crate) mod qemu;
 pub(crate) mod qmp;
+pub(crate) mod switchover;
 pub(crate) mod thread;
 
 use std::os::fd::OwnedFd;

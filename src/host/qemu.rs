@@ -9,6 +9,7 @@
 mod backends;
 mod blocks;
 mod claim;
+pub(crate) mod connecting;
 mod run_state;
 mod saving;
 mod settings;

@@ -22,6 +22,8 @@ pub(crate) enum Answer {
     Looked(Result<()>),
     /// Not all of it is: what is marked has to leave first, and then it is to be asked again.
     LookedInPart,
+    /// All of it is, and the guest has stopped by itself: nothing is written any more.
+    LookedLast,
     /// When it was asked to, where that is later than the question.
     Stopped(Result<Option<Instant>>),
     Saved(Result<Vec<u8>>),
@@ -135,6 +137,7 @@ impl HostThread<dyn SourceHost> {
                 None => Answer::Looked(Err(untracked())),
                 Some(log) => match log.next() {
                     Ok(()) if log.is_in_part() => Answer::LookedInPart,
+                    Ok(()) if log.has_stopped() => Answer::LookedLast,
                     looked => Answer::Looked(looked),
                 },
             },

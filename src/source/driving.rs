@@ -74,7 +74,10 @@ impl Migration {
             Note::StateLeft => Input::StateLeft,
             Note::BulkEnded => Input::BulkEnded,
             Note::PassEnded => Input::PassEnded,
-            Note::EndPasses => Input::EndPasses,
+            Note::EndPasses => {
+                self.memory.end_passes();
+                Input::EndPasses
+            }
             Note::Failed(error) => Input::Failed(error),
             Note::Host(answer) => Input::Monitor(answer),
             Note::Digested(outcome) => Input::Digested(outcome),
@@ -231,7 +234,10 @@ impl Migration {
                     }
                     _ => {}
                 }
-                self.output.tell(&event);
+                self.output.tell(&match self.link.session.is_external() {
+                    true => event.left_to_manager(),
+                    false => event,
+                });
                 Ok(())
             }
         }

@@ -10,6 +10,7 @@ mod ending;
 pub(crate) mod lanes;
 mod link;
 pub(crate) mod memory;
+mod passive;
 pub(crate) mod sending;
 pub(crate) mod session;
 mod starting;
@@ -36,6 +37,7 @@ use crate::host::command::RamPath;
 use crate::host::qemu::stream::log::SharedQemu;
 use crate::host::qemu::{self, Backend, Qemu, RamOfQemu};
 use crate::host::qmp::Qmp;
+use crate::host::switchover::Switchover;
 use crate::host::thread::{Answer, HostThread};
 use crate::host::{FileOnly, SourceHost};
 use crate::memory::claim;
@@ -77,6 +79,10 @@ pub struct Options {
     pub ram: Vec<RamPath>,
     /// The monitor's QMP socket.
     pub qmp: Option<PathBuf>,
+    /// Where QEMU migrates to, whoever tells it to; none to tell it by its monitor.
+    pub listen: Option<PathBuf>,
+    /// Who has the guest run at its destination.
+    pub switchover: Switchover,
     /// Bulk lanes, 1 to [`LANES_MAX`](umem_wire::limits::LANES_MAX); 0 where the URI is one
     /// connection.
     pub lanes: u16,
@@ -246,8 +252,10 @@ fn migrate(
 ) -> Result<Completed> {
     let output = Output::new(options.json);
     let (asked, said) = (options.clone(), output.clone());
-    let Guest { mut host, ram, files, staging } =
-        inbox.wait_for_work(GOES_ON, None, move || guest(&asked, &said))?;
+    let Guest { mut host, ram, files, staging } = match &options.listen {
+        Some(path) => passive::guest(options, path, pass, &inbox, &output)?,
+        None => inbox.wait_for_work(GOES_ON, None, move || guest(&asked, &said))?,
+    };
     let log = match options.precopy {
         Some(_) => Some(host.dirty_log().ok_or_else(memory::no_dirty_log)?),
         None => None,
@@ -256,7 +264,7 @@ fn migrate(
     let memory = memory.in_rounds(options.precopy.is_some()).staged(staging);
     let memory = Arc::new(memory.checked(options.checksum));
     memory.claim(false)?;
-    if options.qmp.is_none() {
+    if options.qmp.is_none() && options.listen.is_none() {
         memory.fix(true)?;
     }
     let (lanes, mut link) = dial(options, socket, pass, &inbox)?;
@@ -391,6 +399,7 @@ fn dial(
     }
     let session = Session::new(options.lanes, options.release_ram, true)?.checked(options.checksum);
     let session = session.in_rounds(options.precopy.is_some());
+    let session = session.external(options.switchover == Switchover::External);
     let open = |index| secure::dial(&options.uri, &session.hello(index, 0), pass, &wait);
     let lanes = (0..=options.lanes).map(open).collect::<Result<Vec<_>>>()?;
     let link = Link::new(session, pass.clone(), Some(options.uri.clone()), &lanes);

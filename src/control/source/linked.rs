@@ -149,6 +149,10 @@ impl Source {
                 self.looked_in_part();
                 Ok(())
             }
+            Answer::LookedLast => {
+                self.has_stopped_by_itself();
+                self.looked(Ok(()))
+            }
             Answer::Stopped(result) => {
                 if let Some(asked) = result? {
                     self.times.stopped = Some(asked);

@@ -15,6 +15,7 @@ use crate::destination::{NO_GUEST, Note, Options};
 use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffListener, HandoffSocket};
 use crate::host::command::{self, Monitor, RamPath, Sockets, Start};
+use crate::host::qemu::connecting::Connected;
 use crate::host::qemu::{self, Backend, Qemu};
 use crate::host::qmp::Qmp;
 use crate::host::{DestinationHost, maps};
@@ -219,7 +220,10 @@ fn checked(options: &Options, qemu: Qemu, found: &[Backend]) -> Box<dyn Destinat
     {
         Output::new(options.json).remark(&advice);
     }
-    Box::new(qemu)
+    match &options.connect {
+        Some(path) => Box::new(Connected::new(qemu, path.clone(), options.switchover)),
+        None => Box::new(qemu),
+    }
 }
 
 /// Waits until the monitor has made its socket: it may not be there yet, or be there and not listen

@@ -241,7 +241,9 @@ impl Taken {
     ) -> Box<dyn DestinationHost> {
         let guest = &self.record.guest;
         let runs = !matches!(state, DestinationState::Loaded | DestinationState::Switched);
-        if !guest.has_monitor || runs {
+        // With an external switchover a program beside umem tells the monitor.
+        let is_external = Capabilities(self.record.capabilities).contains(Capabilities::EXTERNAL);
+        if !guest.has_monitor || runs || is_external {
             return Box::new(RunsItself);
         }
         Box::new(WaitingMonitor { path: guest.qmp.clone(), entrusted, runs: guest.runs })

@@ -308,7 +308,7 @@ impl LaneAcceptor {
             Ok(lane) => lane,
             Err(error) => return self.ignored(&error.to_string()),
         };
-        let ours = lane::capabilities(self.terms.recovers);
+        let ours = self.terms.capabilities();
         if secure::welcome(&mut lane, &hello, ours, answer.as_ref()).is_err() {
             return;
         }

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use umem_wire::RegionId;
 use umem_wire::limits::STATE_BYTES_MAX;
 
-use super::reading::{Moved, Pulse, Reading};
+use super::reading::{Moved, Pulse, Reading, SWITCHOVER_ACK};
 use super::{Event, Parser};
 use crate::error::{Context, Error, Result, WITHOUT_PASSES};
 use crate::host::qemu::blocks::Block;
@@ -33,9 +33,6 @@ use crate::memory::staging::Staging;
 /// of the first block, whichever block it was (`cpu_physical_memory_sync_dirty_bitmap` in its include/exec/ram_addr.h
 /// passes an offset in the block as one in all RAM): of a second NUMA node 10.0 lost 3 of 32768 pages.
 const LOGS_TCG: (u64, u64) = (9, 0);
-
-/// The message `MIG_RP_MSG_SWITCHOVER_ACK` of QEMU's migration/migration.c, without data: the guest may be stopped.
-const SWITCHOVER_ACK: [u8; 4] = [0, 7, 0, 0];
 
 /// How long QEMU may take to stop its guest once it may. It has a look at its rate every 100 ms (`BUFFER_DELAY` in its
 /// migration/options.h), and knows from that whether little enough is left.
@@ -107,7 +104,7 @@ impl DirtyLog for QemuStream {
         }
         let Some(reading) = &self.reading else { return Err(is_not_started()) };
         // One that stops its guest by itself holds its main loop's lock then, and answers only while somebody reads.
-        reading.go_on();
+        reading.read_on();
         // A sync that is under way now may have passed what was written before this call.
         let pulse = reading.pulse();
         let syncs = || pulse.asking(|| self.host.lock().syncs());
