@@ -14,7 +14,7 @@ use crate::destination::side::{GuestProcess, GuestSide};
 use crate::destination::{NO_GUEST, Note, Options};
 use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffListener, HandoffSocket};
-use crate::host::command::{self, Monitor, RamPath, Sockets, Start};
+use crate::host::command::{self, MonitorProcess, RamPath, Sockets, Start};
 use crate::host::qemu::{self, Backend, Qemu};
 use crate::host::qmp::Qmp;
 use crate::host::{DestinationHost, maps};
@@ -178,7 +178,7 @@ fn take_over_stranger(
             Wake::Message(_) | Wake::Timeout => continue,
         };
         let Some(first) = callers.answer(index)? else { continue };
-        let mut monitor = Monitor::follow(first.pid)?;
+        let mut monitor = MonitorProcess::follow(first.pid)?;
         let (handoff, memory) = receive_memory(first, &mut monitor, inbox)?;
         let host = host(options, None, &monitor, inbox)?;
         let Memory { handed, knows_umem, keeps_sessions } = memory;
@@ -193,7 +193,7 @@ fn take_over_stranger(
 fn host(
     options: &Options,
     inherited: Option<UnixStream>,
-    monitor: &Monitor,
+    monitor: &MonitorProcess,
     inbox: &Inbox<Note>,
 ) -> Result<Option<Box<dyn DestinationHost>>> {
     let (stream, name) = match (inherited, &options.qmp) {
@@ -224,7 +224,7 @@ fn checked(options: &Options, qemu: Qemu, found: &[Backend]) -> Box<dyn Destinat
 
 /// Waits until the monitor has made its socket: it may not be there yet, or be there and not listen
 /// yet.
-fn connect(path: &Path, monitor: &Monitor, inbox: &Inbox<Note>) -> Result<UnixStream> {
+fn connect(path: &Path, monitor: &MonitorProcess, inbox: &Inbox<Note>) -> Result<UnixStream> {
     let deadline = Instant::now() + HANDOFF_TIMEOUT;
     loop {
         let is_late = Instant::now() >= deadline;

@@ -42,7 +42,7 @@ use crate::destination::{Migration, Note, Serving};
 use crate::error::{Context, Error, Result};
 use crate::events::{Event, Remark, Undone};
 use crate::fault::handoff::{Entrusted, Handed, HandoffSocket, Message};
-use crate::host::command::Monitor;
+use crate::host::command::MonitorProcess;
 use crate::host::qemu::Qemu;
 use crate::host::qmp::Qmp;
 use crate::host::thread::HostThread;
@@ -145,7 +145,7 @@ impl Taken {
         };
         let created = guest.created.clone();
         // It is the process that is meant if it is that now: the handle does not go over to another one.
-        let monitor = match Monitor::taken_over(guest.pid, guest.owner, created, true) {
+        let monitor = match MonitorProcess::taken_over(guest.pid, guest.owner, created, true) {
             Ok(monitor) if is_alive() => monitor,
             _ => return Ok(Found::Ended),
         };

@@ -20,7 +20,7 @@ use super::{Options, connect};
 use crate::destination::{NO_GUEST, Note};
 use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffSocket, Message};
-use crate::host::command::Monitor;
+use crate::host::command::MonitorProcess;
 use crate::host::qemu::{Backend, Qemu};
 use crate::host::qmp::Qmp;
 use crate::memory::claim::{self, User};
@@ -32,7 +32,7 @@ type Asked = (Qemu, Vec<Backend>);
 /// Waits until COMMAND has mapped the guest's memory, and asks it which that is, where it is a QEMU or has a QMP socket.
 pub(super) fn find(
     options: &Options,
-    monitor: &mut Monitor,
+    monitor: &mut MonitorProcess,
     handoff: &mut HandoffSocket,
     inbox: &Inbox<Note>,
 ) -> Result<(Memory, Option<Asked>)> {
@@ -114,7 +114,7 @@ impl<'a> Coming<'a> {
 
     fn wait(
         &mut self,
-        monitor: &Monitor,
+        monitor: &MonitorProcess,
         handoff: &mut HandoffSocket,
         inbox: &Inbox<Note>,
     ) -> Result<()> {
@@ -197,7 +197,7 @@ impl<'a> Coming<'a> {
         }
     }
 
-    fn ask(&mut self, monitor: &mut Monitor, inbox: &Inbox<Note>) -> Result<Option<Asked>> {
+    fn ask(&mut self, monitor: &mut MonitorProcess, inbox: &Inbox<Note>) -> Result<Option<Asked>> {
         let (stream, name) = match (self.qmp.take(), &self.options.qmp) {
             (Some(stream), _) => (stream, None),
             (None, Some(path)) => (connect(path, monitor, inbox)?, Some(path)),
@@ -226,7 +226,7 @@ impl<'a> Coming<'a> {
     fn register(
         &mut self,
         backends: &[Backend],
-        monitor: &Monitor,
+        monitor: &MonitorProcess,
         handoff: &mut HandoffSocket,
         inbox: &Inbox<Note>,
     ) -> Result<()> {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::destination::Note;
 use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffListener, HandoffSocket, Message};
-use crate::host::command::Monitor;
+use crate::host::command::MonitorProcess;
 use crate::runtime::accepting::{Accepted, Room};
 use crate::runtime::inbox::{Inbox, Wake};
 
@@ -181,7 +181,7 @@ impl<'a> Callers<'a> {
 /// Waits until the process that we have started, or one that it has started, hands over its memory.
 pub(super) fn accept_memory(
     listener: &HandoffListener,
-    monitor: &mut Monitor,
+    monitor: &mut MonitorProcess,
     inbox: &Inbox<Note>,
 ) -> Result<(HandoffSocket, Memory)> {
     let deadline = Instant::now() + HANDOFF_TIMEOUT;
@@ -216,7 +216,7 @@ pub(super) fn accept_memory(
 /// Takes the memory of a process that has begun to hand it over.
 pub(super) fn receive_memory(
     first: First,
-    monitor: &mut Monitor,
+    monitor: &mut MonitorProcess,
     inbox: &Inbox<Note>,
 ) -> Result<(HandoffSocket, Memory)> {
     let First { mut handoff, pid, mut messages } = first;
@@ -257,7 +257,7 @@ pub(super) fn receive_memory(
 }
 
 /// The hand-over socket was closed: mostly because the process is ending, which shows a moment later. Whether it has.
-pub(super) fn closed(monitor: &Monitor, inbox: &Inbox<Note>) -> Result<bool> {
+pub(super) fn closed(monitor: &MonitorProcess, inbox: &Inbox<Note>) -> Result<bool> {
     let deadline = Instant::now() + EXIT_TIMEOUT;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
