@@ -9,6 +9,7 @@ use super::values::{CoreList, Seconds, Size, lanes_to};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::error::{Error, Result, WITHOUT_PASSES};
 use crate::host::command::RamPath;
+use crate::host::kind::MonitorSocket;
 use crate::observe::{self, Address};
 use crate::runtime::idle::IdleCores;
 use crate::session::ResumeOptions;
@@ -213,7 +214,7 @@ impl Migrate {
             background: !self.no_background,
             precopy,
             ram: self.ram,
-            qmp: self.qmp,
+            monitor: self.qmp.map(MonitorSocket::qmp),
             lanes,
             release_ram: self.release_ram,
             checksum: self.checksum,

@@ -9,6 +9,9 @@
 mod backends;
 mod blocks;
 mod claim;
+mod finding;
+mod left;
+mod record;
 mod run_state;
 mod saving;
 mod settings;
@@ -20,8 +23,9 @@ use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::io::Write;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -29,18 +33,20 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use umem_wire::limits::STATE_BYTES_MAX;
 
+use super::monitor::{BeforeStop, Handle, Loaded, Monitor};
 use super::qmp::{Process, Qmp, socket_pair};
-use super::{BeforeStop, DestinationHost, SourceHost, Undo};
 use crate::error::{Context, Error, Result};
 use crate::memory::kind::Kind;
 use crate::runtime::panics;
 use claim::Claim;
+use record::{Record, Undo};
 use saving::Saving;
 use settings::Role;
 use stream::reading::Reading;
 
-pub(crate) use backends::{Backend, Contents, RamOfQemu, advice};
-pub(crate) use settings::Changes;
+use backends::{Backend, Contents, RamOfQemu, advice};
+pub(crate) use finding::QEMU;
+use settings::Changes;
 
 /// The options that give a guest RAM umem can move; quoted in errors.
 pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-file,id=ram0,\
@@ -75,6 +81,8 @@ const GUEST_IS_PAUSED: u8 = 0;
 /// A QEMU with an open QMP connection.
 pub(crate) struct Qemu {
     qmp: Qmp,
+    /// The path of its socket; None for a connection that another process could not open.
+    socket: Option<PathBuf>,
     process: Option<Process>,
     /// The guest went on by itself before it was stopped, or does so at its destination.
     is_live: bool,
@@ -106,6 +114,7 @@ impl Qemu {
         Qemu {
             process: qmp.process(),
             qmp,
+            socket: None,
             is_live: true,
             may_be_stopped: false,
             changes: None,
@@ -122,8 +131,8 @@ impl Qemu {
         }
     }
 
-    /// One that a process before this has changed, and perhaps stopped: [`SourceHost::resume`] undoes that,
-    /// [`SourceHost::put_back`] the changes alone.
+    /// One that a process before this has changed, and perhaps stopped: [`Monitor::resume`] undoes that,
+    /// [`Monitor::put_back`] the changes alone.
     pub(crate) fn left(qmp: Qmp, undo: &Undo) -> Qemu {
         let mut qemu = Qemu::new(qmp);
         qemu.is_live = undo.was_live;
@@ -133,17 +142,12 @@ impl Qemu {
         qemu
     }
 
-    /// One that a process before this has given its device state: [`DestinationHost::run`] lets it run,
+    /// One that a process before this has given its device state: [`Monitor::run`] lets it run,
     /// if it ran at the source.
     pub(crate) fn loaded(qmp: Qmp, runs: bool) -> Qemu {
         let mut qemu = Qemu::new(qmp);
         qemu.is_live = runs;
         qemu
-    }
-
-    /// Whether device state is of a guest that ran when it was stopped.
-    pub(crate) fn runs_with(state: &[u8]) -> bool {
-        state.first() == Some(&GUEST_RUNS)
     }
 
     /// Checks that this guest can be moved, its RAM mapped as `kind` says, and returns its RAM
@@ -342,7 +346,8 @@ impl Qemu {
         let Some(note) = &self.before_stop else { return Ok(()) };
         let claim = self.claim.as_ref().map(|claim| claim.name.clone());
         let changes = self.changes.clone().unwrap_or_default();
-        note(&Undo { was_live: self.is_live, claim, changes, process: self.process })
+        let undo = Undo { was_live: self.is_live, claim, changes, process: self.process };
+        note(&Record { socket: self.socket.clone(), undo: Some(undo) }.write())
     }
 
     /// Gives QEMU one end of a new socket for its device state.
@@ -525,7 +530,20 @@ impl Drop for Qemu {
     }
 }
 
-impl SourceHost for Qemu {
+impl Monitor for Qemu {
+    fn name(&self) -> &'static str {
+        "QEMU"
+    }
+
+    fn handle(&self) -> Result<Option<Handle>> {
+        let connection = match self.socket {
+            None => Some(self.qmp.connection()?),
+            Some(_) => None,
+        };
+        let record = Record { socket: self.socket.clone(), undo: None }.write();
+        Ok(Some(Handle { record, connection }))
+    }
+
     fn before_stop(&mut self, note: BeforeStop) {
         self.before_stop = Some(note);
     }
@@ -606,9 +624,7 @@ impl SourceHost for Qemu {
             (None, None) => Ok(()),
         }
     }
-}
 
-impl DestinationHost for Qemu {
     /// QEMU waits at the socket for its device state, which need not wait for QEMU then. It would let a guest
     /// run that ran at the source as soon as that is loaded, and before the source has given it up; a `stop`
     /// while it waits has it leave that to a `cont` (`qmp_stop` in its monitor/qmp-cmds.c).
@@ -621,7 +637,7 @@ impl DestinationHost for Qemu {
         self.qmp.execute("migrate-incoming", uri).map(drop)
     }
 
-    fn load_state(&mut self, state: Vec<u8>) -> Result<()> {
+    fn load_state(&mut self, state: Vec<u8>) -> Result<Loaded> {
         let Some((&was_live, state)) = state.split_first() else {
             return Err(Error::Host(
                 "the source sends no device state: a guest moved by its RAM file alone cannot \
@@ -655,7 +671,8 @@ impl DestinationHost for Qemu {
         }
         // Before it is the source's turn to give the guest up: whoever takes over from here on has nothing to
         // put back.
-        self.changes.take().map_or(Ok(()), |made| made.put_back(&mut self.qmp))
+        self.changes.take().map_or(Ok(()), |made| made.put_back(&mut self.qmp))?;
+        Ok(Loaded { runs: self.is_live })
     }
 
     fn run(&mut self) -> Result<()> {
@@ -664,19 +681,15 @@ impl DestinationHost for Qemu {
         }
         self.qmp.execute("cont", json!({})).map(drop)
     }
-
-    fn connection(&self) -> Result<Option<OwnedFd>> {
-        self.qmp.connection().map(Some)
-    }
 }
 
-/// Its state and its migration's, as the monitor says them, are not what umem has left.
 /// What tells a migration that has completed from another one: written once, at its end. What was transferred still
 /// grows as QEMU closes its stream.
 fn figures(migration: &Value) -> [&Value; 4] {
     ["status", "total-time", "setup-time", "downtime"].map(|name| &migration[name])
 }
 
+/// Its state and its migration's, as the monitor says them, are not what umem has left.
 fn is_not_ours((status, migration): (&str, &Value)) -> Error {
     let migration = migration["status"].as_str().unwrap_or("none");
     Error::Host(format!(

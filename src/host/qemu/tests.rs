@@ -17,7 +17,7 @@ fn a_device_state_is_read_before_the_command_is_answered() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
-    SourceHost::stop(&mut qmp).unwrap();
+    Monitor::stop(&mut qmp).unwrap();
     let state = qmp.save_state().unwrap();
     assert_eq!(state.len(), 1 + STATE);
     assert!(state[1..].iter().all(|&byte| byte == 0x5a));
@@ -31,8 +31,8 @@ fn what_needs_answers_is_asked_before_the_guest_stops() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
-    assert!(SourceHost::stop(&mut qmp).unwrap().is_some());
-    SourceHost::resume(&mut qmp).unwrap();
+    assert!(Monitor::stop(&mut qmp).unwrap().is_some());
+    Monitor::resume(&mut qmp).unwrap();
     drop(qmp);
     let asked = qemu.join().unwrap();
     let migrated = asked.iter().position(|command| command == "migrate").unwrap();
@@ -52,7 +52,7 @@ fn a_guest_is_stopped_by_the_saving_of_its_state() {
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
     let before = Instant::now();
-    let stopped = SourceHost::stop(&mut qmp).unwrap().unwrap();
+    let stopped = Monitor::stop(&mut qmp).unwrap().unwrap();
     assert!(before < stopped && stopped < Instant::now());
     assert_eq!(qmp.save_state().unwrap().len(), 1 + STATE);
     drop(qmp);
@@ -68,7 +68,7 @@ fn a_guest_that_its_qemu_does_not_stop_is_stopped() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer(&monitor, "stop"));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
-    SourceHost::stop(&mut qmp).unwrap();
+    Monitor::stop(&mut qmp).unwrap();
     assert_eq!(qmp.save_state().unwrap().len(), 1 + STATE);
     drop(qmp);
     let asked = qemu.join().unwrap();
@@ -115,7 +115,7 @@ fn a_guest_that_another_client_lets_run_is_not_given_away() {
         let qemu = std::thread::spawn(move || hold(&monitor, meanwhile, true));
         let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
         qmp.claim().unwrap();
-        SourceHost::stop(&mut qmp).unwrap();
+        Monitor::stop(&mut qmp).unwrap();
         assert_eq!(qmp.save_state().unwrap()[1..], DESCRIBED);
         let answer = qmp.stands_still();
         match meanwhile {
@@ -123,11 +123,11 @@ fn a_guest_that_another_client_lets_run_is_not_given_away() {
                 answer.unwrap();
                 // And once more, for a switchover that has not come.
                 qmp.stands_still().unwrap();
-                SourceHost::put_back(&mut qmp).unwrap();
+                Monitor::put_back(&mut qmp).unwrap();
             }
             _ => {
                 assert!(answer.is_err(), "{meanwhile:?}");
-                SourceHost::resume(&mut qmp).unwrap();
+                Monitor::resume(&mut qmp).unwrap();
             }
         }
         drop(qmp);
@@ -146,7 +146,7 @@ fn an_event_of_a_wild_time_stops_nothing() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || hold(&monitor, Meanwhile::Nothing, false));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
-    assert!(SourceHost::stop(&mut qmp).unwrap().is_some());
+    assert!(Monitor::stop(&mut qmp).unwrap().is_some());
     qmp.stands_still().unwrap();
     drop(qmp);
     qemu.join().unwrap();

@@ -20,11 +20,12 @@ use umem_wire::limits::STATE_BYTES_MAX;
 use super::reading::{Moved, Pulse, Reading};
 use super::{Event, Parser};
 use crate::error::{Context, Error, Result, WITHOUT_PASSES};
+use crate::host::guest;
+use crate::host::monitor::{BeforeStop, Handle, Monitor};
 use crate::host::qemu::blocks::Block;
 use crate::host::qemu::saving::Saving;
 use crate::host::qemu::settings::{self, Role};
 use crate::host::qemu::{Qemu, STATE_SOCKET, run_state};
-use crate::host::{BeforeStop, SourceHost, guest};
 use crate::memory::dirty::{DirtyLog, DirtyMap};
 use crate::memory::staging::Staging;
 
@@ -183,7 +184,15 @@ fn is_not_started() -> Error {
     Error::Internal("QEMU's stream has not been started".into())
 }
 
-impl SourceHost for SharedQemu {
+impl Monitor for SharedQemu {
+    fn name(&self) -> &'static str {
+        "QEMU"
+    }
+
+    fn handle(&self) -> Result<Option<Handle>> {
+        self.lock().handle()
+    }
+
     fn before_stop(&mut self, note: BeforeStop) {
         self.lock().before_stop(note);
     }
