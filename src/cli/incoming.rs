@@ -9,6 +9,7 @@ use crate::control::liveness::STEP_TIMEOUT;
 use crate::destination;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
+use crate::host::kind::MonitorSocket;
 use crate::host::switchover::Switchover;
 use crate::memory::kind::Kind;
 use crate::observe::{self, Address};
@@ -218,7 +219,7 @@ impl Incoming {
             kind: self.kind,
             touch: self.postcopy_flags.0 == 1,
             handoff: self.handoff,
-            qmp: self.qmp,
+            monitor: self.qmp.map(MonitorSocket::qmp),
             lanes_max,
             step_timeout: self.step_timeout.map_or(STEP_TIMEOUT, |seconds| seconds.0),
             checksum: self.checksum,

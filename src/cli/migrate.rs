@@ -9,6 +9,7 @@ use super::values::{CoreList, Seconds, Size, UnixPath, lanes_to};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::error::{Error, Result, WITHOUT_PASSES};
 use crate::host::command::RamPath;
+use crate::host::kind::MonitorSocket;
 use crate::host::switchover::Switchover;
 use crate::observe::{self, Address};
 use crate::runtime::idle::IdleCores;
@@ -230,7 +231,7 @@ impl Migrate {
             background: !self.no_background,
             precopy,
             ram: self.ram,
-            qmp: self.qmp,
+            monitor: self.qmp.map(MonitorSocket::qmp),
             listen: self.listen.map(|path| path.0),
             switchover: self.switchover,
             lanes,

@@ -17,6 +17,7 @@ use crate::control::source::{Effect, Goodbye, Input, Question};
 use crate::control::{Moment, Order};
 use crate::error::Result;
 use crate::events::{Event, Remark};
+use crate::host::monitor;
 use crate::runtime::inbox::Wake;
 use crate::runtime::{idle, panics};
 
@@ -112,15 +113,15 @@ impl Migration {
                 Ok(())
             }
             Effect::Ask(question) => {
-                match question {
-                    Question::Track => self.host.track(self.memory.marks()),
-                    Question::Look => self.host.look(),
-                    Question::Stop => self.host.stop(),
-                    Question::Save => self.host.save_state(),
-                    Question::StandsStill => self.host.stands_still(),
-                    Question::PutBack => self.host.put_back(),
-                    Question::Resume => self.host.resume(),
-                }
+                self.host.ask(match question {
+                    Question::Track => monitor::Question::Track(self.memory.marks()),
+                    Question::Look => monitor::Question::Look,
+                    Question::Stop => monitor::Question::Stop,
+                    Question::Save => monitor::Question::Save,
+                    Question::StandsStill => monitor::Question::StandsStill,
+                    Question::PutBack => monitor::Question::PutBack,
+                    Question::Resume => monitor::Question::Resume,
+                });
                 Ok(())
             }
             Effect::SendRegions => {

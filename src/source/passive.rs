@@ -11,14 +11,12 @@ use std::sync::Arc;
 
 use nix::poll::PollFlags;
 
-use super::{Guest, Note, Options, Switchover, wait};
+use super::{GOES_ON, Note, Options, wait};
 use crate::error::{Context, Error, Result};
 use crate::events::Event;
-use crate::host::command::RamPath;
-use crate::host::qemu::Qemu;
-use crate::host::qemu::stream::passive::{self, Opening, Pacing, PassiveHost, several_channels};
-use crate::host::qmp::Qmp;
-use crate::memory::staging::{StagedFile, Staging};
+use crate::host::kind::LeavingGuest;
+use crate::host::qemu::stream::passive::{Opening, Pacing, ask, leaving, several_channels};
+use crate::host::switchover::Switchover;
 use crate::observe::output::Output;
 use crate::runtime::inbox::{Inbox, Wake};
 use crate::runtime::private_socket::bind_private;
@@ -38,11 +36,11 @@ pub(super) fn guest(
     pass: &Arc<ClientAuth>,
     inbox: &Inbox<Note>,
     output: &Output,
-) -> Result<Guest> {
-    let monitor = match &options.qmp {
-        Some(qmp) => {
-            let qmp = qmp.clone();
-            Some(inbox.wait_for_work(NOT_BEGUN, None, move || claimed(&qmp))?)
+) -> Result<LeavingGuest> {
+    let asked = match &options.monitor {
+        Some(socket) => {
+            let socket = socket.path.clone();
+            Some(inbox.wait_for_work(NOT_BEGUN, None, move || ask(&socket))?)
         }
         None => None,
     };
@@ -52,38 +50,6 @@ pub(super) fn guest(
     let stream = listener.accept(inbox)?;
     let opening = read_head(&stream, &listener, inbox)?;
     drop(listener);
-    let found = opening.guest_ram();
-    let (qemu, regions) = match monitor {
-        Some((mut qemu, names)) => {
-            let bytes = |id: &String| found.iter().find(|(name, _)| name == id).map(|it| it.1);
-            let region = |id: String| match bytes(&id) {
-                Some(bytes) => Ok((id, bytes)),
-                None => Err(Error::Host(format!(
-                    "the QEMU of --qmp has RAM backend {id}, and the migration that has come to --listen has no RAM \
-                     block of it: give --qmp the monitor of the QEMU that migrates"
-                ))),
-            };
-            let regions = names.into_iter().map(region).collect::<Result<Vec<_>>>()?;
-            passive::is_live(&mut qemu)?;
-            (Some(qemu), regions)
-        }
-        None => (None, found),
-    };
-    if regions.is_empty() {
-        return Err(Error::Unsupported(
-            "QEMU's migration stream has no RAM block that is the guest's memory by its name: give umem its monitor \
-             with --qmp"
-                .into(),
-        ));
-    }
-    let (mut ram, mut files, mut staged) = (Vec::new(), Vec::new(), Vec::new());
-    for (name, bytes) in &regions {
-        let file = StagedFile::create(name, *bytes)?;
-        files.push(file.ram_file()?);
-        ram.push(RamPath { name: name.clone(), path: file.path().to_owned() });
-        staged.push(Some(file));
-    }
-    let staging = Arc::new(Staging::new(staged, options.checksum).paced());
     let precopy =
         options.precopy.ok_or_else(|| Error::Internal("a stream without passes".into()))?;
     let pacing = Pacing {
@@ -91,17 +57,9 @@ pub(super) fn guest(
         passes_max: precopy.passes_max,
         timeout: precopy.timeout,
     };
-    let names: Vec<String> = regions.into_iter().map(|(name, _)| name).collect();
-    let host = PassiveHost::new(stream, opening, &names, staging.clone(), qemu, pacing)?;
-    Ok(Guest { host: Box::new(host), ram, files, staging: Some(staging) })
-}
-
-/// The monitor that says whether the guest stands still, and the ids of the guest's RAM backends.
-fn claimed(path: &Path) -> Result<(Qemu, Vec<String>)> {
-    let mut qemu = Qemu::new(Qmp::connect(path)?);
-    qemu.claim()?;
-    let names = qemu.check_source(true)?.into_iter().map(|backend| backend.name).collect();
-    Ok((qemu, names))
+    let checksum = options.checksum;
+    let leave = move || leaving(stream, opening, asked, checksum, pacing);
+    inbox.wait_for_work(GOES_ON, None, leave)
 }
 
 /// Opens one lane of a session that has several, and closes it: that begins nothing there.
@@ -158,7 +116,7 @@ fn read_head(stream: &UnixStream, listener: &Socket, inbox: &Inbox<Note>) -> Res
     let mut piece = vec![0; PIECE_BYTES];
     loop {
         match inbox.wait(&[listener.listener.as_fd(), stream.as_fd()], None)? {
-            Wake::Signal => return Err(Error::Interrupted("the guest goes on here".into())),
+            Wake::Signal => return Err(Error::Interrupted(GOES_ON.into())),
             Wake::Ready(0) => return Err(several_channels()),
             Wake::Ready(_) => {}
             Wake::Message(_) | Wake::Timeout => continue,

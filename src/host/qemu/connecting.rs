@@ -12,15 +12,14 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 
 use serde_json::json;
 
 use super::{GUEST_RUNS, Qemu};
 use crate::error::{Context, Error, Result};
-use crate::host::DestinationHost;
+use crate::host::kind::Listening;
+use crate::host::monitor::{Handle, Loaded, Monitor};
 use crate::host::switchover::Switchover;
 
 /// The message `MIG_RP_MSG_SHUT` of QEMU's migration/migration.h: the destination is done, with 4 bytes, 0 for well.
@@ -30,17 +29,16 @@ const SHUT: u16 = 1;
 const DATA_BYTES_MAX: usize = 512;
 
 /// A QEMU that waits for its guest at a socket.
-pub(crate) struct Connected {
+pub(super) struct Connected {
     qemu: Qemu,
-    path: PathBuf,
-    switchover: Switchover,
+    listening: Listening,
     socket: Option<UnixStream>,
 }
 
 impl Connected {
-    /// One that listens at `path`.
-    pub(crate) fn new(qemu: Qemu, path: PathBuf, switchover: Switchover) -> Connected {
-        Connected { qemu, path, switchover, socket: None }
+    /// One that listens there.
+    pub(super) fn new(qemu: Qemu, listening: Listening) -> Connected {
+        Connected { qemu, listening, socket: None }
     }
 
     /// QEMU's own reason, if it still tells one.
@@ -52,12 +50,20 @@ impl Connected {
     }
 }
 
-impl DestinationHost for Connected {
+impl Monitor for Connected {
+    fn name(&self) -> &'static str {
+        "a QEMU that listens for its guest"
+    }
+
+    fn handle(&self) -> Result<Option<Handle>> {
+        self.qemu.handle()
+    }
+
     /// QEMU waits for its stream from here on, which comes when the guest has stopped.
     fn prepare(&mut self) -> Result<()> {
         self.qemu.qmp.execute("stop", json!({}))?;
-        let socket = UnixStream::connect(&self.path).map_err(|error| {
-            let path = self.path.display();
+        let socket = UnixStream::connect(&self.listening.path).map_err(|error| {
+            let path = self.listening.path.display();
             Error::Host(format!(
                 "cannot connect to the migration socket {path}, which --connect names: {error}; have QEMU listen there \
                  first, with -incoming unix:{path} or, after -incoming defer, with the monitor command \
@@ -68,7 +74,7 @@ impl DestinationHost for Connected {
         Ok(())
     }
 
-    fn load_state(&mut self, state: Vec<u8>) -> Result<()> {
+    fn load_state(&mut self, state: Vec<u8>) -> Result<Loaded> {
         let Some((&was_live, state)) = state.split_first() else {
             return Err(Error::Host(
                 "the source sends no device state, and QEMU waits for one: give `umem migrate` the source's QEMU, \
@@ -104,19 +110,15 @@ impl DestinationHost for Connected {
                     .into(),
             ));
         }
-        Ok(())
+        Ok(Loaded { runs: self.qemu.is_live })
     }
 
     /// With an external switchover the manager's `cont` does that.
     fn run(&mut self) -> Result<()> {
-        match self.switchover {
+        match self.listening.switchover {
             Switchover::Umem => self.qemu.run(),
             Switchover::External => Ok(()),
         }
-    }
-
-    fn connection(&self) -> Result<Option<OwnedFd>> {
-        self.qemu.qmp.connection().map(Some)
     }
 }
 

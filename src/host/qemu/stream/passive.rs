@@ -14,6 +14,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,11 +26,15 @@ use umem_wire::limits::STATE_BYTES_MAX;
 use super::reading::{Moved, Reading};
 use super::{Block, Event, Parser};
 use crate::error::{Context, Error, Result};
+use crate::host::command::RamPath;
+use crate::host::kind::{LeavingGuest, check_ram_name};
+use crate::host::monitor::{BeforeStop, Handle, Monitor};
 use crate::host::qemu::saving::{self, Saving};
 use crate::host::qemu::{GUEST_IS_PAUSED, GUEST_RUNS, Qemu, run_state};
-use crate::host::{BeforeStop, SourceHost};
+use crate::host::qmp::Qmp;
 use crate::memory::dirty::{DirtyLog, DirtyMap};
-use crate::memory::staging::Staging;
+use crate::memory::staging::{StagedFile, Staging};
+use crate::runtime::os_text::absolute;
 
 /// Bytes of a stream before its first page at most: names and sizes of blocks, and what one read brings with them.
 const HEAD_BYTES_MAX: usize = 1 << 20;
@@ -93,7 +98,7 @@ impl Opening {
     ///
     /// Those that a machine, a device or the firmware brings (video memory, ROMs, flash) come with the device state.
     /// The destination knows which of its blocks wait for pages, and refuses a guest with others.
-    pub(crate) fn guest_ram(&self) -> Vec<(String, u64)> {
+    fn guest_ram(&self) -> Vec<(String, u64)> {
         let is_ram = |block: &&Block| block.bytes > 0 && is_guest_ram(&block.name);
         let blocks = self.parser.blocks().iter().filter(is_ram);
         blocks.map(|block| (id_of(&block.name).to_owned(), block.bytes)).collect()
@@ -149,7 +154,7 @@ pub(crate) struct Pacing {
 }
 
 /// The source of a stream that has begun.
-pub(crate) struct PassiveHost {
+struct PassiveHost {
     shared: Arc<Shared>,
     /// The monitor that says whether the guest stands still; none where the switchover is external.
     qemu: Option<Qemu>,
@@ -184,7 +189,7 @@ impl Shared {
 impl PassiveHost {
     /// Of a stream with this head. The regions are its blocks that are the guest's RAM, in their order, or with a
     /// monitor those of the backends that it has named; their contents go to `staging`.
-    pub(crate) fn new(
+    fn new(
         socket: UnixStream,
         opening: Opening,
         regions: &[String],
@@ -216,7 +221,16 @@ impl PassiveHost {
     }
 }
 
-impl SourceHost for PassiveHost {
+impl Monitor for PassiveHost {
+    fn name(&self) -> &'static str {
+        "a QEMU that another program has migrate"
+    }
+
+    /// None without a monitor: nobody but QEMU's manager could undo anything.
+    fn handle(&self) -> Result<Option<Handle>> {
+        self.qemu.as_ref().map_or(Ok(None), Qemu::handle)
+    }
+
     fn before_stop(&mut self, note: BeforeStop) {
         if let Some(qemu) = &mut self.qemu {
             qemu.before_stop(note);
@@ -398,11 +412,72 @@ impl PassiveLog {
     }
 }
 
-/// Whether the guest of a monitor that has been told to migrate goes on by itself at the source.
-pub(crate) fn is_live(qemu: &mut Qemu) -> Result<()> {
-    let status = run_state::status(&mut qemu.qmp)?;
-    qemu.is_live = run_state::is_live(&status);
-    Ok(())
+/// The monitor of a QEMU that will be told to migrate, and the ids of its guest's RAM backends.
+pub(crate) struct Asked {
+    qemu: Qemu,
+    names: Vec<String>,
+}
+
+/// Claims the guest of this monitor, if the guest can be moved. May block.
+pub(crate) fn ask(socket: &Path) -> Result<Asked> {
+    let mut qemu = Qemu::new(Qmp::connect(socket)?).at(absolute(socket)?);
+    qemu.claim()?;
+    let names: Vec<String> =
+        qemu.check_source(true)?.into_iter().map(|backend| backend.name).collect();
+    qemu.check_log(&names).map(drop)?;
+    Ok(Asked { qemu, names })
+}
+
+/// A guest whose stream has begun on this socket. Its RAM is what its monitor has named, or without a monitor what the
+/// stream's head names.
+///
+/// # Errors
+/// The stream is another guest's than the monitor's, or has no memory.
+pub(crate) fn leaving(
+    socket: UnixStream,
+    opening: Opening,
+    asked: Option<Asked>,
+    is_checked: bool,
+    pacing: Pacing,
+) -> Result<LeavingGuest> {
+    let found = opening.guest_ram();
+    let (qemu, regions) = match asked {
+        Some(Asked { mut qemu, names }) => {
+            let bytes = |id: &String| found.iter().find(|(name, _)| name == id).map(|it| it.1);
+            let region = |id: String| match bytes(&id) {
+                Some(bytes) => Ok((id, bytes)),
+                None => Err(Error::Host(format!(
+                    "the QEMU of --qmp has RAM backend {id}, and the migration that has come to --listen has no RAM \
+                     block of it: give --qmp the monitor of the QEMU that migrates"
+                ))),
+            };
+            let regions = names.into_iter().map(region).collect::<Result<Vec<_>>>()?;
+            let status = run_state::status(&mut qemu.qmp)?;
+            qemu.is_live = run_state::is_live(&status);
+            (Some(qemu), regions)
+        }
+        None => (None, found),
+    };
+    if regions.is_empty() {
+        return Err(Error::Unsupported(
+            "QEMU's migration stream has no RAM block that is the guest's memory by its name: give umem its monitor \
+             with --qmp"
+                .into(),
+        ));
+    }
+    let (mut ram, mut files, mut staged) = (Vec::new(), Vec::new(), Vec::new());
+    for (name, bytes) in &regions {
+        check_ram_name(name)?;
+        let file = StagedFile::create(name, *bytes)?;
+        files.push(file.ram_file()?);
+        ram.push(RamPath { name: name.clone(), path: file.path().to_owned() });
+        staged.push(Some(file));
+    }
+    let staging = Arc::new(Staging::new(staged, is_checked).paced());
+    let names: Vec<String> = regions.into_iter().map(|(name, _)| name).collect();
+    let monitor = PassiveHost::new(socket, opening, &names, staging.clone(), qemu, pacing)?;
+    let (monitor, staging) = (Box::new(monitor), Some(staging));
+    Ok(LeavingGuest { monitor, ram, files, staging, advice: None })
 }
 
 #[cfg(test)]
