@@ -45,6 +45,7 @@ pub use crate::transport::secure::Security;
 pub use crate::transport::uri::Uri;
 pub use error::{Error, Result};
 pub use host::command::RamPath;
+pub use host::kind::MonitorSocket;
 pub use memory::kind::Kind;
 pub use programs::demo;
 pub use programs::doctor;

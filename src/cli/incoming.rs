@@ -4,11 +4,13 @@ use std::path::PathBuf;
 
 use argh::{ArgsInfo, FromArgs};
 
-use super::values::{CoreList, PostcopyFlags, Seconds, lanes_to, several_lanes};
+use super::values::{CoreList, PostcopyFlags, Seconds, UnixPath, lanes_to, several_lanes};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::destination;
 use crate::error::{Error, Result};
 use crate::host::command::RamPath;
+use crate::host::kind::MonitorSocket;
+use crate::host::switchover::Switchover;
 use crate::memory::kind::Kind;
 use crate::observe::{self, Address};
 use crate::runtime::idle::IdleCores;
@@ -39,6 +41,9 @@ use crate::transport::uri::Uri;
     example = "Take over after this process was killed, with the guest that waits:\n  {command_name} --resume SESSION",
     example = "Serve a Firecracker that restores a snapshot; its memory file is at the source:\n  \
                {command_name} --tls-creds /etc/pki/qemu --handoff /run/uffd.sock tcp::4444",
+    example = "Receive a guest for a QEMU that a management tool runs, which listens at /run/mig.sock:\n  \
+               {command_name} --tls-creds /etc/pki/qemu --connect unix:/run/mig.sock --switchover external \\\n    \
+               tcp::4444 -- qemu-system-x86_64 …",
     example = "Receive a QEMU guest:\n  {command_name} --tls-creds /etc/pki/qemu tcp::4444 -- \\\n    qemu-system-x86_64 -m 2G -machine memory-backend=ram0 \\\n    -object \
                memory-backend-file,id=ram0,size=2G,share=on,mem-path=/dev/shm/guest",
     error_code(
@@ -67,6 +72,15 @@ pub(super) struct Incoming {
     /// the monitor's QMP socket (default: a QEMU gets one from umem)
     #[argh(option)]
     qmp: Option<PathBuf>,
+    /// a QEMU that listens for its migration at unix:PATH, by -incoming or by its manager's
+    /// migrate-incoming: umem gives it the guest there (default: umem tells it to by QMP)
+    #[argh(option)]
+    connect: Option<UnixPath>,
+    /// who lets the guest run: umem (the default), or external, a program that manages the QEMUs of
+    /// both sides and sends `cont` here when the source's migration has completed; needs --connect,
+    /// and --switchover external at the source
+    #[argh(option, default = "Switchover::Umem")]
+    switchover: Switchover,
     /// the most bulk lanes that a source may open (default 16; none with fd: and exec:)
     #[argh(option)]
     lanes: Option<u16>,
@@ -181,15 +195,31 @@ impl Incoming {
                     .into(),
             ));
         }
+        if self.switchover == Switchover::External && self.connect.is_none() {
+            return Err(Error::Usage(
+                "--switchover external is for a QEMU whose migration its manager begins: say with --connect unix:PATH \
+                 where that QEMU listens"
+                    .into(),
+            ));
+        }
+        if self.connect.is_some() && command.is_empty() && self.qmp.is_none() {
+            return Err(Error::Usage(
+                "--connect needs the QEMU's monitor, which is asked for its RAM: give its QMP socket with --qmp, or \
+                 start QEMU with umem (-- COMMAND)"
+                    .into(),
+            ));
+        }
         destination::run(&destination::Options {
             security: self.security(),
             observe: self.observe(),
+            connect: self.connect.map(|path| path.0),
+            switchover: self.switchover,
             uri,
             ram: self.ram,
             kind: self.kind,
             touch: self.postcopy_flags.0 == 1,
             handoff: self.handoff,
-            qmp: self.qmp,
+            monitor: self.qmp.map(MonitorSocket::qmp),
             lanes_max,
             step_timeout: self.step_timeout.map_or(STEP_TIMEOUT, |seconds| seconds.0),
             checksum: self.checksum,
@@ -209,6 +239,8 @@ impl Incoming {
             ("--handoff", self.handoff.is_some()),
             ("--ram", !self.ram.is_empty()),
             ("--qmp", self.qmp.is_some()),
+            ("--connect", self.connect.is_some()),
+            ("--switchover", self.switchover != Switchover::Umem),
             ("--lanes", self.lanes.is_some()),
             ("--step-timeout", self.step_timeout.is_some()),
             ("--overcommit", self.overcommit),

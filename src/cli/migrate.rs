@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use argh::{ArgsInfo, FromArgs};
 
-use super::values::{CoreList, Seconds, Size, lanes_to};
+use super::values::{CoreList, Seconds, Size, UnixPath, lanes_to};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::error::{Error, Result, WITHOUT_PASSES};
 use crate::host::command::RamPath;
+use crate::host::kind::MonitorSocket;
+use crate::host::switchover::Switchover;
 use crate::observe::{self, Address};
 use crate::runtime::idle::IdleCores;
 use crate::session::ResumeOptions;
@@ -19,6 +21,9 @@ use crate::transport::uri::Uri;
 
 /// Passes where the command line names no number: most of the gain comes from the first two.
 const PRECOPY_PASSES: u32 = 4;
+
+/// Passes of a QEMU that paces itself, before what is left waits for the time after the switchover.
+const PACED_PASSES: u32 = 1;
 
 /// QEMU's own default, milliseconds.
 const DOWNTIME_LIMIT_MS: u64 = 300;
@@ -41,6 +46,9 @@ const DOWNTIME_LIMIT_MS: u64 = 300;
                /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
     example = "Postcopy: the guest moves at once, and all memory follows.\n  {command_name} -p --tls-creds \
                /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
+    example = "The guest of a management tool, which has QEMU migrate to /run/umem.sock and runs it there:\n  \
+               {command_name} --tls-creds /etc/pki/qemu --listen unix:/run/umem.sock --switchover external \\\n    \
+               tcp:DESTINATION:4444",
     example = "Take over after this process was killed:\n  {command_name} --resume SESSION",
     example = "End the session of a guest that is complete at a destination that is gone:\n  {command_name} --resume SESSION --abandon",
     error_code(
@@ -84,6 +92,15 @@ pub(super) struct Migrate {
     /// the monitor's QMP socket
     #[argh(option)]
     qmp: Option<PathBuf>,
+    /// take what QEMU migrates to unix:PATH, whoever tells it to (`migrate -d unix:PATH`, a management
+    /// tool); its capability return-path has to be on, and it decides when its guest stops. Needs
+    /// --qmp, by which umem lets the guest run at the destination, or --switchover external
+    #[argh(option)]
+    listen: Option<UnixPath>,
+    /// who lets the guest run at the destination: umem (the default), by the monitors, or external, a
+    /// program that manages the QEMUs of both sides; needs --listen, and --switchover external there
+    #[argh(option, default = "Switchover::Umem")]
+    switchover: Switchover,
     /// bulk lanes: connections for background pages (default 1; none with fd: and exec:)
     #[argh(option)]
     lanes: Option<u16>,
@@ -204,6 +221,7 @@ impl Migrate {
                     .into(),
             ));
         }
+        self.check_listen()?;
         let precopy = self.passes(&uri)?;
         source::run(&source::Options {
             security: self.security(),
@@ -213,7 +231,9 @@ impl Migrate {
             background: !self.no_background,
             precopy,
             ram: self.ram,
-            qmp: self.qmp,
+            monitor: self.qmp.map(MonitorSocket::qmp),
+            listen: self.listen.map(|path| path.0),
+            switchover: self.switchover,
             lanes,
             release_ram: self.release_ram,
             checksum: self.checksum,
@@ -228,6 +248,63 @@ impl Migrate {
         Ok(0)
     }
 
+    /// Whether the options fit a migration that another program begins.
+    fn check_listen(&self) -> Result<()> {
+        let usage = |text: &str| Err(Error::Usage(text.into()));
+        let is_external = self.switchover == Switchover::External;
+        if self.listen.is_none() {
+            return match is_external {
+                true => usage(
+                    "--switchover external is for a migration that another program begins: say with --listen unix:PATH \
+                     where QEMU migrates to",
+                ),
+                false => Ok(()),
+            };
+        }
+        match (self.qmp.is_some(), is_external) {
+            (false, false) => {
+                return usage(
+                    "--listen: umem may let the guest run at the destination only if it knows that the guest stands \
+                     still here: give QEMU's monitor with --qmp, or leave that to the program that manages both QEMUs \
+                     with --switchover external, on both sides",
+                );
+            }
+            (true, true) => {
+                return usage(
+                    "--switchover external asks no monitor: leave out --qmp, or leave out --switchover external and \
+                     umem lets the guest run at the destination",
+                );
+            }
+            _ => {}
+        }
+        let others = [
+            ("--stop-first", self.stop_first, "QEMU sends its guest's memory while that runs"),
+            ("--ram", !self.ram.is_empty(), "the guest's memory comes with QEMU's stream"),
+            ("--release-ram", self.release_ram, "there are no RAM files of the guest's to free"),
+            (
+                "--downtime-limit",
+                self.downtime_limit.is_some(),
+                "QEMU decides when its guest stops, by its own parameter downtime-limit",
+            ),
+            (
+                "--timeout",
+                self.timeout.is_some() && !self.postcopy,
+                "without -p QEMU alone decides when its guest stops",
+            ),
+            (
+                "--precopy-passes",
+                self.precopy_passes.is_some() && !self.postcopy,
+                "without -p QEMU alone decides when its guest stops",
+            ),
+        ];
+        match others.iter().find(|(_, is_given, _)| *is_given) {
+            Some((option, _, why)) => {
+                Err(Error::Usage(format!("with --listen {why}: leave out {option}")))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// The passes while the guest runs; none where there are none.
     ///
     /// # Errors
@@ -240,8 +317,10 @@ impl Migrate {
                     .into(),
             );
         }
-        let has_guest = self.qmp.is_some();
-        let is_wanted = self.precopy || (has_guest && !self.postcopy && !self.stop_first);
+        let is_paced = self.listen.is_some();
+        let has_guest = self.qmp.is_some() || is_paced;
+        let is_wanted =
+            self.precopy || is_paced || (has_guest && !self.postcopy && !self.stop_first);
         if !is_wanted {
             let options = [
                 ("--precopy-passes", self.precopy_passes.is_some()),
@@ -284,7 +363,10 @@ impl Migrate {
             ));
         }
         Ok(Some(Precopy {
-            passes_max: self.precopy_passes.unwrap_or(PRECOPY_PASSES),
+            passes_max: self.precopy_passes.unwrap_or(match is_paced {
+                true => PACED_PASSES,
+                false => PRECOPY_PASSES,
+            }),
             downtime_limit: Duration::from_millis(self.downtime_limit.unwrap_or(DOWNTIME_LIMIT_MS)),
             timeout: self.timeout.map(|seconds| seconds.0),
             max_bandwidth,
@@ -304,6 +386,8 @@ impl Migrate {
             ("-n", self.no_background),
             ("--ram", !self.ram.is_empty()),
             ("--qmp", self.qmp.is_some()),
+            ("--listen", self.listen.is_some()),
+            ("--switchover", self.switchover != Switchover::Umem),
             ("--lanes", self.lanes.is_some()),
             ("--step-timeout", self.step_timeout.is_some()),
             ("--release-ram", self.release_ram),

@@ -1,5 +1,7 @@
 //! Values of options, and checks that several subcommands share
 
+use std::path::PathBuf;
+
 use crate::error::{Error, Result};
 use crate::transport::uri::Uri;
 
@@ -99,4 +101,19 @@ pub(super) fn several_lanes(asked: Option<u16>, default: u16) -> Result<u16> {
     let lanes = asked.unwrap_or(default);
     check_lanes(lanes)?;
     Ok(lanes)
+}
+
+/// A unix socket's path, as `unix:PATH`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct UnixPath(pub(super) PathBuf);
+
+impl std::str::FromStr for UnixPath {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<UnixPath, String> {
+        match text.strip_prefix("unix:") {
+            Some(path) if !path.is_empty() => Ok(UnixPath(path.into())),
+            _ => Err(format!("{text:?} is not unix:PATH")),
+        }
+    }
 }

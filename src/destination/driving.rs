@@ -18,7 +18,7 @@ use crate::control::destination::{
     Effect, Entrance, Exit, FreeSpace, Input, Memory, Moment, Outcome, Process,
 };
 use crate::error::{Error, Result, lane_name};
-use crate::host::thread::Answer;
+use crate::host::monitor::{Answer, Loaded, Question};
 use crate::runtime::inbox::Wake;
 use crate::runtime::{idle, panics, worker};
 use crate::statistics::Completed;
@@ -174,7 +174,7 @@ impl Migration<'_> {
                 self.link.offer(super::link::Offer::Connections(sockets));
                 Input::Offered(Entrance::Given)
             }
-            Note::Host(Answer::Loaded(Ok(()))) => Input::Loaded,
+            Note::Host(Answer::Loaded(Ok(Loaded { runs }))) => Input::Loaded { runs },
             Note::Host(Answer::Running(Ok(()))) => Input::Running,
             Note::Host(
                 Answer::Prepared(Err(error))
@@ -234,7 +234,7 @@ impl Migration<'_> {
     /// Carries out one effect. Results go back to the core.
     fn carry_out(&mut self, effect: Effect, side: &mut GuestSide) -> Result<Option<Input>> {
         match effect {
-            Effect::Prepare => self.host.prepare(),
+            Effect::Prepare => self.host.ask(Question::Prepare),
             Effect::SettlePages => {
                 for (block, stale) in self.guest.stale() {
                     side.empty(block, &stale)?;
@@ -249,9 +249,9 @@ impl Migration<'_> {
                 }
                 return Ok(Some(Input::PagesSettled));
             }
-            Effect::Load(state) => self.host.load_state(state),
+            Effect::Load(state) => self.host.ask(Question::Load(state)),
             Effect::RequestPages => self.threads.command(Command::RequestPages),
-            Effect::Run => self.host.run(),
+            Effect::Run => self.host.ask(Question::Run),
             Effect::StayAwake => {
                 self.awake = self.awake.take().or_else(|| idle::stay_awake(self.idle_cores));
             }
@@ -327,7 +327,10 @@ impl Migration<'_> {
             Effect::MeasureRoom => return Ok(Some(Input::Room(self.free_space()))),
             Effect::Entered(phase) => self.progress.watch().entered(phase),
             Effect::Show(name) => self.progress.phase(name),
-            Effect::Report(event) => self.output.tell(&event),
+            Effect::Report(event) => self.output.tell(&match self.link.is_external() {
+                true => event.left_to_manager(),
+                false => event,
+            }),
             Effect::SeekCause(error) => {
                 let error = worker::first_cause(self.inbox, error);
                 return Ok(Some(Input::Cause { error, process: self.process(side) }));

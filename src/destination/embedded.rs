@@ -115,7 +115,7 @@ pub(crate) fn receive(
 
 /// The source chooses whether there are checksums.
 fn terms(lanes_max: u16, recovers: bool) -> Terms {
-    Terms { lanes_max, recovers, checksum: false }
+    Terms { lanes_max, recovers, checksum: false, is_external: false }
 }
 
 /// Opens a lane on each of several connections. The source may send its hellos at any time.

@@ -56,6 +56,11 @@ impl Link {
         }
     }
 
+    /// A program beside both sides has the guest run.
+    pub(super) fn is_external(&self) -> bool {
+        self.hello.capabilities.contains(Capabilities::EXTERNAL)
+    }
+
     /// The link of a session whose process is gone: without lanes, old or new.
     pub(super) fn taken_over(
         hello: Hello,

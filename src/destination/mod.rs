@@ -33,9 +33,13 @@ use umem_wire::{Event, Fault, Receiver, RegionTable};
 use crate::control::destination::{Core, Outcome};
 use crate::error::{Error, Result};
 use crate::events as control;
+use crate::host::arriving::{Expected, NO_GUEST};
 use crate::host::command::RamPath;
-use crate::host::thread::{Answer, HostThread};
-use crate::host::{DestinationHost, RunsItself};
+use crate::host::kind::MonitorSocket;
+use crate::host::monitor::{Answer, NoMonitor};
+use crate::host::switchover::Switchover;
+use crate::host::thread::HostThread;
+use crate::memory::check_pages;
 use crate::memory::kind::Kind;
 use crate::observe::output::Output;
 use crate::observe::progress::Progress;
@@ -54,7 +58,7 @@ use crate::transport::single::{self, SharedConnection};
 use crate::transport::uri::Uri;
 
 use self::admission::accept::{Entrance, Lanes, Terms};
-use self::admission::prepare::{Adopted, Expected, Prepared};
+use self::admission::prepare::{self, Adopted, Prepared};
 use self::faults::latency::Latencies;
 use self::faults::serving::Servers;
 use self::lanes::demand::{Command, RequestsFrom};
@@ -77,8 +81,12 @@ pub struct Options {
     pub touch: bool,
     /// The socket where a process that umem does not start with the preload object hands over its memory.
     pub handoff: Option<PathBuf>,
-    /// The monitor's QMP socket, if the monitor has one of its own.
-    pub qmp: Option<PathBuf>,
+    /// The monitor's socket, if the monitor has one of its own.
+    pub monitor: Option<MonitorSocket>,
+    /// Where QEMU listens for its migration; none to give it a socket of umem's.
+    pub connect: Option<PathBuf>,
+    /// Who has the guest run here.
+    pub switchover: Switchover,
     /// The most bulk lanes that a source may open; none if the URI is a single connection.
     pub lanes_max: u16,
     /// Refuse a source without checksums.
@@ -169,9 +177,6 @@ impl From<Answer> for Note {
     }
 }
 
-/// The outcome of an interrupt before a source has connected.
-const NO_GUEST: &str = "no guest had arrived";
-
 /// Receives one guest. Returns when the guest is complete and a started command has exited; the value is the process's
 /// exit status.
 ///
@@ -255,7 +260,8 @@ fn receive(
         output.remark(&open);
     }
     let uri = uri.to_string();
-    let expected = Expected::new(options)?;
+    check_pages()?;
+    let expected = Expected::new(prepare::wanted(options))?;
     let announce = |guest_pid| {
         let handoff = options.handoff.as_ref().map(|path| path.display().to_string());
         output.tell(&control::Event::Listening { uri: uri.clone(), guest_pid, handoff });
@@ -264,12 +270,13 @@ fn receive(
     if is_to_come {
         announce(None);
     }
-    let mut prepared = expected.prepare(inbox)?;
+    let mut prepared = Prepared::new(options, expected.arrive(inbox)?)?;
     if !is_to_come {
         announce(prepared.side.pid());
     }
     let (lanes_max, checksum) = (options.lanes_max, options.checksum);
-    let terms = Terms { lanes_max, recovers: true, checksum };
+    let is_external = options.switchover == Switchover::External;
+    let terms = Terms { lanes_max, recovers: true, checksum, is_external };
     let lanes = entrance.accept(guard, terms, &output, inbox, &prepared)?;
     output.tell(&control::Event::Connected {
         to: None,
@@ -287,9 +294,9 @@ fn receive(
         options, &uri, &lanes, &prepared, &adopted, &output,
     )
     .inspect_err(|error| lane::tell(&lanes.demand.socket(), lanes.demand.is_checked(), error))?;
-    let runs_itself = prepared.host.is_none();
-    let host = prepared.host.take().unwrap_or_else(|| Box::new(RunsItself));
-    let host = HostThread::<dyn DestinationHost>::start(host, inbox.post())?;
+    let runs_itself = prepared.monitor.is_none();
+    let monitor = prepared.monitor.take().unwrap_or_else(|| Box::new(NoMonitor));
+    let host = HostThread::start(monitor, inbox.post())?;
     let plan = Plan {
         touch: options.touch,
         cores: &options.cores,
@@ -363,7 +370,7 @@ struct Migration<'a> {
     output: Output,
     inbox: &'a Inbox<Note>,
     guest: Arc<GuestMemory>,
-    host: HostThread<dyn DestinationHost>,
+    host: HostThread,
     link: Link,
     threads: Threads,
     /// The session record for a takeover.

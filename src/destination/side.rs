@@ -15,7 +15,7 @@ use super::Note;
 use crate::error::{Context, Error, Result};
 use crate::events::Event;
 use crate::fault::handoff::{HandoffSocket, Message};
-use crate::host::command::Monitor;
+use crate::host::command::MonitorProcess;
 use crate::observe::output::Output;
 use crate::runtime::inbox::{Inbox, Wake};
 use crate::runtime::polling::poll;
@@ -39,7 +39,7 @@ pub(crate) enum GuestSide {
 
 /// The guest's process, and the socket on which it handed over its memory.
 pub(crate) struct GuestProcess {
-    pub(crate) monitor: Monitor,
+    pub(crate) monitor: MonitorProcess,
     pub(crate) handoff: HandoffSocket,
     /// The guest's process keeps its userfaultfds when umem ends, and understands commands.
     pub(crate) knows_umem: bool,
@@ -313,7 +313,7 @@ impl GuestSide {
 
 impl GuestProcess {
     pub(crate) fn new(
-        monitor: Monitor,
+        monitor: MonitorProcess,
         handoff: HandoffSocket,
         knows_umem: bool,
         keeps_sessions: bool,

@@ -18,7 +18,6 @@ use super::side::GuestSide;
 use super::{Migration, Note, Open, Plan, Serving, Threads};
 use crate::control::destination::{Core, Input, Terms};
 use crate::error::{Context, Result};
-use crate::host::DestinationHost;
 use crate::host::thread::HostThread;
 use crate::observe::output::Output;
 use crate::observe::progress::Progress;
@@ -36,7 +35,7 @@ impl<'a> Migration<'a> {
         output: Output,
         inbox: &'a Inbox<Note>,
         open: Open,
-        host: HostThread<dyn DestinationHost>,
+        host: HostThread,
         side: &mut GuestSide,
     ) -> Result<Migration<'a>> {
         let Open { mut lanes, guard, receiver, adopted, keeping, runs_itself } = open;
@@ -102,7 +101,7 @@ impl<'a> Migration<'a> {
         inbox: &'a Inbox<Note>,
         guest: Arc<GuestMemory>,
         serving: Serving,
-        host: HostThread<dyn DestinationHost>,
+        host: HostThread,
     ) -> Result<(Migration<'a>, ThreadHandle)> {
         let Serving { core, link, keeper, lane, requests_from, acks, lane_count, landing } =
             serving;

@@ -18,7 +18,7 @@ use super::{Event, Failure, Guest, Stats};
 use crate::error::{Context, Error, Result};
 use crate::events::{self, Place};
 use crate::host::embedder::{Answers, Embedder, LinkOrder, Orders};
-use crate::host::thread::{Answer, Question};
+use crate::host::monitor::{Answer, Question};
 use crate::memory::dirty::DirtyMap;
 use crate::observe::output::Output;
 use crate::runtime::inbox::Canceller;

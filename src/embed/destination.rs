@@ -15,7 +15,7 @@ use crate::error::{Context, Error, Result};
 use crate::fault::handoff::Handed;
 use crate::fault::own::{Area, Guarded, Mapped};
 use crate::host::embedder::LinkOrder;
-use crate::host::thread::Answer;
+use crate::host::monitor::{Answer, Loaded};
 use crate::memory::check_pages;
 use crate::transport::lane::Listener;
 use crate::transport::uri::Uri;
@@ -239,7 +239,7 @@ impl Destination {
     /// # Errors
     /// [`Error::Usage`] if the question is not open.
     pub fn loaded(&self) -> Result<()> {
-        self.handle.desk.answer(Open::Load, || Answer::Loaded(Ok(())))
+        self.handle.desk.answer(Open::Load, || Answer::Loaded(Ok(Loaded { runs: true })))
     }
 
     /// Answers [`Event::Run`]: the vCPUs run.

@@ -10,7 +10,7 @@ use super::handle::{Handle, check_address, check_connections, check_lanes, handl
 use super::{Event, Stats};
 use crate::error::{Context, Error, Result};
 use crate::host::embedder::LinkOrder;
-use crate::host::thread::Answer;
+use crate::host::monitor::Answer;
 use crate::memory::check_pages;
 use crate::memory::region::RamFile;
 use crate::source::Precopy;

@@ -3,6 +3,7 @@
 
 pub(crate) mod words;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::transport::uri::Uri;
@@ -15,6 +16,8 @@ pub(crate) const CUT: &str = "without connection";
 pub(crate) enum Event {
     /// The destination waits for its source, and also for a guest if one is to connect to `handoff`.
     Listening { uri: String, guest_pid: Option<u32>, handoff: Option<String> },
+    /// The source waits until another program has QEMU migrate to its socket.
+    AwaitsQemu { path: PathBuf },
     /// The destination waits for its source to reconnect, here or after a takeover of the source.
     ListeningAgain { uri: String },
     /// All lanes are open. `to` is the address that the source dialled; None at the destination.
@@ -40,6 +43,9 @@ pub(crate) enum Event {
     StoppedAtSource { postcopy: bool },
     /// The guest runs at the destination. It stood still for `downtime`.
     Running { place: Place, downtime: Duration },
+    /// The guest may run at the destination, which stood still for `downtime` by then: the program that manages both
+    /// monitors lets it run.
+    LeftToManager { place: Place, downtime: Duration },
     /// From now on another process can take over with this command.
     Resumable { session: String, command: String },
     /// Lanes were lost and are being opened again.
@@ -242,14 +248,25 @@ pub(crate) fn awaits_cont(pages_missing: u64) -> String {
 }
 
 impl Event {
+    /// The same with an external switchover: umem has no guest run.
+    pub(crate) fn left_to_manager(self) -> Event {
+        match self {
+            Event::Running { place, downtime } => Event::LeftToManager { place, downtime },
+            other => other,
+        }
+    }
+
     /// The event's name in JSON; None for a remark.
     pub(crate) fn name(&self) -> Option<&'static str> {
         Some(match self {
-            Event::Listening { .. } | Event::ListeningAgain { .. } => "listening",
+            Event::Listening { .. } | Event::ListeningAgain { .. } | Event::AwaitsQemu { .. } => {
+                "listening"
+            }
             Event::Connected { .. } => "connected",
             Event::Pass { .. } => "pass",
             Event::Stopped { .. } | Event::StoppedAtSource { .. } => "stopped",
             Event::Running { .. } => "running",
+            Event::LeftToManager { .. } => "left_to_manager",
             Event::Resumable { .. } => "resumable",
             Event::Recovering { .. } => "recovering",
             Event::Paused { .. } => "paused",

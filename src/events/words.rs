@@ -14,6 +14,7 @@ pub(crate) fn fields(event: &Event) -> Value {
             json!({ "uri": uri, "guest_pid": guest_pid, "handoff": handoff })
         }
         Event::ListeningAgain { uri } => json!({ "uri": uri }),
+        Event::AwaitsQemu { path } => json!({ "uri": format!("unix:{}", path.display()) }),
         Event::Connected { to: Some(uri), lanes, security, checksum } => json!({
             "uri": uri.to_string(), "lanes": lanes, "security": security, "checksum": checksum,
         }),
@@ -39,7 +40,7 @@ pub(crate) fn fields(event: &Event) -> Value {
         }),
         Event::Stopped { postcopy, session } => json!({ "postcopy": postcopy, "session": session }),
         Event::StoppedAtSource { postcopy } => json!({ "postcopy": postcopy }),
-        Event::Running { downtime, .. } => {
+        Event::Running { downtime, .. } | Event::LeftToManager { downtime, .. } => {
             json!({ "downtime_ms": downtime.as_secs_f64() * 1e3 })
         }
         Event::Resumable { session, command } => json!({ "session": session, "command": command }),
@@ -98,6 +99,10 @@ pub(crate) fn sentence(event: &Event) -> String {
             format!("waiting for a guest on {path} and a source on {uri}")
         }
         Event::Listening { uri, handoff: None, .. } => format!("waiting for a source on {uri}"),
+        Event::AwaitsQemu { path } => format!(
+            "waiting for QEMU's migration: have it migrate to unix:{}, with its capability return-path on",
+            path.display()
+        ),
         Event::ListeningAgain { uri } => format!("waiting for the source on {uri}"),
         Event::Connected { to: Some(uri), .. } => format!("connected to {uri}"),
         Event::Connected { to: None, lanes, .. } => format!("connected, {lanes} bulk lane(s)"),
@@ -121,6 +126,16 @@ pub(crate) fn sentence(event: &Event) -> String {
             };
             let downtime_ms = downtime.as_secs_f64() * 1e3;
             format!("the guest runs {place}; it stood still for {downtime_ms:.1} ms")
+        }
+        Event::LeftToManager { place, downtime } => {
+            let place = match place {
+                Place::Source => "at the destination",
+                Place::Destination => "here",
+            };
+            let downtime_ms = downtime.as_secs_f64() * 1e3;
+            format!(
+                "the guest may run {place}, where its manager lets it run; it has stood still for {downtime_ms:.1} ms"
+            )
         }
         Event::Resumable { command, .. } => {
             format!("if umem is killed here, take over with: {command}")

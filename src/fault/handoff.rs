@@ -67,7 +67,7 @@ pub(crate) enum Message {
     Loaded,
     /// The process is a QEMU with the options that it needs; umem's end of its monitor, if
     /// requested.
-    Qemu(Option<UnixStream>),
+    Monitor(Option<UnixStream>),
     /// Memory.
     Memory {
         pieces: Vec<Handed>,
@@ -325,7 +325,7 @@ impl HandoffSocket {
                 return Ok(false);
             }
             self.registers = value["registers"] == serde_json::Value::Bool(true);
-            messages.push(Message::Qemu(has_monitor.then(|| self.descriptor().into())));
+            messages.push(Message::Monitor(has_monitor.then(|| self.descriptor().into())));
         } else if value.get("made").is_some() {
             let made: MadeMessage =
                 serde_json::from_value(value).map_err(|error| self.strange(&error.to_string()))?;

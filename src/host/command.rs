@@ -63,9 +63,9 @@ impl std::str::FromStr for RamPath {
 }
 
 /// The guest's process: a monitor that we have started, or one that has come to us. Unless it is
-/// [released](Monitor::release), dropping this ends the process and removes the RAM files that it
+/// [released](MonitorProcess::release), dropping this ends the process and removes the RAM files that it
 /// created.
-pub(crate) struct Monitor {
+pub(crate) struct MonitorProcess {
     pid: u32,
     /// None for a process that came to us.
     child: Option<Child>,
@@ -102,7 +102,7 @@ pub(crate) struct Start<'a> {
     pub(crate) add_qmp: bool,
 }
 
-pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
+pub(crate) fn start(start: &Start<'_>) -> Result<(MonitorProcess, Sockets)> {
     let [program, arguments @ ..] = start.command else {
         return Err(Error::Usage("no COMMAND after --".into()));
     };
@@ -163,7 +163,7 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(Monitor, Sockets)> {
     let pid = child.id();
     let handle = ProcessHandle::of_child(&mut child).inspect_err(|_| remove(&created))?;
     let child = Some(child);
-    let monitor = Monitor {
+    let monitor = MonitorProcess {
         pid,
         child,
         handle,
@@ -230,11 +230,11 @@ fn ram_list(ram: &[RamPath]) -> OsString {
     list
 }
 
-impl Monitor {
+impl MonitorProcess {
     /// A process that has connected to us. It is released until it hands over its memory.
-    pub(crate) fn follow(pid: u32) -> Result<Monitor> {
+    pub(crate) fn follow(pid: u32) -> Result<MonitorProcess> {
         let handle = ProcessHandle::open(pid)?;
-        Ok(Monitor {
+        Ok(MonitorProcess {
             pid,
             child: None,
             handle,
@@ -254,10 +254,10 @@ impl Monitor {
         owner: Option<u32>,
         created: Vec<Created>,
         released: bool,
-    ) -> Result<Monitor> {
+    ) -> Result<MonitorProcess> {
         let handle = ProcessHandle::open(pid)?;
         let owner = owner.map(ProcessHandle::open).transpose()?;
-        Ok(Monitor {
+        Ok(MonitorProcess {
             pid,
             child: None,
             handle,
@@ -381,7 +381,7 @@ impl Monitor {
     }
 }
 
-impl Drop for Monitor {
+impl Drop for MonitorProcess {
     fn drop(&mut self) {
         if self.released || (self.survives_panics && std::thread::panicking()) {
             return;
@@ -421,17 +421,17 @@ mod tests {
     use super::*;
     use crate::runtime::process::began;
 
-    fn started(mut command: Command, survives_panics: bool) -> Monitor {
+    fn started(mut command: Command, survives_panics: bool) -> MonitorProcess {
         let child = command.spawn().unwrap();
         let pid = child.id();
         let handle = ProcessHandle::open(pid).unwrap();
         let created = Vec::new();
         let child = Some(child);
         let (terminal, owner, released) = (None, None, false);
-        Monitor { pid, child, handle, terminal, owner, created, released, survives_panics }
+        MonitorProcess { pid, child, handle, terminal, owner, created, released, survives_panics }
     }
 
-    fn monitor(survives_panics: bool) -> Monitor {
+    fn monitor(survives_panics: bool) -> MonitorProcess {
         let mut command = Command::new("sleep");
         command.arg("1000");
         started(command, survives_panics)

@@ -4,7 +4,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::thread::{Answer, Question};
+use super::monitor::{Answer, Question};
 use crate::error::{Error, Result};
 use crate::observe::output::Output;
 use crate::observe::watch::Watch;

@@ -9,11 +9,12 @@ use std::time::Instant;
 
 use umem_wire::RegionId;
 
+use super::monitor::Monitor as _;
 use super::qemu::Qemu;
 use super::qemu::stream::log::SharedQemu;
 use super::qemu::stream::{Cut, Event, Parser};
 use super::qmp::Qmp;
-use super::{DestinationHost, SourceHost};
+
 use crate::Result;
 use crate::memory::dirty::{DirtyLog, DirtyMap};
 

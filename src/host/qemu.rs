@@ -9,38 +9,43 @@
 mod backends;
 mod blocks;
 mod claim;
+mod connecting;
+mod devices;
+mod finding;
+mod giving;
+mod left;
+mod record;
 mod run_state;
 mod saving;
 mod settings;
+mod stopping;
 pub(crate) mod stream;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeSet;
-use std::convert::Infallible;
 use std::io::Write;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use umem_wire::limits::STATE_BYTES_MAX;
 
+use super::monitor::{BeforeStop, Handle, Loaded, Monitor};
 use super::qmp::{Process, Qmp, socket_pair};
-use super::{BeforeStop, DestinationHost, SourceHost, Undo};
 use crate::error::{Context, Error, Result};
 use crate::memory::kind::Kind;
-use crate::runtime::panics;
+use backends::{Backend, Contents, RamOfQemu, advice};
 use claim::Claim;
+use record::{Record, Undo};
 use saving::Saving;
-use settings::Role;
+use settings::{Changes, Role};
 use stream::reading::Reading;
 
-pub(crate) use backends::{Backend, Contents, RamOfQemu, advice};
-pub(crate) use settings::Changes;
+pub(crate) use finding::QEMU;
 
 /// The options that give a guest RAM umem can move; quoted in errors.
 pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-file,id=ram0,\
@@ -48,9 +53,6 @@ pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-f
 
 /// What `getfd` calls the socket that carries the device state.
 const STATE_SOCKET: &str = "umem-state";
-
-/// How long a guest's run state may be behind the end of its migration: that takes the main loop's lock once.
-const SETTLES_WITHIN: Duration = Duration::from_secs(10);
 
 /// How often a migration's status is asked for while it ends, at first and then.
 const STATUS_INTERVAL_MIN: Duration = Duration::from_micros(50);
@@ -62,11 +64,6 @@ const FAILS_WITHIN: Duration = Duration::from_secs(10);
 /// How long a QEMU may take to answer one that goes.
 const DROP_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long a guest may go on while its device state is being saved: QEMU has a look at the rate every 100 ms
-/// only (`BUFFER_DELAY` in its migration/options.h), and what is sent until then is loaded while the guest stands
-/// still.
-const STOPS_ITSELF_WITHIN: Duration = Duration::from_millis(50);
-
 /// First byte of what we carry as device state, before QEMU's own stream: whether the guest was
 /// running when it was stopped, as one that its user had paused arrives paused.
 const GUEST_RUNS: u8 = 1;
@@ -75,6 +72,8 @@ const GUEST_IS_PAUSED: u8 = 0;
 /// A QEMU with an open QMP connection.
 pub(crate) struct Qemu {
     qmp: Qmp,
+    /// The path of its socket; None for a connection that another process could not open.
+    socket: Option<PathBuf>,
     process: Option<Process>,
     /// The guest went on by itself before it was stopped, or does so at its destination.
     is_live: bool,
@@ -106,6 +105,7 @@ impl Qemu {
         Qemu {
             process: qmp.process(),
             qmp,
+            socket: None,
             is_live: true,
             may_be_stopped: false,
             changes: None,
@@ -122,8 +122,8 @@ impl Qemu {
         }
     }
 
-    /// One that a process before this has changed, and perhaps stopped: [`SourceHost::resume`] undoes that,
-    /// [`SourceHost::put_back`] the changes alone.
+    /// One that a process before this has changed, and perhaps stopped: [`Monitor::resume`] undoes that,
+    /// [`Monitor::put_back`] the changes alone.
     pub(crate) fn left(qmp: Qmp, undo: &Undo) -> Qemu {
         let mut qemu = Qemu::new(qmp);
         qemu.is_live = undo.was_live;
@@ -133,17 +133,12 @@ impl Qemu {
         qemu
     }
 
-    /// One that a process before this has given its device state: [`DestinationHost::run`] lets it run,
+    /// One that a process before this has given its device state: [`Monitor::run`] lets it run,
     /// if it ran at the source.
     pub(crate) fn loaded(qmp: Qmp, runs: bool) -> Qemu {
         let mut qemu = Qemu::new(qmp);
         qemu.is_live = runs;
         qemu
-    }
-
-    /// Whether device state is of a guest that ran when it was stopped.
-    pub(crate) fn runs_with(state: &[u8]) -> bool {
-        state.first() == Some(&GUEST_RUNS)
     }
 
     /// Checks that this guest can be moved, its RAM mapped as `kind` says, and returns its RAM
@@ -187,27 +182,6 @@ impl Qemu {
         Changes::needed(&mut self.qmp, Role::Source { holds: true }).map(drop)
     }
 
-    /// Devices and network backends are asked for by what they are: a user's names mean nothing.
-    fn check_devices(&mut self) -> Result<()> {
-        for place in DEVICES {
-            for (name, kind) in self.qmp.children(place)? {
-                if let Some(why) = unsupported_device(&kind) {
-                    return Err(Error::Unsupported(format!("device {name} ({kind}) {why}")));
-                }
-            }
-        }
-        let network = json!({ "command-line": "info network" });
-        let network = self.qmp.try_execute("human-monitor-command", network)?;
-        let network = network.unwrap_or_default();
-        let lines = network.as_str().unwrap_or_default().lines();
-        for (name, kind) in lines.filter_map(network_client) {
-            if let Some(why) = unsupported_device(kind) {
-                return Err(Error::Unsupported(format!("{name}, a netdev of type {kind}, {why}")));
-            }
-        }
-        Ok(())
-    }
-
     /// Waits until the migration has been completed, and returns what QEMU says of it; an error tells QEMU's own
     /// reason.
     fn wait_migrated(&mut self) -> Result<Value> {
@@ -224,104 +198,6 @@ impl Qemu {
             }
             interval = (interval * 2).min(STATUS_INTERVAL);
         }
-    }
-
-    /// Whether QEMU can be kept from completing its migration: it has to have a return path, and to describe its
-    /// stream, which machines older than QEMU 2.3 do not.
-    fn can_hold(&mut self) -> Result<bool> {
-        let has_return_path =
-            settings::capabilities(&mut self.qmp)?.contains_key(settings::RETURN_PATH);
-        let undescribed = self.qmp.property("/machine", "suppress-vmdesc")?;
-        Ok(has_return_path && undescribed != Some(json!(true)))
-    }
-
-    /// Has QEMU write its device state to the other end of a socket, and returns it: no more than a byte
-    /// over what is allowed.
-    ///
-    /// A guest that runs is stopped by that, sooner or later: QEMU goes on for as long as the guest changes what
-    /// belongs to the state, such as video memory. After a while it is told to.
-    ///
-    /// It is read by a thread of its own, from before the command on: QEMU's migration holds the lock of its
-    /// main loop while it writes, so that QEMU can answer the command only after all has been read.
-    fn migrate_into(&mut self, ours: UnixStream, is_held: bool) -> Result<Vec<u8>> {
-        let (has_ended, ended) = channel::<Infallible>();
-        let read = std::thread::scope(|scope| {
-            let reader = scope.spawn(|| {
-                let _has_ended = has_ended;
-                let read = saving::read(&ours, is_held);
-                if !matches!(read, Ok((_, false))) {
-                    // What is left of too much makes QEMU's migration fail, and not wait.
-                    let _ = ours.shutdown(Shutdown::Both);
-                }
-                read
-            });
-            let uri = json!({ "uri": format!("fd:{STATE_SOCKET}") });
-            let asked = self.qmp.execute("migrate", uri).and_then(|_| {
-                self.saving = Saving::Begun;
-                match ended.recv_timeout(STOPS_ITSELF_WITHIN) {
-                    Err(RecvTimeoutError::Timeout) => {
-                        if let Some(claim) = &mut self.claim {
-                            claim.note_stop(&mut self.qmp)?;
-                        }
-                        self.qmp.execute("stop", json!({}))
-                    }
-                    _ => Ok(Value::Null),
-                }
-            });
-            if let Err(error) = asked {
-                saving::abandon(&ours);
-                return Err(error);
-            }
-            reader.join().unwrap_or_else(|payload| Err(panics::error(&*payload)))
-        });
-        let (state, has_ended) = read?;
-        if !has_ended {
-            self.saving = Saving::Held(ours);
-        }
-        Ok(state)
-    }
-
-    /// Has QEMU save its device state, and stop its guest if that runs.
-    fn save(&mut self, is_held: bool) -> Result<Vec<u8>> {
-        if self.state_socket.is_none() {
-            self.give_state_socket()?;
-        }
-        let ours = self.state_socket.take().expect("just given");
-        let mut state = vec![if self.is_live { GUEST_RUNS } else { GUEST_IS_PAUSED }];
-        state.extend(self.migrate_into(ours, is_held)?);
-        if state.len() as u64 > STATE_BYTES_MAX {
-            return Err(Error::Unsupported(format!(
-                "QEMU's device state is larger than {} MiB: RAM outside of shared files is part of \
-                 it; {HOW_TO_START}",
-                STATE_BYTES_MAX >> 20
-            )));
-        }
-        if matches!(self.saving, Saving::Begun) {
-            let migration = self.wait_migrated()?;
-            self.saving = Saving::Over;
-            let status = run_state::status(&mut self.qmp)?;
-            if run_state::is_live(&status) {
-                return Err(is_not_ours((&status, &migration)));
-            }
-            self.given_away = Some((status, migration));
-        } else {
-            // Its answer comes after the event that says when the guest stopped.
-            run_state::status(&mut self.qmp)?;
-        }
-        // From when it was told to migrate QEMU has let nobody plug in memory or take it out. What it leaves out of its
-        // stream has to be what umem moves.
-        self.check_blocks()?;
-        Ok(state)
-    }
-
-    /// Has QEMU stop its guest and write the rest of a stream that is being read.
-    fn save_rest(&mut self, reading: &Reading) -> Result<Vec<u8>> {
-        let mut state = vec![if self.is_live { GUEST_RUNS } else { GUEST_IS_PAUSED }];
-        state.extend(self.stop_stream(reading)?);
-        // Its answer comes after the event that says when the guest stopped.
-        run_state::status(&mut self.qmp)?;
-        self.check_blocks()?;
-        Ok(state)
     }
 
     /// Changes what a stream depends on, and has what it was written down before.
@@ -342,7 +218,8 @@ impl Qemu {
         let Some(note) = &self.before_stop else { return Ok(()) };
         let claim = self.claim.as_ref().map(|claim| claim.name.clone());
         let changes = self.changes.clone().unwrap_or_default();
-        note(&Undo { was_live: self.is_live, claim, changes, process: self.process })
+        let undo = Undo { was_live: self.is_live, claim, changes, process: self.process };
+        note(&Record { socket: self.socket.clone(), undo: Some(undo) }.write())
     }
 
     /// Gives QEMU one end of a new socket for its device state.
@@ -412,93 +289,6 @@ impl Qemu {
         }
     }
 
-    /// Has QEMU complete the migration, if that has not been, and asks whether the guest stands still since then.
-    fn is_given_away(&mut self) -> Result<()> {
-        let is_taken = match (&self.claim, &self.left_claim) {
-            (Some(claim), _) => !claim.is_held(),
-            (None, Some(name)) => claim::is_anothers(&mut self.qmp, name)?,
-            (None, None) => false,
-        };
-        if is_taken {
-            return Err(Error::Host(
-                "another client has taken umem's claim on the guest away (its character device umem-mover)"
-                    .into(),
-            ));
-        }
-        let before = self.given_away.take();
-        let was_held = matches!(self.saving, Saving::Held(_));
-        let migration = match std::mem::take(&mut self.saving) {
-            Saving::Held(socket) => {
-                self.saving = Saving::Begun;
-                if let Err(error) = saving::finish(&socket) {
-                    return Err(self.why_unfinished(error)?);
-                }
-                self.wait_migrated()?;
-                self.saving = Saving::Over;
-                self.wait_settled()?;
-                self.qmp.execute("query-migrate", json!({}))?
-            }
-            saving => {
-                self.saving = saving;
-                self.qmp.execute("query-migrate", json!({}))?
-            }
-        };
-        // The last question: a guest that was let run after the migration's end shows in its status, or in the
-        // event that came before the answer.
-        let status = run_state::status(&mut self.qmp)?;
-        self.has_run |= self.qmp.has_run();
-        let is_as_before = match &before {
-            Some((before, of)) => *before == status && figures(of) == figures(&migration),
-            // A monitor without claims is no QEMU, and knows no such state.
-            None if !was_held && self.left_claim.is_none() => !run_state::is_live(&status),
-            None => status == "postmigrate" && migration["status"] == "completed",
-        };
-        if self.has_run || !is_as_before {
-            return Err(is_not_ours((&status, &migration)));
-        }
-        self.given_away = Some((status, migration));
-        Ok(())
-    }
-
-    /// Why a migration cannot be completed: perhaps somebody else has ended it.
-    fn why_unfinished(&mut self, error: Error) -> Result<Error> {
-        let migration = self.qmp.execute("query-migrate", json!({}))?;
-        let status = migration["status"].as_str().unwrap_or("none");
-        Ok(match status {
-            "cancelled" | "cancelling" | "failed" => Error::Host(format!(
-                "its migration was ended by another client before the guest was given away (query-migrate says \
-                 {status})"
-            )),
-            _ => error,
-        })
-    }
-
-    /// QEMU says that a migration has completed before it has written down what it came to, and before the guest's
-    /// run state says so, too.
-    fn wait_settled(&mut self) -> Result<()> {
-        let started = Instant::now();
-        while run_state::status(&mut self.qmp)? == "finish-migrate" {
-            if started.elapsed() > SETTLES_WITHIN {
-                let within = SETTLES_WITHIN.as_secs();
-                return Err(Error::Host(format!(
-                    "its migration has completed, and the guest is still in finish-migrate {within} s later"
-                )));
-            }
-            std::thread::sleep(STATUS_INTERVAL);
-        }
-        Ok(())
-    }
-
-    /// A guest that has stopped while it waits for umem's word was paused by another client: so it arrives, or stays.
-    fn look_for_a_pause(&mut self) -> Result<()> {
-        // Its answer comes after the event.
-        run_state::status(&mut self.qmp)?;
-        if self.qmp.stopped_at().is_some() && self.waits_for_a_word()? {
-            self.is_live = false;
-        }
-        Ok(())
-    }
-
     /// Has the guest go on that umem has stopped. QEMU has often done so itself by now, or somebody else has.
     fn go_on(&mut self) -> Result<()> {
         if !self.is_live || !std::mem::take(&mut self.may_be_stopped) {
@@ -525,7 +315,20 @@ impl Drop for Qemu {
     }
 }
 
-impl SourceHost for Qemu {
+impl Monitor for Qemu {
+    fn name(&self) -> &'static str {
+        "QEMU"
+    }
+
+    fn handle(&self) -> Result<Option<Handle>> {
+        let connection = match self.socket {
+            None => Some(self.qmp.connection()?),
+            Some(_) => None,
+        };
+        let record = Record { socket: self.socket.clone(), undo: None }.write();
+        Ok(Some(Handle { record, connection }))
+    }
+
     fn before_stop(&mut self, note: BeforeStop) {
         self.before_stop = Some(note);
     }
@@ -606,9 +409,7 @@ impl SourceHost for Qemu {
             (None, None) => Ok(()),
         }
     }
-}
 
-impl DestinationHost for Qemu {
     /// QEMU waits at the socket for its device state, which need not wait for QEMU then. It would let a guest
     /// run that ran at the source as soon as that is loaded, and before the source has given it up; a `stop`
     /// while it waits has it leave that to a `cont` (`qmp_stop` in its monitor/qmp-cmds.c).
@@ -621,7 +422,7 @@ impl DestinationHost for Qemu {
         self.qmp.execute("migrate-incoming", uri).map(drop)
     }
 
-    fn load_state(&mut self, state: Vec<u8>) -> Result<()> {
+    fn load_state(&mut self, state: Vec<u8>) -> Result<Loaded> {
         let Some((&was_live, state)) = state.split_first() else {
             return Err(Error::Host(
                 "the source sends no device state: a guest moved by its RAM file alone cannot \
@@ -655,7 +456,8 @@ impl DestinationHost for Qemu {
         }
         // Before it is the source's turn to give the guest up: whoever takes over from here on has nothing to
         // put back.
-        self.changes.take().map_or(Ok(()), |made| made.put_back(&mut self.qmp))
+        self.changes.take().map_or(Ok(()), |made| made.put_back(&mut self.qmp))?;
+        Ok(Loaded { runs: self.is_live })
     }
 
     fn run(&mut self) -> Result<()> {
@@ -664,58 +466,4 @@ impl DestinationHost for Qemu {
         }
         self.qmp.execute("cont", json!({})).map(drop)
     }
-
-    fn connection(&self) -> Result<Option<OwnedFd>> {
-        self.qmp.connection().map(Some)
-    }
-}
-
-/// Its state and its migration's, as the monitor says them, are not what umem has left.
-/// What tells a migration that has completed from another one: written once, at its end. What was transferred still
-/// grows as QEMU closes its stream.
-fn figures(migration: &Value) -> [&Value; 4] {
-    ["status", "total-time", "setup-time", "downtime"].map(|name| &migration[name])
-}
-
-fn is_not_ours((status, migration): (&str, &Value)) -> Error {
-    let migration = migration["status"].as_str().unwrap_or("none");
-    Error::Host(format!(
-        "another client has let the guest go on, or has moved it (its state is {status}, its migration is \
-         {migration}): it is not given away"
-    ))
-}
-
-/// Where QEMU has its devices, and what works for them in other processes.
-const DEVICES: [&str; 4] =
-    ["/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached", "/objects"];
-
-/// Why a device keeps its guest from being moved, judged by its type's name, or that of a network backend.
-fn unsupported_device(kind: &str) -> Option<&'static str> {
-    let begins = |with: &[&str]| with.iter().any(|with| kind.starts_with(with));
-    if begins(&["vhost-user", "cryptodev-vhost-user", "x-remote", "x-pci-proxy"]) {
-        Some(
-            "lets another process reach the guest's RAM without userfaultfd knowing: take it out before moving \
-             the guest",
-        )
-    } else if begins(&["vfio", "x-vfio", "vhost-vdpa"]) {
-        Some(
-            "reads and writes the guest's RAM past the kernel's page tables, so that pages cannot \
-             be fetched on demand: unplug it before moving the guest",
-        )
-    } else if begins(&["ivshmem"]) {
-        Some(
-            "shares memory with programs outside of the guest, which go on reading and writing it where it is: \
-             unplug it before moving the guest",
-        )
-    } else {
-        None
-    }
-}
-
-/// Name and type in a line of `info network`: `n0: index=0,type=user,net=10.0.2.0,…`, which are followed by what the
-/// user chose.
-fn network_client(line: &str) -> Option<(&str, &str)> {
-    let (name, rest) = line.trim_start_matches([' ', '\\']).split_once(": index=")?;
-    let (_, kind) = rest.split_once(",type=")?;
-    Some((name, kind.split(',').next()?))
 }

@@ -31,6 +31,11 @@ pub(crate) trait DirtyLog: Send {
         false
     }
 
+    /// Whether another program had the guest stop before the last pass ended: no pass follows.
+    fn has_stopped(&self) -> bool {
+        false
+    }
+
     /// The host has stopped the guest: makes the last marks.
     fn finish(&mut self) -> Result<()>;
 }

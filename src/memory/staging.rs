@@ -104,6 +104,8 @@ pub(crate) struct Staging {
     files: Vec<Option<StagedFile>>,
     /// Whether pages are summed before they are freed.
     is_checked: bool,
+    /// Who fills the files decides when the guest stops, by how much room there is.
+    is_paced: bool,
     state: Mutex<State>,
     /// Notified when there is room, or enough to send.
     changed: Condvar,
@@ -135,7 +137,20 @@ impl Staging {
             is_named: false,
             page: Box::new([0; PAGE]),
         };
-        Staging { files, is_checked, state: Mutex::new(state), changed: Condvar::new() }
+        let is_paced = false;
+        Staging { files, is_checked, is_paced, state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// The same for a writer that stops the guest when it comes to an end, which it does sooner without a limit.
+    pub(crate) fn paced(self) -> Staging {
+        Staging { is_paced: true, ..self }
+    }
+
+    /// By hand: the passes are to end. Such a writer has no limit from here on.
+    pub(crate) fn end_passes(&self) {
+        if self.is_paced {
+            self.keep_all();
+        }
     }
 
     /// Whether the contents of this region are staged.

@@ -49,7 +49,7 @@ pub fn handoff<'a>(
 fn in_words(message: &Message) -> String {
     match message {
         Message::Loaded => "loaded".into(),
-        Message::Qemu(monitor) => format!("QEMU, monitor {}", monitor.is_some()),
+        Message::Monitor(monitor) => format!("QEMU, monitor {}", monitor.is_some()),
         Message::Released => "released".into(),
         Message::Session(entrusted) => format!("session, monitor {}", entrusted.qmp.is_some()),
         Message::Memory { pieces, more, knows_umem, .. } => {

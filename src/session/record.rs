@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use umem_wire::Totals;
 
 use crate::error::Result;
-use crate::host::Undo;
+use crate::host::monitor::MonitorRecord;
 use crate::memory::created::Created;
 use crate::memory::staging;
 use crate::memory::stamp::Stamp;
@@ -14,7 +14,7 @@ use crate::runtime::os_text::{self, absolute};
 use crate::transport::secure::Security;
 
 /// The version of the records below. A umem that takes over has to support it.
-pub(crate) const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 4;
 
 /// The means of securing lanes: files that are read again.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -101,8 +101,8 @@ pub(crate) struct SourceRecord {
     /// written before the attempt.
     pub(crate) epoch: u32,
     pub(crate) ram: Vec<RamRecord>,
-    pub(crate) qmp: Option<PathBuf>,
-    pub(crate) undo: Option<Undo>,
+    /// What the guest's monitor needs to go on; None for RAM files alone.
+    pub(crate) monitor: Option<MonitorRecord>,
     pub(crate) postcopy: bool,
     pub(crate) background: bool,
     pub(crate) max_postcopy_bandwidth: Option<u64>,
@@ -174,11 +174,8 @@ pub(crate) struct GuestRecord {
     pub(crate) owner: Option<u32>,
     /// RAM files that umem has made for the guest.
     pub(crate) created: Vec<Created>,
-    /// The socket on which it listens for commands, if it was started with one of its own;
-    /// otherwise its side has kept umem's end.
-    pub(crate) qmp: Option<PathBuf>,
-    /// A monitor has to be told to run the guest.
-    pub(crate) has_monitor: bool,
+    /// What the monitor needs to go on, which has to be told to run the guest; None for a guest that runs by itself.
+    pub(crate) monitor: Option<MonitorRecord>,
     /// The guest ran at the source.
     pub(crate) runs: bool,
 }

@@ -17,6 +17,7 @@ use crate::control::source::{Effect, Goodbye, Input, Question};
 use crate::control::{Moment, Order};
 use crate::error::Result;
 use crate::events::{Event, Remark};
+use crate::host::monitor;
 use crate::runtime::inbox::Wake;
 use crate::runtime::{idle, panics};
 
@@ -74,7 +75,10 @@ impl Migration {
             Note::StateLeft => Input::StateLeft,
             Note::BulkEnded => Input::BulkEnded,
             Note::PassEnded => Input::PassEnded,
-            Note::EndPasses => Input::EndPasses,
+            Note::EndPasses => {
+                self.memory.end_passes();
+                Input::EndPasses
+            }
             Note::Failed(error) => Input::Failed(error),
             Note::Host(answer) => Input::Monitor(answer),
             Note::Digested(outcome) => Input::Digested(outcome),
@@ -109,15 +113,15 @@ impl Migration {
                 Ok(())
             }
             Effect::Ask(question) => {
-                match question {
-                    Question::Track => self.host.track(self.memory.marks()),
-                    Question::Look => self.host.look(),
-                    Question::Stop => self.host.stop(),
-                    Question::Save => self.host.save_state(),
-                    Question::StandsStill => self.host.stands_still(),
-                    Question::PutBack => self.host.put_back(),
-                    Question::Resume => self.host.resume(),
-                }
+                self.host.ask(match question {
+                    Question::Track => monitor::Question::Track(self.memory.marks()),
+                    Question::Look => monitor::Question::Look,
+                    Question::Stop => monitor::Question::Stop,
+                    Question::Save => monitor::Question::Save,
+                    Question::StandsStill => monitor::Question::StandsStill,
+                    Question::PutBack => monitor::Question::PutBack,
+                    Question::Resume => monitor::Question::Resume,
+                });
                 Ok(())
             }
             Effect::SendRegions => {
@@ -231,7 +235,10 @@ impl Migration {
                     }
                     _ => {}
                 }
-                self.output.tell(&event);
+                self.output.tell(&match self.link.session.is_external() {
+                    true => event.left_to_manager(),
+                    false => event,
+                });
                 Ok(())
             }
         }

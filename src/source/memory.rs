@@ -148,6 +148,11 @@ impl SourceMemory {
         self.staging.as_deref().filter(|staging| staging.has(id))
     }
 
+    /// By hand: the passes are to end, also those whose end is another program's to decide.
+    pub(crate) fn end_passes(&self) {
+        self.staging.iter().for_each(|staging| staging.end_passes());
+    }
+
     /// Whether a region's file is umem's own.
     pub(crate) fn is_own(&self, id: RegionId) -> bool {
         self.staging_of(id).is_some()

@@ -10,6 +10,7 @@ mod ending;
 pub(crate) mod lanes;
 mod link;
 pub(crate) mod memory;
+mod passive;
 pub(crate) mod sending;
 pub(crate) mod session;
 mod starting;
@@ -33,14 +34,11 @@ use crate::control::source::{Input, Source, peer};
 use crate::error::{Error, Result};
 use crate::events as control;
 use crate::host::command::RamPath;
-use crate::host::qemu::stream::log::SharedQemu;
-use crate::host::qemu::{self, Backend, Qemu, RamOfQemu};
-use crate::host::qmp::Qmp;
-use crate::host::thread::{Answer, HostThread};
-use crate::host::{FileOnly, SourceHost};
-use crate::memory::claim;
-use crate::memory::region::RamFile;
-use crate::memory::staging::{StagedFile, Staging};
+use crate::host::kind::{Leaving, LeavingGuest, MonitorSocket};
+use crate::host::leaving;
+use crate::host::monitor::Answer;
+use crate::host::switchover::Switchover;
+use crate::host::thread::HostThread;
 use crate::observe::output::Output;
 use crate::observe::progress::Progress;
 use crate::observe::watch::{LinkOrder, Watch};
@@ -75,8 +73,12 @@ pub struct Options {
     pub precopy: Option<Precopy>,
     /// The guest's RAM files; empty to ask its monitor.
     pub ram: Vec<RamPath>,
-    /// The monitor's QMP socket.
-    pub qmp: Option<PathBuf>,
+    /// The monitor's socket; None for RAM files alone.
+    pub monitor: Option<MonitorSocket>,
+    /// Where QEMU migrates to, whoever tells it to; none to tell it by its monitor.
+    pub listen: Option<PathBuf>,
+    /// Who has the guest run at its destination.
+    pub switchover: Switchover,
     /// Bulk lanes, 1 to [`LANES_MAX`](umem_wire::limits::LANES_MAX); 0 where the URI is one
     /// connection.
     pub lanes: u16,
@@ -245,24 +247,30 @@ fn migrate(
     observer: &Observer,
 ) -> Result<Completed> {
     let output = Output::new(options.json);
-    let (asked, said) = (options.clone(), output.clone());
-    let Guest { mut host, ram, files, staging } =
-        inbox.wait_for_work(GOES_ON, None, move || guest(&asked, &said))?;
+    let asked = options.clone();
+    let guest = match &options.listen {
+        Some(path) => passive::guest(options, path, pass, &inbox, &output)?,
+        None => inbox.wait_for_work(GOES_ON, None, move || guest(&asked))?,
+    };
+    let LeavingGuest { mut monitor, ram, files, staging, advice } = guest;
+    advice.iter().for_each(|what| output.remark(what));
     let log = match options.precopy {
-        Some(_) => Some(host.dirty_log().ok_or_else(memory::no_dirty_log)?),
+        Some(_) => Some(monitor.dirty_log().ok_or_else(memory::no_dirty_log)?),
         None => None,
     };
     let memory = SourceMemory::new(files, options.release_ram).limited(bandwidth);
     let memory = memory.in_rounds(options.precopy.is_some()).staged(staging);
     let memory = Arc::new(memory.checked(options.checksum));
     memory.claim(false)?;
-    if options.qmp.is_none() {
+    if options.monitor.is_none() && options.listen.is_none() {
         memory.fix(true)?;
     }
     let (lanes, mut link) = dial(options, socket, pass, &inbox)?;
-    link.keeper = crate::source::session::takeover::keep(options, &link, &ram, &memory, &output)?;
+    let record = monitor.handle()?.map(|handle| handle.record);
+    link.keeper =
+        crate::source::session::takeover::keep(options, &link, (&ram, record), &memory, &output)?;
     if let Some(keeper) = link.keeper.clone() {
-        host.before_stop(crate::source::session::takeover::note_stop(keeper));
+        monitor.before_stop(crate::source::session::takeover::note_stop(keeper));
     }
     output.tell(&control::Event::Connected {
         to: Some(options.uri.clone()),
@@ -275,7 +283,7 @@ fn migrate(
         postcopy: options.postcopy,
         background: options.background,
         precopy: options.precopy,
-        has_monitor: options.qmp.is_some(),
+        has_monitor: options.monitor.is_some(),
         // Behind TLS, lanes end at a pump in this process.
         stays_local: pass.has_tls() || secure::stays_local(&options.uri, &look)?,
         cores: &options.cores,
@@ -285,94 +293,19 @@ fn migrate(
         watch: &observer.watch,
         quiet: options.observe.quiet,
     };
-    let host = HostThread::<dyn SourceHost>::tracking(host, log, inbox.post())?;
+    let host = HostThread::tracking(monitor, log, inbox.post())?;
     Migration::start(&plan, output, inbox, (lanes, link), memory, host)?.drive(Input::Begin)
 }
 
-/// A guest that can be moved.
-struct Guest {
-    host: Box<dyn SourceHost>,
-    /// By which its files can be opened again.
-    ram: Vec<RamPath>,
-    files: Vec<RamFile>,
-    /// Where the contents come of RAM that has no file.
-    staging: Option<Arc<Staging>>,
-}
-
-/// The guest's monitor, checked, and its RAM files: those that the monitor's process has mapped, where there is one.
-fn guest(options: &Options, output: &Output) -> Result<Guest> {
-    let Some(path) = &options.qmp else {
-        if options.ram.is_empty() {
-            return Err(Error::Usage(
-                "nothing to move: give the guest's QMP socket with --qmp, or RAM files with --ram \
-                 NAME=PATH"
-                    .into(),
-            ));
-        }
-        for RamPath { name, path } in &options.ram {
-            claim::check_path(name, path, claim::User::Source)?;
-        }
-        let open = |ram: &RamPath| RamFile::open_source(&ram.name, &ram.path, options.release_ram);
-        let files = options.ram.iter().map(open).collect::<Result<_>>()?;
-        let (host, ram) = (Box::new(FileOnly), options.ram.clone());
-        return Ok(Guest { host, ram, files, staging: None });
+/// The guest's monitor, checked, and its RAM.
+fn guest(options: &Options) -> Result<LeavingGuest> {
+    let wanted = Leaving {
+        ram: &options.ram,
+        has_rounds: options.precopy.is_some(),
+        releases: options.release_ram,
+        is_checked: options.checksum,
     };
-    let mut qemu = Qemu::new(Qmp::connect(path)?);
-    qemu.claim()?;
-    let found = qemu.check_source(options.precopy.is_some())?;
-    let (streamed, found): (Vec<_>, Vec<_>) =
-        found.into_iter().partition(|backend| backend.is_streamed);
-    let names = found.iter().chain(&streamed).map(|backend| backend.name.clone());
-    let names: Vec<String> = names.collect();
-    if options.precopy.is_some() {
-        qemu.check_stream(&names, !streamed.is_empty())?;
-    }
-    let (mut ram, mut files) = (Vec::new(), Vec::new());
-    if !found.is_empty() {
-        for opened in qemu.open_ram(&found, &options.ram, options.release_ram)? {
-            let RamOfQemu { name, part, file, path } = opened;
-            files.push(RamFile::of_opened(&name, &path, file, Some(part), options.release_ram)?);
-            ram.push(RamPath { name, path });
-        }
-    }
-    if let Some(advice) = qemu::advice(&found, "destination") {
-        output.remark(&advice);
-    }
-    let staging = stage(options, &streamed, &mut ram, &mut files)?;
-    let host = SharedQemu::new(qemu, names).staged(staging.clone());
-    Ok(Guest { host: Box::new(host), ram, files, staging })
-}
-
-/// Adds a file of umem's own for each of the guest's RAM backends that has none.
-fn stage(
-    options: &Options,
-    streamed: &[Backend],
-    ram: &mut Vec<RamPath>,
-    files: &mut Vec<RamFile>,
-) -> Result<Option<Arc<Staging>>> {
-    let Some(first) = streamed.first().map(|backend| &backend.name) else { return Ok(None) };
-    if options.release_ram {
-        return Err(Error::Unsupported(format!(
-            "--release-ram frees RAM files, and RAM backend {first} has none that umem could free: leave the option out"
-        )));
-    }
-    if ram.is_empty()
-        && let Some(named) = options.ram.first()
-    {
-        return Err(Error::Unsupported(format!(
-            "--ram names the file {}, and RAM backend {first} has none: leave out --ram, and umem takes all that QEMU has",
-            named.path.display()
-        )));
-    }
-    let mut staged: Vec<_> = files.iter().map(|_| None).collect();
-    for backend in streamed {
-        backend.check_name()?;
-        let file = StagedFile::create(&backend.name, backend.bytes)?;
-        files.push(file.ram_file()?);
-        ram.push(RamPath { name: backend.name.clone(), path: file.path().to_owned() });
-        staged.push(Some(file));
-    }
-    Ok(Some(Arc::new(Staging::new(staged, options.checksum))))
+    leaving::open(options.monitor.as_ref(), &wanted)
 }
 
 /// Opens every lane, the demand lane first; only this one where there is a connection already.
@@ -391,6 +324,7 @@ fn dial(
     }
     let session = Session::new(options.lanes, options.release_ram, true)?.checked(options.checksum);
     let session = session.in_rounds(options.precopy.is_some());
+    let session = session.external(options.switchover == Switchover::External);
     let open = |index| secure::dial(&options.uri, &session.hello(index, 0), pass, &wait);
     let lanes = (0..=options.lanes).map(open).collect::<Result<Vec<_>>>()?;
     let link = Link::new(session, pass.clone(), Some(options.uri.clone()), &lanes);
@@ -472,7 +406,7 @@ struct Migration {
     output: Output,
     inbox: Inbox<Note>,
     memory: Arc<SourceMemory>,
-    host: HostThread<dyn SourceHost>,
+    host: HostThread,
     has_monitor: bool,
     link: Link,
     /// As the demand lane's thread is to serve, each time there is one.

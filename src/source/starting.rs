@@ -19,7 +19,6 @@ use super::{BulkReach, Migration, Note, Plan, Reach};
 use crate::control;
 use crate::control::source::{Kept, Source};
 use crate::error::Result;
-use crate::host::SourceHost;
 use crate::host::thread::HostThread;
 use crate::observe::output::Output;
 use crate::observe::progress::Progress;
@@ -36,7 +35,7 @@ impl Migration {
         inbox: Inbox<Note>,
         (mut lanes, link): (Vec<Lane>, Link),
         memory: Arc<SourceMemory>,
-        host: HostThread<dyn SourceHost>,
+        host: HostThread,
     ) -> Result<Migration> {
         let table = memory.table()?;
         let core = |plan, uri, background| Source::new(plan, uri, background, Instant::now());
@@ -64,7 +63,7 @@ impl Migration {
         inbox: Inbox<Note>,
         link: Link,
         memory: Arc<SourceMemory>,
-        host: HostThread<dyn SourceHost>,
+        host: HostThread,
         core: impl FnOnce(control::source::Plan, Option<Uri>, bool) -> Source,
     ) -> Migration {
         if link.recovers() {

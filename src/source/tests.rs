@@ -13,8 +13,8 @@ use umem_wire::{
 
 use super::*;
 use crate::control::liveness::STEP_TIMEOUT;
-use crate::host::SourceHost;
-use crate::host::thread::{Answer, HostThread, Question};
+use crate::host::monitor::{Answer, Question};
+use crate::host::thread::HostThread;
 use crate::memory::region::RamFile;
 use crate::observe::output::Output;
 use crate::observe::watch::Watch;
@@ -153,7 +153,7 @@ fn pause_closes_every_lane_and_resume_dials_another_address() {
     let lanes: Vec<Lane> = (0..=1).map(open).collect();
     let link = Link::new(session, pass, Some(uri), &lanes);
     let watch = Watch::new(Role::Source, false, None);
-    let host = HostThread::<dyn SourceHost>::elsewhere(move |question| {
+    let host = HostThread::elsewhere(move |question| {
         answers.send(Note::Host(match question {
             Question::Stop => Answer::Stopped(Ok(None)),
             Question::StandsStill => Answer::StandsStill(Ok(())),

@@ -28,7 +28,9 @@ use super::tls::{Channel, Fate};
 use crate::error::{Context, Error, Result, lane_name};
 use crate::runtime::polling::poll;
 
-pub(crate) use greeting::{HelloBytes, Session, capabilities, new_session, refuse};
+pub(crate) use greeting::{
+    HelloBytes, Session, capabilities, capabilities_with, new_session, refuse,
+};
 pub(crate) use hearing::Hearing;
 pub(crate) use listener::{Listener, not_bound};
 pub(crate) use severing::{Severable, sever};

@@ -14,6 +14,7 @@ mod huge_pages;
 mod movers;
 mod moving;
 mod own_memory;
+mod passive;
 mod refusals;
 mod stream;
 mod streamed;

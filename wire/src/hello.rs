@@ -336,6 +336,11 @@ impl Capabilities {
     /// *stopped*.
     pub const ROUNDS: Capabilities = Capabilities(16);
 
+    /// External switchover: neither end has the guest run, as a program beside both of them does. A
+    /// source asks for this if its end is run by such a program; the destination has it if its end
+    /// is. Either end refuses a peer without it.
+    pub const EXTERNAL: Capabilities = Capabilities(32);
+
     /// The capabilities of either.
     pub const fn union(self, other: Capabilities) -> Capabilities {
         Capabilities(self.0 | other.0)

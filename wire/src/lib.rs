@@ -122,6 +122,12 @@
 //!
 //! A lane lost during rounds ends the migration, and the guest continues at the source.
 //!
+//! # External switchover
+//!
+//! With [`Capabilities::EXTERNAL`] a program beside both ends has the guest run. The messages are
+//! the same: *switchover* then says that the source's monitor has given the guest up, and *running*
+//! that the destination has heard so. An end that is not managed so refuses a peer that is.
+//!
 //! # Recovery
 //!
 //! With [`Capabilities::RECOVERY`] the session survives the loss of a lane after *loaded*. Each end

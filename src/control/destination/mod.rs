@@ -168,8 +168,8 @@ pub(crate) enum Input {
     AllCached,
     /// Private memory: every page is the guest's own.
     AllReleased,
-    /// The monitor has loaded the device state.
-    Loaded,
+    /// The monitor has loaded the device state, of a guest that ran when it was stopped (`runs`) or stood still.
+    Loaded { runs: bool },
     /// The monitor has let the guest run.
     Running,
     /// The monitor or a thread has failed, and nothing can go on.
@@ -401,11 +401,9 @@ enum Stage {
     Receiving {
         state: Vec<u8>,
     },
-    /// The monitor, to load the device state. Whether the guest ran at the source.
-    Loading {
-        runs: bool,
-    },
-    /// Every page, without which the guest may not run where there is no postcopy.
+    /// The monitor, to load the device state.
+    Loading,
+    /// Every page, without which the guest may not run where there is no postcopy. Whether the guest ran at the source.
     Loaded {
         runs: bool,
     },
@@ -566,7 +564,7 @@ impl Core {
             Input::PagesSettled => self.pages_settled(effects),
             Input::AllCached => self.all_cached(now, effects),
             Input::AllReleased => self.all_released(effects),
-            Input::Loaded => self.loaded(effects),
+            Input::Loaded { runs } => self.loaded(runs, effects),
             Input::Committed => self.committed(effects),
             Input::NotWritten { state, error } => {
                 say_not_written(state, &error, effects);
@@ -658,10 +656,9 @@ impl Core {
                     | Phase::Settled
                     | Phase::Receiving { .. }
             ),
-            Stage::Loading { .. }
-            | Stage::Loaded { .. }
-            | Stage::Committing { .. }
-            | Stage::Holding => matches!(self.phase, Phase::Loading { .. }),
+            Stage::Loading | Stage::Loaded { .. } | Stage::Committing { .. } | Stage::Holding => {
+                matches!(self.phase, Phase::Loading { .. })
+            }
             Stage::Awaiting => matches!(self.phase, Phase::Loaded { .. }),
             Stage::Starting { .. } => matches!(self.phase, Phase::Switched { .. }),
             Stage::Serving | Stage::Unregistering => matches!(self.phase, Phase::Running { .. }),

@@ -11,7 +11,6 @@ use super::{
 };
 use crate::error::Error;
 use crate::events::{Event, Place, Remark, awaits_cont};
-use crate::host::qemu::Qemu;
 
 type Handled = std::result::Result<(), Failure>;
 
@@ -96,14 +95,14 @@ impl Core {
     fn load(&mut self, effects: &mut Effects) {
         if let Stage::Receiving { state } = &mut self.stage {
             let state = std::mem::take(state);
-            self.stage = Stage::Loading { runs: Qemu::runs_with(&state) };
+            self.stage = Stage::Loading;
             effects.extend([Effect::StayAwake, Effect::Load(state)]);
         }
     }
 
-    /// The monitor has loaded the device state.
-    pub(super) fn loaded(&mut self, effects: &mut Effects) -> Handled {
-        if let Stage::Loading { runs } = self.stage {
+    /// The monitor has loaded the device state, of a guest that ran when it was stopped or did not.
+    pub(super) fn loaded(&mut self, runs: bool, effects: &mut Effects) -> Handled {
+        if let Stage::Loading = self.stage {
             self.stage = Stage::Loaded { runs };
             self.commit_if_enough(effects);
         }

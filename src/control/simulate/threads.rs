@@ -212,7 +212,7 @@ impl World {
             }
             Own::Monitor(asked) => self.destination_monitor_does(asked),
             Own::Answers(Asked::Prepare) => {}
-            Own::Answers(Asked::Load) => self.post(Input::Loaded),
+            Own::Answers(Asked::Load) => self.post(Input::Loaded { runs: true }),
             Own::Answers(Asked::Run) => self.post(Input::Running),
             Own::Landed { link, page, version } => self.lands(link, page, version),
             Own::Copied { link, page, version } => self.copied(link, page, version),
@@ -553,7 +553,7 @@ impl World {
             Asked::Load => {
                 let page = self.random.below(PAGES);
                 self.later(Own::Touches(page));
-                Some(Input::Loaded)
+                Some(Input::Loaded { runs: true })
             }
             Asked::Run => {
                 self.destination.guest.runs = true;

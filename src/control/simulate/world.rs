@@ -16,7 +16,7 @@ use crate::control::calling::Word;
 use crate::control::destination::Input as There;
 use crate::control::source::{Input, Question};
 use crate::error::Error;
-use crate::host::thread::Answer;
+use crate::host::monitor::Answer;
 use crate::transport::lane::HELLO_TIMEOUT;
 
 /// Pages of the guest.

@@ -12,7 +12,7 @@ use super::{
 use crate::control::calling::{Call, Word, is_nobody};
 use crate::error::{Error, Result, lane_name};
 use crate::events::{Event, Remark};
-use crate::host::thread::Answer;
+use crate::host::monitor::Answer;
 use crate::transport::uri::Uri;
 
 /// How far the demand lane may be behind a bulk lane when a destination gives up.

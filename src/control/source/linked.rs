@@ -13,7 +13,7 @@ use crate::control::doubt::is_effect;
 use crate::control::liveness::{self, Due, Liveness, stood_still, stood_still_by_option};
 use crate::error::{Error, Result, lane_name};
 use crate::events::{AWAITS_STANDSTILL, Event, Place, Remark, Room};
-use crate::host::thread::Answer;
+use crate::host::monitor::Answer;
 
 /// How long a destination may take to be ready: it has its guest's memory already, and compares regions.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -148,6 +148,10 @@ impl Source {
             Answer::LookedInPart => {
                 self.looked_in_part();
                 Ok(())
+            }
+            Answer::LookedLast => {
+                self.has_stopped_by_itself();
+                self.looked(Ok(()))
             }
             Answer::Stopped(result) => {
                 if let Some(asked) = result? {

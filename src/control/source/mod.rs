@@ -39,7 +39,7 @@ use super::suspicion::ChecksumBreaker;
 use super::{Effects, Moment, Order};
 use crate::error::{Error, Result};
 use crate::events::{CUT, Event};
-use crate::host::thread::Answer;
+use crate::host::monitor::Answer;
 use crate::transport::uri::Uri;
 
 use closing::{Closing, Digests};

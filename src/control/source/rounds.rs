@@ -85,6 +85,8 @@ pub(super) struct Rounds {
     deadline: Option<Instant>,
     /// The pass that goes on is cut short, and no other one follows.
     is_cut: bool,
+    /// The guest has been stopped by another program.
+    has_stopped: bool,
     passes: Passes,
 }
 
@@ -109,6 +111,7 @@ impl Rounds {
             rate: 0.0,
             deadline: plan.timeout.and_then(|timeout| now.checked_add(timeout)),
             is_cut,
+            has_stopped: false,
             passes: Passes::default(),
         }
     }
@@ -143,7 +146,7 @@ impl Rounds {
             self.dirty_before.is_none_or(|before| dirty as f64 <= SHRINKS_TO * before as f64);
         let has_passes = self.pass < self.plan.passes_max;
         let has_bytes = sent <= total.saturating_mul(SENT_MAX);
-        let may_go_on = !self.is_cut && !self.is_due(now);
+        let may_go_on = !self.is_cut && !self.has_stopped && !self.is_due(now);
         (self.sent_before, self.dirty_before) = (sent, Some(dirty));
         self.passes.count = self.pass;
         // A pass that was cut short has left pages that it has not sent, which says nothing of what the guest writes.
@@ -227,6 +230,13 @@ impl Source {
             self.do_next(Effect::CountDirty);
         }
         Ok(())
+    }
+
+    /// The guest stands still before it was asked to: no pass follows the one that goes on.
+    pub(super) fn has_stopped_by_itself(&mut self) {
+        if let Some(rounds) = &mut self.rounds {
+            rounds.has_stopped = true;
+        }
     }
 
     /// The dirty log has marked as much as may wait to be sent: lanes go around once more in the same pass, also in one

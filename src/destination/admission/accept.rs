@@ -70,12 +70,20 @@ pub(in crate::destination) struct Terms {
     pub(in crate::destination) recovers: bool,
     /// Sessions without checksums are refused.
     pub(in crate::destination) checksum: bool,
+    /// A program beside umem has the guest run, on both sides.
+    pub(in crate::destination) is_external: bool,
 }
 
 impl Terms {
     /// Requirements of a session that has begun: its other properties are compared with its first hello.
     fn of_session(hello: &Hello) -> Terms {
-        Terms { lanes_max: hello.bulk_lanes, recovers: true, checksum: false }
+        let is_external = hello.capabilities.contains(Capabilities::EXTERNAL);
+        Terms { lanes_max: hello.bulk_lanes, recovers: true, checksum: false, is_external }
+    }
+
+    /// What this side offers.
+    fn capabilities(&self) -> Capabilities {
+        lane::capabilities_with(self.recovers, self.is_external)
     }
 
     /// The reason to refuse a source, if any.
@@ -84,8 +92,20 @@ impl Terms {
             return Some(format!("at most {} lanes here; use --lanes there", self.lanes_max));
         }
         let is_checked = hello.capabilities.contains(Capabilities::CHECKSUM);
-        (self.checksum && !is_checked)
-            .then(|| "this side requires checksums: use --checksum there".to_owned())
+        if self.checksum && !is_checked {
+            return Some("this side requires checksums: use --checksum there".to_owned());
+        }
+        // A refusal has room for 116 bytes.
+        let why = match (self.is_external, hello.capabilities.contains(Capabilities::EXTERNAL)) {
+            (true, false) => {
+                "this side leaves the switchover to its manager: use --switchover external there"
+            }
+            (false, true) => {
+                "this side has the guest run itself: leave out --switchover external there"
+            }
+            _ => return None,
+        };
+        Some(why.to_owned())
     }
 }
 
@@ -204,7 +224,7 @@ fn accept_single(
         lane::refuse(&demand, FaultCode::Refused, &why);
         return Err(refused(why));
     }
-    secure::welcome(&mut demand, &hello, lane::capabilities(terms.recovers), answer.as_ref())?;
+    secure::welcome(&mut demand, &hello, terms.capabilities(), answer.as_ref())?;
     Ok(Lanes { demand, bulk: Vec::new(), hello, certificate, door: None })
 }
 

@@ -18,7 +18,6 @@ use crate::error::{Context, Error, Result};
 use crate::memory::created::Created;
 use crate::memory::words::State;
 use crate::observe::output::Output;
-use crate::runtime::os_text::absolute;
 use crate::runtime::process::began;
 use crate::runtime::role::Role;
 use crate::session::{
@@ -30,7 +29,7 @@ use crate::session::{
 pub(in crate::destination) struct Persistence {
     keeper: SessionFile<DestinationRecord>,
     /// This side's end of the monitor's socket, if no other process could open another connection.
-    qmp: Option<OwnedFd>,
+    connection: Option<OwnedFd>,
 }
 
 /// Prepares a session that begins. None if a party to a takeover does not support it, or if there is no directory for
@@ -50,21 +49,22 @@ pub(in crate::destination) fn keep(
     let named = options.session_dir.as_deref();
     let found = Directory::find_or_remark(named, |why| output.remark(why))?;
     let Some(directory) = found else { return Ok(None) };
-    let monitor = &process.monitor;
-    let pid = monitor.pid();
+    let handle = match &prepared.monitor {
+        Some(monitor) => monitor.handle()?,
+        None => None,
+    };
+    let (monitor, connection) =
+        handle.map_or((None, None), |handle| (Some(handle.record), handle.connection));
+    let process = &process.monitor;
+    let pid = process.pid();
     let guest = GuestRecord {
         pid,
         // A process that has ended is detected elsewhere.
         began: began(pid).unwrap_or(0),
-        owner: monitor.owner(),
-        created: monitor.created().iter().map(Created::absolute).collect::<Result<_>>()?,
-        qmp: options.qmp.as_deref().map(absolute).transpose()?,
-        has_monitor: prepared.host.is_some(),
+        owner: process.owner(),
+        created: process.created().iter().map(Created::absolute).collect::<Result<_>>()?,
+        monitor,
         runs: true,
-    };
-    let qmp = match (&guest.qmp, &prepared.host) {
-        (None, Some(host)) => host.connection()?,
-        _ => None,
     };
     let regions = adopted.landing.iter().map(|(_, region)| RegionRecord {
         name: region.name.clone(),
@@ -90,7 +90,7 @@ pub(in crate::destination) fn keep(
         totals: TotalsRecord::default(),
     };
     match SessionFile::new(&directory, lanes.hello.session, Role::Destination, record) {
-        Ok(keeper) => Ok(Some(Persistence { keeper, qmp })),
+        Ok(keeper) => Ok(Some(Persistence { keeper, connection })),
         // The source chooses the session's number: a number in use here is no reason to refuse a guest.
         Err(error @ Error::Environment(_)) => {
             output
@@ -113,7 +113,7 @@ impl Persistence {
         guest.share(&state);
         let path = self.keeper.file(GUEST_SOCKET);
         let listener = listen(&path).context(|| format!("making {}", path.display()))?;
-        side.entrust(listener, &state.file, self.qmp)?;
+        side.entrust(listener, &state.file, self.connection)?;
         Ok(self.keeper)
     }
 }

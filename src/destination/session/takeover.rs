@@ -20,7 +20,6 @@ use crate::runtime::hex;
 use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,7 +31,7 @@ use crate::control::destination::takeover::{Found, Plan, Recalled, plan};
 use crate::control::destination::{Core, Input, Terms};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::destination::admission::accept::LaneAcceptor;
-use crate::destination::admission::prepare::{Adopted, Prepared, check_pieces};
+use crate::destination::admission::prepare::{Adopted, Prepared};
 use crate::destination::lanes::demand::RequestsFrom;
 use crate::destination::link::Link;
 use crate::destination::memory::GuestMemory;
@@ -41,11 +40,10 @@ use crate::destination::{Migration, Note, Serving};
 use crate::error::{Context, Error, Result};
 use crate::events::{Event, Remark, Undone};
 use crate::fault::handoff::{Entrusted, Handed, HandoffSocket, Message};
-use crate::host::command::Monitor;
-use crate::host::qemu::Qemu;
-use crate::host::qmp::Qmp;
+use crate::host::arriving::{self, check_pieces};
+use crate::host::command::MonitorProcess;
+use crate::host::monitor::{Monitor, NoMonitor};
 use crate::host::thread::HostThread;
-use crate::host::{DestinationHost, RunsItself};
 use crate::memory::created::Created;
 use crate::memory::words::State;
 use crate::observe::Observer;
@@ -144,7 +142,7 @@ impl Taken {
         };
         let created = guest.created.clone();
         // Checked after the handle was opened: a handle never passes to another process of the same number.
-        let monitor = match Monitor::taken_over(guest.pid, guest.owner, created, true) {
+        let monitor = match MonitorProcess::taken_over(guest.pid, guest.owner, created, true) {
             Ok(monitor) if is_alive() => monitor,
             _ => return Ok(Found::Ended),
         };
@@ -172,8 +170,8 @@ impl Taken {
         memory.share(&state);
         let recalled = memory.noted_standing(Recalled::from(&self.record));
         memory.take_over()?;
-        let host = self.host(recalled.state, entrusted.qmp);
-        let host = HostThread::<dyn DestinationHost>::start(host, inbox.post())?;
+        let host = self.monitor(recalled.state, entrusted.qmp)?;
+        let host = HostThread::start(host, inbox.post())?;
         let plan = crate::destination::Plan {
             touch: self.record.touch,
             cores: &options.cores,
@@ -190,13 +188,13 @@ impl Taken {
             has_bulk_lanes: self.record.bulk_lanes > 0,
             is_checked: link.is_checked(),
             is_private: memory.needs_touch(),
-            runs_itself: !self.record.guest.has_monitor,
+            runs_itself: !self.record.guest.monitor.is_some(),
             is_embedded: inbox.is_embedded(),
             session: Some(session_of(&self.keeper)),
             step_timeout: plan.step_timeout,
         };
         let has_run = recalled.state >= DestinationState::Running;
-        let requests_from = match self.record.guest.has_monitor || has_run {
+        let requests_from = match self.record.guest.monitor.is_some() || has_run {
             true => RequestsFrom::Start,
             false => RequestsFrom::Command,
         };
@@ -233,17 +231,18 @@ impl Taken {
     }
 
     /// The monitor; it may not have run its guest yet.
-    fn host(
+    fn monitor(
         &self,
         state: DestinationState,
         entrusted: Option<UnixStream>,
-    ) -> Box<dyn DestinationHost> {
+    ) -> Result<Box<dyn Monitor>> {
         let guest = &self.record.guest;
-        let runs = !matches!(state, DestinationState::Loaded | DestinationState::Switched);
-        if !guest.has_monitor || runs {
-            return Box::new(RunsItself);
+        // With an external switchover a program beside umem tells the monitor.
+        let is_external = Capabilities(self.record.capabilities).contains(Capabilities::EXTERNAL);
+        if is_external || !matches!(state, DestinationState::Loaded | DestinationState::Switched) {
+            return Ok(Box::new(NoMonitor));
         }
-        Box::new(WaitingMonitor { path: guest.qmp.clone(), entrusted, runs: guest.runs })
+        arriving::loaded(guest.monitor.as_ref(), entrusted, guest.runs)
     }
 
     /// A hello like that of the session's first demand lane.
@@ -374,37 +373,6 @@ pub(crate) fn landing(record: &DestinationRecord) -> Result<RegionTable> {
     RegionTable::new(regions).map_err(|error| strange(error.to_string()))
 }
 
-/// A monitor whose connection opens on the first request, once its guest's faults are served: until then the monitor
-/// may itself wait for a page.
-struct WaitingMonitor {
-    /// The path of its socket; without one `entrusted` is the connection.
-    path: Option<PathBuf>,
-    entrusted: Option<UnixStream>,
-    /// Whether the guest ran at the source.
-    runs: bool,
-}
-
-impl DestinationHost for WaitingMonitor {
-    fn load_state(&mut self, _: Vec<u8>) -> Result<()> {
-        unreachable!("an earlier process loaded the guest")
-    }
-
-    fn run(&mut self) -> Result<()> {
-        let qmp = match (&self.path, self.entrusted.take()) {
-            (Some(path), _) => Qmp::connect(path)?,
-            (None, Some(stream)) => Qmp::go_on(stream)?,
-            (None, None) => {
-                return Err(Error::Host(
-                    "its QMP connection was not kept, so umem cannot run the guest: run it with the \
-                     monitor command `cont`"
-                        .into(),
-                ));
-            }
-        };
-        Qemu::loaded(qmp, self.runs).run()
-    }
-}
-
 /// Removes the socket file of a killed process.
 fn remove_stale(uri: &Uri) {
     let Uri::Unix { path } = uri else { return };
@@ -442,7 +410,7 @@ fn receive(
                     check_pieces(handed.len())?;
                 }
                 Message::Session(entrusted) => return Ok(Some((handed, entrusted))),
-                Message::Loaded | Message::Qemu(_) | Message::Released => {}
+                Message::Loaded | Message::Monitor(_) | Message::Released => {}
             }
         }
     }

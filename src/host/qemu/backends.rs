@@ -17,12 +17,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use umem_wire::limits::REGION_NAME_BYTES_MAX;
 
 use super::blocks::Block;
 use super::{HOW_TO_START, Qemu};
 use crate::error::{Context, Error, Result};
 use crate::host::command::RamPath;
+use crate::host::kind::check_ram_name;
 use crate::host::maps::{self, MappedFile, Maps};
 use crate::memory::BLOCK_BYTES;
 use crate::memory::kind::Kind;
@@ -86,19 +86,6 @@ impl Backend {
         }
     }
 
-    /// Whether its id can be the region's name.
-    pub(crate) fn check_name(&self) -> Result<()> {
-        let bytes = self.name.len();
-        if bytes <= REGION_NAME_BYTES_MAX {
-            return Ok(());
-        }
-        Err(Error::Unsupported(format!(
-            "RAM backend {} has an id of {bytes} bytes, and the two sides tell memory apart by {REGION_NAME_BYTES_MAX} \
-             bytes: give it a shorter id on both sides, or name its file with --ram NAME=PATH on both",
-            self.name
-        )))
-    }
-
     fn misses_huge_pages(&self) -> bool {
         self.align_bytes.is_some_and(|bytes| bytes < BLOCK_BYTES) && is_in_huge_tmpfs(&self.path)
     }
@@ -126,18 +113,24 @@ impl Qemu {
                 backends.extend(self.backend(name, kind, block, (wanted, contents))?);
             }
         }
-        let main = self.qmp.property("/machine", "memory-backend")?;
-        // QEMU gives the backend's path in its object tree; none for a machine whose nodes have one each.
-        let main = main.as_ref().and_then(Value::as_str).unwrap_or_default();
-        let main = main.strip_prefix("/objects/").unwrap_or(main);
-        let has_main = main.is_empty() || backends.iter().any(|backend| backend.name == main);
-        if backends.is_empty() || !has_main {
+        if self.has_main_ram(&backends)?.is_err() {
             return Err(Error::Unsupported(format!(
                 "the guest's RAM is QEMU's private memory, which nobody else can read: \
                  {HOW_TO_START}"
             )));
         }
         Ok(backends)
+    }
+
+    /// Whether the guest's main memory is among these backends, of which there is one at least; otherwise the main
+    /// memory's backend.
+    fn has_main_ram(&mut self, backends: &[Backend]) -> Result<std::result::Result<(), String>> {
+        let main = self.qmp.property("/machine", "memory-backend")?;
+        // QEMU gives the backend's path in its object tree; none for a machine whose nodes have one each.
+        let main = main.as_ref().and_then(Value::as_str).unwrap_or_default();
+        let main = main.strip_prefix("/objects/").unwrap_or(main);
+        let has_main = main.is_empty() || backends.iter().any(|backend| backend.name == main);
+        Ok(if backends.is_empty() || !has_main { Err(main.to_owned()) } else { Ok(()) })
     }
 
     /// Whether it has been started for a guest that comes.
@@ -269,7 +262,7 @@ impl Qemu {
             seen.push(mapped);
         }
         match named {
-            [] => backends.iter().try_for_each(Backend::check_name)?,
+            [] => backends.iter().try_for_each(|backend| check_ram_name(&backend.name))?,
             named => rename(&mut opened, named)?,
         }
         Ok(opened)

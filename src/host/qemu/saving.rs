@@ -30,7 +30,7 @@ const END: u8 = 0;
 const DESCRIPTION: u8 = 6;
 
 /// The message `MIG_RP_MSG_SHUT` of QEMU's migration/migration.h, four bytes long, with 0: all is well.
-const SHUT: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
+pub(super) const SHUT: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
 
 /// How long QEMU may write nothing while it saves. It may have disks to flush.
 const SILENCE_MAX: Duration = Duration::from_secs(120);

@@ -17,7 +17,7 @@ fn a_device_state_is_read_before_the_command_is_answered() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
-    SourceHost::stop(&mut qmp).unwrap();
+    Monitor::stop(&mut qmp).unwrap();
     let state = qmp.save_state().unwrap();
     assert_eq!(state.len(), 1 + STATE);
     assert!(state[1..].iter().all(|&byte| byte == 0x5a));
@@ -31,8 +31,8 @@ fn what_needs_answers_is_asked_before_the_guest_stops() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
-    assert!(SourceHost::stop(&mut qmp).unwrap().is_some());
-    SourceHost::resume(&mut qmp).unwrap();
+    assert!(Monitor::stop(&mut qmp).unwrap().is_some());
+    Monitor::resume(&mut qmp).unwrap();
     drop(qmp);
     let asked = qemu.join().unwrap();
     let migrated = asked.iter().position(|command| command == "migrate").unwrap();
@@ -52,7 +52,7 @@ fn a_guest_is_stopped_by_the_saving_of_its_state() {
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
     let before = Instant::now();
-    let stopped = SourceHost::stop(&mut qmp).unwrap().unwrap();
+    let stopped = Monitor::stop(&mut qmp).unwrap().unwrap();
     assert!(before < stopped && stopped < Instant::now());
     assert_eq!(qmp.save_state().unwrap().len(), 1 + STATE);
     drop(qmp);
@@ -68,7 +68,7 @@ fn a_guest_that_its_qemu_does_not_stop_is_stopped() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer(&monitor, "stop"));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
-    SourceHost::stop(&mut qmp).unwrap();
+    Monitor::stop(&mut qmp).unwrap();
     assert_eq!(qmp.save_state().unwrap().len(), 1 + STATE);
     drop(qmp);
     let asked = qemu.join().unwrap();
@@ -115,7 +115,7 @@ fn a_guest_that_another_client_lets_run_is_not_given_away() {
         let qemu = std::thread::spawn(move || hold(&monitor, meanwhile, true));
         let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
         qmp.claim().unwrap();
-        SourceHost::stop(&mut qmp).unwrap();
+        Monitor::stop(&mut qmp).unwrap();
         assert_eq!(qmp.save_state().unwrap()[1..], DESCRIBED);
         let answer = qmp.stands_still();
         match meanwhile {
@@ -123,11 +123,11 @@ fn a_guest_that_another_client_lets_run_is_not_given_away() {
                 answer.unwrap();
                 // And once more, for a switchover that has not come.
                 qmp.stands_still().unwrap();
-                SourceHost::put_back(&mut qmp).unwrap();
+                Monitor::put_back(&mut qmp).unwrap();
             }
             _ => {
                 assert!(answer.is_err(), "{meanwhile:?}");
-                SourceHost::resume(&mut qmp).unwrap();
+                Monitor::resume(&mut qmp).unwrap();
             }
         }
         drop(qmp);
@@ -146,7 +146,7 @@ fn an_event_of_a_wild_time_stops_nothing() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || hold(&monitor, Meanwhile::Nothing, false));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
-    assert!(SourceHost::stop(&mut qmp).unwrap().is_some());
+    assert!(Monitor::stop(&mut qmp).unwrap().is_some());
     qmp.stands_still().unwrap();
     drop(qmp);
     qemu.join().unwrap();
@@ -315,42 +315,4 @@ fn next_line(monitor: &UnixStream, line: &mut Vec<u8>) -> Option<Option<OwnedFd>
         line.push(byte[0]);
     }
     Some(descriptor)
-}
-
-#[test]
-fn devices_that_bypass_userfaultfd_are_known_by_type() {
-    for kind in [
-        "vhost-user-fs-pci",
-        "vhost-user-blk-pci",
-        "vhost-vdpa-device-pci",
-        "vfio-pci",
-        "vfio-pci-nohotplug",
-        "ivshmem-plain",
-        "cryptodev-vhost-user",
-        // Netdevs.
-        "vhost-user",
-        "vhost-vdpa",
-    ] {
-        assert!(unsupported_device(kind).is_some(), "{kind}");
-    }
-    for kind in ["virtio-net-pci", "virtio-balloon-pci", "e1000", "user", "tap"] {
-        assert!(unsupported_device(kind).is_none(), "{kind}");
-    }
-}
-
-#[test]
-fn a_network_client_is_known_by_its_type_and_not_by_its_name() {
-    for (line, expected) in [
-        (
-            "vhost-user-x: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56",
-            Some(("vhost-user-x", "nic")),
-        ),
-        (" \\ vhost-user-n0: index=0,type=user,net=10.0.2.0", Some(("vhost-user-n0", "user"))),
-        ("n: index=0,type=tap,ifname=a,script=x,type=vhost-user", Some(("n", "tap"))),
-        ("n: index=0,type=vhost-vdpa", Some(("n", "vhost-vdpa"))),
-        ("hub 0", None),
-        ("", None),
-    ] {
-        assert_eq!(network_client(line), expected, "{line}");
-    }
 }

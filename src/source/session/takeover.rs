@@ -13,7 +13,6 @@
 //! switchover that is the safe choice, because the destination reports whether the switchover arrived.
 
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
@@ -29,10 +28,9 @@ use crate::control::source::{Heard, Input, Left, Record, Source};
 use crate::error::{Error, Result};
 use crate::events::{Event, Remark, Undone};
 use crate::host::command::RamPath;
-use crate::host::qemu::Qemu;
-use crate::host::qmp::{Process, Qmp};
+use crate::host::leaving;
+use crate::host::monitor::{BeforeStop, MonitorRecord};
 use crate::host::thread::HostThread;
-use crate::host::{BeforeStop, SourceHost, Undo};
 use crate::memory::region::RamFile;
 use crate::memory::words::AtomicWords;
 use crate::observe::Observer;
@@ -181,18 +179,9 @@ impl Taken {
 
     /// Has the guest run here again, if it still belongs to this session.
     fn have_it_go_on(&self, inbox: &Inbox<crate::source::Note>) -> Result<Undone> {
-        let (Some(path), Some(undo)) = (&self.record.qmp, &self.record.undo) else {
-            return Ok(Undone::GoesOn);
-        };
-        let (path, undo) = (path.clone(), undo.clone());
+        let record = self.record.monitor.clone();
         let first = || self.output.tell(&Event::Remark(Remark::StandsStill));
-        inbox.wait_for_work(STANDS_STILL, Some(&first), move || {
-            let mut qemu = Qemu::left(Qmp::connect(&path)?, &undo);
-            if !qemu.is_ours()? {
-                return Ok(Undone::NothingLeft);
-            }
-            qemu.resume().map(|()| Undone::GoesOn)
-        })
+        inbox.wait_for_work(STANDS_STILL, Some(&first), move || leaving::undo(record.as_ref()))
     }
 
     fn call(
@@ -299,7 +288,7 @@ impl Taken {
         check_stamps(&keeper, &record, &files)?;
         let memory = SourceMemory::new(files, releases).limited(bandwidth);
         memory.claim(true)?;
-        memory.fix(record.qmp.is_none())?;
+        memory.fix(record.monitor.is_none())?;
         keeper.edit(|record| {
             record.file_failed = false;
             for (ram, region) in record.ram.iter_mut().zip(&memory.regions) {
@@ -318,7 +307,7 @@ impl Taken {
             postcopy: record.postcopy,
             background: record.background,
             precopy: None,
-            has_monitor: record.qmp.is_some(),
+            has_monitor: record.monitor.is_some(),
             stays_local: pass.has_tls() || secure::stays_local(&uri, &look)?,
             cores: &resume.cores,
             idle_cores: resume.idle_cores,
@@ -327,8 +316,7 @@ impl Taken {
             watch: &observer.watch,
             quiet: resume.observe.quiet,
         };
-        let departed = Departed { path: record.qmp.clone(), undo: record.undo.clone(), qemu: None };
-        let host = HostThread::<dyn SourceHost>::start(Box::new(departed), inbox.post())?;
+        let host = HostThread::start(leaving::departed(record.monitor.as_ref())?, inbox.post())?;
         let way = (!uri.is_one_connection()).then_some(uri);
         let link = Link::taken_over(session, pass.clone(), way, keeper);
         let memory = Arc::new(memory);
@@ -347,51 +335,6 @@ impl Taken {
         let report = driven?;
         output.completed(&report);
         report.check_digests()
-    }
-}
-
-/// The monitor of a guest that an earlier process may have given away. The connection opens on the first request.
-struct Departed {
-    path: Option<PathBuf>,
-    undo: Option<Undo>,
-    qemu: Option<Qemu>,
-}
-
-impl Departed {
-    /// The monitor; None without a monitor, and if its process has ended.
-    fn qemu(&mut self) -> Result<Option<&mut Qemu>> {
-        let (Some(path), Some(undo)) = (&self.path, &self.undo) else { return Ok(None) };
-        if self.qemu.is_none() {
-            match Qmp::connect(path) {
-                Ok(qmp) => self.qemu = Some(Qemu::left(qmp, undo)),
-                Err(_) if undo.process.is_some_and(Process::has_ended) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(self.qemu.as_mut())
-    }
-}
-
-impl SourceHost for Departed {
-    fn stop(&mut self) -> Result<Option<Instant>> {
-        Err(Error::Internal("an earlier process stopped the guest".into()))
-    }
-
-    fn save_state(&mut self) -> Result<Vec<u8>> {
-        Err(Error::Internal("an earlier process saved the guest".into()))
-    }
-
-    fn stands_still(&mut self) -> Result<()> {
-        self.qemu()?.map_or(Ok(()), Qemu::stands_still)
-    }
-
-    fn resume(&mut self) -> Result<()> {
-        let Some(qemu) = self.qemu()? else { return Ok(()) };
-        if qemu.is_ours()? { qemu.resume() } else { Ok(()) }
-    }
-
-    fn put_back(&mut self) -> Result<()> {
-        self.qemu()?.map_or(Ok(()), Qemu::put_back)
     }
 }
 
@@ -479,7 +422,7 @@ fn keep_freed(
 pub(in crate::source) fn keep(
     options: &crate::source::Options,
     link: &Link,
-    ram: &[RamPath],
+    (ram, monitor): (&[RamPath], Option<MonitorRecord>),
     memory: &SourceMemory,
     output: &Output,
 ) -> Result<Option<SessionFile<SourceRecord>>> {
@@ -511,8 +454,7 @@ pub(in crate::source) fn keep(
         capabilities: link.session.capabilities.0,
         epoch: 0,
         ram: ram.collect::<Result<_>>()?,
-        qmp: options.qmp.as_deref().map(absolute).transpose()?,
-        undo: None,
+        monitor,
         postcopy: options.postcopy,
         background: options.background,
         max_postcopy_bandwidth: options.max_postcopy_bandwidth,
@@ -529,7 +471,7 @@ pub(in crate::source) fn keep(
 
 /// Writes the monitor settings to undo into the session file, before the guest is stopped.
 pub(in crate::source) fn note_stop(keeper: SessionFile<SourceRecord>) -> BeforeStop {
-    Box::new(move |undo| keeper.edit(|record| record.undo = Some(undo.clone())))
+    Box::new(move |changed| keeper.edit(|record| record.monitor = Some(changed.clone())))
 }
 
 impl Migration {

@@ -57,6 +57,12 @@ pub(crate) fn capabilities(recovers: bool) -> Capabilities {
     Capabilities::ACKS.union(CHECKED).union(recovery).union(Capabilities::ROUNDS)
 }
 
+/// The same of a destination whose guest is run by a program beside umem, or not.
+pub(crate) fn capabilities_with(recovers: bool, is_external: bool) -> Capabilities {
+    let external = if is_external { Capabilities::EXTERNAL } else { Capabilities::NONE };
+    capabilities(recovers).union(external)
+}
+
 /// Answers a hello that does not fit, unless its sender has closed the lane.
 pub(crate) fn refuse(lane: &Lane, code: FaultCode, text: &str) {
     let _ = lane.say(&Welcome::refuse(code, text));
@@ -89,6 +95,17 @@ impl Session {
     pub(crate) fn in_rounds(self, has_rounds: bool) -> Session {
         let rounds = if has_rounds { Capabilities::ROUNDS } else { Capabilities::NONE };
         Session { capabilities: self.capabilities.union(rounds), ..self }
+    }
+
+    /// Whether there is a program beside both sides that has the guest run.
+    pub(crate) fn is_external(&self) -> bool {
+        self.capabilities.contains(Capabilities::EXTERNAL)
+    }
+
+    /// The same, with a program beside both sides that has the guest run, or without.
+    pub(crate) fn external(self, is_external: bool) -> Session {
+        let external = if is_external { Capabilities::EXTERNAL } else { Capabilities::NONE };
+        Session { capabilities: self.capabilities.union(external), ..self }
     }
 
     /// The hello of lane `index`, 0 for the demand lane, in the attempt number `epoch`.

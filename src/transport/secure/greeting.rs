@@ -83,6 +83,14 @@ impl Greeting<'_> {
                 welcome.version, PROTOCOL.max
             )));
         }
+        if lacks(Capabilities::EXTERNAL) {
+            return Err(Error::Unsupported(
+                "the destination would have the guest run by itself, and with --switchover external a program beside \
+                 both sides does that: give `umem incoming` --switchover external and --connect, or use a newer umem \
+                 there"
+                    .into(),
+            ));
+        }
         if !lacks(Capabilities::ACKS) {
             return Ok(welcome.capabilities);
         }

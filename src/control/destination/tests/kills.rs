@@ -303,7 +303,7 @@ impl World {
     fn carry_out(&mut self, effect: Effect) -> Option<Input> {
         match effect {
             Effect::SettlePages => return Some(Input::PagesSettled),
-            Effect::Load(_) => self.notes.push_back(Input::Loaded),
+            Effect::Load(_) => self.notes.push_back(Input::Loaded { runs: true }),
             Effect::Run => {
                 self.runs = true;
                 self.notes.push_back(Input::Running);

@@ -308,7 +308,7 @@ impl LaneAcceptor {
             Ok(lane) => lane,
             Err(error) => return self.ignored(&error.to_string()),
         };
-        let ours = lane::capabilities(self.terms.recovers);
+        let ours = self.terms.capabilities();
         if secure::welcome(&mut lane, &hello, ours, answer.as_ref()).is_err() {
             return;
         }
@@ -328,6 +328,8 @@ impl LaneAcceptor {
         match recv(session.demand.as_fd().as_raw_fd(), &mut [0], flags) {
             Ok(1..) => session.has_spoken = true,
             Err(Errno::EAGAIN | Errno::EINTR) => {}
+            // A source that has looked whether it would be taken, before its guest comes.
+            Ok(0) if session.bulk.iter().all(Option::is_none) => self.session = None,
             Ok(0) | Err(_) => {
                 self.session = None;
                 self.ignored("its demand lane closed before all of its lanes had arrived");

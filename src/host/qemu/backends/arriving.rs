@@ -9,7 +9,7 @@
 
 use std::path::PathBuf;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{Backend, Block, Contents, HOW_TO_START, Qemu};
 use crate::error::{Error, Result};
@@ -21,11 +21,6 @@ impl Backend {
         let (path, &Block { bytes, address, .. }) = (PathBuf::new(), block);
         let (is_streamed, align_bytes) = (false, None);
         Backend { name, path, bytes, address, is_shared, is_streamed, align_bytes }
-    }
-
-    /// It has no file: QEMU's own private memory.
-    pub(crate) fn is_anonymous(&self) -> bool {
-        self.path.as_os_str().is_empty() && !self.is_shared
     }
 }
 
@@ -50,11 +45,7 @@ impl Qemu {
                 _ => backends.extend(self.backend(name, of, block, (kind, Contents::Files))?),
             }
         }
-        let main = self.qmp.property("/machine", "memory-backend")?;
-        let main = main.as_ref().and_then(Value::as_str).unwrap_or_default();
-        let main = main.strip_prefix("/objects/").unwrap_or(main);
-        let has_main = main.is_empty() || backends.iter().any(|backend| backend.name == main);
-        if backends.is_empty() || !has_main {
+        if let Err(main) = self.has_main_ram(&backends)? {
             return Err(Error::Unsupported(format!(
                 "umem finds no RAM backend of the guest's main memory ({main}) among QEMU's objects: {HOW_TO_START}"
             )));

@@ -17,14 +17,15 @@ use serde_json::{Value, json};
 use umem_wire::RegionId;
 use umem_wire::limits::STATE_BYTES_MAX;
 
-use super::reading::{Moved, Pulse, Reading};
+use super::reading::{Moved, Pulse, Reading, SWITCHOVER_ACK};
 use super::{Event, Parser};
 use crate::error::{Context, Error, Result, WITHOUT_PASSES};
+use crate::host::guest;
+use crate::host::monitor::{BeforeStop, Handle, Monitor};
 use crate::host::qemu::blocks::Block;
 use crate::host::qemu::saving::Saving;
 use crate::host::qemu::settings::{self, Role};
 use crate::host::qemu::{Qemu, STATE_SOCKET, run_state};
-use crate::host::{BeforeStop, SourceHost, guest};
 use crate::memory::dirty::{DirtyLog, DirtyMap};
 use crate::memory::staging::Staging;
 
@@ -33,9 +34,6 @@ use crate::memory::staging::Staging;
 /// of the first block, whichever block it was (`cpu_physical_memory_sync_dirty_bitmap` in its include/exec/ram_addr.h
 /// passes an offset in the block as one in all RAM): of a second NUMA node 10.0 lost 3 of 32768 pages.
 const LOGS_TCG: (u64, u64) = (9, 0);
-
-/// The message `MIG_RP_MSG_SWITCHOVER_ACK` of QEMU's migration/migration.c, without data: the guest may be stopped.
-const SWITCHOVER_ACK: [u8; 4] = [0, 7, 0, 0];
 
 /// How long QEMU may take to stop its guest once it may. It has a look at its rate every 100 ms (`BUFFER_DELAY` in its
 /// migration/options.h), and knows from that whether little enough is left.
@@ -107,7 +105,7 @@ impl DirtyLog for QemuStream {
         }
         let Some(reading) = &self.reading else { return Err(is_not_started()) };
         // One that stops its guest by itself holds its main loop's lock then, and answers only while somebody reads.
-        reading.go_on();
+        reading.read_on();
         // A sync that is under way now may have passed what was written before this call.
         let pulse = reading.pulse();
         let syncs = || pulse.asking(|| self.host.lock().syncs());
@@ -183,7 +181,15 @@ fn is_not_started() -> Error {
     Error::Internal("QEMU's stream has not been started".into())
 }
 
-impl SourceHost for SharedQemu {
+impl Monitor for SharedQemu {
+    fn name(&self) -> &'static str {
+        "QEMU"
+    }
+
+    fn handle(&self) -> Result<Option<Handle>> {
+        self.lock().handle()
+    }
+
     fn before_stop(&mut self, note: BeforeStop) {
         self.lock().before_stop(note);
     }
@@ -219,11 +225,11 @@ impl SourceHost for SharedQemu {
 }
 
 impl Qemu {
-    /// Checks that its stream tells of every write to these RAM backends, and is one that umem reads, if it is a QEMU.
+    /// Checks that its stream tells of every write to these RAM backends, if it is a QEMU, and says whether it is one.
     /// Changes nothing.
-    pub(crate) fn check_stream(&mut self, backends: &[String], has_contents: bool) -> Result<()> {
+    pub(super) fn check_log(&mut self, backends: &[String]) -> Result<bool> {
         let instead = format!("use {WITHOUT_PASSES}");
-        let Ok(kvm) = self.qmp.try_execute("query-kvm", json!({}))? else { return Ok(()) };
+        let Ok(kvm) = self.qmp.try_execute("query-kvm", json!({}))? else { return Ok(false) };
         if kvm["enabled"] != json!(true) {
             let (major, minor) = run_state::version(&mut self.qmp)?;
             if (major, minor) < LOGS_TCG {
@@ -251,6 +257,15 @@ impl Qemu {
                     .into(),
             ));
         }
+        Ok(true)
+    }
+
+    /// The same, and that the stream is one that umem has it write. Changes nothing.
+    pub(crate) fn check_stream(&mut self, backends: &[String], has_contents: bool) -> Result<()> {
+        if !self.check_log(backends)? {
+            return Ok(());
+        }
+        let instead = format!("use {WITHOUT_PASSES}");
         if !self.can_hold()? {
             return Err(Error::Unsupported(format!(
                 "QEMU cannot be kept from completing its migration (it has no capability return-path, or its machine \

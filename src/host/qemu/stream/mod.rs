@@ -27,11 +27,13 @@
 //! - [`cut`]: what is left of a stream without the pages that umem moves, which is a stream as well
 //! - [`look`]: when a look over the whole guest is done
 //! - [`reading`]: the thread that reads
+//! - [`passive`]: a stream that another program has had QEMU begin
 //! - [`log`]: the driver, which has QEMU write such a stream
 
 mod cut;
 pub(crate) mod log;
 mod look;
+pub(crate) mod passive;
 pub(super) mod reading;
 mod records;
 #[cfg(test)]
@@ -41,7 +43,10 @@ use crate::error::{Error, Result};
 pub(crate) use cut::Cut;
 pub(super) use log::ignores_shared;
 pub(crate) use records::PAGE_BYTES;
-use records::{MAGIC, PAGE_BITS, RAM, RAM_VERSION, VERSION, Word, command_bytes, flag, section};
+use records::{
+    MAGIC, OPEN_RETURN_PATH, PAGE_BITS, RAM, RAM_VERSION, VERSION, Word, capability_of_beginning,
+    capability_of_command, capability_of_flags, command_bytes, flag, section,
+};
 
 /// RAM blocks of a guest at most. One with 256 DIMMs has fewer than 300.
 pub(crate) const BLOCKS_MAX: usize = 1024;
@@ -213,6 +218,8 @@ pub(crate) struct Parser {
     capabilities: Vec<String>,
     blocks: Vec<Block>,
     ram: Ram,
+    /// A return path was asked for before RAM.
+    opens_return_path: bool,
     part: Part,
     /// The block of the page before.
     block: Option<usize>,
@@ -229,6 +236,7 @@ impl Parser {
             capabilities: Vec::new(),
             blocks: Vec::new(),
             ram: Ram::Unknown,
+            opens_return_path: false,
             part: Part::None,
             block: None,
         }
@@ -248,6 +256,11 @@ impl Parser {
     /// Whether RAM that is shared was left out.
     pub(crate) fn ignores_shared(&self) -> bool {
         self.capabilities.iter().any(|name| name == IGNORE_SHARED)
+    }
+
+    /// Whether the destination was asked to answer: without that QEMU waits for no word of it at the end.
+    pub(crate) fn opens_return_path(&self) -> bool {
+        self.opens_return_path
     }
 
     /// Whether RAM's last part has come, and what is left is device state.
@@ -339,7 +352,12 @@ impl Parser {
         self.state = match self.state {
             State::Magic => {
                 if field[..4] != MAGIC {
-                    return Err(malformed(format!("begins with {:02x?}", &field[..4])));
+                    let beginning: [u8; 4] = std::array::from_fn(|at| field[at]);
+                    let setting = capability_of_beginning(beginning);
+                    return Err(match setting {
+                        Some(_) => of_capability(format!("no magic but {beginning:02x?}"), setting),
+                        None => malformed(format!("begins with {beginning:02x?}")),
+                    });
                 }
                 match u32_in(&field[4..]) {
                     VERSION => State::Type,
@@ -412,8 +430,10 @@ impl Parser {
             State::Command => {
                 let (command, bytes) = (u16_in(field), u16_in(&field[2..]));
                 if command_bytes(command) != Some(bytes) {
-                    return Err(unknown(format!("command {command} with {bytes} bytes")));
+                    let what = format!("command {command} with {bytes} bytes");
+                    return Err(of_capability(what, capability_of_command(command)));
                 }
+                self.opens_return_path |= command == OPEN_RETURN_PATH;
                 State::CommandData(bytes.into())
             }
             State::Record => {
@@ -500,7 +520,10 @@ impl Parser {
                 Ok(State::PageNameLength(word, at))
             }
             flag::PAGE | flag::ZERO => self.page_of_block(word, at, told),
-            _ => Err(unknown(format!("a record of RAM with flags {:#x}", word.flags))),
+            flags => {
+                let what = format!("a record of RAM with flags {:#x}", word.flags);
+                Err(of_capability(what, capability_of_flags(flags)))
+            }
         }
     }
 
@@ -570,6 +593,17 @@ fn unknown(what: String) -> Error {
         "QEMU's migration stream has {what}, which umem does not know: move the guest without rounds before the \
          switchover"
     ))
+}
+
+/// The same, where it comes of a setting of QEMU's.
+fn of_capability(what: String, setting: Option<&str>) -> Error {
+    match setting {
+        None => unknown(what),
+        Some(setting) => Error::Unsupported(format!(
+            "QEMU's migration stream has {what}, as with its {setting}, which umem does not carry: switch that off, and \
+             migrate again"
+        )),
+    }
 }
 
 fn malformed(what: String) -> Error {

@@ -4,7 +4,12 @@
 //! It reads only while somebody wants to know, and there is room for contents: QEMU waits when nobody reads, and the
 //! guest goes on meanwhile. From the moment the guest is to stop it reads to the end. So it does while QEMU does not
 //! answer: one whose guest was stopped by somebody else writes the rest with its main loop's lock held.
+//!
+//! A stream that another program has had QEMU begin ([`Reading::go_on`]) is read as far as there is room, and to its end
+//! once the guest stands still. Nobody asks QEMU anything: that it waits for a word before it stops its guest
+//! (`switchover-ack`) shows in a part without pages, as it would have stopped the guest in place of that.
 
+use std::io::Write;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
@@ -31,6 +36,9 @@ const PIECE_BYTES: usize = 256 << 10;
 
 /// How long QEMU may write nothing while somebody reads. It may have disks to flush.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
+
+/// The message `MIG_RP_MSG_SWITCHOVER_ACK` of QEMU's migration/migration.c, without data: the guest may be stopped.
+pub(super) const SWITCHOVER_ACK: [u8; 4] = [0, 7, 0, 0];
 
 /// How long QEMU may take to answer before it is read from whether there is room or not.
 const ANSWERS_WITHIN: Duration = Duration::from_millis(200);
@@ -63,6 +71,8 @@ struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     staging: Option<Arc<Staging>>,
+    /// Another program has had QEMU begin, and QEMU paces itself.
+    is_passive: bool,
 }
 
 /// Whether QEMU answers, for a stream that is being read.
@@ -111,6 +121,10 @@ struct State {
     asked: Option<Instant>,
     /// RAM's last part has been read: the guest stands still.
     is_ram_over: bool,
+    /// When RAM's last part began: the guest had been stopped.
+    stopped_at: Option<Instant>,
+    /// How often QEMU has gone through all of RAM.
+    passes: u32,
     /// Once the thread has ended: the stream without what umem moves.
     end: Option<Result<Vec<u8>>>,
 }
@@ -141,17 +155,45 @@ impl Reading {
         (marks, staging): (Arc<DirtyMap>, Option<Arc<Staging>>),
         state_bytes_max: usize,
     ) -> Result<Reading> {
+        Reading::begin(socket, None, moved, (marks, staging), state_bytes_max)
+    }
+
+    /// Reads on in a stream that begins with `head`, which has come out of the socket, and whose QEMU another program
+    /// has told to migrate.
+    pub(super) fn go_on(
+        socket: UnixStream,
+        head: Vec<u8>,
+        moved: Vec<Moved>,
+        to: (Arc<DirtyMap>, Option<Arc<Staging>>),
+        state_bytes_max: usize,
+    ) -> Result<Reading> {
+        Reading::begin(socket, Some(head), moved, to, state_bytes_max)
+    }
+
+    fn begin(
+        socket: UnixStream,
+        head: Option<Vec<u8>>,
+        moved: Vec<Moved>,
+        (marks, staging): (Arc<DirtyMap>, Option<Arc<Staging>>),
+        state_bytes_max: usize,
+    ) -> Result<Reading> {
         let state = State { may_read: true, ..State::default() };
         let (state, changed) = (Mutex::new(state), Condvar::new());
-        let shared = Shared { socket, state, changed, staging };
+        let shared = Shared { socket, state, changed, staging, is_passive: head.is_some() };
         let shared = Arc::new(shared);
         let ours = shared.clone();
         let thread = std::thread::Builder::new().name("umem-stream".into());
         let run = move || {
             let (cut, staging) = (Cut::new(state_bytes_max), ours.staging.clone());
             let sorter = Sorter::new(moved, marks, staging, cut);
-            let reader = Reader { shared: &ours, parser: Parser::new(), sorter, look: None };
-            let end = panics::caught(|| reader.run());
+            let reader = Reader {
+                shared: &ours,
+                parser: Parser::new(),
+                sorter,
+                look: None,
+                pace: Pace::default(),
+            };
+            let end = panics::caught(|| reader.run(&head.unwrap_or_default()));
             if end.is_err() {
                 // QEMU's migration fails, and does not wait: the guest runs on.
                 saving::abandon(&ours.socket);
@@ -178,8 +220,18 @@ impl Reading {
         self.read_look(0)
     }
 
+    /// When the guest was known to stand still, which is no later than the end of RAM.
+    pub(super) fn stopped_at(&self) -> Option<Instant> {
+        self.shared.lock().stopped_at
+    }
+
+    /// How often QEMU has gone through all of RAM and begun anew.
+    pub(super) fn passes(&self) -> u32 {
+        self.shared.lock().passes
+    }
+
     /// Reads on, until a look is done or for good.
-    pub(super) fn go_on(&self) {
+    pub(super) fn read_on(&self) {
         self.shared.lock().may_read = true;
         self.shared.changed.notify_all();
     }
@@ -261,20 +313,69 @@ struct Reader<'a> {
     parser: Parser,
     sorter: Sorter,
     look: Option<Look>,
+    pace: Pace,
+}
+
+/// What a QEMU that paces itself is about to do.
+#[derive(Default)]
+struct Pace {
+    /// The page before, by block and offset.
+    before: Option<(usize, u64)>,
+    passes: u32,
+    /// The part that is being read has had no page so far.
+    is_empty: bool,
+    /// It has gone around without a page to send, which it does only while it waits for a word.
+    waits_for_a_word: bool,
+    has_stopped: bool,
+}
+
+impl Pace {
+    fn take(&mut self, event: &Event<'_>) {
+        match *event {
+            Event::Began { is_last, .. } => {
+                self.is_empty = true;
+                self.has_stopped |= is_last;
+            }
+            Event::Page { block, offset, .. } => {
+                self.is_empty = false;
+                let now = (block, offset);
+                let is_anew = self.before.replace(now).is_some_and(|before| now <= before);
+                self.passes += u32::from(is_anew);
+            }
+            Event::Ended { is_last: false } => {
+                self.waits_for_a_word |= self.is_empty && self.before.is_some();
+            }
+            Event::Ended { is_last: true } | Event::Content(_) | Event::Other(_) => {}
+        }
+    }
 }
 
 impl Reader<'_> {
-    /// Reads to the end: the stream without the pages that umem moves.
-    fn run(mut self) -> Result<Vec<u8>> {
+    /// Reads to the end, from what has come already: the stream without the pages that umem moves.
+    fn run(mut self, head: &[u8]) -> Result<Vec<u8>> {
         let mut piece = vec![0; PIECE_BYTES];
+        // A piece is no larger than what may be put at once.
+        let mut heads = head.chunks(PIECE_BYTES);
         loop {
-            let count = self.receive(&mut piece)?;
-            if count == 0 {
-                return Err(Error::Host(
-                    "it has ended its migration before the end of its stream".into(),
-                ));
+            let bytes = match heads.next() {
+                Some(bytes) => bytes,
+                None => {
+                    let count = self.receive(&mut piece)?;
+                    &piece[..count]
+                }
+            };
+            if bytes.is_empty() {
+                return Err(Error::Host(match self.shared.is_passive {
+                    false => "it has ended its migration before the end of its stream".into(),
+                    true => "it has ended its migration before the end of its stream: cancelled, or failed; its \
+                             manager knows why"
+                        .into(),
+                }));
             }
-            let is_looked = self.take(&piece[..count])?;
+            let is_looked = self.take(bytes)?;
+            if self.shared.is_passive {
+                self.keep_pace();
+            }
             if self.parser.is_device_state()
                 && saving::ends_with_description(self.sorter.cut.stream())
             {
@@ -289,6 +390,22 @@ impl Reader<'_> {
             if is_looked || state.is_ram_over {
                 self.shared.changed.notify_all();
             }
+        }
+    }
+
+    /// Of a stream that QEMU paces.
+    fn keep_pace(&mut self) {
+        if std::mem::take(&mut self.pace.waits_for_a_word) && !self.pace.has_stopped {
+            // If QEMU does not take it, the stream says why. A word that it has had changes nothing.
+            let _ = (&self.shared.socket).write_all(&SWITCHOVER_ACK);
+        }
+        let mut state = self.shared.lock();
+        state.passes = self.pace.passes;
+        if self.pace.has_stopped && state.stopped_at.is_none() {
+            state.stopped_at = Some(Instant::now());
+            drop(state);
+            // QEMU writes the rest with its main loop's lock held.
+            self.shared.finish();
         }
     }
 
@@ -321,6 +438,8 @@ impl Reader<'_> {
                     return Ok(count);
                 }
                 Err(Errno::EAGAIN | Errno::EINTR) => {}
+                // It has gone without reading a word that it has been told.
+                Err(Errno::ECONNRESET) => return Ok(0),
                 Err(errno) => return Err(std::io::Error::from(errno)).context(what),
             }
             drop(state);
@@ -329,6 +448,8 @@ impl Reader<'_> {
                 &mut ready,
                 PollTimeout::try_from(SILENCE_MAX).unwrap_or(PollTimeout::MAX),
             ) {
+                // Its manager may take its time (`pause-before-switchover`).
+                Ok(0) if self.shared.is_passive => {}
                 Ok(0) => {
                     return Err(Error::Host(format!(
                         "it has written nothing of its migration stream for {} s",
@@ -343,7 +464,7 @@ impl Reader<'_> {
 
     /// Takes what has been read. Whether a look is done.
     fn take(&mut self, bytes: &[u8]) -> Result<bool> {
-        let (sorter, look) = (&mut self.sorter, &mut self.look);
+        let (sorter, look, pace) = (&mut self.sorter, &mut self.look, &mut self.pace);
         let mut is_looked = false;
         self.parser.read(bytes, |parser, event| {
             if let Some(look) = look {
@@ -354,6 +475,7 @@ impl Reader<'_> {
                     Event::Content(_) | Event::Other(_) => {}
                 }
             }
+            pace.take(&event);
             sorter.take(parser.blocks(), &event)
         })?;
         sorter.settle_run()?;
@@ -597,6 +719,34 @@ mod tests {
             bytes[0]
         });
         (pages, marks.region(RAM).word(0))
+    }
+
+    /// What a QEMU is taken to do that writes these parts, by the numbers of their pages.
+    fn pace(parts: &[&[u64]]) -> Pace {
+        let mut pace = Pace::default();
+        for pages in parts {
+            pace.take(&Event::Began { section: 2, is_last: false, at: 0 });
+            for page in *pages {
+                let (offset, is_zero) = (page << 12, false);
+                pace.take(&Event::Page { block: 0, offset, is_zero, at: 0 });
+            }
+            pace.take(&Event::Ended { is_last: false });
+        }
+        pace
+    }
+
+    #[test]
+    fn a_part_without_pages_shows_that_qemu_waits_for_a_word() {
+        assert!(!pace(&[&[0, 1], &[2, 3]]).waits_for_a_word);
+        assert!(pace(&[&[0, 1], &[]]).waits_for_a_word);
+        // Nothing has been written yet.
+        assert!(!pace(&[&[]]).waits_for_a_word);
+    }
+
+    #[test]
+    fn a_pass_is_over_when_pages_begin_anew() {
+        assert_eq!(pace(&[&[0, 1, 5], &[7, 9]]).passes, 0);
+        assert_eq!(pace(&[&[0, 1, 5], &[5], &[7, 9], &[1, 2]]).passes, 2);
     }
 
     #[test]

@@ -59,15 +59,48 @@ impl Word {
     }
 }
 
+/// The command that asks the destination to answer.
+pub(super) const OPEN_RETURN_PATH: u16 = 1;
+
 /// The commands that a stream of umem's settings may have, each with the bytes of its data (`qemu_vm_cmd` in
 /// QEMU's migration/savevm.c).
 pub(super) fn command_bytes(command: u16) -> Option<u16> {
-    const OPEN_RETURN_PATH: u16 = 1;
     const PING: u16 = 2;
     const SWITCHOVER_START: u16 = 11;
     match command {
         OPEN_RETURN_PATH | SWITCHOVER_START => Some(0),
         PING => Some(4),
+        _ => None,
+    }
+}
+
+/// What has QEMU write another command.
+pub(super) fn capability_of_command(command: u16) -> Option<&'static str> {
+    match command {
+        // ADVISE, LISTEN, RUN and RAM_DISCARD of postcopy, a package, and RESUME.
+        3..=8 => Some("capability postcopy-ram"),
+        9 => Some("capability x-colo"),
+        _ => None,
+    }
+}
+
+/// What has QEMU write a record with other flags.
+pub(super) fn capability_of_flags(flags: u16) -> Option<&'static str> {
+    match flags & !flag::SAME_BLOCK {
+        0x40 => Some("capability xbzrle"),
+        0x80 => Some("migration by RDMA"),
+        0x100 => Some("capability compress"),
+        _ => None,
+    }
+}
+
+/// What has QEMU begin a connection with something else.
+pub(super) fn capability_of_beginning(bytes: [u8; 4]) -> Option<&'static str> {
+    match bytes {
+        // `MULTIFD_MAGIC` of its migration/multifd.c.
+        [0x11, 0x22, 0x33, 0x44] => Some("capability multifd"),
+        // A handshake.
+        [0x16, 0x03, ..] => Some("parameter tls-creds"),
         _ => None,
     }
 }

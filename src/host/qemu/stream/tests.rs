@@ -65,6 +65,19 @@ pub(super) fn whole() -> Vec<u8> {
     begun.end().footer().with(REST).0
 }
 
+/// The same up to its first pages, with a return path or without.
+pub(super) fn head(has_return_path: bool) -> Vec<u8> {
+    let begun = configured();
+    let begun = if has_return_path { begun.with(OPEN_RETURN_PATH) } else { begun };
+    set_up(begun).with(PART).page(0, Some("ram0"), 1).0
+}
+
+/// The head of a stream that leaves shared RAM out.
+pub(super) fn head_without_shared() -> Vec<u8> {
+    let capabilities = b"\x05\x1aconfiguration/capabilities\0\0\0\x01\0\0\0\x01\x0fx-ignore-shared";
+    configured().with(capabilities).with(OPEN_RETURN_PATH).0
+}
+
 /// What is told of a stream in pieces of so many bytes, with contents and other bytes joined; and what is left of it.
 fn read(stream: &[u8], piece: usize) -> Result<(Vec<String>, Vec<u8>)> {
     let (mut parser, mut cut) = (Parser::new(), Cut::new(1 << 20));

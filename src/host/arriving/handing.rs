@@ -5,10 +5,9 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use crate::destination::Note;
 use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffListener, HandoffSocket, Message};
-use crate::host::command::Monitor;
+use crate::host::command::MonitorProcess;
 use crate::runtime::accepting::{Accepted, Room};
 use crate::runtime::inbox::{Inbox, Wake};
 
@@ -22,7 +21,7 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 const PIECES_MAX: usize = 4096;
 
 /// Refuses more than a guest's process has.
-pub(in crate::destination) fn check_pieces(count: usize) -> Result<()> {
+pub(crate) fn check_pieces(count: usize) -> Result<()> {
     if count <= PIECES_MAX {
         return Ok(());
     }
@@ -179,10 +178,10 @@ impl<'a> Callers<'a> {
 }
 
 /// Waits until the process that we have started, or one that it has started, hands over its memory.
-pub(super) fn accept_memory(
+pub(super) fn accept_memory<N>(
     listener: &HandoffListener,
-    monitor: &mut Monitor,
-    inbox: &Inbox<Note>,
+    monitor: &mut MonitorProcess,
+    inbox: &Inbox<N>,
 ) -> Result<(HandoffSocket, Memory)> {
     let deadline = Instant::now() + HANDOFF_TIMEOUT;
     let mut callers = Callers::new(listener);
@@ -214,10 +213,10 @@ pub(super) fn accept_memory(
 }
 
 /// Takes the memory of a process that has begun to hand it over.
-pub(super) fn receive_memory(
+pub(super) fn receive_memory<N>(
     first: First,
-    monitor: &mut Monitor,
-    inbox: &Inbox<Note>,
+    monitor: &mut MonitorProcess,
+    inbox: &Inbox<N>,
 ) -> Result<(HandoffSocket, Memory)> {
     let First { mut handoff, pid, mut messages } = first;
     let mut memory = Memory { handed: Vec::new(), knows_umem: true, keeps_sessions: true };
@@ -257,7 +256,7 @@ pub(super) fn receive_memory(
 }
 
 /// The hand-over socket was closed: mostly because the process is ending, which shows a moment later. Whether it has.
-pub(super) fn closed(monitor: &Monitor, inbox: &Inbox<Note>) -> Result<bool> {
+pub(super) fn closed<N>(monitor: &MonitorProcess, inbox: &Inbox<N>) -> Result<bool> {
     let deadline = Instant::now() + EXIT_TIMEOUT;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());

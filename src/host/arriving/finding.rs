@@ -16,31 +16,26 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{MsgFlags, recv};
 
 use super::handing::{HANDOFF_TIMEOUT, Memory, closed, exited, never_handed_over};
-use super::{Options, connect};
-use crate::destination::{NO_GUEST, Note};
+use super::{NO_GUEST, Wanted, connect};
 use crate::error::{Error, Result};
 use crate::fault::handoff::{Handed, HandoffSocket, Message};
-use crate::host::command::Monitor;
-use crate::host::qemu::{Backend, Qemu};
-use crate::host::qmp::Qmp;
+use crate::host::command::MonitorProcess;
+use crate::host::kind::{Arriving, ArrivingGuest, GuestRam, check_ram_name};
 use crate::memory::claim::{self, User};
 use crate::runtime::inbox::{Inbox, Wake};
 
-/// A QEMU that was asked which memory it has, and its answer.
-type Asked = (Qemu, Vec<Backend>);
-
 /// Waits until COMMAND has mapped the guest's memory, and asks it which that is, where it is a QEMU or has a QMP socket.
-pub(super) fn find(
-    options: &Options,
-    monitor: &mut Monitor,
+pub(super) fn find<N>(
+    wanted: &Wanted<'_>,
+    monitor: &mut MonitorProcess,
     handoff: &mut HandoffSocket,
-    inbox: &Inbox<Note>,
-) -> Result<(Memory, Option<Asked>)> {
-    let mut coming = Coming::new(options);
+    inbox: &Inbox<N>,
+) -> Result<(Memory, Option<ArrivingGuest>)> {
+    let mut coming = Coming::new(wanted);
     let waited = coming.wait(monitor, handoff, inbox);
     let asked = waited.and_then(|()| coming.ask(monitor, inbox));
     let asked = asked.and_then(|asked| {
-        let backends = asked.as_ref().map_or(&[][..], |(_, backends)| backends);
+        let backends = asked.as_ref().map_or(&[][..], |asked| &asked.ram);
         coming.register(backends, monitor, handoff, inbox)?;
         Ok(asked)
     });
@@ -51,8 +46,8 @@ pub(super) fn find(
     drained?;
     let asked = asked?;
     let mut handed = coming.handed;
-    if let Some((_, backends)) = &asked {
-        handed = assign(options, handoff, handed, backends)?;
+    if let Some(asked) = &asked {
+        handed = assign(wanted, handoff, handed, &asked.ram)?;
     }
     // What QEMU maps from now on, as it plugs in memory, nobody would fill.
     handoff.settled()?;
@@ -62,7 +57,7 @@ pub(super) fn find(
 
 /// What has come so far of a process that was started.
 struct Coming<'a> {
-    options: &'a Options,
+    wanted: &'a Wanted<'a>,
     /// The names that the user has given, of what has not been handed over.
     missing: HashMap<&'a str, ()>,
     handed: Vec<Handed>,
@@ -74,10 +69,10 @@ struct Coming<'a> {
 }
 
 impl<'a> Coming<'a> {
-    fn new(options: &'a Options) -> Coming<'a> {
+    fn new(wanted: &'a Wanted<'a>) -> Coming<'a> {
         Coming {
-            options,
-            missing: options.ram.iter().map(|ram| (ram.name.as_str(), ())).collect(),
+            wanted,
+            missing: wanted.ram.iter().map(|ram| (ram.name.as_str(), ())).collect(),
             handed: Vec::new(),
             keeps_sessions: true,
             loaded: false,
@@ -88,12 +83,14 @@ impl<'a> Coming<'a> {
 
     /// There is nothing to wait for but QEMU's answers.
     fn is_there(&mut self) -> bool {
-        if self.is_qemu && self.options.qmp.is_none() {
+        if self.is_qemu && self.wanted.monitor.is_none() {
             return self.missing.is_empty() && self.greets();
         }
-        match (&self.options.qmp, self.options.ram.is_empty()) {
+        match (&self.wanted.monitor, self.wanted.ram.is_empty()) {
             (_, false) => self.missing.is_empty(),
-            (Some(path), true) => self.is_qemu && (!self.handed.is_empty() || path.exists()),
+            (Some(socket), true) => {
+                self.is_qemu && (!self.handed.is_empty() || socket.path.exists())
+            }
             (None, true) => false,
         }
     }
@@ -112,11 +109,11 @@ impl<'a> Coming<'a> {
         }
     }
 
-    fn wait(
+    fn wait<N>(
         &mut self,
-        monitor: &Monitor,
+        monitor: &MonitorProcess,
         handoff: &mut HandoffSocket,
-        inbox: &Inbox<Note>,
+        inbox: &Inbox<N>,
     ) -> Result<()> {
         let deadline = Instant::now() + HANDOFF_TIMEOUT;
         while !self.is_there() {
@@ -147,7 +144,7 @@ impl<'a> Coming<'a> {
         for message in messages {
             match message {
                 Message::Loaded => self.loaded = true,
-                Message::Qemu(qmp) => {
+                Message::Monitor(qmp) => {
                     self.is_qemu = true;
                     self.qmp = qmp.or(self.qmp.take());
                 }
@@ -156,7 +153,7 @@ impl<'a> Coming<'a> {
                     for piece in pieces {
                         self.check(&piece)?;
                         let name = piece.name.as_deref().unwrap_or_default();
-                        if self.options.ram.is_empty() || self.missing.remove(name).is_some() {
+                        if self.wanted.ram.is_empty() || self.missing.remove(name).is_some() {
                             self.handed.push(piece);
                         }
                     }
@@ -170,7 +167,7 @@ impl<'a> Coming<'a> {
     /// Whoever may have put a file there, or may put another one in its place.
     fn check(&self, piece: &Handed) -> Result<()> {
         let (Some(name), Some(file)) = (&piece.name, &piece.file) else { return Ok(()) };
-        match self.options.ram.iter().find(|ram| ram.name == *name) {
+        match self.wanted.ram.iter().find(|ram| ram.name == *name) {
             Some(ram) => claim::check_file(name, &ram.path, file, User::Destination),
             // A memory file has no name that leads to it.
             None if file.metadata().is_ok_and(|metadata| metadata.nlink() == 0) => Ok(()),
@@ -183,7 +180,7 @@ impl<'a> Coming<'a> {
     }
 
     /// Takes what is there by now: a process that has answered has handed over what it had mapped before.
-    fn drain(&mut self, handoff: &mut HandoffSocket, inbox: &Inbox<Note>) -> Result<()> {
+    fn drain<N>(&mut self, handoff: &mut HandoffSocket, inbox: &Inbox<N>) -> Result<()> {
         loop {
             match inbox.wait(&[handoff.stream().as_fd()], Some(Duration::ZERO))? {
                 Wake::Signal => return Err(Error::Interrupted(NO_GUEST.into())),
@@ -197,42 +194,41 @@ impl<'a> Coming<'a> {
         }
     }
 
-    fn ask(&mut self, monitor: &mut Monitor, inbox: &Inbox<Note>) -> Result<Option<Asked>> {
-        let (stream, name) = match (self.qmp.take(), &self.options.qmp) {
-            (Some(stream), _) => (stream, None),
-            (None, Some(path)) => (connect(path, monitor, inbox)?, Some(path)),
-            (None, None) => return Ok(None),
+    fn ask<N>(
+        &mut self,
+        monitor: &mut MonitorProcess,
+        inbox: &Inbox<N>,
+    ) -> Result<Option<ArrivingGuest>> {
+        let inherited = self.qmp.take();
+        let is_ours = inherited.is_some();
+        let found = connect(self.wanted, inherited, monitor, inbox)?;
+        let Some((kind, connection)) = found else { return Ok(None) };
+        let arriving = Arriving {
+            kind: self.wanted.kind,
+            listening: self.wanted.listening.clone(),
+            hands_over: false,
         };
-        let is_ours = name.is_none();
-        let name = name.map_or("QEMU's monitor".to_owned(), |path| path.display().to_string());
-        let kind = self.options.kind;
         // A monitor need not answer.
-        let (qemu, backends, pid) = inbox.wait_for_work(NO_GUEST, None, move || {
-            let qmp = Qmp::open(stream, &name)?;
-            let pid = qmp.peer();
-            let mut qemu = Qemu::new(qmp);
-            qemu.awaits_a_guest()?;
-            let backends = qemu.check_arriving(kind)?;
-            Ok((qemu, backends, pid))
-        })?;
+        let asked =
+            inbox.wait_for_work(NO_GUEST, None, move || kind.arriving(connection, arriving))?;
         // QEMU has made the socket. It may be the child of what we have started.
-        if let Some(pid) = pid.filter(|&pid| is_ours && pid != monitor.pid()) {
+        if let Some(pid) = asked.pid.filter(|&pid| is_ours && pid != monitor.pid()) {
             monitor.hold(pid)?;
         }
-        Ok(Some((qemu, backends)))
+        Ok(Some(asked))
     }
 
     /// Has memory without a file handed over, which has not been as it was mapped.
-    fn register(
+    fn register<N>(
         &mut self,
-        backends: &[Backend],
-        monitor: &Monitor,
+        backends: &[GuestRam],
+        monitor: &MonitorProcess,
         handoff: &mut HandoffSocket,
-        inbox: &Inbox<Note>,
+        inbox: &Inbox<N>,
     ) -> Result<()> {
         for backend in backends.iter().filter(|backend| backend.is_anonymous()) {
             // With names given there is no RAM beside those.
-            let Some(address) = backend.address.filter(|_| self.options.ram.is_empty()) else {
+            let Some(address) = backend.address.filter(|_| self.wanted.ram.is_empty()) else {
                 continue;
             };
             if !handoff.registers() {
@@ -242,7 +238,7 @@ impl<'a> Coming<'a> {
                     backend.name
                 )));
             }
-            backend.check_name()?;
+            check_ram_name(&backend.name)?;
             handoff.register(address, backend.bytes, &backend.name)?;
             let deadline = Instant::now() + HANDOFF_TIMEOUT;
             while !self.handed.iter().any(|piece| piece.address == address) {
@@ -269,7 +265,7 @@ impl<'a> Coming<'a> {
     }
 
     fn ended(&self) -> Error {
-        if !self.loaded || !self.options.ram.is_empty() {
+        if !self.loaded || !self.wanted.ram.is_empty() {
             return exited(self.loaded, &self.missing);
         }
         if !self.is_qemu {
@@ -281,7 +277,7 @@ impl<'a> Coming<'a> {
     }
 
     fn never_came(&self) -> Error {
-        if !self.loaded || !self.options.ram.is_empty() && !self.missing.is_empty() {
+        if !self.loaded || !self.wanted.ram.is_empty() && !self.missing.is_empty() {
             return never_handed_over(self.loaded, &self.missing);
         }
         if !self.is_qemu {
@@ -305,22 +301,22 @@ fn no_qemu(what: &str) -> Error {
 /// Gives what was handed over its names, by the addresses that QEMU tells, and lets go what is no RAM. What the user has
 /// named is named already; that has to be all of the guest's RAM and nothing else.
 fn assign(
-    options: &Options,
+    wanted: &Wanted<'_>,
     handoff: &mut HandoffSocket,
     mut handed: Vec<Handed>,
-    backends: &[Backend],
+    backends: &[GuestRam],
 ) -> Result<Vec<Handed>> {
-    let is_named = !options.ram.is_empty();
+    let is_named = !wanted.ram.is_empty();
     let mut memory = Vec::new();
     for backend in backends {
         let is_it = |piece: &Handed| Some(piece.address) == backend.address;
         let Some(index) = handed.iter().position(is_it) else {
-            return Err(not_handed_over(options, backend));
+            return Err(not_handed_over(wanted, backend));
         };
         let mut piece = handed.swap_remove(index);
         check_length(&piece, backend)?;
         if !is_named {
-            backend.check_name()?;
+            check_ram_name(&backend.name)?;
             handoff.name(piece.address, &backend.name)?;
             piece.name = Some(backend.name.clone());
         }
@@ -340,7 +336,7 @@ fn assign(
 }
 
 /// An early QEMU with offset= maps what lies behind a file's end, and would be ended by a signal as it is touched.
-fn check_length(piece: &Handed, backend: &Backend) -> Result<()> {
+fn check_length(piece: &Handed, backend: &GuestRam) -> Result<()> {
     let Some(length) = piece.file.as_ref().and_then(|file| file.metadata().ok()) else {
         return Ok(());
     };
@@ -356,20 +352,20 @@ fn check_length(piece: &Handed, backend: &Backend) -> Result<()> {
     )))
 }
 
-fn not_handed_over(options: &Options, backend: &Backend) -> Error {
+fn not_handed_over(wanted: &Wanted<'_>, backend: &GuestRam) -> Error {
     let (name, path) = (&backend.name, backend.path.display());
     if backend.is_anonymous() {
         return Error::Unsupported(format!(
             "the guest's RAM {name} is QEMU's own memory, which no --ram can name: leave out --ram, and umem asks QEMU"
         ));
     }
-    if options.kind.needs_touch() && backend.is_shared {
+    if wanted.kind.needs_touch() && backend.is_shared {
         return Error::Unsupported(format!(
             "RAM backend {name} has share=on, and --kind private is for memory that becomes the guest's own: give it \
              share=off, or leave out --kind"
         ));
     }
-    if !options.ram.is_empty() {
+    if !wanted.ram.is_empty() {
         return Error::Unsupported(format!(
             "the guest's RAM backend {name} ({path}) is none of those that --ram names: leave out --ram, and umem asks \
              QEMU"

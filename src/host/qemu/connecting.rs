@@ -1,0 +1,194 @@
+//! A QEMU that listens for a migration by itself, or by its manager's word (`-incoming unix:PATH`, `migrate-incoming`):
+//! umem is its source.
+//!
+//! ```text
+//! umem: connects       the device state, and the end       hears
+//! QEMU: listens        loads, asks for pages                SHUT 0: loaded; anything else: not
+//! ```
+//!
+//! Its monitor is asked for its RAM, as that of any QEMU. It is told one thing in any case, a `stop` before the state
+//! is loaded: QEMU would otherwise run a guest that ran at the source as soon as it has loaded it, and the source may
+//! still keep its guest then. Who lets it run afterwards is [`Switchover`]'s to say.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+
+use serde_json::json;
+
+use super::{GUEST_RUNS, Qemu};
+use crate::error::{Context, Error, Result};
+use crate::host::kind::Listening;
+use crate::host::monitor::{Handle, Loaded, Monitor};
+use crate::host::switchover::Switchover;
+
+/// The message `MIG_RP_MSG_SHUT` of QEMU's migration/migration.h: the destination is done, with 4 bytes, 0 for well.
+const SHUT: u16 = 1;
+
+/// Bytes of a message's data at most (`max_len` of `source_return_path_thread` in QEMU's migration/migration.c).
+const DATA_BYTES_MAX: usize = 512;
+
+/// A QEMU that waits for its guest at a socket.
+pub(super) struct Connected {
+    qemu: Qemu,
+    listening: Listening,
+    socket: Option<UnixStream>,
+}
+
+impl Connected {
+    /// One that listens there.
+    pub(super) fn new(qemu: Qemu, listening: Listening) -> Connected {
+        Connected { qemu, listening, socket: None }
+    }
+
+    /// QEMU's own reason, if it still tells one.
+    fn why(&mut self, otherwise: &str) -> Error {
+        let migration = self.qemu.qmp.execute("query-migrate", json!({}));
+        let reason = migration.ok().and_then(|it| it["error-desc"].as_str().map(str::to_owned));
+        let reason = reason.unwrap_or_else(|| otherwise.to_owned());
+        Error::Host(format!("its device state: {reason}"))
+    }
+}
+
+impl Monitor for Connected {
+    fn name(&self) -> &'static str {
+        "a QEMU that listens for its guest"
+    }
+
+    fn handle(&self) -> Result<Option<Handle>> {
+        self.qemu.handle()
+    }
+
+    /// QEMU waits for its stream from here on, which comes when the guest has stopped.
+    fn prepare(&mut self) -> Result<()> {
+        self.qemu.qmp.execute("stop", json!({}))?;
+        let socket = UnixStream::connect(&self.listening.path).map_err(|error| {
+            let path = self.listening.path.display();
+            Error::Host(format!(
+                "cannot connect to the migration socket {path}, which --connect names: {error}; have QEMU listen there \
+                 first, with -incoming unix:{path} or, after -incoming defer, with the monitor command \
+                 migrate-incoming unix:{path}"
+            ))
+        })?;
+        self.socket = Some(socket);
+        Ok(())
+    }
+
+    fn load_state(&mut self, state: Vec<u8>) -> Result<Loaded> {
+        let Some((&was_live, state)) = state.split_first() else {
+            return Err(Error::Host(
+                "the source sends no device state, and QEMU waits for one: give `umem migrate` the source's QEMU, \
+                 with --listen or --qmp"
+                    .into(),
+            ));
+        };
+        self.qemu.is_live = was_live == GUEST_RUNS;
+        if self.socket.is_none() {
+            self.prepare()?;
+        }
+        let mut socket = self.socket.take().expect("it has been connected");
+        self.qemu.qmp.has_run();
+        // QEMU may refuse it half-way, and say why in its status.
+        let written = socket.write_all(state);
+        let _ = socket.shutdown(Shutdown::Write);
+        let heard = hear_the_end(&socket)?;
+        match heard {
+            Some(0) => written.context(|| "giving QEMU its device state")?,
+            Some(_) => return Err(self.why("QEMU says that it could not be loaded")),
+            None => {
+                return Err(self.why(
+                    "QEMU has closed its migration socket before it had loaded it (its own messages say why)",
+                ));
+            }
+        }
+        // The event comes before the answer.
+        self.qemu.qmp.execute("query-status", json!({}))?;
+        if self.qemu.qmp.has_run() {
+            return Err(Error::Host(
+                "its guest was let run here before the source's QEMU had given it up: it goes on there; send `cont` \
+                 here only when the source's migration has completed"
+                    .into(),
+            ));
+        }
+        Ok(Loaded { runs: self.qemu.is_live })
+    }
+
+    /// With an external switchover the manager's `cont` does that.
+    fn run(&mut self) -> Result<()> {
+        match self.listening.switchover {
+            Switchover::Umem => self.qemu.run(),
+            Switchover::External => Ok(()),
+        }
+    }
+}
+
+/// Reads a destination's return path to its last message: what that says, or none where it has not come.
+fn hear_the_end(mut socket: &UnixStream) -> Result<Option<u32>> {
+    let what = || "reading the return path of QEMU's migration";
+    loop {
+        let mut head = [0; 4];
+        if !fill(&mut socket, &mut head).context(what)? {
+            return Ok(None);
+        }
+        let [kind, bytes] = [[head[0], head[1]], [head[2], head[3]]].map(u16::from_be_bytes);
+        let bytes = usize::from(bytes);
+        if bytes > DATA_BYTES_MAX {
+            return Err(Error::Host(format!(
+                "its return path has a message of type {kind} with {bytes} bytes, which umem does not know"
+            )));
+        }
+        let mut data = vec![0; bytes];
+        if !fill(&mut socket, &mut data).context(what)? {
+            return Ok(None);
+        }
+        // Answers to pings, and what a source would wait for before it stops its guest, come before.
+        if kind == SHUT
+            && let Ok(value) = <[u8; 4]>::try_from(&data[..])
+        {
+            return Ok(Some(u32::from_be_bytes(value)));
+        }
+    }
+}
+
+/// Reads so many bytes. False where the other end has closed before.
+fn fill(socket: &mut &UnixStream, mut bytes: &mut [u8]) -> std::io::Result<bool> {
+    while !bytes.is_empty() {
+        match socket.read(bytes) {
+            Ok(0) => return Ok(false),
+            Ok(count) => bytes = &mut bytes[count..],
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(false),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is heard of these bytes, which come in pieces.
+    fn heard(pieces: &[&[u8]]) -> Result<Option<u32>> {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(move || pieces.iter().for_each(|piece| theirs.write_all(piece).unwrap()));
+            hear_the_end(&ours)
+        })
+    }
+
+    #[test]
+    fn a_return_path_ends_with_its_word_and_not_with_an_answer_to_a_ping() {
+        let pong = [0, 2, 0, 4, 0, 0, 0, 0];
+        let ack = [0, 7, 0, 0];
+        let well = [0, 1, 0, 4, 0, 0, 0, 0];
+        let badly = [0, 1, 0, 4, 0, 0, 0, 1];
+        assert_eq!(heard(&[&pong, &ack, &well]).unwrap(), Some(0));
+        assert_eq!(heard(&[&pong, &well[..3], &well[3..]]).unwrap(), Some(0));
+        assert_eq!(heard(&[&badly]).unwrap(), Some(1));
+        assert_eq!(heard(&[&pong, &well[..7]]).unwrap(), None);
+        assert_eq!(heard(&[]).unwrap(), None);
+        let error = heard(&[&[0, 9, 3, 0]]).unwrap_err().to_string();
+        assert!(error.contains("type 9 with 768 bytes"), "{error}");
+    }
+}

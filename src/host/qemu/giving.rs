@@ -1,0 +1,106 @@
+//! Whether a QEMU's guest has stood still since umem stopped it, which is asked before the guest is given away.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::saving::{self, Saving};
+use super::{Qemu, STATUS_INTERVAL, claim, run_state};
+use crate::error::{Error, Result};
+
+/// How long a guest's run state may be behind the end of its migration: that takes the main loop's lock once.
+const SETTLES_WITHIN: Duration = Duration::from_secs(10);
+
+impl Qemu {
+    /// Has QEMU complete the migration, if that has not been, and asks whether the guest stands still since then.
+    pub(super) fn is_given_away(&mut self) -> Result<()> {
+        let is_taken = match (&self.claim, &self.left_claim) {
+            (Some(claim), _) => !claim.is_held(),
+            (None, Some(name)) => claim::is_anothers(&mut self.qmp, name)?,
+            (None, None) => false,
+        };
+        if is_taken {
+            return Err(Error::Host(
+                "another client has taken umem's claim on the guest away (its character device umem-mover)"
+                    .into(),
+            ));
+        }
+        let before = self.given_away.take();
+        let was_held = matches!(self.saving, Saving::Held(_));
+        let migration = match std::mem::take(&mut self.saving) {
+            Saving::Held(socket) => {
+                self.saving = Saving::Begun;
+                if let Err(error) = saving::finish(&socket) {
+                    return Err(self.why_unfinished(error)?);
+                }
+                self.wait_migrated()?;
+                self.saving = Saving::Over;
+                self.wait_settled()?;
+                self.qmp.execute("query-migrate", json!({}))?
+            }
+            saving => {
+                self.saving = saving;
+                self.qmp.execute("query-migrate", json!({}))?
+            }
+        };
+        // The last question: a guest that was let run after the migration's end shows in its status, or in the
+        // event that came before the answer.
+        let status = run_state::status(&mut self.qmp)?;
+        self.has_run |= self.qmp.has_run();
+        let is_as_before = match &before {
+            Some((before, of)) => *before == status && figures(of) == figures(&migration),
+            // A monitor without claims is no QEMU, and knows no such state.
+            None if !was_held && self.left_claim.is_none() => !run_state::is_live(&status),
+            None => status == "postmigrate" && migration["status"] == "completed",
+        };
+        if self.has_run || !is_as_before {
+            return Err(is_not_ours((&status, &migration)));
+        }
+        self.given_away = Some((status, migration));
+        Ok(())
+    }
+
+    /// Why a migration cannot be completed: perhaps somebody else has ended it.
+    fn why_unfinished(&mut self, error: Error) -> Result<Error> {
+        let migration = self.qmp.execute("query-migrate", json!({}))?;
+        let status = migration["status"].as_str().unwrap_or("none");
+        Ok(match status {
+            "cancelled" | "cancelling" | "failed" => Error::Host(format!(
+                "its migration was ended by another client before the guest was given away (query-migrate says \
+                 {status})"
+            )),
+            _ => error,
+        })
+    }
+
+    /// QEMU says that a migration has completed before it has written down what it came to, and before the guest's
+    /// run state says so, too.
+    fn wait_settled(&mut self) -> Result<()> {
+        let started = Instant::now();
+        while run_state::status(&mut self.qmp)? == "finish-migrate" {
+            if started.elapsed() > SETTLES_WITHIN {
+                let within = SETTLES_WITHIN.as_secs();
+                return Err(Error::Host(format!(
+                    "its migration has completed, and the guest is still in finish-migrate {within} s later"
+                )));
+            }
+            std::thread::sleep(STATUS_INTERVAL);
+        }
+        Ok(())
+    }
+}
+
+/// What tells a migration that has completed from another one: written once, at its end. What was transferred still
+/// grows as QEMU closes its stream.
+fn figures(migration: &Value) -> [&Value; 4] {
+    ["status", "total-time", "setup-time", "downtime"].map(|name| &migration[name])
+}
+
+/// Its state and its migration's, as the monitor says them, are not what umem has left.
+pub(super) fn is_not_ours((status, migration): (&str, &Value)) -> Error {
+    let migration = migration["status"].as_str().unwrap_or("none");
+    Error::Host(format!(
+        "another client has let the guest go on, or has moved it (its state is {status}, its migration is \
+         {migration}): it is not given away"
+    ))
+}
