@@ -91,12 +91,33 @@ impl DirtyMap {
         self.elsewhere.store(bytes, Relaxed);
     }
 
+    /// Bytes that the guest has written and that the log marks later.
+    pub(crate) fn elsewhere(&self) -> u64 {
+        self.elsewhere.load(Relaxed)
+    }
+
     /// Bytes of all dirty pages, those elsewhere included.
+    #[cfg(test)]
     pub(crate) fn bytes(&self) -> u64 {
         let regions = self.regions.iter().zip(&self.shifts);
         let marked: u64 = regions.map(|(bits, shift)| bits.count() << shift).sum();
-        marked + self.elsewhere.load(Relaxed)
+        marked + self.elsewhere()
     }
+}
+
+/// The first pass that leaves out hot pages, which are those that have been found dirty in two passes running. The first
+/// one sends every page, so that a dirty page of the second one has been found dirty once.
+pub(crate) const LEAVES_OUT_FROM: u32 = 3;
+
+/// What is left of the guest's memory to be sent while it runs, in bytes of pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct LeftToSend {
+    /// Pages that have been written since they were sent, as far as the dirty log knows.
+    pub(crate) dirty_bytes: u64,
+    /// Those of them that the guest writes all the while, so that another pass would leave them out.
+    pub(crate) hot_bytes: u64,
+    /// Those of them that the last pass has left out, and that have not been written since.
+    pub(crate) cooled_bytes: u64,
 }
 
 #[cfg(test)]
