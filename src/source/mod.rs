@@ -325,7 +325,14 @@ fn guest(options: &Options, output: &Output) -> Result<Guest> {
     let names = found.iter().chain(&streamed).map(|backend| backend.name.clone());
     let names: Vec<String> = names.collect();
     if options.precopy.is_some() {
-        qemu.check_stream(&names, !streamed.is_empty())?;
+        let contents: Vec<_> = streamed.iter().map(|backend| backend.name.clone()).collect();
+        for number in qemu.check_stream(&names, &contents, options.postcopy)? {
+            output.remark(&format!(
+                "RAM backend {}: QEMU without KVM loses writes to it in its log of dirty pages, so no pass sends it, and \
+                 it follows the guest as a whole",
+                names[number]
+            ));
+        }
     }
     let (mut ram, mut files) = (Vec::new(), Vec::new());
     if !found.is_empty() {
@@ -339,7 +346,7 @@ fn guest(options: &Options, output: &Output) -> Result<Guest> {
         output.remark(&advice);
     }
     let staging = stage(options, &streamed, &mut ram, &mut files)?;
-    let host = SharedQemu::new(qemu, names).staged(staging.clone());
+    let host = SharedQemu::new(qemu, names).staged(staging.clone()).followed(options.postcopy);
     Ok(Guest { host: Box::new(host), ram, files, staging })
 }
 

@@ -144,7 +144,7 @@ impl Rounds {
 
     /// Whether the guest is to stop after a pass that has left so much, when so many bytes have been sent in all.
     fn judge(&mut self, left: LeftToSend, sent: u64, total: u64, now: Instant) -> Verdict {
-        let LeftToSend { dirty_bytes: dirty, hot_bytes: hot, cooled_bytes: cooled } = left;
+        let LeftToSend { dirty_bytes: dirty, hot_bytes: hot, cooled_bytes: cooled, .. } = left;
         let next = dirty.saturating_sub(hot);
         let seconds = now.saturating_duration_since(self.began).as_secs_f64().max(1e-6);
         let rate = sent.saturating_sub(self.sent_before) as f64 / seconds;
@@ -272,7 +272,7 @@ impl Source {
         let took = now.at.saturating_duration_since(rounds.began);
         let pass_bytes = sent_bytes.saturating_sub(rounds.sent_before);
         let left = rounds.known(left);
-        let LeftToSend { dirty_bytes, hot_bytes, .. } = left;
+        let LeftToSend { dirty_bytes, hot_bytes, unlogged_bytes, .. } = left;
         let verdict = rounds.judge(left, sent_bytes, total_bytes, now.at);
         rounds.passes.expected_downtime = rounds.time_of(dirty_bytes).filter(|_| !postcopy);
         if verdict == Verdict::Enough {
@@ -282,7 +282,7 @@ impl Source {
             pass: rounds.pass,
             took,
             sent_bytes: pass_bytes,
-            dirty_bytes,
+            dirty_bytes: dirty_bytes + unlogged_bytes,
             hot_bytes,
             dirty_bytes_per_s: rounds.passes.dirty_bytes_per_s,
             expected_downtime: rounds.passes.expected_downtime,
@@ -372,7 +372,9 @@ mod tests {
             let mut rounds = Rounds::new(plan, false, begun);
             let pass = |(second, &(dirty_bytes, hot_bytes)): (u64, &(u64, u64))| {
                 rounds.begin_pass(1, begun + Duration::from_secs(second));
-                let left = LeftToSend { dirty_bytes, hot_bytes, cooled_bytes: dirty_bytes / 2 };
+                let cooled_bytes = dirty_bytes / 2;
+                let left =
+                    LeftToSend { dirty_bytes, hot_bytes, cooled_bytes, ..LeftToSend::default() };
                 let left = rounds.known(left);
                 let end = begun + Duration::from_secs(second + 1);
                 let verdict = rounds.judge(left, (second + 1) * GIB, 9 * GIB, end);

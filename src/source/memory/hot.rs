@@ -103,6 +103,10 @@ impl SourceMemory {
             let id = RegionId(u16::try_from(index).expect("at most 256 regions"));
             let pages = tracked.hot.left(tracked.marks.region(id), id);
             let shift = region.unit().shift();
+            if !tracked.marks.is_logged(id) {
+                left.unlogged_bytes += pages.dirty_bytes << shift;
+                continue;
+            }
             left.dirty_bytes += pages.dirty_bytes << shift;
             left.hot_bytes += if self.sends_all(id) { 0 } else { pages.hot_bytes << shift };
             left.cooled_bytes += pages.cooled_bytes << shift;

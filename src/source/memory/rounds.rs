@@ -142,6 +142,9 @@ impl RoundsWalk {
         while let Some(region) = memory.regions.get(self.region) {
             let id = RegionId(u16::try_from(self.region).expect("at most 256 regions"));
             let blocks = region.claims().blocks();
+            if !memory.tracked().marks.is_logged(id) {
+                self.block = blocks;
+            }
             while self.block < blocks {
                 let block = self.block;
                 self.block += 1;
