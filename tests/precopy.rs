@@ -3,6 +3,8 @@
 //! The guest is umem's own: it writes all the while, in every pass, and checks every word that it reads, and all of its
 //! memory at the end. A page whose last copy was not the guest's last write would be a wrong word.
 
+#[path = "precopy/hot.rs"]
+mod hot;
 mod support;
 
 use std::net::TcpListener;

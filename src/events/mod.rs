@@ -30,6 +30,8 @@ pub(crate) enum Event {
         sent_bytes: u64,
         /// Bytes that remain to be sent.
         dirty_bytes: u64,
+        /// Of these, bytes of pages that the guest writes all the while, which a further pass leaves out.
+        hot_bytes: u64,
         /// Bytes a second that the guest wrote in the last whole pass, each page once.
         dirty_bytes_per_s: Option<u64>,
         /// How long the rest takes at the rate of the fastest pass, if the guest waits for the rest.

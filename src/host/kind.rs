@@ -33,6 +33,8 @@ pub(crate) struct Leaving<'a> {
     pub(crate) ram: &'a [RamPath],
     /// Pages are sent before the guest stops.
     pub(crate) has_rounds: bool,
+    /// Pages may be sent after the switchover.
+    pub(crate) follows: bool,
     /// The RAM files are freed as their pages leave.
     pub(crate) releases: bool,
     /// Contents have checksums.
@@ -47,8 +49,8 @@ pub(crate) struct LeavingGuest {
     pub(crate) files: Vec<RamFile>,
     /// Where the contents come of RAM that has no file.
     pub(crate) staging: Option<Arc<Staging>>,
-    /// How the guest would move faster, for the user.
-    pub(crate) advice: Option<String>,
+    /// For the user: how the guest would move faster, and which of its RAM no pass sends.
+    pub(crate) remarks: Vec<String>,
 }
 
 /// A connection to the monitor of a guest that is to arrive.

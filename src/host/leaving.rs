@@ -35,7 +35,7 @@ fn files_alone(wanted: &Leaving<'_>) -> Result<LeavingGuest> {
     let open = |ram: &RamPath| RamFile::open_source(&ram.name, &ram.path, wanted.releases);
     let files = wanted.ram.iter().map(open).collect::<Result<_>>()?;
     let (monitor, ram) = (Box::new(NoMonitor), wanted.ram.to_vec());
-    Ok(LeavingGuest { monitor, ram, files, staging: None, advice: None })
+    Ok(LeavingGuest { monitor, ram, files, staging: None, remarks: Vec::new() })
 }
 
 /// The monitor of a guest that a process before this may have given away, from that one's record; None for a guest

@@ -43,6 +43,26 @@ impl Bits {
         self.words[index(first)].load(Ordering::Acquire)
     }
 
+    /// The bits of the `count` ≤ 64 pages from `first`, which lie in one word of 64.
+    pub(crate) fn bits(&self, first: u64, count: u64) -> u64 {
+        self.word(first / 64 * 64) >> (first % 64) & low_bits(count)
+    }
+
+    /// Sets the bits in `bits`, of pages from `first` on, a multiple of 64.
+    pub(crate) fn add(&self, first: u64, bits: u64) {
+        self.words[index(first)].fetch_or(bits, Ordering::AcqRel);
+    }
+
+    /// Makes `bits` the bits of the `count` ≤ 64 pages from `first`, which lie in one word of 64. Only the calling
+    /// thread may change these pages meanwhile, others may change their neighbours.
+    pub(crate) fn replace(&self, first: u64, count: u64, bits: u64) {
+        let (offset, mask) = (first % 64, low_bits(count));
+        assert!(count <= 64 - offset && first + count <= self.pages && bits & !mask == 0);
+        let word = &self.words[index(first)];
+        word.fetch_and(!(mask << offset) | bits << offset, Ordering::AcqRel);
+        word.fetch_or(bits << offset, Ordering::AcqRel);
+    }
+
     /// Takes and clears the bits of the `count` ≤ 64 pages from `first`, which lie in one word of
     /// 64. A set bit `i` in the result is page `first + i`.
     pub(crate) fn take_word(&self, first: u64, count: u64) -> u64 {
@@ -58,6 +78,7 @@ impl Bits {
     }
 
     /// The number of set bits.
+    #[cfg(test)]
     pub(crate) fn count(&self) -> u64 {
         self.words.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum()
     }
@@ -146,5 +167,18 @@ mod tests {
         assert_eq!(bits.take_word(64, 36), 1);
         assert_eq!(bits.take_word(64, 36), 0);
         assert_eq!(bits.count(), 56);
+    }
+
+    #[test]
+    fn bits_in_the_middle_of_a_word_are_replaced_and_their_neighbours_stay() {
+        let bits = Bits::new(100);
+        bits.set(0, 100);
+        bits.replace(8, 4, 0b0101);
+        assert_eq!((bits.bits(6, 8), bits.count()), (0b1101_0111, 98));
+        bits.replace(8, 4, 0b1010);
+        assert_eq!((bits.bits(8, 4), bits.bits(64, 36)), (0b1010, low_bits(36)));
+        bits.replace(64, 36, 0);
+        bits.add(64, 0b110);
+        assert_eq!(runs(&bits, true), [(0, 8), (9, 1), (11, 53), (65, 2)]);
     }
 }

@@ -2,8 +2,8 @@
 //! source takes them.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use umem_wire::{PageRange, RegionId};
 
@@ -47,6 +47,8 @@ pub(crate) struct DirtyMap {
     regions: Box<[Bits]>,
     /// log2 of the bytes of each region's pages.
     shifts: Box<[u8]>,
+    /// Regions of whose pages the log does not know all writes.
+    unlogged: Box<[AtomicBool]>,
     /// Bytes that have been written and are not marked yet.
     elsewhere: AtomicU64,
 }
@@ -56,7 +58,25 @@ impl DirtyMap {
     pub(crate) fn new(regions: &[(u64, u8)]) -> DirtyMap {
         let bits = regions.iter().map(|&(pages, _)| Bits::new(pages));
         let shifts = regions.iter().map(|&(_, shift)| shift);
-        DirtyMap { regions: bits.collect(), shifts: shifts.collect(), elsewhere: AtomicU64::new(0) }
+        DirtyMap {
+            regions: bits.collect(),
+            shifts: shifts.collect(),
+            unlogged: regions.iter().map(|_| AtomicBool::new(false)).collect(),
+            elsewhere: AtomicU64::new(0),
+        }
+    }
+
+    /// The log may lose writes to this region. All of its pages count as written until the guest stands still: no pass
+    /// sends them, and they remain as a whole. Called before the log has [started](DirtyLog::start).
+    pub(crate) fn set_unlogged(&self, id: RegionId) {
+        let bits = self.region(id);
+        bits.set(0, bits.pages());
+        self.unlogged[usize::from(id.0)].store(true, Relaxed);
+    }
+
+    /// Whether the log knows all writes to this region.
+    pub(crate) fn is_logged(&self, id: RegionId) -> bool {
+        !self.unlogged[usize::from(id.0)].load(Relaxed)
     }
 
     pub(crate) fn region(&self, id: RegionId) -> &Bits {
@@ -96,12 +116,35 @@ impl DirtyMap {
         self.elsewhere.store(bytes, Relaxed);
     }
 
+    /// Bytes that the guest has written and that the log marks later.
+    pub(crate) fn elsewhere(&self) -> u64 {
+        self.elsewhere.load(Relaxed)
+    }
+
     /// Bytes of all dirty pages, those elsewhere included.
+    #[cfg(test)]
     pub(crate) fn bytes(&self) -> u64 {
         let regions = self.regions.iter().zip(&self.shifts);
         let marked: u64 = regions.map(|(bits, shift)| bits.count() << shift).sum();
-        marked + self.elsewhere.load(Relaxed)
+        marked + self.elsewhere()
     }
+}
+
+/// The first pass that leaves out hot pages, which are those that have been found dirty in two passes running. The first
+/// one sends every page, so that a dirty page of the second one has been found dirty once.
+pub(crate) const LEAVES_OUT_FROM: u32 = 3;
+
+/// What is left of the guest's memory to be sent while it runs, in bytes of pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct LeftToSend {
+    /// Pages that have been written since they were sent, as far as the dirty log knows.
+    pub(crate) dirty_bytes: u64,
+    /// Those of them that the guest writes all the while, so that another pass would leave them out.
+    pub(crate) hot_bytes: u64,
+    /// Those of them that the last pass has left out, and that have not been written since.
+    pub(crate) cooled_bytes: u64,
+    /// Beside all of these, pages of regions that no pass sends, as the log may lose writes to them.
+    pub(crate) unlogged_bytes: u64,
 }
 
 #[cfg(test)]

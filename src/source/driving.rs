@@ -157,7 +157,7 @@ impl Migration {
             }
             Effect::SendBulk => self.start_bulk(),
             Effect::SendPass => {
-                self.progress.watch().pass_begins(self.memory.dirty_bytes());
+                self.progress.watch().pass_begins(self.memory.left_to_send().dirty_bytes);
                 self.send_pass()
             }
             Effect::CutPass => {
@@ -165,9 +165,9 @@ impl Migration {
                 Ok(())
             }
             Effect::CountDirty => {
-                let dirty_bytes = self.memory.dirty_bytes();
+                let left = self.memory.left_to_send();
                 let sent_bytes = self.memory.counters.rounds_bytes.load(Relaxed);
-                self.answers.push_back(Input::Counted { dirty_bytes, sent_bytes });
+                self.answers.push_back(Input::Counted { left, sent_bytes });
                 Ok(())
             }
             Effect::EndRounds => {

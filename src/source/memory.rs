@@ -5,6 +5,7 @@
 
 pub(in crate::source) mod digest;
 mod holes;
+mod hot;
 pub(in crate::source) mod release;
 mod rounds;
 mod walk;

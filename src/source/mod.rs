@@ -252,8 +252,8 @@ fn migrate(
         Some(path) => passive::guest(options, path, pass, &inbox, &output)?,
         None => inbox.wait_for_work(GOES_ON, None, move || guest(&asked))?,
     };
-    let LeavingGuest { mut monitor, ram, files, staging, advice } = guest;
-    advice.iter().for_each(|what| output.remark(what));
+    let LeavingGuest { mut monitor, ram, files, staging, remarks } = guest;
+    remarks.iter().for_each(|what| output.remark(what));
     let log = match options.precopy {
         Some(_) => Some(monitor.dirty_log().ok_or_else(memory::no_dirty_log)?),
         None => None,
@@ -302,6 +302,7 @@ fn guest(options: &Options) -> Result<LeavingGuest> {
     let wanted = Leaving {
         ram: &options.ram,
         has_rounds: options.precopy.is_some(),
+        follows: options.postcopy,
         releases: options.release_ram,
         is_checked: options.checksum,
     };

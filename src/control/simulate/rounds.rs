@@ -15,6 +15,7 @@ use super::{CHAOS, Fault, Random};
 use crate::control::destination::Input as There;
 use crate::control::source::{Input, Question, RoundsPlan};
 use crate::error::{Error, Result};
+use crate::memory::dirty::LeftToSend;
 
 /// Pages of a block, whose marks are taken together.
 const BLOCK: u64 = 3;
@@ -132,7 +133,8 @@ impl Memory {
 
     pub(super) fn counted(&self) -> Input {
         let dirty_bytes = self.dirty.len() as u64 * CHUNK;
-        Input::Counted { dirty_bytes, sent_bytes: self.rounds_bytes }
+        let left = LeftToSend { dirty_bytes, ..LeftToSend::default() };
+        Input::Counted { left, sent_bytes: self.rounds_bytes }
     }
 
     pub(super) fn has_been_stopped(&self) -> bool {

@@ -66,8 +66,8 @@ impl Source {
                 self.pass_has_ended();
                 Ok(())
             }
-            Input::Counted { dirty_bytes, sent_bytes } => {
-                self.counted(dirty_bytes, sent_bytes, now);
+            Input::Counted { left, sent_bytes } => {
+                self.counted(left, sent_bytes, now);
                 Ok(())
             }
             Input::Failed(error @ Error::Lost { .. }) => self.lane_lost(error, now),

@@ -40,6 +40,7 @@ use super::{Effects, Moment, Order};
 use crate::error::{Error, Result};
 use crate::events::{CUT, Event};
 use crate::host::monitor::Answer;
+use crate::memory::dirty::LeftToSend;
 use crate::transport::uri::Uri;
 
 use closing::{Closing, Digests};
@@ -117,9 +118,8 @@ pub(crate) enum Input {
     BulkEnded,
     /// A bulk lane has sent what was dirty of its blocks.
     PassEnded,
-    /// Answers [`Effect::CountDirty`]: bytes that have been written since they were sent, and bytes that have been
-    /// sent in rounds.
-    Counted { dirty_bytes: u64, sent_bytes: u64 },
+    /// Answers [`Effect::CountDirty`]: what is left, and bytes that have been sent in rounds.
+    Counted { left: LeftToSend, sent_bytes: u64 },
     /// A thread could not go on: a lane is lost, or something worse has happened.
     Failed(Error),
     /// The monitor has answered.

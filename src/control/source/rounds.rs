@@ -9,7 +9,8 @@
 //!
 //! A pass is over when every lane has been around, and the dirty log has then looked over the whole guest: what it has
 //! marked by that time is what the pass has left. Passes are judged
-//! as wholes: moments of a pass say nothing of the next one. The contents of a guest's memory may come through QEMU's
+//! as wholes: moments of a pass say nothing of the next one. What the guest writes all the while (hot pages) a pass
+//! leaves out, so that passes end once most of what is left is hot. The contents of a guest's memory may come through QEMU's
 //! stream. Marked pages then wait for room, so lanes go around and the log looks by turns until the look is whole.
 //!
 //! Time (`--timeout`) and a person (`umem control SOCKET postcopy`) cut a pass short: each lane finishes its current
@@ -24,8 +25,10 @@ use umem_wire::source::{Input as Step, Phase};
 use super::{Effect, Moment, Question, Source};
 use crate::error::Result;
 use crate::events::Event;
+use crate::memory::dirty::{LEAVES_OUT_FROM, LeftToSend};
 
-/// A pass that leaves more than this share of what the one before it left is not worth another one.
+/// A pass that leaves more than this share of what the one before it left is not worth another one. Of both, what is
+/// hot does not count. If more than this share of what is left is hot, another pass cannot be worth it either.
 const SHRINKS_TO: f64 = 0.7;
 
 /// The most that is sent before the stop, times the guest's memory.
@@ -77,7 +80,7 @@ pub(super) struct Rounds {
     began: Instant,
     /// Bytes that had been sent when the pass began.
     sent_before: u64,
-    /// Bytes that the pass before it left.
+    /// Bytes that the pass before it left, less what was hot.
     dirty_before: Option<u64>,
     /// The most that any pass has sent, bytes a second.
     rate: f64,
@@ -136,24 +139,34 @@ impl Rounds {
         !was_cut && matches!(self.stage, Stage::Sending { .. })
     }
 
-    /// Whether the guest is to stop after a pass that has left so many bytes dirty, when so many have been sent in all.
-    fn judge(&mut self, dirty: u64, sent: u64, total: u64, now: Instant) -> Verdict {
+    /// What a pass leaves. Only from the pass before the first one that leaves pages out are any of them hot.
+    fn known(&self, left: LeftToSend) -> LeftToSend {
+        let is_known = self.pass + 1 >= LEAVES_OUT_FROM;
+        LeftToSend { hot_bytes: if is_known { left.hot_bytes } else { 0 }, ..left }
+    }
+
+    /// Whether the guest is to stop after a pass that has left so much, when so many bytes have been sent in all.
+    fn judge(&mut self, left: LeftToSend, sent: u64, total: u64, now: Instant) -> Verdict {
+        let LeftToSend { dirty_bytes: dirty, hot_bytes: hot, cooled_bytes: cooled, .. } = left;
+        let next = dirty.saturating_sub(hot);
         let seconds = now.saturating_duration_since(self.began).as_secs_f64().max(1e-6);
         let rate = sent.saturating_sub(self.sent_before) as f64 / seconds;
         self.rate = self.rate.max(rate);
         let fits = dirty as f64 <= self.rate * self.plan.downtime_limit.as_secs_f64();
         let shrinks =
-            self.dirty_before.is_none_or(|before| dirty as f64 <= SHRINKS_TO * before as f64);
+            self.dirty_before.is_none_or(|before| next as f64 <= SHRINKS_TO * before as f64);
+        let is_worth_it = hot as f64 <= SHRINKS_TO * dirty as f64;
         let has_passes = self.pass < self.plan.passes_max;
         let has_bytes = sent <= total.saturating_mul(SENT_MAX);
         let may_go_on = !self.is_cut && !self.has_stopped && !self.is_due(now);
-        (self.sent_before, self.dirty_before) = (sent, Some(dirty));
+        (self.sent_before, self.dirty_before) = (sent, Some(next));
         self.passes.count = self.pass;
         // A pass that was cut short has left pages that it has not sent, which says nothing of what the guest writes.
         if !self.is_cut {
-            self.passes.dirty_bytes_per_s = Some((dirty as f64 / seconds) as u64);
+            let written = dirty.saturating_sub(cooled);
+            self.passes.dirty_bytes_per_s = Some((written as f64 / seconds) as u64);
         }
-        match may_go_on && !fits && shrinks && has_passes && has_bytes {
+        match may_go_on && !fits && shrinks && is_worth_it && has_passes && has_bytes {
             true => Verdict::Again,
             false => Verdict::Enough,
         }
@@ -261,14 +274,16 @@ impl Source {
     }
 
     /// What a pass has left is known.
-    pub(super) fn counted(&mut self, dirty_bytes: u64, sent_bytes: u64, now: &Moment) {
+    pub(super) fn counted(&mut self, left: LeftToSend, sent_bytes: u64, now: &Moment) {
         let (total_bytes, postcopy) = (self.plan.total_bytes, self.plan.postcopy);
         let Some(rounds) = self.rounds.as_mut().filter(|_| self.phase == Phase::Rounds) else {
             return;
         };
         let took = now.at.saturating_duration_since(rounds.began);
         let pass_bytes = sent_bytes.saturating_sub(rounds.sent_before);
-        let verdict = rounds.judge(dirty_bytes, sent_bytes, total_bytes, now.at);
+        let left = rounds.known(left);
+        let LeftToSend { dirty_bytes, hot_bytes, unlogged_bytes, .. } = left;
+        let verdict = rounds.judge(left, sent_bytes, total_bytes, now.at);
         rounds.passes.expected_downtime = rounds.time_of(dirty_bytes).filter(|_| !postcopy);
         if verdict == Verdict::Enough {
             rounds.stage = Stage::Stopping;
@@ -277,7 +292,8 @@ impl Source {
             pass: rounds.pass,
             took,
             sent_bytes: pass_bytes,
-            dirty_bytes,
+            dirty_bytes: dirty_bytes + unlogged_bytes,
+            hot_bytes,
             dirty_bytes_per_s: rounds.passes.dirty_bytes_per_s,
             expected_downtime: rounds.passes.expected_downtime,
             is_cut: rounds.is_cut,
@@ -303,6 +319,10 @@ mod tests {
 
     const GIB: u64 = 1 << 30;
 
+    fn left(dirty_bytes: u64) -> LeftToSend {
+        LeftToSend { dirty_bytes, ..LeftToSend::default() }
+    }
+
     /// What comes of passes that each take a second, given what is dirty after each and what has been sent by then.
     fn verdicts(plan: RoundsPlan, passes: &[(u64, u64)]) -> Vec<Verdict> {
         let begun = Instant::now();
@@ -310,7 +330,7 @@ mod tests {
         let pass = |(second, &(dirty, sent)): (u64, &(u64, u64))| {
             rounds.begin_pass(1, begun + Duration::from_secs(second));
             let end = begun + Duration::from_secs(second + 1);
-            rounds.judge(dirty, sent, 4 * GIB, end)
+            rounds.judge(left(dirty), sent, 4 * GIB, end)
         };
         (0..).zip(passes).map(pass).collect()
     }
@@ -352,6 +372,37 @@ mod tests {
         }
     }
 
+    /// Each pass takes a second. What is hot is left out from the third one on.
+    #[test]
+    fn passes_end_when_most_of_what_is_left_is_hot_and_hot_pages_alone_end_none() {
+        use Verdict::{Again, Enough};
+        let plan = RoundsPlan { passes_max: 9, downtime_limit: Duration::ZERO, timeout: None };
+        let begun = Instant::now();
+        let judge = |passes: &[(u64, u64)]| {
+            let mut rounds = Rounds::new(plan, false, begun);
+            let pass = |(second, &(dirty_bytes, hot_bytes)): (u64, &(u64, u64))| {
+                rounds.begin_pass(1, begun + Duration::from_secs(second));
+                let cooled_bytes = dirty_bytes / 2;
+                let left =
+                    LeftToSend { dirty_bytes, hot_bytes, cooled_bytes, ..LeftToSend::default() };
+                let left = rounds.known(left);
+                let end = begun + Duration::from_secs(second + 1);
+                let verdict = rounds.judge(left, (second + 1) * GIB, 9 * GIB, end);
+                assert_eq!(rounds.passes.dirty_bytes_per_s, Some(dirty_bytes - dirty_bytes / 2));
+                verdict
+            };
+            (0..).zip(passes).map(pass).collect::<Vec<_>>()
+        };
+        // All that is left does not shrink to 0.7, but what is not hot does.
+        let still = [(100, 100), (90, 50), (80, 55), (60, 55)];
+        assert_eq!(judge(&still), [Again, Again, Again, Enough]);
+        assert_eq!(judge(&[(100, 0), (90, 0)]), [Again, Enough]);
+        // What is not hot does not shrink either.
+        assert_eq!(judge(&[(100, 0), (60, 20), (60, 30)]), [Again, Again, Enough]);
+        // 0.7 of what is left is hot, and more.
+        assert_eq!(judge(&[(100, 0), (50, 35), (20, 15)]), [Again, Again, Enough]);
+    }
+
     #[test]
     fn a_pass_that_is_cut_short_says_nothing_of_the_rate_of_writing() {
         let begun = Instant::now();
@@ -359,18 +410,18 @@ mod tests {
         let plan = RoundsPlan { passes_max: 9, downtime_limit: Duration::ZERO, timeout: None };
         let mut rounds = Rounds::new(plan, false, begun);
         rounds.begin_pass(1, at(0));
-        assert_eq!(rounds.judge(GIB, 4 * GIB, 4 * GIB, at(2)), Verdict::Again);
+        assert_eq!(rounds.judge(left(GIB), 4 * GIB, 4 * GIB, at(2)), Verdict::Again);
         assert_eq!(rounds.passes.dirty_bytes_per_s, Some(GIB / 2));
         assert_eq!(rounds.time_of(GIB), Some(Duration::from_millis(500)));
         rounds.begin_pass(1, at(2));
         assert!(rounds.cut(), "a lane sends");
         assert!(!rounds.cut(), "it has been told");
-        assert_eq!(rounds.judge(GIB / 2, 5 * GIB, 4 * GIB, at(3)), Verdict::Enough);
+        assert_eq!(rounds.judge(left(GIB / 2), 5 * GIB, 4 * GIB, at(3)), Verdict::Enough);
         assert_eq!((rounds.passes.count, rounds.passes.dirty_bytes_per_s), (2, Some(GIB / 2)));
         // Nothing has been sent at all.
         let mut rounds = Rounds::new(plan, true, begun);
         rounds.begin_pass(1, at(0));
-        assert_eq!(rounds.judge(GIB, 0, 4 * GIB, at(1)), Verdict::Enough);
+        assert_eq!(rounds.judge(left(GIB), 0, 4 * GIB, at(1)), Verdict::Enough);
         assert_eq!((rounds.passes.dirty_bytes_per_s, rounds.time_of(GIB)), (None, None));
     }
 }

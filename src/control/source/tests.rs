@@ -77,7 +77,7 @@ impl Bench {
         assert!(matches!(effects[..], [Effect::Ask(Question::Look)]), "{effects:?}");
         let effects = self.tell(Input::Monitor(Answer::Looked(Ok(()))));
         assert!(matches!(effects[..], [Effect::CountDirty]), "{effects:?}");
-        self.tell(Input::Counted { dirty_bytes, sent_bytes: 1 })
+        self.tell(Input::Counted { left: dirty(dirty_bytes), sent_bytes: 1 })
     }
 
     /// Up to the guest that runs at the destination.
@@ -105,6 +105,10 @@ impl Bench {
             other => panic!("{other:?}"),
         }
     }
+}
+
+fn dirty(dirty_bytes: u64) -> LeftToSend {
+    LeftToSend { dirty_bytes, ..LeftToSend::default() }
 }
 
 fn lost(lane: &str) -> Error {
@@ -207,7 +211,7 @@ fn time_that_is_over_between_two_passes_lets_no_other_one_begin() {
     bench.tell(Input::PassEnded);
     bench.tell(Input::Monitor(Answer::Looked(Ok(()))));
     bench.now += timeout;
-    let effects = bench.tell(Input::Counted { dirty_bytes: 1000, sent_bytes: 1 });
+    let effects = bench.tell(Input::Counted { left: dirty(1000), sent_bytes: 1 });
     assert!(matches!(effects.first(), Some(Effect::Tell(Event::Pass { is_cut: false, .. }))));
     assert!(has(&effects, |effect| matches!(effect, Effect::Ask(Question::Stop))), "{effects:?}");
 }
@@ -227,7 +231,7 @@ fn passes_end_by_hand_at_any_time() {
     bench.tell(Input::PassEnded);
     assert!(bench.tell(Input::EndPasses).is_empty());
     bench.tell(Input::Monitor(Answer::Looked(Ok(()))));
-    let effects = bench.tell(Input::Counted { dirty_bytes: 1000, sent_bytes: 1 });
+    let effects = bench.tell(Input::Counted { left: dirty(1000), sent_bytes: 1 });
     assert!(has(&effects, |effect| matches!(effect, Effect::Ask(Question::Stop))), "{effects:?}");
     // Before the destination is ready, and before writes are tracked: the only pass ends at once.
     for is_ready in [false, true] {
@@ -256,7 +260,7 @@ fn the_bytes_that_are_needed_are_those_that_have_not_come_for_good() {
     bench.tell(Input::PassEnded);
     bench.tell(Input::PassEnded);
     bench.tell(Input::Monitor(Answer::Looked(Ok(()))));
-    bench.tell(Input::Counted { dirty_bytes: 1000, sent_bytes: 8192 });
+    bench.tell(Input::Counted { left: dirty(1000), sent_bytes: 8192 });
     bench.tell(Input::Monitor(Answer::Stopped(Ok(None))));
     bench.say(Said::Settled);
     bench.tell(Input::Monitor(Answer::Saved(Ok(vec![0]))));

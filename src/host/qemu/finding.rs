@@ -48,8 +48,16 @@ impl MonitorKind for QemuKind {
             found.into_iter().partition(|backend| backend.is_streamed);
         let names = found.iter().chain(&streamed).map(|backend| backend.name.clone());
         let names: Vec<String> = names.collect();
+        let mut remarks = Vec::new();
         if wanted.has_rounds {
-            qemu.check_stream(&names, !streamed.is_empty())?;
+            let contents: Vec<_> = streamed.iter().map(|backend| backend.name.clone()).collect();
+            for number in qemu.check_stream(&names, &contents, wanted.follows)? {
+                remarks.push(format!(
+                    "RAM backend {}: QEMU without KVM loses writes to it in its log of dirty pages, so no pass sends it, \
+                     and it follows the guest as a whole",
+                    names[number]
+                ));
+            }
         }
         let (mut ram, mut files) = (Vec::new(), Vec::new());
         if !found.is_empty() {
@@ -59,10 +67,10 @@ impl MonitorKind for QemuKind {
                 ram.push(RamPath { name, path });
             }
         }
-        let advice = advice(&found, "destination");
+        remarks.extend(advice(&found, "destination"));
         let staging = stage(wanted, &streamed, &mut ram, &mut files)?;
-        let monitor = Box::new(SharedQemu::new(qemu, names).staged(staging.clone()));
-        Ok(LeavingGuest { monitor, ram, files, staging, advice })
+        let monitor = SharedQemu::new(qemu, names).staged(staging.clone()).followed(wanted.follows);
+        Ok(LeavingGuest { monitor: Box::new(monitor), ram, files, staging, remarks })
     }
 
     fn departed(&self, state: &Value) -> Result<Box<dyn Monitor>> {

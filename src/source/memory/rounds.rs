@@ -7,6 +7,7 @@ use umem_ring::Memory;
 use umem_wire::limits::REMAINING_RUNS_MAX;
 use umem_wire::{HEADER_BYTES, PageRange, RegionId, transmit};
 
+use super::hot::Hot;
 use super::{Holes, SourceMemory};
 use crate::error::{Error, Result, WITHOUT_PASSES};
 use crate::memory::bits::Bits;
@@ -24,6 +25,8 @@ pub(super) struct Tracked {
     pub(super) marks: Arc<DirtyMap>,
     /// Of each region: pages whose last copy went as data.
     data: Box<[Bits]>,
+    /// What the guest writes all the while.
+    pub(super) hot: Hot,
 }
 
 impl Tracked {
@@ -32,7 +35,7 @@ impl Tracked {
         let data = regions.iter().map(|&(pages, _)| Bits::new(pages)).collect();
         let marks = DirtyMap::new(regions);
         marks.mark_all();
-        Tracked { marks: Arc::new(marks), data }
+        Tracked { marks: Arc::new(marks), data, hot: Hot::new(regions) }
     }
 }
 
@@ -44,6 +47,8 @@ const BLOCK_WORDS: usize = 8;
 pub(crate) struct RoundsWalk {
     index: u64,
     lanes: u64,
+    /// The number of the pass, from 1.
+    pass: u32,
     region: usize,
     /// The next block of that region to look at.
     block: u64,
@@ -79,6 +84,7 @@ impl RoundsWalk {
         RoundsWalk {
             index: index as u64,
             lanes: lanes.max(1) as u64,
+            pass: 0,
             region: 0,
             block: 0,
             before: 0,
@@ -90,6 +96,7 @@ impl RoundsWalk {
 
     /// Begins anew with the first block.
     pub(crate) fn begin_pass(&mut self) {
+        self.pass = self.pass.saturating_add(1);
         (self.region, self.block, self.before, self.is_cut) = (0, 0, 0, false);
     }
 
@@ -135,6 +142,9 @@ impl RoundsWalk {
         while let Some(region) = memory.regions.get(self.region) {
             let id = RegionId(u16::try_from(self.region).expect("at most 256 regions"));
             let blocks = region.claims().blocks();
+            if !memory.tracked().marks.is_logged(id) {
+                self.block = blocks;
+            }
             while self.block < blocks {
                 let block = self.block;
                 self.block += 1;
@@ -152,11 +162,12 @@ impl RoundsWalk {
     }
 
     /// Takes what is dirty of a block, all of it before anything of the file is looked at: what is written later is
-    /// marked again, and goes in the next pass.
+    /// marked again, and goes in the next pass. Hot pages stay behind.
     fn take_dirty(&mut self, memory: &SourceMemory, id: RegionId, block: u64) -> Result<bool> {
         let region = memory.region(id);
         let (first, pages) = region.claims().block_range(block);
-        let marks = memory.tracked().marks.region(id);
+        let Tracked { marks, hot, .. } = memory.tracked();
+        let (marks, rule) = (marks.region(id), (self.pass, memory.sends_all(id)));
         let mut dirty = [0; BLOCK_WORDS];
         let mut page = first;
         while page < first + pages {
@@ -164,7 +175,7 @@ impl RoundsWalk {
             let count = (64 - page % 64).min(first + pages - page);
             let at = page - first;
             dirty[usize::try_from(at / 64).expect("inside a block")] |=
-                marks.take_word(page, count) << (at % 64);
+                hot.choose(id, (page, count), marks.take_word(page, count), rule) << (at % 64);
             page += count;
         }
         self.current = Block { region: id, first, dirty };
@@ -178,7 +189,7 @@ impl RoundsWalk {
 }
 
 impl SourceMemory {
-    fn tracked(&self) -> &Tracked {
+    pub(super) fn tracked(&self) -> &Tracked {
         let tracked = self.landing_tracked();
         tracked.expect("rounds begin after the destination is ready")
     }
@@ -189,11 +200,6 @@ impl SourceMemory {
     /// Without rounds, and before the destination is ready.
     pub(crate) fn marks(&self) -> Arc<DirtyMap> {
         self.tracked().marks.clone()
-    }
-
-    /// Bytes of pages that have been written since they were sent, as far as that is marked.
-    pub(crate) fn dirty_bytes(&self) -> u64 {
-        self.tracked().marks.bytes()
     }
 
     /// A run as it is sent while the guest runs: its header, and its pages if they go with it. With checksums the
@@ -254,8 +260,9 @@ impl SourceMemory {
         let (mut frames, mut runs) = (Vec::new(), Vec::new());
         for (index, region) in self.regions.iter().enumerate() {
             let id = RegionId(u16::try_from(index).expect("at most 256 regions"));
-            let marks = self.tracked().marks.region(id);
-            let claims = region.claims();
+            let Tracked { marks, hot, .. } = self.tracked();
+            let (marks, claims) = (marks.region(id), region.claims());
+            hot.settle(marks, id);
             claims.claim_all();
             for first in (0..marks.pages()).step_by(64) {
                 let clean = !marks.word(first) & low_bits(marks.pages() - first);
@@ -311,7 +318,7 @@ pub(crate) fn no_dirty_log() -> Error {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::os::unix::fs::FileExt;
 
     use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -326,7 +333,7 @@ mod tests {
     const RAM: RegionId = RegionId(0);
 
     /// A file of holes but for the pages named, in rounds.
-    fn memory(data: &[u64]) -> (SourceMemory, std::fs::File) {
+    pub(in crate::source::memory) fn memory(data: &[u64]) -> (SourceMemory, std::fs::File) {
         let file = std::fs::File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
         file.set_len((BLOCKS * BLOCK) << 12).unwrap();
         data.iter().for_each(|&page| write(&file, page, 0xa5));
@@ -340,12 +347,15 @@ mod tests {
         file.write_all_at(&[byte; 4096], page << 12).unwrap();
     }
 
-    fn mark(memory: &SourceMemory, page: u64) {
+    pub(in crate::source::memory) fn mark(memory: &SourceMemory, page: u64) {
         assert!(memory.marks().mark_bytes(RAM, page << 12, 1));
     }
 
     /// A whole pass of a lane.
-    fn pass(memory: &SourceMemory, walk: &mut RoundsWalk) -> Vec<(RunKind, u64, u64)> {
+    pub(in crate::source::memory) fn pass(
+        memory: &SourceMemory,
+        walk: &mut RoundsWalk,
+    ) -> Vec<(RunKind, u64, u64)> {
         walk.begin_pass();
         let mut runs = Vec::new();
         while walk.next_runs(memory, 64 << 10, &mut runs).unwrap() {}
@@ -357,7 +367,7 @@ mod tests {
     fn a_block_is_one_lanes_in_every_pass() {
         let (memory, _file) = memory(&[]);
         let mut lanes = [0, 1, 2].map(|index| RoundsWalk::new(index, 3));
-        for _ in 0..3 {
+        for _ in 0..2 {
             memory.marks().mark_all();
             let mut came = Vec::new();
             for (index, lane) in lanes.iter_mut().enumerate() {
@@ -369,7 +379,7 @@ mod tests {
             }
             came.sort_unstable();
             assert!(came.into_iter().eq(0..BLOCKS * BLOCK), "every page once");
-            assert_eq!(memory.dirty_bytes(), 0);
+            assert_eq!(memory.left_to_send().dirty_bytes, 0);
         }
     }
 
@@ -406,7 +416,7 @@ mod tests {
             mark(&memory, page);
         }
         while lane.next_runs(&memory, 4096, &mut runs).unwrap() {}
-        assert_eq!(memory.dirty_bytes(), 3 << 12);
+        assert_eq!(memory.left_to_send().dirty_bytes, 3 << 12);
         let again: Vec<u64> = pass(&memory, &mut lane).iter().map(|&(_, first, _)| first).collect();
         assert_eq!(again, [0, 2, 300]);
     }
@@ -421,12 +431,15 @@ mod tests {
         lane.cut_pass();
         while lane.next_runs(&memory, 4096, &mut runs).unwrap() {}
         let pages: u64 = runs.iter().map(|run| run.range.pages).sum();
-        assert_eq!((pages, memory.dirty_bytes()), (BLOCK, ((BLOCKS - 1) * BLOCK) << 12));
+        assert_eq!(
+            (pages, memory.left_to_send().dirty_bytes),
+            (BLOCK, ((BLOCKS - 1) * BLOCK) << 12)
+        );
         runs.iter().for_each(|run| memory.count_in_round(run).unwrap());
         assert_eq!(memory.counters.moved_bytes(), BLOCK << 12);
         // The next one is whole.
         let rest: u64 = pass(&memory, &mut lane).iter().map(|&(.., pages)| pages).sum();
-        assert_eq!((rest, memory.dirty_bytes()), ((BLOCKS - 1) * BLOCK, 0));
+        assert_eq!((rest, memory.left_to_send().dirty_bytes), ((BLOCKS - 1) * BLOCK, 0));
         memory.end_rounds();
         assert_eq!(memory.counters.done_bytes(), (BLOCKS * BLOCK) << 12);
         assert_eq!(memory.counters.moved_bytes(), (BLOCKS * BLOCK) << 12, "nothing moves twice");

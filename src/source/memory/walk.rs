@@ -2,20 +2,23 @@
 
 use umem_wire::RegionId;
 
+use super::hot::{HotWalk, runs_of};
 use super::{Holes, SourceMemory, SourceRegion};
 use crate::error::Result;
 use crate::memory::claims::{Run, push_page};
 use crate::memory::sequences::Followed;
 
-/// A bulk lane's way through the memory: ahead of those whose next accesses can be told, else block by
-/// block, from the last demand on.
+/// A bulk lane's way through the memory: ahead of those whose next accesses can be told, else what the guest wrote in
+/// the last pass while it ran at the source, else block by block, from the last demand on.
 pub(crate) struct Walk {
     region: usize,
     block: u64,
     pivot_seen: u64,
     current: Option<Block>,
     followed: Followed,
-    /// Of a piece of a sequence.
+    /// None once there is nothing more of it.
+    hot: Option<HotWalk>,
+    /// Of a piece of a sequence, or of hot pages.
     holes: Holes,
     /// Of a block, while there is none.
     spare: Holes,
@@ -45,6 +48,7 @@ impl Walk {
             pivot_seen: 0,
             current: None,
             followed: Followed::default(),
+            hot: Some(HotWalk::new(memory, index, lanes)),
             holes: Holes::default(),
             spare: Holes::default(),
         }
@@ -62,6 +66,9 @@ impl Walk {
         runs: &mut Vec<Run>,
     ) -> Result<bool> {
         if self.run_ahead(memory, most, runs)? {
+            return Ok(true);
+        }
+        if self.claim_hot(memory, most, runs)? {
             return Ok(true);
         }
         if self.current.is_none() {
@@ -98,6 +105,28 @@ impl Walk {
             return Ok(true);
         }
         Ok(false)
+    }
+
+    /// Claims what others have left of the next hot pages; false if there are none.
+    fn claim_hot(&mut self, memory: &SourceMemory, most: u64, runs: &mut Vec<Run>) -> Result<bool> {
+        let Some(walk) = &mut self.hot else { return Ok(false) };
+        let pages_max = |id| (most / memory.region(id).unit().bytes()).max(1);
+        let Some((id, first, hot)) = walk.next(memory, pages_max) else {
+            self.hot = None;
+            return Ok(false);
+        };
+        let region = memory.region(id);
+        let unit = region.unit();
+        for (offset, pages) in runs_of(hot) {
+            let first = first + offset;
+            let won = region.claims().claim_word(first, pages);
+            if won != 0 {
+                self.holes.look_at(&region.ram, first << unit.shift(), pages << unit.shift())?;
+                let max = memory.run_pages_max(unit);
+                push_won(&mut self.holes, region, (id, max), first, won, runs)?;
+            }
+        }
+        Ok(true)
     }
 
     fn take_block(&mut self, memory: &SourceMemory) -> Result<Option<Block>> {

@@ -35,6 +35,7 @@ mod console;
 mod latency;
 mod memory;
 mod parameters;
+mod virtio;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

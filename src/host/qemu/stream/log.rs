@@ -57,6 +57,8 @@ pub(crate) struct SharedQemu {
     backends: Arc<[String]>,
     /// Where the contents go of those that have no file.
     staging: Option<Arc<Staging>>,
+    /// RAM that no pass can send may follow the guest.
+    follows: bool,
 }
 
 /// QEMU's stream as a log of the pages that its guest writes.
@@ -72,12 +74,17 @@ impl SharedQemu {
     /// One whose regions are these RAM backends, in this order.
     pub(crate) fn new(qemu: Qemu, backends: Vec<String>) -> SharedQemu {
         let (qemu, backends) = (Arc::new(Mutex::new(qemu)), backends.into());
-        SharedQemu { qemu, backends, staging: None }
+        SharedQemu { qemu, backends, staging: None, follows: false }
     }
 
     /// With regions whose contents come with the stream, and go there.
     pub(crate) fn staged(self, staging: Option<Arc<Staging>>) -> SharedQemu {
         SharedQemu { staging, ..self }
+    }
+
+    /// With RAM that may be sent after the switchover, or without.
+    pub(crate) fn followed(self, follows: bool) -> SharedQemu {
+        SharedQemu { follows, ..self }
     }
 
     fn lock(&self) -> MutexGuard<'_, Qemu> {
@@ -92,7 +99,8 @@ impl DirtyLog for QemuStream {
         let staging = self.host.staging.clone();
         let has_contents = staging.is_some();
         self.marks = Some(marks.clone());
-        let reading = self.host.lock().start_stream(&self.host.backends, (marks, staging))?;
+        let SharedQemu { backends, follows, .. } = &self.host;
+        let reading = self.host.lock().start_stream(backends, (marks, staging), *follows)?;
         let reading = self.reading.insert(reading);
         watch(&self.host.qemu, reading.pulse())?;
         if has_contents { Ok(()) } else { reading.first_pass() }
@@ -225,11 +233,18 @@ impl Monitor for SharedQemu {
 }
 
 impl Qemu {
-    /// Checks that its stream tells of every write to these RAM backends, if it is a QEMU, and says whether it is one.
-    /// Changes nothing.
-    pub(super) fn check_log(&mut self, backends: &[String]) -> Result<bool> {
+    /// Checks that its stream tells of every write to these RAM backends, if it is a QEMU; None if it is none. Those that
+    /// the stream does not tell of, by their number in `backends`, must not be in `contents`, whose contents come with
+    /// the stream, and `follows` must be true: they may come after the switchover. Changes nothing.
+    pub(super) fn check_log(
+        &mut self,
+        backends: &[String],
+        contents: &[String],
+        follows: bool,
+    ) -> Result<Option<Vec<usize>>> {
         let instead = format!("use {WITHOUT_PASSES}");
-        let Ok(kvm) = self.qmp.try_execute("query-kvm", json!({}))? else { return Ok(false) };
+        let mut unlogged = Vec::new();
+        let Ok(kvm) = self.qmp.try_execute("query-kvm", json!({}))? else { return Ok(None) };
         if kvm["enabled"] != json!(true) {
             let (major, minor) = run_state::version(&mut self.qmp)?;
             if (major, minor) < LOGS_TCG {
@@ -239,12 +254,26 @@ impl Qemu {
                      does not: {instead}, or a later QEMU"
                 )));
             }
-            let mut blocks = self.blocks()?.into_iter().filter(|block| block.offset != 0);
-            let is_moved = |block: &Block| backends.iter().any(|id| block.is_of(id));
-            if let Some(block) = blocks.find(is_moved) {
+            for block in self.blocks()?.iter().filter(|block| block.offset != 0) {
+                let Some(number) = backends.iter().position(|id| block.is_of(id)) else { continue };
+                let remedy = match contents.contains(&backends[number]) {
+                    true => {
+                        "whose contents come from that log's stream: give it a file with share=on"
+                            .into()
+                    }
+                    false if !follows => {
+                        format!(
+                            "which has to follow the guest: use --precopy -p (hybrid), {WITHOUT_PASSES}"
+                        )
+                    }
+                    false => {
+                        unlogged.push(number);
+                        continue;
+                    }
+                };
                 return Err(Error::Unsupported(format!(
                     "QEMU without KVM loses writes in its log of dirty pages, except to its first RAM block, and {} \
-                     is another one: {instead}, or give the guest one RAM backend",
+                     is another one, {remedy}, or give the guest one RAM backend",
                     block.name
                 )));
             }
@@ -257,14 +286,20 @@ impl Qemu {
                     .into(),
             ));
         }
-        Ok(true)
+        Ok(Some(unlogged))
     }
 
-    /// The same, and that the stream is one that umem has it write. Changes nothing.
-    pub(crate) fn check_stream(&mut self, backends: &[String], has_contents: bool) -> Result<()> {
-        if !self.check_log(backends)? {
-            return Ok(());
-        }
+    /// The same, and that the stream is one that umem has it write; returns the numbers of the backends whose writes the
+    /// stream does not tell. Changes nothing.
+    pub(crate) fn check_stream(
+        &mut self,
+        backends: &[String],
+        contents: &[String],
+        follows: bool,
+    ) -> Result<Vec<usize>> {
+        let Some(unlogged) = self.check_log(backends, contents, follows)? else {
+            return Ok(Vec::new());
+        };
         let instead = format!("use {WITHOUT_PASSES}");
         if !self.can_hold()? {
             return Err(Error::Unsupported(format!(
@@ -272,7 +307,7 @@ impl Qemu {
                  has suppress-vmdesc): {instead}"
             )));
         }
-        if has_contents && !self.waits_for_a_word()? {
+        if !contents.is_empty() && !self.waits_for_a_word()? {
             return Err(Error::Unsupported(
                 "QEMU has no capability switchover-ack (QEMU 8.1 and later have it): it would stop its guest by \
                  itself, and write what is left of its private memory while nothing else is answered; use a later \
@@ -281,15 +316,24 @@ impl Qemu {
             ));
         }
         run_state::check(&mut self.qmp)?;
-        settings::Changes::needed(&mut self.qmp, Role::Stream).map(drop)
+        settings::Changes::needed(&mut self.qmp, Role::Stream)?;
+        Ok(unlogged)
     }
 
     fn start_stream(
         &mut self,
         backends: &[String],
         (marks, staging): (Arc<DirtyMap>, Option<Arc<Staging>>),
+        follows: bool,
     ) -> Result<Arc<Reading>> {
-        self.check_stream(backends, staging.is_some())?;
+        let has_contents = |number| staging.as_ref().is_some_and(|staging| staging.has(number));
+        let contents = (0..).zip(backends).filter(|&(number, _)| has_contents(RegionId(number)));
+        let contents: Vec<_> = contents.map(|(_, backend)| backend.clone()).collect();
+        let unlogged = self.check_stream(backends, &contents, follows)?;
+        (0..)
+            .zip(0..backends.len())
+            .filter(|(_, number)| unlogged.contains(number))
+            .for_each(|(region, _)| marks.set_unlogged(RegionId(region)));
         let moved = self.moved(backends)?;
         self.change_settings(Role::Stream)?;
         let started = self.migrate_into_reader(moved, (marks, staging));

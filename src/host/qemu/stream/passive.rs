@@ -424,7 +424,8 @@ pub(crate) fn ask(socket: &Path) -> Result<Asked> {
     qemu.claim()?;
     let names: Vec<String> =
         qemu.check_source(true)?.into_iter().map(|backend| backend.name).collect();
-    qemu.check_log(&names).map(drop)?;
+    // All contents come with the stream.
+    qemu.check_log(&names, &names, false).map(drop)?;
     Ok(Asked { qemu, names })
 }
 
@@ -477,7 +478,7 @@ pub(crate) fn leaving(
     let names: Vec<String> = regions.into_iter().map(|(name, _)| name).collect();
     let monitor = PassiveHost::new(socket, opening, &names, staging.clone(), qemu, pacing)?;
     let (monitor, staging) = (Box::new(monitor), Some(staging));
-    Ok(LeavingGuest { monitor, ram, files, staging, advice: None })
+    Ok(LeavingGuest { monitor, ram, files, staging, remarks: Vec::new() })
 }
 
 #[cfg(test)]
