@@ -24,7 +24,7 @@ use umem_wire::{Capabilities, PageSize, Region, RegionId, RegionTable};
 use super::parting::Caller;
 use crate::control::calling::{Called, Word};
 use crate::control::liveness::STEP_TIMEOUT;
-use crate::control::source::leftover::{self, Leftover};
+use crate::control::source::leftover::{self, Knocked, Leftover};
 use crate::control::source::{Heard, Input, Left, Record, Source};
 use crate::error::{Error, Result};
 use crate::events::{Event, Remark, Undone};
@@ -65,6 +65,10 @@ pub struct Options {
 /// What an interrupt means while a monitor does not answer that is to have its guest run again.
 const STANDS_STILL: &str = "the guest's monitor has not answered, and the guest may stand still here: ask it with \
     the monitor command `query-status`, and try again with the same --resume";
+
+/// What an interrupt means while it is found out whether a destination answers.
+const STAYS: &str = "the session stays as it was";
+
 /// Goes on with a session whose process is gone, or ends it.
 ///
 /// # Errors
@@ -79,15 +83,15 @@ pub fn run(options: &Options) -> Result<()> {
     };
     let security = options.resume.security(&record);
     let taken = Taken { keeper, record, uri, security, output };
-    match (taken.record.state, options.abandon) {
-        (SourceState::Stopped, false) => taken.undo(),
-        (SourceState::Stopped, true) => Err(Error::Usage(
-            "no switchover had left, so that the guest can go on here: leave out --abandon".into(),
-        )),
-        (SourceState::Committed, false) => taken.go_on(options),
-        (SourceState::Committed, true) => taken.abandon(),
-        (SourceState::Completed, _) => taken.part(),
-    }
+    let now = Instant::now();
+    let (session, uri, epoch) = (taken.keeper.session(), taken.uri.clone(), taken.record.epoch);
+    let core = match leftover::plan(taken.record.state, options.abandon)? {
+        leftover::Plan::Serve => return taken.go_on(options),
+        leftover::Plan::Undo => Leftover::stopped(session, uri, epoch),
+        leftover::Plan::Part => Leftover::completed(session, uri, epoch, now),
+        leftover::Plan::Abandon => Leftover::abandoned(session, uri, epoch, taken.ram_files()),
+    };
+    taken.carry_out(core)
 }
 
 /// A session that is this process's now.
@@ -107,16 +111,10 @@ impl Taken {
         Ok(Session { id, bulk_lanes: self.record.bulk_lanes, capabilities })
     }
 
-    /// No switchover had left: the guest goes on here.
-    fn undo(self) -> Result<()> {
-        let (session, uri, epoch) = (self.keeper.session(), self.uri.clone(), self.record.epoch);
-        self.carry_out(Leftover::stopped(session, uri, epoch))
-    }
-
-    /// The destination has everything, and may not have heard the goodbye.
-    fn part(self) -> Result<()> {
-        let (session, uri, epoch) = (self.keeper.session(), self.uri.clone(), self.record.epoch);
-        self.carry_out(Leftover::completed(session, uri, epoch, Instant::now()))
+    /// The guest's RAM files that stay when the session ends.
+    fn ram_files(&self) -> Vec<String> {
+        let files = self.record.ram.iter().filter(|ram| !ram.is_own);
+        files.map(|ram| ram.path.display().to_string()).collect()
     }
 
     /// Carries out what is left to do in a session in which nothing is served.
@@ -164,6 +162,16 @@ impl Taken {
                 let called = called.unwrap_or_else(Called::NotHeard);
                 return Ok(Some(leftover::Input::Called(called)));
             }
+            leftover::Effect::Knock { epoch } => {
+                let knocked = match self.uri.is_one_connection() {
+                    true => Knocked::NoAddress,
+                    false => match self.open_lanes(epoch, inbox) {
+                        Ok(_) => Knocked::Opened,
+                        Err(error) => Knocked::NotOpened(error),
+                    },
+                };
+                return Ok(Some(leftover::Input::Knocked(knocked)));
+            }
             leftover::Effect::Free => self.free(),
             leftover::Effect::Forget => {
                 self.record.remove_own_files();
@@ -209,58 +217,15 @@ impl Taken {
         }
     }
 
-    /// More than any that has been used.
-    fn next_epoch(&self) -> Result<u32> {
-        let mut next = None;
-        self.keeper.edit(|record| {
-            next = record.epoch.checked_add(1);
-            record.epoch = next.unwrap_or(record.epoch);
-        })?;
-        next.ok_or_else(|| Error::Unsupported("the connection has been lost too often".into()))
-    }
-
-    /// All lanes of an attempt that is later than any before it, the demand lane first.
-    fn open_lanes(&self, inbox: &Inbox<crate::source::Note>) -> Result<Vec<Lane>> {
-        if self.uri.is_one_connection() {
-            return Err(Error::Unsupported("it was one connection".into()));
-        }
+    /// All lanes of this attempt, the demand lane first.
+    fn open_lanes(&self, epoch: u32, inbox: &Inbox<crate::source::Note>) -> Result<Vec<Lane>> {
         let session = self.session()?;
         let (security, uri) = (self.security.clone(), self.uri.clone());
         let load = move || ClientAuth::load(&security, &uri);
-        let pass = inbox.wait_for_work("the session stays as it was", None, load)?;
-        let epoch = self.next_epoch()?;
-        let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
+        let pass = inbox.wait_for_work(STAYS, None, load)?;
+        let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| inbox.wait_ready(fds, limit, STAYS);
         let open = |index| secure::dial(&self.uri, &session.hello(index, epoch), &pass, &wait);
         (0..=session.bulk_lanes).map(open).collect()
-    }
-
-    /// Ends the session, whatever the destination may still need: nobody is there to be asked. The guest never
-    /// runs here again, and its memory is left as it is.
-    fn abandon(self) -> Result<()> {
-        let (uri, session) = (&self.uri, self.keeper.session());
-        match self.open_lanes(&Inbox::new()?) {
-            Ok(_) => {
-                return Err(Error::Environment(format!(
-                    "nothing is abandoned: the destination at {uri} serves this session, and --resume \
-                     {session} without --abandon goes on with it"
-                )));
-            }
-            // Perhaps it is paused. It may also be the destination of another guest by now.
-            Err(Error::Peer { text, .. }) => {
-                return Err(Error::Environment(format!(
-                    "nothing is abandoned: a umem at {uri} answers ({text}); if that is not this guest's \
-                     destination, name an address of that one's host where nobody answers"
-                )));
-            }
-            Err(error @ Error::Interrupted(_)) => return Err(error),
-            Err(_) => {}
-        }
-        let files = self.record.ram.iter().filter(|ram| !ram.is_own);
-        let ram: Vec<String> = files.map(|ram| ram.path.display().to_string()).collect();
-        self.record.remove_own_files();
-        self.keeper.remove();
-        self.output.tell(&Event::Abandoned { session, ram });
-        Ok(())
     }
 
     /// Serves the guest's memory.
