@@ -7,6 +7,8 @@
 mod claims;
 mod support;
 
+use std::net::TcpListener;
+
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -172,6 +174,25 @@ fn source_of_a_lost_destination_can_be_abandoned() {
     assert_eq!(moving.session_files().iter().filter(of_source).count(), 0);
     let error = moving.resume("migrate").fails_as_misused();
     assert!(error.contains("no session"), "{error}");
+}
+
+/// The destination may be a process that is stopped, whose connections the kernel takes: that nobody answers is not known.
+#[test]
+fn session_is_not_abandoned_where_a_program_takes_connections() {
+    let mut moving = Move::switched(SMALL);
+    moving.kill_only(Side::Both);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("tcp:{}", listener.local_addr().unwrap());
+    let closing = std::thread::spawn(move || drop(listener.accept().unwrap()));
+    let error = moving.resume_with("migrate", &[&uri, "--abandon"]).fails();
+    closing.join().unwrap();
+    assert!(error.contains("nothing is abandoned: a program at"), "{error}");
+    let of_source = |name: &&String| name.contains(".source");
+    assert_ne!(moving.session_files().iter().filter(of_source).count(), 0);
+    let mut abandoning = moving.resume_with("migrate", &[NOBODY, "--abandon"]);
+    abandoning.event("abandoned");
+    abandoning.succeeds();
+    assert_eq!(moving.session_files().iter().filter(of_source).count(), 0);
 }
 
 /// A guest that needs the source's pages does not lose them by mistake.

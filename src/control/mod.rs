@@ -30,6 +30,7 @@ pub(crate) mod calling;
 pub(crate) mod destination;
 pub(crate) mod doubt;
 pub(crate) mod liveness;
+pub(crate) mod pausing;
 #[cfg(test)]
 mod simulate;
 pub(crate) mod source;

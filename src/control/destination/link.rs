@@ -28,7 +28,7 @@ use umem_wire::{Fault, FaultCode, Frame, LaneRole};
 use super::{Core, Effect, Effects, Failure, FreeSpace, Moment, Owner, Stage, Terms, not_resumed};
 use crate::control::doubt::Doubt;
 use crate::control::liveness::{self, Due, Liveness, stood_still_by_option};
-use crate::control::suspicion::ChecksumBreaker;
+use crate::control::pausing::Pausing;
 use crate::error::{Error, Result, lane_name};
 use crate::events::{Event, Lost, Pause, Place, Remark, Room, Route};
 use crate::transport::lane::not_bound;
@@ -58,13 +58,12 @@ pub(super) struct Link {
     pub(super) state: State,
     /// Where lanes come in that replace lost ones; none where there were connections alone.
     entrance: Option<Entrance>,
-    /// By hand, or after too many wrong checksums: no lanes are taken, whatever the entrance.
-    is_paused: bool,
+    /// While it is paused no lanes are taken, whatever the entrance.
+    pausing: Pausing,
     /// How often something has been said by hand: an address that was looked up for an earlier order is of
     /// no use.
     orders: u64,
     pub(super) liveness: Liveness,
-    suspicion: ChecksumBreaker,
     shortage: Option<Shortage>,
     /// When somebody was told last that pages cannot be made visible for want of memory.
     short_of_tables: Option<Instant>,
@@ -136,10 +135,9 @@ impl Link {
             recovers: terms.recovers,
             state,
             entrance,
-            is_paused: false,
+            pausing: Pausing::default(),
             orders: 0,
             liveness: Liveness::off(terms.step_timeout),
-            suspicion: ChecksumBreaker::default(),
             shortage: None,
             short_of_tables: None,
             recoveries: 0,
@@ -168,7 +166,9 @@ impl Link {
         let refused = |why: &'static str| Some((FaultCode::Refused, why.into()));
         let shortage = self.shortage.as_ref().and_then(|shortage| shortage.refusal.clone());
         match shortage {
-            _ if self.is_paused => refused("the migration is paused here; resume it first"),
+            _ if self.pausing.is_paused() => {
+                refused("the migration is paused here; resume it first")
+            }
             _ if !phase.outlives_its_lanes() => refused("its lanes are not to be replaced"),
             Some(why) => Some((FaultCode::OutOfMemory, why.into())),
             None => None,
@@ -320,7 +320,7 @@ impl Core {
         }
         if !self.link.is_down() {
             self.break_lanes("the source has opened new connections", now, effects)?;
-            if self.link.is_paused {
+            if self.link.pausing.is_paused() {
                 // That was one loss too many to wrong checksums: who looks after it resumes it.
                 effects.push(Effect::DropLanes);
                 self.link.forget_given(effects);
@@ -343,9 +343,8 @@ impl Core {
         self.link.state =
             State::Down { since: now.at, old: Old::Ending, until: None, was_interrupted: false };
         let (done, errors) = (now.memory.pages_done, now.checksum_errors);
-        let (events, in_vain) = self.link.suspicion.lost(why, done, errors).into_parts();
+        let (events, in_vain) = self.link.pausing.lost(why, done, errors);
         effects.extend(events.into_iter().map(Effect::Report));
-        self.link.is_paused |= in_vain.is_some();
         let short = self.link.shortage.as_ref().and_then(|shortage| shortage.refusal.clone());
         let why = in_vain.or(short).unwrap_or_else(|| why.to_owned());
         self.announce(why, now, effects);
@@ -355,7 +354,7 @@ impl Core {
     /// Says that there are no lanes, and what becomes of the guest.
     pub(super) fn announce(&self, reason: String, now: &Moment, effects: &mut Effects) {
         let pages_missing = now.memory.pages_missing;
-        let has_way = self.link.entrance.is_some() && !self.link.is_paused;
+        let has_way = self.link.entrance.is_some() && !self.link.pausing.is_paused();
         effects.push(Effect::Report(match has_way {
             true => Event::Recovering { reason, route: Route::Waits { pages_missing } },
             false => Event::Paused { reason, pause: Pause::Destination { pages_missing } },
@@ -467,7 +466,7 @@ impl Core {
             return Ok(());
         }
         self.link.orders += 1;
-        self.link.is_paused = true;
+        self.link.pausing.pause();
         if let State::Down { old: old @ Old::Replaced, .. } = &mut self.link.state {
             *old = Old::Ending;
             effects.push(Effect::DropLanes);
@@ -487,7 +486,7 @@ impl Core {
         self.link.orders += 1;
         self.link.try_room();
         match uri {
-            None => self.link.is_paused = false,
+            None => self.link.pausing.resume(),
             Some(uri) if uri.is_one_connection() => {
                 not_resumed(&Error::Usage(format!("{uri} is no address to listen at")), effects);
             }
@@ -545,7 +544,7 @@ impl Core {
         self.link.orders += 1;
         self.link.try_room();
         self.link.entrance = Some(entrance);
-        self.link.is_paused = false;
+        self.link.pausing.resume();
         effects.push(Effect::Open);
     }
 

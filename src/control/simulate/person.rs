@@ -20,7 +20,12 @@ impl World {
 
     fn look_after_source(&mut self) {
         if !self.source.is_alive() && self.source.record.is_some() {
-            if self.source_is_needed() { self.resume_source() } else { self.abandon_source() }
+            // In some seeds that is tried at once, while the destination lives: umem must refuse.
+            let is_mistaken = self.destination.is_alive() && self.source.takes_for_gone();
+            match self.source_is_needed() && !is_mistaken {
+                true => self.resume_source(),
+                false => self.abandon_source(),
+            }
         }
         if self.source.take_by_hand() {
             self.note(format_args!("the person has the guest go on"));

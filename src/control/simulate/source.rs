@@ -10,7 +10,7 @@ use super::world::{CHUNK, Happening, Lane, PAGES, Sent, TOTAL_BYTES, Told, World
 use super::{Fault, Random};
 use crate::control::calling::{Called, Word};
 use crate::control::source::closing::GOODBYE_PING;
-use crate::control::source::leftover::{self, Leftover};
+use crate::control::source::leftover::{self, Knocked, Leftover};
 use crate::control::source::{
     Effect, Goodbye, Guest, Heard, Input, Kept, Left, Opened, Outcome, Plan, Question, Record,
     Source, peer,
@@ -77,6 +77,8 @@ pub(super) struct SourceSide {
     /// Nobody listens where the destination was.
     pub(super) is_told_of_silence: bool,
     began: Duration,
+    /// The person takes a destination for gone that lives, once.
+    is_mistaken: bool,
 }
 
 /// An attempt to open lanes, or to say a word on some.
@@ -91,7 +93,7 @@ pub(super) struct Opening {
 }
 
 impl SourceSide {
-    pub(super) fn new(random: &mut Random) -> SourceSide {
+    pub(super) fn new(random: &mut Random, is_mistaken: bool) -> SourceSide {
         SourceSide {
             process: None,
             number: 0,
@@ -114,6 +116,7 @@ impl SourceSide {
             has_left: false,
             is_told_of_silence: false,
             began: Duration::ZERO,
+            is_mistaken,
         }
     }
 
@@ -156,6 +159,11 @@ impl SourceSide {
 
     pub(super) fn take_paused(&mut self) -> bool {
         std::mem::take(&mut self.is_paused)
+    }
+
+    /// Whether the person takes the destination of a guest that may have been given away for gone, by mistake.
+    pub(super) fn takes_for_gone(&mut self) -> bool {
+        self.may_have_given_its_guest_away() && std::mem::take(&mut self.is_mistaken)
     }
 
     pub(super) fn take_by_hand(&mut self) -> bool {
@@ -268,6 +276,10 @@ impl World {
                 Input::Begin => self.run_leftover(leftover::Input::Begin),
                 Input::Time => self.run_leftover(leftover::Input::Time),
                 Input::Called(called) => self.run_leftover(leftover::Input::Called(called)),
+                Input::Opened(Opened::NotNow(error)) => {
+                    let knocked = Knocked::NotOpened(error);
+                    self.run_leftover(leftover::Input::Knocked(knocked));
+                }
                 Input::Interrupted => {
                     let error = Error::Interrupted("nobody is told".into());
                     self.run_leftover(leftover::Input::NotDone(error));
@@ -616,8 +628,10 @@ impl World {
                 self.persist(&Record::Epoch { epoch, uri: None }, false);
             }
             leftover::Effect::Call { epoch, word, .. } => self.dials(epoch, Some(word)),
+            leftover::Effect::Knock { epoch } => self.dials(epoch, None),
             leftover::Effect::Free => self.free(),
             leftover::Effect::Forget => self.forget(),
+            leftover::Effect::Tell(Event::Abandoned { .. }) => self.has_abandoned = true,
             leftover::Effect::Tell(_) => {}
         }
         None
@@ -650,16 +664,35 @@ impl World {
         }
     }
 
-    /// A person ends a session whose destination needs nothing.
+    /// A person ends a session, whose destination needs nothing or is taken for one that has gone.
     pub(super) fn abandon_source(&mut self) {
-        self.note(format_args!("the person abandons the source's session"));
+        let Some(disk) = self.source.record.clone() else { return };
         if self.source.can_be_by_hand && !self.destination.can_do_alone() {
-            self.note(format_args!("and has the guest go on"));
+            self.note(format_args!(
+                "the person has the guest go on, and removes the source's record"
+            ));
             self.runs_here = true;
-        } else {
-            self.has_abandoned = true;
+            return self.forget();
         }
-        self.forget();
+        self.note(format_args!("the person abandons the source's session: {disk:?}"));
+        self.source.number += 1;
+        self.source.began = self.now;
+        self.source.kept = Some(disk.clone());
+        let core = Leftover::abandoned("5e55".to_owned(), World::uri(), disk.epoch, Vec::new());
+        self.source.process = Some(Process::Leftover(Box::new(core)));
+        self.tell_source(Input::Begin);
+    }
+
+    /// All lanes are open, of which nothing is wanted but to know who answers.
+    pub(super) fn knocked(&mut self, link: u32) {
+        self.source.opening = None;
+        self.source_hangs_up(link, true);
+        self.run_leftover(leftover::Input::Knocked(Knocked::Opened));
+    }
+
+    pub(super) fn is_knocking(&self) -> bool {
+        matches!(self.source.process, Some(Process::Leftover(_)))
+            && matches!(self.source.opening, Some(Opening { word: None, .. }))
     }
 
     pub(super) fn source_loses(&mut self, link: u32, lane: Lane) {

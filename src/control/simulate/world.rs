@@ -244,7 +244,9 @@ impl World {
             cancels: random.percent(2),
             cancels_there: random.percent(2),
         };
-        let source = SourceSide::new(&mut random);
+        // From numbers of its own: the runs of other seeds stay as they are.
+        let is_mistaken = Random(!seed).percent(25);
+        let source = SourceSide::new(&mut random, is_mistaken);
         let destination = Destination::new(&mut random);
         let mut world = World {
             random,
@@ -648,6 +650,10 @@ impl World {
             Ok(link) => link,
             Err(error) => return self.opening_fails(error),
         };
+        if self.is_knocking() {
+            self.lanes_come();
+            return self.knocked(link);
+        }
         self.source.opening =
             Some(Opening { attempt, link: Some(link), word: word.clone(), has_parted: false });
         self.at(self.now + HELLO_TIMEOUT, Happening::OpeningIsLate { attempt });

@@ -144,10 +144,9 @@ impl Source {
             return Ok(());
         };
         let why = std::mem::take(why);
-        let verdict = self.suspicion.lost(&why, self.heard.bytes, now.checksum_errors);
-        let (events, in_vain) = verdict.into_parts();
+        let (bytes, errors) = (self.heard.bytes, now.checksum_errors);
+        let (events, in_vain) = self.route.pausing.lost(&why, bytes, errors);
         events.into_iter().for_each(|event| self.tell(event));
-        self.route.is_paused |= in_vain.is_some();
         self.announce(in_vain.as_deref().unwrap_or(&why));
         self.attempt(now)
     }
@@ -157,10 +156,10 @@ impl Source {
         self.do_next(Effect::Show("waiting"));
         let reason = why.to_owned();
         self.tell(match &self.route.target {
-            Target::Way(Way::Given) if !self.route.is_paused => {
+            Target::Way(Way::Given) if !self.route.pausing.is_paused() => {
                 Event::Recovering { reason, route: Told::Given }
             }
-            Target::Way(Way::Dial(uri)) if !self.route.is_paused => {
+            Target::Way(Way::Dial(uri)) if !self.route.pausing.is_paused() => {
                 Event::Recovering { reason, route: Told::Dials(uri.clone()) }
             }
             _ => Event::Paused { reason, pause: Pause::Source },
@@ -193,7 +192,7 @@ impl Source {
             Opened::Lanes(standing) => {
                 self.phase_of(standing, now)?;
                 // A pause that came meanwhile takes effect at once.
-                if !self.route.is_paused {
+                if !self.route.pausing.is_paused() {
                     self.go_on(standing, now);
                     return Ok(());
                 }
@@ -207,7 +206,7 @@ impl Source {
                 // What was given is used up; an order that has come meanwhile has said so, or may be another way.
                 let reason = error.to_string();
                 match self.route.target {
-                    _ if self.route.is_paused => {}
+                    _ if self.route.pausing.is_paused() => {}
                     Target::Nowhere => self.announce(&reason),
                     Target::Way(_) => self.tell(Event::Retrying { reason }),
                 }
@@ -314,7 +313,7 @@ impl Source {
     fn ordered_without_lanes(&mut self, order: Order, now: &Moment) -> Result<()> {
         match order {
             Order::Pause => {
-                self.route.is_paused = true;
+                self.route.pausing.pause();
                 self.announce("paused by hand");
                 return Ok(());
             }
@@ -326,7 +325,7 @@ impl Source {
                 if let Some(uri) = uri {
                     self.route.target = Target::Way(Way::Dial(uri));
                 }
-                self.route.is_paused = false;
+                self.route.pausing.resume();
             }
         }
         self.attempt_if_waiting(now)

@@ -1,10 +1,12 @@
-//! A session that a process has left in which nothing is served: the guest goes on here, or its destination has
-//! everything. What is left is to tell the destination so.
+//! A session that a process has left in which nothing is served: the guest goes on here, its destination has
+//! everything, or a person ends the session. In the first two cases the destination is notified. A session is ended by a
+//! person only where nobody answers at the destination's address: its guest never runs here again.
 //!
 //! ```text
-//! no switchover had left:    Undo -> Undone ---+
-//!                                              +--> Calling --> Ended
-//! the destination has everything: -------------+
+//! no switchover had left:         Undoing ---+
+//!                                            +--> Calling --> Ended
+//! the destination has everything: -----------+                  ^
+//! a person abandons the session:  Knocking ---------------------+
 //! ```
 
 use std::time::{Duration, Instant};
@@ -13,7 +15,40 @@ use crate::control::Effects;
 use crate::control::calling::{Call, Called, Next, Word};
 use crate::error::{Error, Result};
 use crate::events::{Event, Remark, Undone};
+use crate::session::SourceState;
 use crate::transport::uri::Uri;
+
+/// What `--resume` does with a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Plan {
+    /// No switchover had left: the guest goes on here.
+    Undo,
+    /// The guest may run at the destination, which is served.
+    Serve,
+    /// The same, and a person says that nobody needs what is here.
+    Abandon,
+    /// The destination has everything.
+    Part,
+}
+
+/// The next step for a session with this record.
+///
+/// # Errors
+/// The guest can go on here: there is nothing to abandon.
+pub(crate) fn plan(state: SourceState, is_abandoned: bool) -> Result<Plan> {
+    Ok(match (state, is_abandoned) {
+        (SourceState::Stopped, false) => Plan::Undo,
+        (SourceState::Stopped, true) => {
+            return Err(Error::Usage(
+                "no switchover had left, so that the guest can go on here: leave out --abandon"
+                    .into(),
+            ));
+        }
+        (SourceState::Committed, false) => Plan::Serve,
+        (SourceState::Committed, true) => Plan::Abandon,
+        (SourceState::Completed, _) => Plan::Part,
+    })
+}
 
 /// How long a destination is tried that needs nothing but a word.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -26,7 +61,20 @@ pub(crate) enum Input {
     Undone(Result<Undone>),
     /// Answers [`Effect::Call`].
     Called(Called),
+    /// Answers [`Effect::Knock`].
+    Knocked(Knocked),
     NotDone(Error),
+}
+
+/// Who answers at the destination's address.
+#[derive(Debug)]
+pub(crate) enum Knocked {
+    /// The destination, which serves the session: all lanes have been open.
+    Opened,
+    /// Lanes could not be opened, for this reason.
+    NotOpened(Error),
+    /// The session had one connection, which is gone: there is no address.
+    NoAddress,
 }
 
 #[derive(Debug)]
@@ -41,6 +89,10 @@ pub(crate) enum Effect {
         until: Instant,
         word: Word,
     },
+    /// Open all lanes once, and close them. Answered by [`Input::Knocked`].
+    Knock {
+        epoch: u32,
+    },
     /// Free the guest's memory here, where that was wished.
     Free,
     /// Remove the record.
@@ -51,7 +103,7 @@ pub(crate) enum Effect {
 impl crate::control::Effect for Effect {
     fn has_answer(&self) -> bool {
         match self {
-            Effect::Undo | Effect::Call { .. } => true,
+            Effect::Undo | Effect::Call { .. } | Effect::Knock { .. } => true,
             Effect::Epoch(_) | Effect::Free | Effect::Forget | Effect::Tell(_) => false,
         }
     }
@@ -60,6 +112,7 @@ impl crate::control::Effect for Effect {
 #[derive(Debug)]
 enum Doing {
     Undoing,
+    Knocking,
     Calling(Call, About),
     Ended(Result<()>),
 }
@@ -77,6 +130,8 @@ enum About {
 pub(crate) struct Leftover {
     session: String,
     uri: Uri,
+    /// The files of the guest's memory, which stay with an abandoned session.
+    ram: Vec<String>,
     /// Of the last attempt to open lanes, of any process.
     epoch: u32,
     doing: Doing,
@@ -86,14 +141,22 @@ pub(crate) struct Leftover {
 impl Leftover {
     /// No switchover had left.
     pub(crate) fn stopped(session: String, uri: Uri, epoch: u32) -> Leftover {
-        Leftover { session, uri, epoch, doing: Doing::Undoing, effects: Effects::new() }
+        Leftover::of(session, uri, epoch, Doing::Undoing)
     }
 
     /// The destination has everything, and may not have heard the goodbye.
     pub(crate) fn completed(session: String, uri: Uri, epoch: u32, now: Instant) -> Leftover {
         let call = Call::new(uri.clone(), Word::Goodbye, PATIENCE, now);
-        let doing = Doing::Calling(call, About::Parts);
-        Leftover { session, uri, epoch, doing, effects: Effects::new() }
+        Leftover::of(session, uri, epoch, Doing::Calling(call, About::Parts))
+    }
+
+    /// A person says that nobody needs what is here, which is in these files.
+    pub(crate) fn abandoned(session: String, uri: Uri, epoch: u32, ram: Vec<String>) -> Leftover {
+        Leftover { ram, ..Leftover::of(session, uri, epoch, Doing::Knocking) }
+    }
+
+    fn of(session: String, uri: Uri, epoch: u32, doing: Doing) -> Leftover {
+        Leftover { session, uri, ram: Vec::new(), epoch, doing, effects: Effects::new() }
     }
 
     /// Takes what has happened; the answer is what is to be done, in order.
@@ -106,10 +169,13 @@ impl Leftover {
         let next = match (input, &mut self.doing) {
             (Input::Begin, Doing::Undoing) => return self.effects.push(Effect::Undo),
             (Input::Undone(Ok(how)), Doing::Undoing) => return self.is_undone(how, now),
-            (Input::Undone(Err(error)) | Input::NotDone(error), Doing::Undoing) => {
+            (Input::Undone(Err(error)) | Input::NotDone(error), Doing::Undoing)
+            | (Input::NotDone(error), Doing::Knocking) => {
                 self.doing = Doing::Ended(Err(error));
                 return;
             }
+            (Input::Begin, Doing::Knocking) => return self.knock(),
+            (Input::Knocked(knocked), Doing::Knocking) => return self.has_knocked(knocked),
             (Input::Called(called), Doing::Calling(call, _)) => call.called(called, now),
             (Input::NotDone(error), Doing::Calling(..)) => Next::Over(Err(error)),
             (Input::Begin | Input::Time, Doing::Calling(call, _)) => call.look(now),
@@ -121,7 +187,7 @@ impl Leftover {
     pub(crate) fn deadline(&self) -> Option<Instant> {
         match &self.doing {
             Doing::Calling(call, _) => call.deadline(),
-            Doing::Undoing | Doing::Ended(_) => None,
+            Doing::Undoing | Doing::Knocking | Doing::Ended(_) => None,
         }
     }
 
@@ -133,8 +199,67 @@ impl Leftover {
     pub(crate) fn into_outcome(self) -> Option<Result<()>> {
         match self.doing {
             Doing::Ended(outcome) => Some(outcome),
-            Doing::Undoing | Doing::Calling(..) => None,
+            Doing::Undoing | Doing::Knocking | Doing::Calling(..) => None,
         }
+    }
+
+    fn knock(&mut self) {
+        match self.next_epoch() {
+            Ok(epoch) => self.effects.push(Effect::Knock { epoch }),
+            Err(error) => self.doing = Doing::Ended(Err(error)),
+        }
+    }
+
+    /// Nobody must answer: the guest's only memory may be here, and nobody serves it from here on.
+    fn has_knocked(&mut self, knocked: Knocked) {
+        let outcome = match knocked {
+            Knocked::Opened => Err(Error::Environment(format!(
+                "the session is not abandoned: the destination at {} serves this session, and --resume {} without \
+                 --abandon goes on with it",
+                self.uri, self.session
+            ))),
+            Knocked::NotOpened(error) => self.may_be_abandoned(error),
+            Knocked::NoAddress => Ok(()),
+        };
+        if outcome.is_ok() {
+            self.effects.push(Effect::Forget);
+            let (session, ram) = (self.session.clone(), std::mem::take(&mut self.ram));
+            self.effects.push(Effect::Tell(Event::Abandoned { session, ram }));
+        }
+        self.doing = Doing::Ended(outcome);
+    }
+
+    /// Whether a session may be abandoned to whose destination no lanes could be opened.
+    fn may_be_abandoned(&self, error: Error) -> Result<()> {
+        let uri = &self.uri;
+        let who = match error {
+            Error::Connect { .. } => return Ok(()),
+            Error::Interrupted(_) => return Err(error),
+            // Perhaps it is paused. It may also be the destination of another guest by now.
+            Error::Peer { text, .. } => format!("a umem at {uri} answers ({text})"),
+            // A process that is stopped takes connections, too.
+            Error::Lost { .. } | Error::Insecure { .. } | Error::Protocol { .. } => {
+                format!("a program at {uri} takes connections ({error})")
+            }
+            error => {
+                return Err(Error::Environment(format!(
+                    "the session is not abandoned: whether a umem answers at {uri} could not be found out: {error}"
+                )));
+            }
+        };
+        Err(Error::Environment(format!(
+            "the session is not abandoned: {who}; if that is not this guest's destination, name an address of that one's host \
+             where nobody answers"
+        )))
+    }
+
+    /// More than any that has been used, and written down before it is.
+    fn next_epoch(&mut self) -> Result<u32> {
+        let next = self.epoch.checked_add(1);
+        self.epoch = next
+            .ok_or_else(|| Error::Unsupported("the connection has been lost too often".into()))?;
+        self.effects.push(Effect::Epoch(self.epoch));
+        Ok(self.epoch)
     }
 
     fn is_undone(&mut self, how: Undone, now: Instant) {
@@ -151,16 +276,16 @@ impl Leftover {
         let about = *about;
         let told = match next {
             Next::Wait => return,
-            Next::Dial => match self.epoch.checked_add(1) {
-                Some(epoch) => {
-                    let (until, word) = (call.until, call.word.clone());
-                    self.epoch = epoch;
-                    self.effects.push(Effect::Epoch(epoch));
-                    self.effects.push(Effect::Call { epoch, until, word });
-                    return;
+            Next::Dial => {
+                let (until, word) = (call.until, call.word.clone());
+                match self.next_epoch() {
+                    Ok(epoch) => {
+                        self.effects.push(Effect::Call { epoch, until, word });
+                        return;
+                    }
+                    Err(error) => Err(error),
                 }
-                None => Err(Error::Unsupported("the connection has been lost too often".into())),
-            },
+            }
             Next::Over(told) => told,
         };
         match (about, told) {
@@ -182,5 +307,86 @@ impl Leftover {
             }
         }
         self.doing = Doing::Ended(Ok(()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use umem_wire::FaultCode;
+
+    use super::*;
+
+    fn uri() -> Uri {
+        "tcp:destination:4444".parse().unwrap()
+    }
+
+    fn connect(kind: io::ErrorKind) -> Knocked {
+        Knocked::NotOpened(Error::Connect { uri: uri().to_string(), source: kind.into() })
+    }
+
+    /// The effects and the outcome of an attempt to abandon a session at whose destination this was found.
+    fn abandon(knocked: Knocked) -> (Vec<Effect>, Result<()>) {
+        let now = Instant::now();
+        let ram = vec!["/dev/shm/guest".to_owned()];
+        let mut core = Leftover::abandoned("5e55".into(), uri(), 6, ram);
+        let effects: Vec<Effect> = core.handle(Input::Begin, now).collect();
+        let [Effect::Epoch(7), Effect::Knock { epoch: 7 }] = effects[..] else {
+            panic!("{effects:?}")
+        };
+        let effects = core.handle(Input::Knocked(knocked), now).collect();
+        assert!(core.has_ended());
+        (effects, core.into_outcome().unwrap())
+    }
+
+    #[test]
+    fn session_is_abandoned_only_where_nobody_answers() {
+        use io::ErrorKind::{ConnectionRefused, HostUnreachable, NotFound, TimedOut};
+        let nobody = [ConnectionRefused, HostUnreachable, NotFound, TimedOut].map(connect);
+        for knocked in nobody.into_iter().chain([Knocked::NoAddress]) {
+            let what = format!("{knocked:?}");
+            let (effects, outcome) = abandon(knocked);
+            assert!(outcome.is_ok(), "{what}: {outcome:?}");
+            let [Effect::Forget, Effect::Tell(Event::Abandoned { ram, .. })] = &effects[..] else {
+                panic!("{what}: {effects:?}")
+            };
+            assert_eq!(ram[..], ["/dev/shm/guest"]);
+        }
+        let lane = || "demand lane".to_owned();
+        let answers = [
+            Error::Peer { side: "destination", code: FaultCode::Refused, text: "paused".into() },
+            Error::Lost { side: "destination", lane: lane(), what: "closed".into() },
+            Error::Insecure { side: "destination", what: "another certificate".into() },
+            Error::Protocol { lane: lane(), what: "no umem".into() },
+            // umem's own affairs, which say nothing of the destination.
+            Error::Environment("the secret cannot be read".into()),
+            Error::System { what: "socket".into(), source: io::ErrorKind::OutOfMemory.into() },
+        ];
+        for knocked in answers.into_iter().map(Knocked::NotOpened).chain([Knocked::Opened]) {
+            let what = format!("{knocked:?}");
+            let (effects, outcome) = abandon(knocked);
+            assert!(effects.is_empty(), "{what}: {effects:?}");
+            let says = outcome.unwrap_err().to_string();
+            assert!(says.starts_with("the session is not abandoned: "), "{what}: {says}");
+        }
+    }
+
+    #[test]
+    fn session_whose_epoch_cannot_be_written_is_not_abandoned() {
+        let now = Instant::now();
+        let mut core = Leftover::abandoned("5e55".into(), uri(), 6, Vec::new());
+        core.handle(Input::Begin, now).for_each(drop);
+        let error = Error::Environment("the disk is full".into());
+        assert_eq!(core.handle(Input::NotDone(error), now).count(), 0);
+        assert!(core.into_outcome().unwrap().is_err());
+    }
+
+    #[test]
+    fn session_without_a_switchover_is_not_abandoned() {
+        let says = plan(SourceState::Stopped, true).unwrap_err().to_string();
+        assert!(says.contains("leave out --abandon"), "{says}");
+        assert_eq!(plan(SourceState::Committed, true).unwrap(), Plan::Abandon);
+        assert_eq!(plan(SourceState::Completed, true).unwrap(), Plan::Part);
     }
 }

@@ -351,7 +351,7 @@ impl Source {
     fn ordered(&mut self, order: &Order, now: &Moment) -> Result<()> {
         match order {
             Order::Pause if self.has_left() => {
-                self.route.is_paused = true;
+                self.route.pausing.pause();
                 self.recover("paused by hand", now)
             }
             Order::Pause => {
@@ -373,7 +373,8 @@ impl Source {
 
     /// By hand: lanes are opened on connections from here on, and no address is dialled.
     pub(super) fn give(&mut self) {
-        self.route = super::Route { target: Target::Way(Way::Given), is_paused: false };
+        self.route.target = Target::Way(Way::Given);
+        self.route.pausing.resume();
     }
 
     /// Ctrl-C: gives up while the guest is still ours; afterwards the destination needs us. Without

@@ -35,7 +35,7 @@ use super::backoff::Jitter;
 use super::calling::{Call, Called, Word};
 use super::doubt::{Doubt, is_effect};
 use super::liveness::Steps;
-use super::suspicion::ChecksumBreaker;
+use super::pausing::Pausing;
 use super::{Effects, Moment, Order};
 use crate::error::{Error, Result};
 use crate::events::{CUT, Event};
@@ -424,8 +424,8 @@ enum PutBack {
 #[derive(Debug)]
 struct Route {
     target: Target,
-    /// By hand, or as too many were lost in vain: none are opened.
-    is_paused: bool,
+    /// While it is paused none are opened.
+    pausing: Pausing,
 }
 
 #[derive(Debug)]
@@ -437,7 +437,7 @@ enum Target {
 
 impl Route {
     fn is_open(&self) -> bool {
-        !self.is_paused && matches!(self.target, Target::Way(_))
+        !self.pausing.is_paused() && matches!(self.target, Target::Way(_))
     }
 
     fn uri(&self) -> Option<&Uri> {
@@ -450,7 +450,7 @@ impl Route {
     /// The way of an attempt, if there is one; connections are good for one.
     fn take(&mut self) -> Option<Way> {
         match &self.target {
-            _ if self.is_paused => None,
+            _ if self.pausing.is_paused() => None,
             Target::Way(Way::Dial(uri)) => Some(Way::Dial(uri.clone())),
             Target::Way(Way::Given) => {
                 self.target = Target::Nowhere;
@@ -524,7 +524,6 @@ pub(crate) struct Source {
     /// Somebody has asked for the end of the passes before they began.
     is_cut_early: bool,
     steps: Steps,
-    suspicion: ChecksumBreaker,
     jitter: Jitter,
     times: Times,
     /// Why the record stays of a guest that was never stopped.
@@ -567,7 +566,7 @@ impl Source {
             doing,
             switchover: Switchover::Plain,
             put_back: PutBack::NotAsked,
-            route: Route { target, is_paused: false },
+            route: Route { target, pausing: Pausing::default() },
             epoch: 0,
             heard: Heard::default(),
             has_arrived: false,
@@ -576,7 +575,6 @@ impl Source {
             rounds: None,
             is_cut_early: false,
             steps: Steps::new(plan.step_timeout, now),
-            suspicion: ChecksumBreaker::default(),
             jitter: Jitter::of(plan.seed),
             times: Times::default(),
             not_tidied: None,

@@ -23,7 +23,7 @@ use umem_wire::{Capabilities, PageSize, Region, RegionId, RegionTable};
 use super::parting::Caller;
 use crate::control::calling::{Called, Word};
 use crate::control::liveness::STEP_TIMEOUT;
-use crate::control::source::leftover::{self, Leftover};
+use crate::control::source::leftover::{self, Knocked, Leftover};
 use crate::control::source::{Heard, Input, Left, Record, Source};
 use crate::error::{Error, Result};
 use crate::events::{Event, Remark, Undone};
@@ -65,6 +65,9 @@ pub struct Options {
 const STANDS_STILL: &str = "the guest's monitor has not answered, and the guest may stand still here: query the \
     monitor with `query-status`, then repeat the same --resume";
 
+/// The consequence of an interrupt while umem finds out whether a destination answers.
+const STAYS: &str = "the session is unchanged";
+
 /// Continues a session whose process is gone, or ends the session.
 ///
 /// # Errors
@@ -79,15 +82,15 @@ pub fn run(options: &Options) -> Result<()> {
     };
     let security = options.resume.security(&record);
     let taken = Taken { keeper, record, uri, security, output };
-    match (taken.record.state, options.abandon) {
-        (SourceState::Stopped, false) => taken.undo(),
-        (SourceState::Stopped, true) => Err(Error::Usage(
-            "no switchover was sent, so the guest can continue here: leave out --abandon".into(),
-        )),
-        (SourceState::Committed, false) => taken.go_on(options),
-        (SourceState::Committed, true) => taken.abandon(),
-        (SourceState::Completed, _) => taken.part(),
-    }
+    let now = Instant::now();
+    let (session, uri, epoch) = (taken.keeper.session(), taken.uri.clone(), taken.record.epoch);
+    let core = match leftover::plan(taken.record.state, options.abandon)? {
+        leftover::Plan::Serve => return taken.go_on(options),
+        leftover::Plan::Undo => Leftover::stopped(session, uri, epoch),
+        leftover::Plan::Part => Leftover::completed(session, uri, epoch, now),
+        leftover::Plan::Abandon => Leftover::abandoned(session, uri, epoch, taken.ram_files()),
+    };
+    taken.carry_out(core)
 }
 
 /// A session that this process has taken over.
@@ -109,16 +112,10 @@ impl Taken {
         Ok(Session { id, bulk_lanes: self.record.bulk_lanes, capabilities })
     }
 
-    /// Continues the guest here: no switchover was sent.
-    fn undo(self) -> Result<()> {
-        let (session, uri, epoch) = (self.keeper.session(), self.uri.clone(), self.record.epoch);
-        self.carry_out(Leftover::stopped(session, uri, epoch))
-    }
-
-    /// Says goodbye again: the destination is complete, and may have missed the goodbye.
-    fn part(self) -> Result<()> {
-        let (session, uri, epoch) = (self.keeper.session(), self.uri.clone(), self.record.epoch);
-        self.carry_out(Leftover::completed(session, uri, epoch, Instant::now()))
+    /// The guest's RAM files that stay when the session ends.
+    fn ram_files(&self) -> Vec<String> {
+        let files = self.record.ram.iter().filter(|ram| !ram.is_own);
+        files.map(|ram| ram.path.display().to_string()).collect()
     }
 
     /// Carries out the remaining steps of a session that has no pages to serve.
@@ -167,6 +164,16 @@ impl Taken {
                 let called = called.unwrap_or_else(Called::NotHeard);
                 return Ok(Some(leftover::Input::Called(called)));
             }
+            leftover::Effect::Knock { epoch } => {
+                let knocked = match self.uri.is_one_connection() {
+                    true => Knocked::NoAddress,
+                    false => match self.open_lanes(epoch, inbox) {
+                        Ok(_) => Knocked::Opened,
+                        Err(error) => Knocked::NotOpened(error),
+                    },
+                };
+                return Ok(Some(leftover::Input::Knocked(knocked)));
+            }
             leftover::Effect::Free => self.free(),
             leftover::Effect::Forget => {
                 self.record.remove_own_files();
@@ -212,62 +219,15 @@ impl Taken {
         }
     }
 
-    /// An epoch above all earlier ones.
-    fn next_epoch(&self) -> Result<u32> {
-        let mut next = None;
-        self.keeper.edit(|record| {
-            next = record.epoch.checked_add(1);
-            record.epoch = next.unwrap_or(record.epoch);
-        })?;
-        next.ok_or_else(|| {
-            Error::Unsupported("the connections have been lost too often: no epoch is left".into())
-        })
-    }
-
-    /// Opens all lanes in a new epoch, the demand lane first.
-    fn open_lanes(&self, inbox: &Inbox<crate::source::Note>) -> Result<Vec<Lane>> {
-        if self.uri.is_one_connection() {
-            return Err(Error::Unsupported(
-                "the session had one connection, which cannot be opened again".into(),
-            ));
-        }
+    /// All lanes of this attempt, the demand lane first.
+    fn open_lanes(&self, epoch: u32, inbox: &Inbox<crate::source::Note>) -> Result<Vec<Lane>> {
         let session = self.session()?;
         let (security, uri) = (self.security.clone(), self.uri.clone());
         let load = move || ClientAuth::load(&security, &uri);
-        let pass = inbox.wait_for_work("the session is unchanged", None, load)?;
-        let epoch = self.next_epoch()?;
-        let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
+        let pass = inbox.wait_for_work(STAYS, None, load)?;
+        let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| inbox.wait_ready(fds, limit, STAYS);
         let open = |index| secure::dial(&self.uri, &session.hello(index, epoch), &pass, &wait);
         (0..=session.bulk_lanes).map(open).collect()
-    }
-
-    /// Ends the session although the destination may need pages: no destination answers. The guest never runs here
-    /// again, and its memory stays as it is.
-    fn abandon(self) -> Result<()> {
-        let (uri, session) = (&self.uri, self.keeper.session());
-        match self.open_lanes(&Inbox::new()?) {
-            Ok(_) => {
-                return Err(Error::Environment(format!(
-                    "the session is not abandoned: the destination at {uri} serves it; continue it with \
-                     --resume {session} without --abandon"
-                )));
-            }
-            // The destination may be paused, or receive another guest by now.
-            Err(Error::Peer { text, .. }) => {
-                return Err(Error::Environment(format!(
-                    "the session is not abandoned: a umem at {uri} answers ({text}); if it is not this guest's \
-                     destination, write an unused address of the destination's host as the URI"
-                )));
-            }
-            Err(error @ Error::Interrupted(_)) => return Err(error),
-            Err(_) => {}
-        }
-        let files = self.record.ram.iter().filter(|ram| !ram.is_own);
-        let ram: Vec<String> = files.map(|ram| ram.path.display().to_string()).collect();
-        self.record.remove_own_files();
-        self.keeper.remove();
-        self.output.tell(&Event::Abandoned { session, ram });
-        Ok(())
     }
 
     /// Serves the guest's memory.
