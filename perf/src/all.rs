@@ -16,18 +16,18 @@ use crate::{Arguments, interrupt, page};
     subcommand,
     name = "all",
     note = "A subject that cannot be measured on this machine is left out; the page states why. Some of \
-            them need root; `qemu` needs the kernel and QEMU of the tests, `link10` iperf3."
+            them need root; `qemu` and `rounds` need the kernel and QEMU of the tests, `link10` iperf3."
 )]
 pub(crate) struct Options {
-    /// turns of each subject (default 2); subjects that take seconds have six times as many, `qemu`
-    /// and `size` one more
+    /// turns of each subject (default 2); subjects that take seconds have six times as many, `qemu`,
+    /// `rounds` and `size` one more
     #[argh(option, default = "2")]
     rounds: usize,
-    /// the guests' RAM, MiB; `qemu` has twice as much, `size` up to eight times (default 1024)
+    /// the guests' RAM, MiB; `qemu` and `rounds` have twice as much, `size` up to eight times (default 1024)
     #[argh(option, default = "1024")]
     size: usize,
     /// measure only these, separated by commas: floor, land, zeroes, fault, qemu, qemu-idle,
-    /// link10, patterns, size, bench
+    /// rounds, link10, patterns, size, bench
     #[argh(option)]
     only: Option<List<String>>,
     /// on a virtual machine: move all free memory except this much, MiB, into the kernel's pool of
@@ -149,6 +149,10 @@ fn jobs(options: &Options) -> Vec<Job> {
     [
         ("qemu", format!("qemu --size {double} --fill {size} --rounds {more}")),
         ("qemu-idle", format!("qemu --idle --size {double} --fill {size} --rounds {more}")),
+        (
+            "rounds",
+            format!("rounds --loads idle,hot --size {double} --fill {size} --rounds {more}"),
+        ),
         ("fault", format!("fault --into memfd,anonymous --size {half} --rounds {many}")),
         ("land", format!("land --readers 0 --lanes 1,2 --size {size} --rounds {many}")),
         (
@@ -192,6 +196,6 @@ mod tests {
         };
         assert_eq!(names(&["--only", "size,land"]).unwrap(), ["land", "size"]);
         assert!(names(&["--only", "land,lnad"]).unwrap_err().to_string().contains("lnad"));
-        assert_eq!(names(&[]).unwrap().len(), 10);
+        assert_eq!(names(&[]).unwrap().len(), 11);
     }
 }

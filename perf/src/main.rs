@@ -17,6 +17,7 @@ mod fault;
 mod floor;
 mod interrupt;
 mod land;
+mod link;
 mod link10;
 mod machine;
 mod memory;
@@ -45,7 +46,7 @@ use crate::report::Measure;
     example = "The best rate of this machine's kernel:\n  {command_name} floor",
     example = "The time of a guest's first access to a page, with a plot:\n  {command_name} fault --svg \
                fault.svg",
-    example = "Everything, for about a quarter of an hour, as a page of results:\n  {command_name} all \
+    example = "Everything, for about an hour, as a page of results:\n  {command_name} all \
                --out RESULTS.md",
     example = "A Linux guest moved by QEMU and by umem in turns:\n  {command_name} qemu --rounds 3",
     error_code(1, "The measurement failed; stderr states why."),
@@ -67,6 +68,7 @@ enum What {
     Link10(link10::Options),
     Patterns(patterns::Options),
     Qemu(qemu::Options),
+    Rounds(qemu::rounds::Options),
     All(all::Options),
     Page(page::Options),
     Toucher(fault::Toucher),
@@ -84,6 +86,7 @@ impl What {
             What::Link10(options) => Some(options),
             What::Patterns(options) => Some(options),
             What::Qemu(options) => Some(options),
+            What::Rounds(options) => Some(options),
             What::All(_) | What::Page(_) | What::Toucher(_) => None,
         }
     }

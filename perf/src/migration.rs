@@ -55,14 +55,7 @@ impl Route<'_> {
         arguments: &[OsString],
         log: PathBuf,
     ) -> Result<Process> {
-        let Some(namespace) = namespace else {
-            return Process::start(name, self.umem, arguments, log);
-        };
-        // `ip` executes the program, which keeps the pid.
-        let mut inside = words(&["netns", "exec", namespace]);
-        inside.push(self.umem.into());
-        inside.extend_from_slice(arguments);
-        Process::start(name, Path::new("ip"), &inside, log)
+        Process::start_in(namespace, name, self.umem, arguments, log)
     }
 
     /// `umem incoming` with `options`, which starts `command`; returns it and its address.

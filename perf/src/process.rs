@@ -39,7 +39,22 @@ impl Process {
         arguments: &[OsString],
         errors: PathBuf,
     ) -> Result<Process> {
-        let mut command = Command::new(program);
+        Process::start_in(None, name, program, arguments, errors)
+    }
+
+    /// The same in a network namespace, if one is given.
+    pub(crate) fn start_in(
+        namespace: Option<&str>,
+        name: &'static str,
+        program: &Path,
+        arguments: &[OsString],
+        errors: PathBuf,
+    ) -> Result<Process> {
+        let mut command = Command::new(namespace.map_or(program, |_| Path::new("ip")));
+        if let Some(namespace) = namespace {
+            // `ip` executes the program, which keeps the pid.
+            command.args(["netns", "exec", namespace]).arg(program);
+        }
         command
             .args(arguments)
             .stdin(Stdio::null())

@@ -90,44 +90,67 @@ impl Qmp {
 
     /// Waits for an event; one that has come already counts.
     pub(crate) fn event(&mut self, name: &str, patience: Duration) -> Result<Event> {
-        self.matching(name, patience, |event| event.name == name)
+        let event = self.matching(name, patience, |event| event.name == name)?;
+        event.ok_or_else(|| format!("{name}: the monitor does not report it").into())
     }
 
     /// Waits until a migration has completed; a failed one is an error.
     pub(crate) fn migrated(&mut self, patience: Duration) -> Result<Event> {
-        let status = |event: &Event| match event.name.as_str() {
-            "MIGRATION" => event.data["status"].as_str().unwrap_or_default().to_owned(),
-            _ => String::new(),
-        };
-        let last = self.matching("the migration's end", patience, |event| {
-            matches!(status(event).as_str(), "completed" | "failed" | "postcopy-paused")
-        })?;
-        match status(&last).as_str() {
-            "completed" => Ok(last),
+        let event = self.migrated_within(patience)?;
+        event.ok_or_else(|| "QEMU's migration does not end".into())
+    }
+
+    /// The same; None if the migration goes on after this time.
+    pub(crate) fn migrated_within(&mut self, limit: Duration) -> Result<Option<Event>> {
+        let last = self.matching("the migration's end", limit, Event::is_end)?;
+        let Some(last) = last else { return Ok(None) };
+        match last.status() {
+            "completed" => Ok(Some(last)),
             other => failure(format!("QEMU's migration ended as {other}")),
         }
     }
 
+    /// Waits until a migration with the capability `events` has begun this pass over the guest's memory, from 1, or
+    /// has ended before.
+    pub(crate) fn pass(&mut self, pass: u64, patience: Duration) -> Result<()> {
+        let begun = |event: &Event| {
+            let is_pass = event.name == "MIGRATION_PASS";
+            is_pass && event.data["pass"].as_u64().is_some_and(|number| number >= pass)
+        };
+        let what = "the migration's pass";
+        let event = self.matching(what, patience, |event| begun(event) || event.is_end())?;
+        event.map(drop).ok_or_else(|| format!("QEMU's migration does not begin pass {pass}").into())
+    }
+
+    /// None if no such event has come in this time.
     fn matching(
         &mut self,
         what: &str,
         patience: Duration,
         is_it: impl Fn(&Event) -> bool,
-    ) -> Result<Event> {
+    ) -> Result<Option<Event>> {
         let deadline = Instant::now() + patience;
         loop {
             if let Some(event) = self.events.iter().find(|event| is_it(event)) {
-                return Ok(event.clone());
+                return Ok(Some(event.clone()));
             }
-            self.read(deadline).context(|| what)?;
+            if self.read_before(deadline).context(|| what)?.is_none() {
+                return Ok(None);
+            }
         }
     }
 
     /// The next object; an event is kept as well.
     fn read(&mut self, deadline: Instant) -> Result<Value> {
+        let object = self.read_before(deadline)?;
+        object.ok_or_else(|| "the monitor does not answer".into())
+    }
+
+    /// The same; None if none comes before the deadline.
+    fn read_before(&mut self, deadline: Instant) -> Result<Option<Value>> {
         let line = match self.lines.next(deadline)? {
             Next::Line(line) => line.text,
-            Next::Late => return failure("the monitor does not answer"),
+            Next::Late => return Ok(None),
             Next::Closed => return failure("the monitor has closed its connection"),
         };
         let object: Value = serde_json::from_str(&line).context(|| "a monitor's answer")?;
@@ -139,6 +162,19 @@ impl Qmp {
                 data: object["data"].clone(),
             });
         }
-        Ok(object)
+        Ok(Some(object))
+    }
+}
+
+impl Event {
+    /// Of a migration; empty for other events.
+    fn status(&self) -> &str {
+        let status = self.data["status"].as_str().filter(|_| self.name == "MIGRATION");
+        status.unwrap_or_default()
+    }
+
+    /// Whether a migration has ended, well or not.
+    fn is_end(&self) -> bool {
+        matches!(self.status(), "completed" | "failed" | "cancelled" | "postcopy-paused")
     }
 }

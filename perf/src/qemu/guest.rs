@@ -1,21 +1,31 @@
 //! The Linux guest in a QEMU: its command line, and its supervision.
 
 use std::ffi::OsString;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::error::{Result, failure};
-use crate::process::Process;
+use crate::error::{Context, Result, failure};
+use crate::link::Link;
+use crate::migration::Namespaces;
+use crate::process::{Lines, Process};
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
 
-use super::beats::beats_in;
+use super::beats::{Checked, beats_in, checked_in};
 
 /// A guest that has not booted by then never will.
 const BOOT_PATIENCE: Duration = Duration::from_secs(120);
 
 /// The guest counts as running evenly after this many beats of 100 ms.
-const SETTLED_BEATS: usize = 20;
+const SETTLED_BEATS: usize = 30;
+
+/// A guest that has arrived goes on, and has checked all of its memory, within this time.
+const CHECK_PATIENCE: Duration = Duration::from_secs(120);
+
+/// Pages of the guest's in a MiB.
+const PAGES_A_MIB: u64 = 256;
 
 /// The guest's RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,13 +38,56 @@ pub(super) enum Ram {
     Private,
 }
 
-/// The settings of every subject.
-pub(super) struct Setup {
-    pub(super) artefacts: Artefacts,
-    pub(super) umem: PathBuf,
+/// What the guest does with the memory that it has filled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Load {
+    /// Touches none of it.
+    Idle,
+    /// Reads random pages.
+    Read,
+    /// Writes random pages of a hot set of so many MiB.
+    Hot(u64),
+    /// Writes all pages in order, again and again.
+    Sequential,
+    /// Writes random pages.
+    Random,
+}
+
+impl Load {
+    /// Parameters of tests/guest.
+    fn parameters(self) -> String {
+        let (mode, write) = match self {
+            Load::Idle => ("idle", 0),
+            Load::Read => ("random", 0),
+            Load::Hot(mib) => return format!("umem.mode=hot umem.hot={mib} umem.write=100"),
+            Load::Sequential => ("sequential", 100),
+            Load::Random => ("random", 100),
+        };
+        format!("umem.mode={mode} umem.write={write}")
+    }
+}
+
+/// What the moves of a guest have in common.
+#[derive(Clone, Copy)]
+pub(super) struct Setup<'a> {
+    pub(super) artefacts: &'a Artefacts,
+    pub(super) umem: &'a Path,
     pub(super) size_mib: u64,
     pub(super) fill_mib: u64,
-    pub(super) idle: bool,
+    pub(super) load: Load,
+    /// None: both ends on this host, over the loopback address.
+    pub(super) link: Option<&'a Link>,
+    /// The guest is watched until its move has ended and it has printed so many beats at its destination.
+    pub(super) beats_min: usize,
+    /// QEMU's passes that have not ended by then are cancelled.
+    pub(super) limit: Option<Duration>,
+}
+
+/// The two ends of a move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    Source,
+    Destination,
 }
 
 /// Files of the tests.
@@ -72,18 +125,42 @@ impl Artefacts {
     }
 }
 
-impl Setup {
+impl Setup<'_> {
     pub(super) fn qemu(&self) -> &Path {
         &self.artefacts.qemu
     }
 
-    /// The options of a QEMU whose RAM is `ram`, with its console in `console` and a monitor on each
-    /// of `monitors`.
+    /// The address at which a destination listens.
+    pub(super) fn address(&self) -> &str {
+        self.namespaces().map_or("127.0.0.1", |namespaces| namespaces.address)
+    }
+
+    fn namespaces(&self) -> Option<Namespaces<'_>> {
+        self.link.map(Link::namespaces)
+    }
+
+    /// Starts a program at this end.
+    pub(super) fn start(
+        &self,
+        end: End,
+        name: &'static str,
+        program: &Path,
+        arguments: &[OsString],
+        errors: PathBuf,
+    ) -> Result<Process> {
+        let namespace = self.namespaces().map(|namespaces| match end {
+            End::Source => namespaces.source,
+            End::Destination => namespaces.destination,
+        });
+        Process::start_in(namespace, name, program, arguments, errors)
+    }
+
+    /// The options of a QEMU whose RAM is `ram`, with a monitor on each of `monitors`.
     pub(super) fn arguments(
         &self,
         ram: Ram,
         ram_path: &Path,
-        console: &Path,
+        console: &Console,
         monitors: &[&Path],
     ) -> Vec<OsString> {
         let size = self.size_mib;
@@ -96,10 +173,15 @@ impl Setup {
             }
             Ram::Private => format!("memory-backend-ram,id=ram0,size={size}M"),
         };
-        let mode = if self.idle { "idle" } else { "random" };
         let append = format!(
-            "console=ttyS0 quiet panic=-1 umem.mib={} umem.write=0 umem.sweep=0 umem.mode={mode}",
-            self.fill_mib
+            "console=ttyS0 quiet panic=-1 umem.mib={} umem.sweep=0 {}",
+            self.fill_mib,
+            self.load.parameters()
+        );
+        let serial = format!(
+            "socket,id=console,server=on,wait=off,path={},logfile={}",
+            console.input.display(),
+            console.output.display()
         );
         let mut arguments: Vec<OsString> = [
             // Names its threads, which distinguishes the vCPUs' processor time.
@@ -112,7 +194,8 @@ impl Setup {
             ("-object", &backend),
             ("-append", &append),
             ("-display", "none"),
-            ("-serial", &format!("file:{}", console.display())),
+            ("-chardev", &serial),
+            ("-serial", "chardev:console"),
         ]
         .into_iter()
         .flat_map(|(option, value)| [option.into(), value.into()])
@@ -128,52 +211,108 @@ impl Setup {
     }
 }
 
+/// A guest's console.
+pub(super) struct Console {
+    /// A file of what the guest has printed.
+    pub(super) output: PathBuf,
+    /// A socket for what it reads.
+    input: PathBuf,
+}
+
+impl Console {
+    pub(super) fn of(end: End, scratch: &Scratch) -> Console {
+        let [output, input] = match end {
+            End::Source => ["source.console", "source.keys"],
+            End::Destination => ["destination.console", "destination.keys"],
+        };
+        Console { output: scratch.file(output), input: scratch.file(input) }
+    }
+
+    /// Waits until the guest has printed so many beats.
+    pub(super) fn wait_for_beats(&self, count: usize) -> Result<()> {
+        wait_until(
+            || beats_in(&self.output).len() >= count,
+            || "the guest does not go on after its move".into(),
+        )
+    }
+
+    /// Has the guest that has arrived check all of its memory. A wrong word is an error.
+    pub(super) fn check_memory(&self, setup: &Setup<'_>) -> Result<()> {
+        let path = &self.input;
+        let mut keys = UnixStream::connect(path).context(|| path.display())?;
+        // Its QEMU waits for what it prints to be read.
+        let _printed = Lines::of(keys.try_clone().context(|| path.display())?);
+        keys.write_all(b"check\n").context(|| path.display())?;
+        wait_until(
+            || checked_in(&self.output).is_some(),
+            || "the guest does not check its memory after its move".into(),
+        )?;
+        let expected = Checked { pages: setup.fill_mib * PAGES_A_MIB, bad: 0 };
+        match checked_in(&self.output) {
+            Some(checked) if checked == expected => Ok(()),
+            Some(Checked { pages, bad }) => failure(format!(
+                "the guest found {bad} wrong words in {pages} pages after its move"
+            )),
+            None => failure("the guest's console has been cut off"),
+        }
+    }
+}
+
+fn wait_until(is_so: impl Fn() -> bool, otherwise: impl Fn() -> String) -> Result<()> {
+    let deadline = Instant::now() + CHECK_PATIENCE;
+    while !is_so() {
+        crate::interrupt::check()?;
+        if Instant::now() > deadline {
+            return failure(otherwise());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
 /// A QEMU that this program has started.
 pub(super) struct Vm {
     process: Process,
     pub(super) qmp: Qmp,
-    console: PathBuf,
+    pub(super) console: Console,
 }
 
 impl Vm {
     /// Starts a source's guest, with a second monitor that `other` connects to.
     pub(super) fn source(
-        setup: &Setup,
+        setup: &Setup<'_>,
         scratch: &Scratch,
         ram: Ram,
         ram_path: &Path,
         other: &Path,
     ) -> Result<Vm> {
-        let (monitor, console) = (scratch.file("source.qmp"), scratch.file("source.console"));
+        let monitor = scratch.file("source.qmp");
+        let console = Console::of(End::Source, scratch);
         let arguments = setup.arguments(ram, ram_path, &console, &[&monitor, other]);
-        let errors = scratch.file("source.log");
-        Vm::start(setup, "the source's QEMU", &arguments, &monitor, console, errors)
+        let log = scratch.file("source.log");
+        let name = "the source's QEMU";
+        let process = setup.start(End::Source, name, setup.qemu(), &arguments, log)?;
+        Vm::started(process, &monitor, console)
     }
 
     /// Starts a QEMU that waits for a guest from another QEMU.
     pub(super) fn destination(
-        setup: &Setup,
+        setup: &Setup<'_>,
         scratch: &Scratch,
         ram: Ram,
         ram_path: &Path,
     ) -> Result<Vm> {
         let monitor = scratch.file("destination.qmp");
-        let console = scratch.file("destination.console");
+        let console = Console::of(End::Destination, scratch);
         let mut arguments = setup.arguments(ram, ram_path, &console, &[&monitor]);
         arguments.extend(["-incoming", "defer"].map(OsString::from));
-        let errors = scratch.file("destination.log");
-        Vm::start(setup, "the destination's QEMU", &arguments, &monitor, console, errors)
+        let log = scratch.file("destination.log");
+        let name = "the destination's QEMU";
+        let process = setup.start(End::Destination, name, setup.qemu(), &arguments, log)?;
+        Vm::started(process, &monitor, console)
     }
 
-    fn start(
-        setup: &Setup,
-        name: &'static str,
-        arguments: &[OsString],
-        monitor: &Path,
-        console: PathBuf,
-        errors: PathBuf,
-    ) -> Result<Vm> {
-        let mut process = Process::start(name, setup.qemu(), arguments, errors)?;
+    fn started(mut process: Process, monitor: &Path, console: Console) -> Result<Vm> {
         process.wait_until(BOOT_PATIENCE, "make its monitor", || monitor.exists())?;
         Ok(Vm { process, qmp: Qmp::connect(monitor)?, console })
     }
@@ -182,34 +321,11 @@ impl Vm {
         self.process.pid()
     }
 
-    pub(super) fn console(&self) -> &Path {
-        &self.console
-    }
-
     /// Waits until the guest has filled its memory and runs evenly.
     pub(super) fn settle(&mut self) -> Result<()> {
-        let console = &self.console;
+        let console = &self.console.output;
         self.process.wait_until(BOOT_PATIENCE, "boot its guest", || {
             beats_in(console).len() >= SETTLED_BEATS
         })
-    }
-}
-
-/// Waits until the guest that has arrived beats on, without a wrong word.
-pub(super) fn check_arrived(console: &Path, seen: usize) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    loop {
-        crate::interrupt::check()?;
-        let beats = beats_in(console);
-        if let Some(beat) = beats.iter().find(|beat| beat.bad > 0) {
-            return failure(format!("the guest found {} wrong words after its move", beat.bad));
-        }
-        if beats.len() > seen + 1 {
-            return Ok(());
-        }
-        if Instant::now() > deadline {
-            return failure("the guest does not go on after its move");
-        }
-        std::thread::sleep(Duration::from_millis(20));
     }
 }

@@ -1,11 +1,15 @@
-//! `qemu`: the same Linux guest, moved by QEMU's own postcopy and by umem in turns.
+//! `qemu`: the same Linux guest, moved by QEMU's own postcopy and by umem in turns. `rounds`: the same for passes
+//! while the guest runs.
 //!
-//! Both ends run on this machine, over loopback TCP. The guest (tests/guest) reads its memory at
-//! random all the time and reports the time of its accesses on its console.
+//! Both ends run on this machine. The guest (tests/guest) reads or writes its memory all the time and reports the time
+//! of its accesses on its console.
 
 mod beats;
 mod guest;
-mod subject;
+mod mover;
+mod moving;
+mod quantity;
+pub(crate) mod rounds;
 
 use std::path::PathBuf;
 
@@ -16,11 +20,16 @@ use crate::error::{Result, usage};
 use crate::machine::Machine;
 use crate::process::find_umem;
 use crate::report::{Measure, Output, Report, Table, cell, progress};
-use crate::statistics::{Spread, finite};
+use crate::statistics::finite;
 use crate::svg::{Bar, Plot};
 
-use guest::{Artefacts, Ram, Setup};
-use subject::{Move, Subject};
+use guest::{Artefacts, Load, Ram, Setup};
+use mover::{Mover, Qemu, Subject, Umem};
+use moving::Move;
+use quantity::{
+    CPU, CPU_WITHOUT_VCPUS, DOWNTIME, DRAIN, LOST, MAX, P50, P99, Quantity, TOTAL, WORST_P99,
+    spreads, table,
+};
 
 /// The same Linux guest moved by QEMU's postcopy-preempt and by umem, in turns.
 #[derive(FromArgs)]
@@ -64,24 +73,34 @@ pub(crate) struct Options {
 /// MiB for the guest's kernel and initramfs, beside the memory that the guest fills.
 const KERNEL_MIB: u64 = 256;
 
+/// Whether a guest of this size, MiB, can fill so much.
+fn check_size(size: u64, fill: u64) -> Result<()> {
+    if size >= fill + KERNEL_MIB {
+        return Ok(());
+    }
+    usage(format!(
+        "--size {size} is too small for --fill {fill}: the guest's kernel needs {KERNEL_MIB} MiB more"
+    ))
+}
+
 impl Measure for Options {
     fn measure(&self) -> Result<Report> {
         let options = self;
         if options.rounds == 0 || options.fill == 0 {
             return usage("--rounds and --fill are at least 1");
         }
-        if options.size < options.fill + KERNEL_MIB {
-            return usage(format!(
-                "--size {} is too small for --fill {}: the guest's kernel needs {KERNEL_MIB} MiB more",
-                options.size, options.fill
-            ));
-        }
+        check_size(options.size, options.fill)?;
+        let artefacts = Artefacts::find(options.qemu.as_deref())?;
+        let umem = find_umem(options.umem.as_deref())?;
         let setup = Setup {
-            artefacts: Artefacts::find(options.qemu.as_deref())?,
-            umem: find_umem(options.umem.as_deref())?,
+            artefacts: &artefacts,
+            umem: &umem,
             size_mib: options.size,
             fill_mib: options.fill,
-            idle: options.idle,
+            load: if options.idle { Load::Idle } else { Load::Read },
+            link: None,
+            beats_min: 0,
+            limit: None,
         };
         let machine = Machine::describe();
         let mut moves: Vec<(Subject, Vec<Move>)> =
@@ -89,7 +108,7 @@ impl Measure for Options {
         for round in 1..=options.rounds {
             for (subject, moves) in &mut moves {
                 progress(&format!("round {round} of {}: {}", options.rounds, subject.name()));
-                let moved = subject.run(&setup)?;
+                let moved = subject.run(&setup)?.ok_or("postcopy at once comes to an end")?;
                 progress(&format!("moved in {:.2} s", moved.total_s));
                 moves.push(moved);
             }
@@ -108,55 +127,39 @@ const UMEM_RAM: [Ram; 2] = [Ram::File, Ram::HugeFile];
 
 fn subjects(options: &Options) -> Vec<Subject> {
     let all = [Ram::File, Ram::Private, Ram::HugeFile];
-    let mut subjects = all.map(Subject::Preempt).to_vec();
+    let mut subjects = all.map(|ram| Subject { mover: PREEMPT, ram }).to_vec();
     if options.plain {
-        subjects.extend(all.map(Subject::Plain));
+        subjects.extend(all.map(|ram| Subject { mover: PLAIN, ram }));
     }
-    subjects.extend(UMEM_RAM.map(Subject::Umem));
+    subjects.extend(UMEM_RAM.map(|ram| Subject { mover: UMEM, ram }));
     subjects
 }
 
-/// A compared quantity: its name in JSON, its head in the table, its digits there, its source.
-struct Quantity {
-    name: &'static str,
-    head: &'static str,
-    digits: usize,
-    get: fn(&Move) -> f64,
-}
+const PREEMPT: Mover = Mover::Qemu(Qemu::Preempt);
+const PLAIN: Mover = Mover::Qemu(Qemu::Plain);
+const UMEM: Mover = Mover::Umem(Umem::Postcopy);
 
-const QUANTITIES: [Quantity; 10] = [
-    Quantity { name: "total_s", head: "total s", digits: 2, get: |m| m.total_s },
-    Quantity { name: "stopped_to_complete_s", head: "stop→end s", digits: 2, get: |m| m.drain_s },
-    Quantity { name: "downtime_ms", head: "downtime ms", digits: 1, get: |m| m.downtime_ms },
-    Quantity { name: "latency_p50_us", head: "p50 µs", digits: 0, get: |m| m.latency.p50_us },
-    Quantity { name: "latency_p99_us", head: "p99 µs", digits: 0, get: |m| m.latency.p99_us },
-    Quantity {
-        name: "latency_p99_worst_us",
-        head: "worst p99",
-        digits: 0,
-        get: |m| m.latency.p99_worst_us,
-    },
-    Quantity { name: "latency_max_us", head: "max µs", digits: 0, get: |m| m.latency.max_us },
-    Quantity {
-        name: "work_lost_s",
-        head: "work lost s",
-        digits: 2,
-        get: |m| m.latency.work_lost_s,
-    },
-    Quantity { name: "cpu_s", head: "CPU s", digits: 2, get: |m| m.cpu.all_s },
-    Quantity {
-        name: "cpu_without_vcpus_s",
-        head: "without vCPUs",
-        digits: 2,
-        get: |m| m.cpu.without_vcpus_s(),
-    },
-];
+impl Subject {
+    fn name(self) -> String {
+        let mover = if self.mover == UMEM { "umem" } else { self.mover.name() };
+        format!("{mover}, {}", self.ram.name())
+    }
 
-impl Quantity {
-    fn spread(&self, moves: &[Move]) -> Spread {
-        Spread::of(moves.iter().map(self.get).collect())
+    /// Its name in JSON.
+    fn key(self) -> String {
+        let mover = if self.mover == UMEM { "umem" } else { self.mover.key() };
+        format!("{mover}_{}", self.ram.name().replace(' ', "_"))
+    }
+
+    /// Whether a peer's user would otherwise choose umem's RAM: of the same kind, or QEMU's
+    /// default.
+    fn is_peer_of(self, umem: Ram) -> bool {
+        self.mover != UMEM && (self.ram == umem || self.ram == Ram::Private)
     }
 }
+
+const QUANTITIES: [Quantity; 10] =
+    [TOTAL, DRAIN, DOWNTIME, P50, P99, WORST_P99, MAX, LOST, CPU, CPU_WITHOUT_VCPUS];
 
 fn report(options: &Options, machine: Machine, moves: &[(Subject, Vec<Move>)]) -> Report {
     let version = moves.iter().flat_map(|(_, moves)| moves).next();
@@ -182,9 +185,10 @@ fn report(options: &Options, machine: Machine, moves: &[(Subject, Vec<Move>)]) -
 
 /// The main figure: the time of a move.
 fn plot(moves: &[(Subject, Vec<Move>)]) -> Plot {
-    let bar = |(subject, moves): &(Subject, Vec<Move>)| {
-        let total_s = Spread::of(moves.iter().map(|moved| moved.total_s).collect());
-        Bar { name: subject.name(), value: finite(total_s.median), mark: None }
+    let bar = |(subject, moves): &(Subject, Vec<Move>)| Bar {
+        name: subject.name(),
+        value: finite(TOTAL.spread(moves).median),
+        mark: None,
     };
     let title = "A Linux guest, from giving the command to both sides' end";
     Plot::bars(title, "s", moves.iter().map(bar).collect())
@@ -204,23 +208,17 @@ fn highlights(moves: &[(Subject, Vec<Move>)]) -> Vec<String> {
 }
 
 fn figures_table(moves: &[(Subject, Vec<Move>)]) -> Table {
-    let mut head = vec!["medians"];
-    head.extend(QUANTITIES.iter().map(|measure| measure.head));
-    let mut table = Table::new(&head);
+    let mut table = table("medians", &QUANTITIES);
     for (subject, moves) in moves {
         let mut cells = vec![subject.name()];
-        cells.extend(
-            QUANTITIES.iter().map(|measure| cell(measure.spread(moves).median, measure.digits)),
-        );
+        cells.extend(QUANTITIES.iter().map(|quantity| quantity.cell(moves)));
         table.row(cells);
     }
     table
 }
 
 fn ratios_table(moves: &[(Subject, Vec<Move>)]) -> Table {
-    let mut head = vec!["a peer's over umem's"];
-    head.extend(QUANTITIES.iter().map(|measure| measure.head));
-    let mut table = Table::new(&head);
+    let mut table = table("a peer's over umem's", &QUANTITIES);
     for (peer, umem, ratios) in peers(moves) {
         let mut cells = vec![format!("{} / {}", peer.name(), umem.name())];
         cells.extend(ratios.iter().map(|&ratio| cell(ratio, 2)));
@@ -232,7 +230,7 @@ fn ratios_table(moves: &[(Subject, Vec<Move>)]) -> Table {
 /// Each peer's figures over umem's of the same round, with RAM of the same kind or with the peer's
 /// default; the median of the rounds'. Above 1 umem is better.
 fn peers(moves: &[(Subject, Vec<Move>)]) -> Vec<(Subject, Subject, Vec<f64>)> {
-    let of = |ram: Ram| moves.iter().find(move |(subject, _)| *subject == Subject::Umem(ram));
+    let of = |ram: Ram| moves.iter().find(move |(one, _)| *one == Subject { mover: UMEM, ram });
     let pairs = UMEM_RAM.into_iter().filter_map(|ram| Some((ram, of(ram)?)));
     let against = |(ram, (umem, ours)): (Ram, &(Subject, Vec<Move>))| {
         let ratios = |theirs: &[Move]| {
@@ -256,11 +254,8 @@ fn ratios(moves: &[(Subject, Vec<Move>)]) -> Value {
 }
 
 fn figure((subject, moves): &(Subject, Vec<Move>)) -> Value {
-    let mut object = serde_json::Map::new();
+    let mut object = spreads(&QUANTITIES, moves);
     object.insert("subject".into(), json!(subject.key()));
-    for measure in &QUANTITIES {
-        object.insert(measure.name.into(), json!(measure.spread(moves)));
-    }
     object.insert("moves".into(), json!(moves));
     Value::Object(object)
 }
@@ -288,7 +283,8 @@ fn method(options: &Options, version: &str) -> String {
          before the end: medians of the beats' p50 and p99 (which a mover's long tail without accesses to missing \
          pages lowers), the largest of their p99 and of their maxima; the first of them reaches \
          back before the switch. Work lost: seconds of the guest's work, at its rate of the last \
-         second at the source, that it did not get done in those beats. CPU: user and system time of both QEMUs and both \
+         two seconds before the move, that it did not get done from its last beat at the source to the end of those \
+         beats. After each move the guest has checked all of its memory. CPU: user and system time of both QEMUs and both \
          umem processes from start to end, in steps of 10 ms. The guest's own computing cannot \
          be separated from it; `without vCPUs` leaves out QEMU's vCPU threads, and with them the time of \
          page faults there. Ratios are a peer's figure over umem's of the same round, the median of the rounds'.",

@@ -12,7 +12,8 @@
 //! | `umem.threads=N` | threads that read and write | 2 |
 //! | `umem.seed=N` | seed of contents and choices | 1 |
 //! | `umem.write=N` | percentage of accesses that write | 30 |
-//! | `umem.mode=random\|sequential\|idle` | how pages are chosen; `idle` touches none | random |
+//! | `umem.mode=random\|sequential\|hot\|idle` | how pages are chosen; `hot`: at random in the hot set; `idle` touches none | random |
+//! | `umem.hot=N` | size of the hot set, MiB from the beginning of the memory, at most all of it | 64 |
 //! | `umem.balloon=N` | more memory, MiB, whose pages go to the host and come back | 0 |
 //! | `umem.sweep=0\|1` | one more thread checks all pages in order, again and again | 1 |
 //!
@@ -22,6 +23,7 @@
 //! umem-guest ready mib=256
 //! umem-guest beat=7 reads=8123 writes=3456 bad=0 pass=1 given=0 max_us=812 p50_us=3 p99_us=96 ms=700
 //! umem-guest BAD page=17 word=5 want=0123456789abcdef got=0000000000000000
+//! umem-guest checked pages=65536 bad=0
 //! umem-guest failed: …
 //! ```
 //!
@@ -29,6 +31,9 @@
 //! threads, wrong words, completed sweeps, ballooned pages. Its latencies are those of the first touch of a page since
 //! the beat before, in microseconds (the upper end of a bucket, at most 12 % high; `max_us` is exact). `ms` is the
 //! guest's clock since the memory was full. Only the first wrong word gets a BAD line.
+//!
+//! A line `check` that comes in on the console has all pages checked once, while the load goes on. The line `checked`
+//! follows, with the wrong words that the guest has found since it began.
 
 mod balloon;
 mod console;
@@ -69,6 +74,7 @@ fn run() -> Result<(), String> {
     if parameters.balloon_mib > 0 {
         start(&guest, Guest::give);
     }
+    start(&guest, Guest::answer);
     if parameters.mode != Mode::Idle {
         for index in 0..parameters.threads {
             start(&guest, move |guest| guest.work(index));
@@ -104,12 +110,12 @@ struct Counts {
 impl Guest {
     /// One load thread, forever.
     fn work(&self, index: u64) {
-        let pages = self.memory.pages();
+        let pages = self.parameters.load_pages(self.memory.pages());
         let mut random = Random::new(self.parameters.seed, index);
         let mut next = pages / self.parameters.threads * index;
         loop {
             let page = match self.parameters.mode {
-                Mode::Random => random.below(pages),
+                Mode::Random | Mode::Hot => random.below(pages),
                 _ => {
                     next = (next + 1) % pages;
                     next
@@ -127,6 +133,25 @@ impl Guest {
                 self.note(page, locked.check());
             }
             self.counts.passes.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Checks all pages when the console says so.
+    fn answer(&self) {
+        while console::waits_for("check") {
+            let workers = self.parameters.threads.max(1);
+            std::thread::scope(|scope| {
+                for worker in 0..workers {
+                    scope.spawn(move || {
+                        for page in (worker..self.memory.pages()).step_by(workers as usize) {
+                            let locked = self.memory.lock(page);
+                            self.note(page, locked.check());
+                        }
+                    });
+                }
+            });
+            let (pages, bad) = (self.memory.pages(), self.counts.bad.load(Relaxed));
+            console::line(&format!("umem-guest checked pages={pages} bad={bad}"));
         }
     }
 

@@ -10,6 +10,7 @@ pub(crate) struct Parameters {
     pub(crate) seed: u64,
     pub(crate) write_percent: u64,
     pub(crate) mode: Mode,
+    pub(crate) hot_mib: u64,
     pub(crate) sweep: bool,
     pub(crate) balloon_mib: u64,
 }
@@ -18,6 +19,7 @@ pub(crate) struct Parameters {
 pub(crate) enum Mode {
     Random,
     Sequential,
+    Hot,
     Idle,
 }
 
@@ -37,6 +39,7 @@ impl Parameters {
             seed: 1,
             write_percent: 30,
             mode: Mode::Random,
+            hot_mib: 64,
             sweep: true,
             balloon_mib: 0,
         };
@@ -52,12 +55,16 @@ impl Parameters {
                 "threads" => parameters.threads = number(value).ok_or_else(wrong)?,
                 "seed" => parameters.seed = number(value).ok_or_else(wrong)?,
                 "write" => parameters.write_percent = number(value).ok_or_else(wrong)?,
+                "hot" => {
+                    parameters.hot_mib = number(value).filter(|&mib| mib > 0).ok_or_else(wrong)?
+                }
                 "sweep" => parameters.sweep = number::<u64>(value).ok_or_else(wrong)? != 0,
                 "balloon" => parameters.balloon_mib = number(value).ok_or_else(wrong)?,
                 "mode" => {
                     parameters.mode = match value {
                         "random" => Mode::Random,
                         "sequential" => Mode::Sequential,
+                        "hot" => Mode::Hot,
                         "idle" => Mode::Idle,
                         _ => return Err(wrong()),
                     }
@@ -67,7 +74,17 @@ impl Parameters {
         }
         Ok(parameters)
     }
+
+    /// The pages that load threads choose from, of so many that there are: the first ones.
+    pub(crate) fn load_pages(&self, pages: u64) -> u64 {
+        match self.mode {
+            Mode::Hot => pages.min(self.hot_mib * PAGES_A_MIB),
+            Mode::Random | Mode::Sequential | Mode::Idle => pages,
+        }
+    }
 }
+
+const PAGES_A_MIB: u64 = 256;
 
 fn mount_proc() -> Result<(), String> {
     // SAFETY: all arguments are C strings or null.
@@ -112,8 +129,17 @@ mod tests {
     }
 
     #[test]
+    fn hot_load_stays_in_the_hot_set_and_others_have_all_pages() {
+        let pages = |line| Parameters::parse(line, MEMINFO).unwrap().load_pages(25_600);
+        assert_eq!(pages("umem.mode=hot"), 16_384);
+        assert_eq!(pages("umem.mode=hot umem.hot=1"), 256);
+        assert_eq!(pages("umem.mode=hot umem.hot=500"), 25_600);
+        assert_eq!(pages("umem.mode=random umem.hot=1"), 25_600);
+    }
+
+    #[test]
     fn wrong_parameters_are_reported() {
-        for line in ["umem.mib=x", "umem.mode=slow", "umem.mibs=1"] {
+        for line in ["umem.mib=x", "umem.mode=slow", "umem.mibs=1", "umem.hot=0"] {
             assert!(Parameters::parse(line, MEMINFO).is_err(), "{line}");
         }
     }

@@ -1,7 +1,5 @@
 //! `link10`: umem over a link of 10 Gbit/s, beside iperf3 through the same link.
 
-mod link;
-
 use std::path::PathBuf;
 
 use argh::FromArgs;
@@ -9,6 +7,7 @@ use serde_json::json;
 
 use crate::error::{Result, usage};
 use crate::fault::{Touched, Touching};
+use crate::link::{CONGESTION, Link};
 use crate::machine::Machine;
 use crate::memory::Pages;
 use crate::migration::{Landing, Route, Subject};
@@ -16,7 +15,6 @@ use crate::process::find_umem;
 use crate::report::{Measure, Output, Report, Table, cell, progress};
 use crate::statistics::{Distribution, Spread};
 use crate::svg::{Curve, Plot};
-use link::{CONGESTION, Link};
 
 /// umem over a link of 10 Gbit/s between two network namespaces, beside iperf3; and the time of a
 /// fault while the link is full. Needs root, ip, tc and iperf3.
