@@ -4,6 +4,7 @@
  *
  *     embed SCENARIO SOCKET    prints "SCENARIO: ok", or what is wrong, with exit status 1
  */
+#define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
