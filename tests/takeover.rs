@@ -186,7 +186,7 @@ fn session_is_not_abandoned_where_a_program_takes_connections() {
     let closing = std::thread::spawn(move || drop(listener.accept().unwrap()));
     let error = moving.resume_with("migrate", &[&uri, "--abandon"]).fails();
     closing.join().unwrap();
-    assert!(error.contains("nothing is abandoned: a program at"), "{error}");
+    assert!(error.contains("the session is not abandoned: a program at"), "{error}");
     let of_source = |name: &&String| name.contains(".source");
     assert_ne!(moving.session_files().iter().filter(of_source).count(), 0);
     let mut abandoning = moving.resume_with("migrate", &[NOBODY, "--abandon"]);

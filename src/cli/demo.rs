@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use argh::{ArgsInfo, FromArgs};
 
-use super::values::{PostcopyFlags, Size, check_lanes, check_percent};
+use super::values::{Mebibytes, PostcopyFlags, Size, check_lanes, check_percent};
 use crate::error::{Error, Result};
 use crate::memory::kind::Kind;
 use crate::programs::demo;
@@ -13,9 +13,9 @@ use crate::programs::demo;
 #[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand, name = "demo")]
 pub(super) struct Demo {
-    /// the guest's RAM, MiB (default 512)
-    #[argh(option, default = "512")]
-    size: u64,
+    /// the guest's RAM, MiB or a size such as 2G (default 512)
+    #[argh(option, default = "Mebibytes(512)")]
+    size: Mebibytes,
     /// memory kind at the destination: shared (the default), private or anonymous
     #[argh(option, default = "Kind::Shared")]
     kind: Kind,
@@ -104,7 +104,7 @@ impl Demo {
         check_percent("hole-percent", self.hole_percent)?;
         check_percent("zero-percent and --hole-percent", self.zero_percent + self.hole_percent)?;
         check_lanes(self.lanes)?;
-        if self.size == 0 || self.threads == 0 {
+        if self.size.0 == 0 || self.threads == 0 {
             return Err(Error::Usage("--size and --threads are at least 1".into()));
         }
         let max_postcopy_bandwidth = self.max_postcopy_bandwidth.map(|limit| limit.0);
@@ -119,7 +119,7 @@ impl Demo {
             ));
         }
         demo::run(&demo::Options {
-            size_mib: self.size,
+            size_mib: self.size.0,
             kind: self.kind,
             postcopy_flags: self.postcopy_flags.map(|flags| flags.0),
             shards: self.shards,

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use argh::{ArgsInfo, FromArgs};
 
+use super::values::Mebibytes;
 use crate::error::{Error, Result};
 use crate::host;
 use crate::host::command::RamPath;
@@ -20,9 +21,9 @@ pub(super) struct Guest {
     /// the guest's RAM, NAME=PATH; NAME alone for anonymous memory
     #[argh(option)]
     ram: String,
-    /// size of the guest's RAM, MiB
+    /// size of the guest's RAM, MiB or a size such as 2G
     #[argh(option)]
-    size: u64,
+    size: Mebibytes,
     /// wait for a guest to arrive
     #[argh(switch)]
     incoming: bool,
@@ -64,7 +65,7 @@ impl Guest {
         host::guest::run(&host::guest::Options {
             qmp: self.qmp,
             memory,
-            size_mib: self.size,
+            size_mib: self.size.0,
             incoming: self.incoming,
             discard: self.discard,
             threads: self.threads,

@@ -50,7 +50,7 @@ pub(super) struct Completions {
 
 impl Completions {
     pub(super) fn run(self) -> Result<i32> {
-        print::out(&install::completions(self.shell, &Arguments::get_args_info()));
+        print::out(install::completions::script(self.shell));
         Ok(0)
     }
 }

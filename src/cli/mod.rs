@@ -12,12 +12,14 @@ mod incoming;
 mod install;
 mod migrate;
 mod values;
+mod words;
 
 use std::ffi::OsString;
 
 use argh::{ArgsInfo, FromArgs};
 
 use crate::error::Result;
+use crate::programs::install::completions;
 use crate::runtime::inbox::{Inbox, Wake};
 use crate::runtime::{os_text, print};
 use crate::transport::tls;
@@ -95,11 +97,18 @@ pub fn main() -> i32 {
     let words: Vec<&str> = strings.iter().map(String::as_str).collect();
     let json = words.contains(&"--json");
     let (name, rest) = words.split_first().map_or(("umem", &[][..]), |(_, rest)| ("umem", rest));
-    // A common spelling of `version`.
-    let rest = if rest == ["--version"] { &["version"][..] } else { rest };
-    let arguments = match Arguments::from_args(&[name], rest) {
+    if let Some((&completions::ASK, words)) = rest.split_first() {
+        print::out_line(&completions::answer(&Arguments::get_args_info(), words));
+        return finish(0, true, false);
+    }
+    let adapted = match words::adapted(&Arguments::get_args_info(), rest) {
+        Ok(adapted) => adapted,
+        Err(wrong) => return finish(refused(&wrong.command, &wrong.text), true, false),
+    };
+    let words: Vec<&str> = adapted.words.iter().map(String::as_str).collect();
+    let arguments = match Arguments::from_args(&[name], &words) {
         Ok(arguments) => arguments,
-        Err(exit) => return finish(early_exit(&exit), true, false),
+        Err(exit) => return finish(early_exit(&exit, &adapted.command), true, false),
     };
     let command = arguments.command;
     // The other commands keep the default action of every signal.
@@ -148,15 +157,21 @@ fn not_utf8(words: &[OsString]) -> Option<&OsString> {
 }
 
 /// Prints help on stdout. Prints the error of a wrong command line as one line on stderr, with the command for help.
-fn early_exit(exit: &argh::EarlyExit) -> i32 {
+fn early_exit(exit: &argh::EarlyExit, command: &str) -> i32 {
     if exit.status.is_ok() {
         print::out_line(&exit.output);
         return 0;
     }
     let lines: Vec<&str> =
         exit.output.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    let text = lines.join(" ");
-    print::err_line(&format!("umem: {text} (for help: `umem --help`, `umem COMMAND --help`)"));
+    // As Rust's parsers of numbers say it.
+    let text = lines.join(" ").replace("invalid digit found in string", "not a whole number");
+    refused(command, &text)
+}
+
+/// A wrong command line is one line on stderr that says where help is.
+fn refused(command: &str, text: &str) -> i32 {
+    print::err_line(&format!("umem: {text} (`{command} --help` explains)"));
     2
 }
 

@@ -38,6 +38,26 @@ impl std::str::FromStr for Size {
     }
 }
 
+/// Whole MiB: a number of them, as `64`, or a size with its unit, as `2G`.
+#[derive(Clone, Copy)]
+pub(super) struct Mebibytes(pub(super) u64);
+
+impl std::str::FromStr for Mebibytes {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Mebibytes, String> {
+        let wrong = || format!("write MiB such as 64, or a size such as 512M or 2G, not {text:?}");
+        if let Ok(count) = text.parse() {
+            return Ok(Mebibytes(count));
+        }
+        let Size(bytes) = text.parse().map_err(|_: String| wrong())?;
+        if bytes % (1 << 20) != 0 {
+            return Err(format!("{text} is not a whole number of MiB"));
+        }
+        Ok(Mebibytes(bytes >> 20))
+    }
+}
+
 /// Seconds, at least one.
 #[derive(Clone, Copy)]
 pub(super) struct Seconds(pub(super) std::time::Duration);
@@ -115,5 +135,23 @@ impl std::str::FromStr for UnixPath {
             Some(path) if !path.is_empty() => Ok(UnixPath(path.into())),
             _ => Err(format!("{text:?} is not unix:PATH")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn size_in_mebibytes_may_have_a_unit() {
+        let parse = |text: &str| text.parse::<Mebibytes>().map(|size| size.0);
+        assert_eq!(
+            ["64", "64M", "2G", "2g", "1T"].map(|text| parse(text).unwrap()),
+            [64, 64, 2048, 2048, 1 << 20]
+        );
+        for wrong in ["", "64X", "1.5G", "-1", "1500K"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(parse("2048K"), Ok(2));
     }
 }

@@ -49,7 +49,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Kind; 3] = [Kind::Shared, Kind::Private, Kind::Anonymous];
+    pub(crate) const ALL: [Kind; 3] = [Kind::Shared, Kind::Private, Kind::Anonymous];
 
     /// The name on the command line, in the hand-over message and in the report.
     pub fn name(self) -> &'static str {

@@ -70,11 +70,15 @@ impl Directory {
         self.0.join(format!("{session}.{what}"))
     }
 
+    /// The numbers of this side's sessions that have a record.
+    pub(super) fn sessions(&self, role: Role) -> Vec<String> {
+        let suffix = format!(".{}", role.name());
+        self.names().filter_map(|name| Some(name.strip_suffix(&suffix)?.to_owned())).collect()
+    }
+
     /// The session of this side whose number begins with `beginning`.
     pub(super) fn complete(&self, beginning: &str, role: Role) -> Result<String> {
-        let suffix = format!(".{}", role.name());
-        let all: Vec<String> =
-            self.names().filter_map(|name| Some(name.strip_suffix(&suffix)?.to_owned())).collect();
+        let all = self.sessions(role);
         let is_meant = |session: &&String| !beginning.is_empty() && session.starts_with(beginning);
         let meant: Vec<&String> = all.iter().filter(is_meant).collect();
         match meant[..] {

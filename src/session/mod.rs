@@ -54,6 +54,12 @@ pub(crate) fn name(session: SessionId) -> String {
     hex(&session.0)
 }
 
+/// The sessions in the usual directory that this side has a record of. Changes nothing there; none if there is no
+/// such directory.
+pub(crate) fn resumable(role: Role) -> Vec<String> {
+    directory::usual().map_or_else(Vec::new, |path| Directory(path).sessions(role))
+}
+
 /// The number that [`name`] wrote.
 pub(crate) fn parse(name: &str) -> Option<SessionId> {
     unhex(name)?.try_into().ok().map(SessionId)

@@ -5,6 +5,7 @@
  *
  *     embed SCENARIO SOCKET    prints "SCENARIO: ok", or the failed check with exit status 1
  */
+#define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>

@@ -73,7 +73,7 @@ pub(crate) use {
     moving::{How, Move},
     network::{Namespace, Network},
     process::Process,
-    qemu::{Machine, Qemu, QemuVersion, Ram, Side, SourceRam},
+    qemu::{Machine, Qemu, QemuVersion, Ram, Side, SourceRam, provided},
     qmp::Qmp,
     random::{Random, seed, seeded},
     room::Room,

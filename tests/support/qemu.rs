@@ -27,7 +27,7 @@ impl QemuVersion {
 }
 
 /// A file that `tests/run` provides, from its variable or else from its cache.
-pub(super) fn provided(variable: &str, name: &str) -> PathBuf {
+pub(crate) fn provided(variable: &str, name: &str) -> PathBuf {
     let path = std::env::var_os(variable).map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cache").join(name),
         PathBuf::from,
