@@ -22,7 +22,6 @@ use super::{Event, Parser};
 use crate::error::{Context, Error, Result, WITHOUT_PASSES};
 use crate::host::guest;
 use crate::host::monitor::{BeforeStop, Handle, Monitor};
-use crate::host::qemu::blocks::Block;
 use crate::host::qemu::saving::Saving;
 use crate::host::qemu::settings::{self, Role};
 use crate::host::qemu::{Qemu, STATE_SOCKET, run_state};
