@@ -1,12 +1,13 @@
 //! The source's driver of the simulation: it carries effects out on the world, and may be killed between any two.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 use umem_wire::{Event as Said, Fault as Reason, FaultCode, Frame, Totals};
 
 use super::threads::kills;
-use super::world::{CHUNK, Happening, Lane, PAGES, Sent, TOTAL_BYTES, Told, World, lost};
+use super::world::{CHUNK, Happening, Lane, PAGES, Sent, TOTAL_BYTES, Told, World, lost, nobody};
 use super::{Fault, Random};
 use crate::control::calling::{Called, Word};
 use crate::control::source::closing::GOODBYE_PING;
@@ -687,7 +688,11 @@ impl World {
     pub(super) fn knocked(&mut self, link: u32) {
         self.source.opening = None;
         self.source_hangs_up(link, true);
-        self.run_leftover(leftover::Input::Knocked(Knocked::Opened));
+        let knocked = match self.fault {
+            Fault::TakesAnswersForSilence => Knocked::NotOpened(nobody(ErrorKind::TimedOut)),
+            _ => Knocked::Opened,
+        };
+        self.run_leftover(leftover::Input::Knocked(knocked));
     }
 
     pub(super) fn is_knocking(&self) -> bool {
