@@ -367,19 +367,19 @@ struct Plan<'a> {
 }
 
 /// How the demand lane's thread is reached, and its connection.
-struct Reach {
+struct DemandHandle {
     commands: Sender<Command>,
     waker: Waker,
     socket: Arc<OwnedFd>,
 }
 
 /// How a bulk lane's thread is reached.
-struct BulkReach {
+struct BulkHandle {
     orders: Sender<crate::source::lanes::bulk::Order>,
     waker: Waker,
 }
 
-impl BulkReach {
+impl BulkHandle {
     fn order(&self, order: crate::source::lanes::bulk::Order) {
         // The thread has ended where this fails.
         let _ = self.orders.send(order);
@@ -408,11 +408,11 @@ struct Migration {
     cores: Cores,
     zero_copy: bool,
     /// None before the first demand lane.
-    reach: Option<Reach>,
+    demand: Option<DemandHandle>,
     demand_thread: Option<JoinHandle<Option<()>>>,
     /// Bulk lanes that are not sending yet.
     idle: Vec<Lane>,
-    bulk: Vec<BulkReach>,
+    bulk: Vec<BulkHandle>,
     bulk_threads: Vec<JoinHandle<Option<()>>>,
     release_thread: Option<JoinHandle<Option<()>>>,
     /// What the RAM files held at the switchover, where they are freed, and what of that has been freed at the end.
@@ -456,9 +456,9 @@ impl Migration {
     }
 
     fn command(&self, command: Command) {
-        let Some(reach) = &self.reach else { return };
+        let Some(demand) = &self.demand else { return };
         // The thread has ended where this fails, and its own note says why.
-        let _ = reach.commands.send(command);
-        reach.waker.wake();
+        let _ = demand.commands.send(command);
+        demand.waker.wake();
     }
 }
