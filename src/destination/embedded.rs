@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use umem_wire::{FaultCode, Hello, LaneRole};
 
-use super::admission::accept::{self, Lanes, Terms};
+use super::admission::accept::{self, AdmissionPolicy, Lanes};
 use super::admission::prepare::Prepared;
 use super::{Migration, Note, Open, Plan};
 use crate::control::liveness::STEP_TIMEOUT;
@@ -114,8 +114,8 @@ pub(crate) fn receive(
 }
 
 /// The source chooses whether there are checksums.
-fn terms(lanes_max: u16, recovers: bool) -> Terms {
-    Terms { lanes_max, recovers, checksum: false }
+fn terms(lanes_max: u16, recovers: bool) -> AdmissionPolicy {
+    AdmissionPolicy { lanes_max, recovers, checksum: false }
 }
 
 /// Opens a lane on each of several connections. The source may send its hellos at any time.

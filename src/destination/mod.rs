@@ -56,7 +56,7 @@ use crate::transport::secure::{Security, ServerAuth};
 use crate::transport::single::{self, SharedConnection};
 use crate::transport::uri::Uri;
 
-use self::admission::accept::{Entrance, Lanes, Terms};
+use self::admission::accept::{AdmissionPolicy, Entrance, Lanes};
 use self::admission::prepare::{self, Adopted, Prepared};
 use self::faults::latency::Latencies;
 use self::faults::serving::Servers;
@@ -270,7 +270,7 @@ fn receive(
         announce(prepared.side.pid());
     }
     let (lanes_max, checksum) = (options.lanes_max, options.checksum);
-    let terms = Terms { lanes_max, recovers: true, checksum };
+    let terms = AdmissionPolicy { lanes_max, recovers: true, checksum };
     let lanes = entrance.accept(guard, terms, &output, inbox, &prepared)?;
     output.tell(&control::Event::Connected {
         to: None,
@@ -338,7 +338,7 @@ struct Open {
     adopted: Adopted,
     /// For a takeover after this process was killed.
     keeping: Option<Persistence>,
-    /// See [`Terms::runs_itself`](crate::control::destination::Terms::runs_itself).
+    /// See [`SessionPolicy::runs_itself`](crate::control::destination::SessionPolicy::runs_itself).
     runs_itself: bool,
 }
 

@@ -63,7 +63,7 @@ impl Lanes {
 
 /// Requirements on a session.
 #[derive(Clone, Copy)]
-pub(in crate::destination) struct Terms {
+pub(in crate::destination) struct AdmissionPolicy {
     /// The most bulk lanes.
     pub(in crate::destination) lanes_max: u16,
     /// This side can continue over other lanes.
@@ -72,10 +72,10 @@ pub(in crate::destination) struct Terms {
     pub(in crate::destination) checksum: bool,
 }
 
-impl Terms {
+impl AdmissionPolicy {
     /// Requirements of a session that has begun: its other properties are compared with its first hello.
-    fn of_session(hello: &Hello) -> Terms {
-        Terms { lanes_max: hello.bulk_lanes, recovers: true, checksum: false }
+    fn of_session(hello: &Hello) -> AdmissionPolicy {
+        AdmissionPolicy { lanes_max: hello.bulk_lanes, recovers: true, checksum: false }
     }
 
     /// The reason to refuse a source, if any.
@@ -117,7 +117,7 @@ impl Entrance {
     pub(in crate::destination) fn accept(
         self,
         guard: &Arc<ServerAuth>,
-        terms: Terms,
+        terms: AdmissionPolicy,
         output: &Output,
         inbox: &Inbox<Note>,
         prepared: &Prepared,
@@ -167,7 +167,7 @@ fn accept(mut door: LaneAcceptor, inbox: &Inbox<Note>, prepared: &Prepared) -> R
 fn accept_single(
     socket: OwnedFd,
     guard: &ServerAuth,
-    terms: Terms,
+    terms: AdmissionPolicy,
     inbox: &Inbox<Note>,
     prepared: &Prepared,
 ) -> Result<Lanes> {

@@ -29,7 +29,7 @@ use umem_wire::{Capabilities, Hello, LaneRole, PROTOCOL, PageSize, Region, Regio
 use super::farewell::{CompletionNotifier, Word};
 use super::keeping::{GUEST_SOCKET, connect, session_of};
 use crate::control::destination::takeover::{Found, Plan, Recalled, plan};
-use crate::control::destination::{Core, Input, Terms};
+use crate::control::destination::{Core, Input, SessionPolicy};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::destination::admission::accept::LaneAcceptor;
 use crate::destination::admission::prepare::{Adopted, Prepared};
@@ -184,7 +184,7 @@ impl Taken {
         let hello = self.hello()?;
         let door = self.door(options, &hello, inbox)?;
         let link = Link::taken_over(hello, self.guard.clone(), self.certificate(), door);
-        let terms = Terms {
+        let terms = SessionPolicy {
             recovers: true,
             has_bulk_lanes: self.record.bulk_lanes > 0,
             is_checked: link.is_checked(),
