@@ -74,7 +74,7 @@ pub(crate) fn receive(
             Err(sockets) => accept_connected(sockets, recovers, &inbox)?,
         },
     };
-    embedder.connected(lanes.severable());
+    embedder.connected(lanes.shutdown_handle());
     let (receiver, adopted) = accept::compare(&lanes.demand, &inbox, &mut prepared, STEP_TIMEOUT)?;
     let asking = embedder.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));
@@ -91,7 +91,7 @@ pub(crate) fn receive(
     };
     let open = Open { lanes, guard, receiver, adopted, keeping: None, runs_itself: false };
     let migration = Migration::start(&plan, output, &inbox, open, host, &mut prepared.side)?;
-    embedder.connected_by(migration.link.severable());
+    embedder.connected_by(migration.link.shutdown_handle());
     embedder.watch(migration.guest.counters.clone(), migration.guest.total_bytes());
     let (recovers, post) = (migration.link.recovers, inbox.post());
     embedder.takes_orders(

@@ -77,7 +77,7 @@ pub(crate) fn send(departure: OutgoingConfig, embedder: &Arc<dyn Embedder>) -> R
         }
     };
     let link = Link::new(session, pass, uri, &lanes);
-    embedder.connected(link.severable());
+    embedder.connected(link.shutdown_handle());
     embedder.watch(memory.counters.clone(), memory.total_bytes());
     let asking = embedder.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));

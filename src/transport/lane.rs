@@ -31,7 +31,7 @@ use crate::runtime::polling::poll;
 pub(crate) use greeting::{HelloBytes, Session, capabilities, new_session, refuse};
 pub(crate) use hearing::Hearing;
 pub(crate) use listener::{Listener, not_bound};
-pub(crate) use severing::{Severable, sever};
+pub(crate) use severing::{ShutdownHandle, sever};
 use tuning::{
     BACKGROUND_TIMEOUT_MS, DEMAND_TIMEOUT_MS, NOTSENT_LOWAT_BYTES, go_first, is_tcp, tune,
 };

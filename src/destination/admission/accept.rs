@@ -17,7 +17,7 @@ use crate::destination::{Note, peer};
 use crate::error::{Context, Error, Result};
 use crate::observe::output::Output;
 use crate::runtime::inbox::{Inbox, Wake};
-use crate::transport::lane::{self, HELLO_TIMEOUT, Lane, Listener, Severable};
+use crate::transport::lane::{self, HELLO_TIMEOUT, Lane, Listener, ShutdownHandle};
 use crate::transport::limits;
 use crate::transport::secure::{self, Opened, Opening, Progress, ServerAuth, WayIn};
 use crate::transport::uri::Uri;
@@ -56,8 +56,8 @@ impl Lanes {
         self.bulk.iter().chain([&self.demand])
     }
 
-    pub(in crate::destination) fn severable(&self) -> Severable {
-        Severable::new(self.all())
+    pub(in crate::destination) fn shutdown_handle(&self) -> ShutdownHandle {
+        ShutdownHandle::new(self.all())
     }
 }
 
