@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use umem_wire::{Event as Said, Fault as Reason, FaultCode, Frame, Totals};
 
 use super::threads::kills;
-use super::world::{CHUNK, Happening, Lane, PAGES, Sent, TOTAL_BYTES, Told, World, lost, nobody};
+use super::world::{CHUNK, Happening, Lane, PAGES, Reply, Sent, TOTAL_BYTES, World, lost, nobody};
 use super::{Fault, Random};
 use crate::control::calling::{Called, Word};
 use crate::control::source::closing::GOODBYE_PING;
@@ -728,48 +728,48 @@ impl World {
         }
     }
 
-    pub(super) fn source_hears(&mut self, link: u32, told: Told) {
+    pub(super) fn source_hears(&mut self, link: u32, told: Reply) {
         if self.source.link == Some(link) {
             match told {
-                Told::Said(Said::Ping(number)) => self.send_frame(Frame::Pong(number)),
-                Told::Said(said) => {
+                Reply::Said(Said::Ping(number)) => self.send_frame(Frame::Pong(number)),
+                Reply::Said(said) => {
                     self.note(format_args!("source hears {}", said.name()));
                     self.source_notes(Input::Received(said));
                 }
-                Told::Request(page) => {
+                Reply::Request(page) => {
                     if self.source.sent.insert(page) {
                         let sent = self.memory.read(page);
                         self.send(link, Lane::Demand, sent);
                     }
                 }
-                Told::Account { .. } => self.violated("an account on lanes that are served"),
+                Reply::Account { .. } => self.violated("an account on lanes that are served"),
             }
         } else if self.source.opening.as_ref().is_some_and(|opening| opening.link == Some(link)) {
             self.opening_hears(link, told);
         }
     }
 
-    fn opening_hears(&mut self, link: u32, told: Told) {
+    fn opening_hears(&mut self, link: u32, told: Reply) {
         let Some(opening) = &mut self.source.opening else { return };
         match (&opening.word, told) {
-            (None, Told::Account { standing, have }) => {
+            (None, Reply::Account { standing, have }) => {
                 self.source.opened(link, &have);
                 self.opening_ends(Input::Opened(Opened::Lanes(standing)));
             }
-            (None, Told::Said(Said::Error(fault))) if fault.code == FaultCode::Ended => {
+            (None, Reply::Said(Said::Error(fault))) if fault.code == FaultCode::Ended => {
                 self.source_hangs_up(link, true);
                 self.opening_ends(Input::Opened(Opened::Never(peer(fault))));
             }
-            (Some(Word::Goodbye), Told::Said(Said::Complete(totals))) if !opening.has_parted => {
+            (Some(Word::Goodbye), Reply::Said(Said::Complete(totals))) if !opening.has_parted => {
                 opening.has_parted = true;
                 self.send(link, Lane::Demand, Sent::Frame(Frame::Complete(totals)));
                 self.send(link, Lane::Demand, Sent::Frame(Frame::Ping(GOODBYE_PING)));
             }
-            (Some(Word::Goodbye), Told::Said(Said::Pong(GOODBYE_PING))) => {
+            (Some(Word::Goodbye), Reply::Said(Said::Pong(GOODBYE_PING))) => {
                 self.source_hangs_up(link, true);
                 self.opening_ends(Input::Called(Called::Heard));
             }
-            (None | Some(Word::Goodbye), Told::Said(Said::Error(fault))) => {
+            (None | Some(Word::Goodbye), Reply::Said(Said::Error(fault))) => {
                 self.opening_fails(peer(fault));
             }
             _ => {}
