@@ -117,11 +117,11 @@ struct Link {
     /// It is lost, and its operations are ending.
     is_lost: bool,
     /// What is to be told on it before anything else.
-    account: Option<Account>,
+    account: Option<HaveFrames>,
 }
 
 /// What has come, as the source is told on a lane that replaces a lost one.
-struct Account {
+struct HaveFrames {
     first: Vec<u8>,
     ranges: Box<dyn Iterator<Item = PageRange> + Send>,
 }
@@ -359,7 +359,7 @@ impl DemandThread {
         reader.arm(ring)?;
         self.outbox.extend_from_slice(&last);
         let ranges = Box::new(umem_wire::resume::have_ranges(&landing));
-        let account = Some(Account { first, ranges });
+        let account = Some(HaveFrames { first, ranges });
         let seal = Seal::new(lane.is_checked());
         self.hearing = Hearing::new();
         self.link = Some(Link { socket: lane.socket(), reader, seal, is_lost: false, account });
