@@ -9,7 +9,7 @@ use umem_wire::{FaultCode, Hello, LaneRole};
 
 use super::admission::accept::{self, AdmissionPolicy, Lanes};
 use super::admission::prepare::Prepared;
-use super::{Migration, Note, Open, Plan};
+use super::{InboxMessage, Migration, Open, Plan};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::error::{Error, Result};
 use crate::fault::handoff::Handed;
@@ -50,7 +50,7 @@ pub(crate) fn receive(
     let IncomingConfig { entrance, handed, lanes_max, recovers, cores } = reception;
     let inbox = Inbox::embedded(embedder.canceller())?;
     let post = inbox.post();
-    embedder.answers(Box::new(move |answer| post.send(Note::Host(answer))));
+    embedder.answers(Box::new(move |answer| post.send(InboxMessage::Host(answer))));
     let output = embedder.clone().output();
     let mut prepared = Prepared::here(handed)?;
     // The program is responsible for who may connect: it can give connections that it has secured.
@@ -99,10 +99,10 @@ pub(crate) fn receive(
         Box::new(move |order| {
             embedder::check(recovers, &watch)?;
             post.send(match order {
-                LinkOrder::Pause => Note::Pause,
-                LinkOrder::Resume => Note::Resume(None),
-                LinkOrder::Listen(listener) => Note::Listen(listener),
-                LinkOrder::Reconnect(sockets) => Note::Reconnect(sockets),
+                LinkOrder::Pause => InboxMessage::Pause,
+                LinkOrder::Resume => InboxMessage::Resume(None),
+                LinkOrder::Listen(listener) => InboxMessage::Listen(listener),
+                LinkOrder::Reconnect(sockets) => InboxMessage::Reconnect(sockets),
                 LinkOrder::Dial(_) => unreachable!("a destination does not dial"),
             });
             Ok(())
@@ -119,7 +119,11 @@ fn terms(lanes_max: u16, recovers: bool) -> AdmissionPolicy {
 }
 
 /// Opens a lane on each of several connections. The source may send its hellos at any time.
-fn accept_connected(sockets: Vec<OwnedFd>, recovers: bool, inbox: &Inbox<Note>) -> Result<Lanes> {
+fn accept_connected(
+    sockets: Vec<OwnedFd>,
+    recovers: bool,
+    inbox: &Inbox<InboxMessage>,
+) -> Result<Lanes> {
     let count = u16::try_from(sockets.len()).expect("their number is checked") - 1;
     let mut first: Option<Hello> = None;
     let mut lanes = Vec::new();
@@ -156,7 +160,11 @@ fn accept_connected(sockets: Vec<OwnedFd>, recovers: bool, inbox: &Inbox<Note>) 
 
 /// Reads the purpose of a connection from the source's hello: until `deadline`, or, without one, for [`HELLO_TIMEOUT`]
 /// from the first byte on.
-fn read_hello(lane: &Lane, inbox: &Inbox<Note>, mut deadline: Option<Instant>) -> Result<Hello> {
+fn read_hello(
+    lane: &Lane,
+    inbox: &Inbox<InboxMessage>,
+    mut deadline: Option<Instant>,
+) -> Result<Hello> {
     let mut bytes = HelloBytes::new();
     let lost = |why: String| Error::Lost {
         side: "source",

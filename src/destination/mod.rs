@@ -112,7 +112,7 @@ pub use self::session::takeover::run as resume;
 pub use crate::session::ResumeOptions;
 
 /// Messages to the control thread.
-pub(crate) enum Note {
+pub(crate) enum InboxMessage {
     /// A control frame on the demand lane.
     Received(Event),
     /// The last page is cached.
@@ -143,32 +143,32 @@ pub(crate) enum Note {
     Reconnect(Vec<OwnedFd>),
 }
 
-impl Failure for Note {
-    fn failed(error: Error) -> Note {
-        Note::Failed(error)
+impl Failure for InboxMessage {
+    fn failed(error: Error) -> InboxMessage {
+        InboxMessage::Failed(error)
     }
 
     fn into_failure(self) -> Option<Error> {
         match self {
-            Note::Failed(error) => Some(error),
-            Note::Received(Event::Error(fault)) => Some(peer(fault)),
+            InboxMessage::Failed(error) => Some(error),
+            InboxMessage::Received(Event::Error(fault)) => Some(peer(fault)),
             _ => None,
         }
     }
 }
 
-impl From<LinkOrder> for Note {
-    fn from(order: LinkOrder) -> Note {
+impl From<LinkOrder> for InboxMessage {
+    fn from(order: LinkOrder) -> InboxMessage {
         match order {
-            LinkOrder::Pause => Note::Pause,
-            LinkOrder::Resume(uri) => Note::Resume(uri),
+            LinkOrder::Pause => InboxMessage::Pause,
+            LinkOrder::Resume(uri) => InboxMessage::Resume(uri),
         }
     }
 }
 
-impl From<Answer> for Note {
-    fn from(answer: Answer) -> Note {
-        Note::Host(answer)
+impl From<Answer> for InboxMessage {
+    fn from(answer: Answer) -> InboxMessage {
+        InboxMessage::Host(answer)
     }
 }
 
@@ -239,7 +239,7 @@ fn receive(
     options: &Options,
     socket: Option<OwnedFd>,
     guard: &Arc<ServerAuth>,
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
     observer: &Observer,
 ) -> Result<Received> {
     let output = Output::new(options.json);
@@ -307,7 +307,7 @@ fn receive(
 
 /// Waits before a guest's process exists.
 fn wait(
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
     fds: &[(BorrowedFd<'_>, PollFlags)],
     limit: Option<Duration>,
 ) -> Result<bool> {
@@ -362,7 +362,7 @@ struct Migration<'a> {
     /// Set when the migration has ended.
     outcome: Option<Outcome>,
     output: Output,
-    inbox: &'a Inbox<Note>,
+    inbox: &'a Inbox<InboxMessage>,
     guest: Arc<GuestMemory>,
     host: HostThread,
     link: Link,

@@ -15,7 +15,7 @@ use super::memory::touch::{self, TouchThread};
 use super::memory::{self, GuestMemory};
 use super::session::keeping::session_of;
 use super::side::GuestSide;
-use super::{Migration, Note, Open, Plan, Serving, Threads};
+use super::{InboxMessage, Migration, Open, Plan, Serving, Threads};
 use crate::control::destination::{Core, Input, SessionPolicy};
 use crate::error::{Context, Result};
 use crate::host::thread::HostThread;
@@ -33,7 +33,7 @@ impl<'a> Migration<'a> {
     pub(super) fn start(
         plan: &Plan<'_>,
         output: Output,
-        inbox: &'a Inbox<Note>,
+        inbox: &'a Inbox<InboxMessage>,
         open: Open,
         host: HostThread,
         side: &mut GuestSide,
@@ -98,7 +98,7 @@ impl<'a> Migration<'a> {
     pub(super) fn begin(
         plan: &Plan<'_>,
         output: Output,
-        inbox: &'a Inbox<Note>,
+        inbox: &'a Inbox<InboxMessage>,
         guest: Arc<GuestMemory>,
         serving: Serving,
         host: HostThread,

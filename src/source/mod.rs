@@ -138,7 +138,7 @@ impl std::str::FromStr for Order {
 }
 
 /// What reaches the control thread.
-pub(crate) enum Note {
+pub(crate) enum InboxMessage {
     /// A control frame on the demand lane.
     Received(Event),
     /// The device state has been handed to the kernel.
@@ -163,32 +163,32 @@ pub(crate) enum Note {
     Reconnect(Vec<OwnedFd>),
 }
 
-impl Failure for Note {
-    fn failed(error: Error) -> Note {
-        Note::Failed(error)
+impl Failure for InboxMessage {
+    fn failed(error: Error) -> InboxMessage {
+        InboxMessage::Failed(error)
     }
 
     fn into_failure(self) -> Option<Error> {
         match self {
-            Note::Failed(error) => Some(error),
-            Note::Received(Event::Error(fault)) => Some(peer(fault)),
+            InboxMessage::Failed(error) => Some(error),
+            InboxMessage::Received(Event::Error(fault)) => Some(peer(fault)),
             _ => None,
         }
     }
 }
 
-impl From<LinkOrder> for Note {
-    fn from(order: LinkOrder) -> Note {
+impl From<LinkOrder> for InboxMessage {
+    fn from(order: LinkOrder) -> InboxMessage {
         match order {
-            LinkOrder::Pause => Note::Pause,
-            LinkOrder::Resume(uri) => Note::Resume(uri),
+            LinkOrder::Pause => InboxMessage::Pause,
+            LinkOrder::Resume(uri) => InboxMessage::Resume(uri),
         }
     }
 }
 
-impl From<Answer> for Note {
-    fn from(answer: Answer) -> Note {
-        Note::Host(answer)
+impl From<Answer> for InboxMessage {
+    fn from(answer: Answer) -> InboxMessage {
+        InboxMessage::Host(answer)
     }
 }
 
@@ -236,7 +236,7 @@ fn migrate(
     options: &Options,
     socket: Option<OwnedFd>,
     pass: &Arc<ClientAuth>,
-    inbox: Inbox<Note>,
+    inbox: Inbox<InboxMessage>,
     bandwidth: Arc<Bandwidth>,
     observer: &Observer,
 ) -> Result<Completed> {
@@ -304,7 +304,7 @@ fn dial(
     options: &Options,
     socket: Option<OwnedFd>,
     pass: &Arc<ClientAuth>,
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
 ) -> Result<(Vec<Lane>, Link)> {
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
     if let Some(socket) = socket {
@@ -323,7 +323,7 @@ fn dial(
 
 /// Waits for a lane that is being opened.
 fn wait(
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
     fds: &[(BorrowedFd<'_>, PollFlags)],
     limit: Option<Duration>,
 ) -> Result<bool> {
@@ -394,7 +394,7 @@ struct Migration {
     answers: VecDeque<Input>,
     lane_count: u16,
     output: Output,
-    inbox: Inbox<Note>,
+    inbox: Inbox<InboxMessage>,
     memory: Arc<SourceMemory>,
     host: HostThread,
     has_monitor: bool,

@@ -15,7 +15,7 @@ use super::lanes::demand::{Command, DemandLane};
 use super::link::Link;
 use super::memory::SourceMemory;
 use super::memory::release::Releaser;
-use super::{BulkHandle, DemandHandle, Migration, Note, Plan};
+use super::{BulkHandle, DemandHandle, InboxMessage, Migration, Plan};
 use crate::control;
 use crate::control::source::{Kept, Source};
 use crate::error::Result;
@@ -32,7 +32,7 @@ impl Migration {
     pub(super) fn start(
         plan: &Plan<'_>,
         output: Output,
-        inbox: Inbox<Note>,
+        inbox: Inbox<InboxMessage>,
         (mut lanes, link): (Vec<Lane>, Link),
         memory: Arc<SourceMemory>,
         host: HostThread,
@@ -60,7 +60,7 @@ impl Migration {
     pub(super) fn new(
         plan: &Plan<'_>,
         output: Output,
-        inbox: Inbox<Note>,
+        inbox: Inbox<InboxMessage>,
         link: Link,
         memory: Arc<SourceMemory>,
         host: HostThread,
@@ -73,7 +73,7 @@ impl Migration {
         if let Some(precopy) = plan.precopy {
             memory.pass_bandwidth.set(precopy.max_bandwidth);
             let post = inbox.post();
-            let end = move || post.send(Note::EndPasses);
+            let end = move || post.send(InboxMessage::EndPasses);
             plan.watch.has_passes(plan.postcopy, memory.pass_bandwidth.clone(), end);
         }
         let (counters, total_bytes) = (&memory.counters, memory.total_bytes());

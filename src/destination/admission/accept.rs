@@ -13,7 +13,7 @@ use nix::poll::PollFlags;
 use umem_wire::{Capabilities, Event, FaultCode, Hello, LaneRole, Receiver, RegionTable, Target};
 
 use super::prepare::{Adopted, Prepared};
-use crate::destination::{Note, peer};
+use crate::destination::{InboxMessage, peer};
 use crate::error::{Context, Error, Result};
 use crate::observe::output::Output;
 use crate::runtime::inbox::{Inbox, Wake};
@@ -119,7 +119,7 @@ impl Entrance {
         guard: &Arc<ServerAuth>,
         terms: AdmissionPolicy,
         output: &Output,
-        inbox: &Inbox<Note>,
+        inbox: &Inbox<InboxMessage>,
         prepared: &Prepared,
     ) -> Result<Lanes> {
         let lanes = match self {
@@ -139,7 +139,11 @@ impl Entrance {
 
 /// Accepts the lanes of the first session that opens all of them. No connection delays another, and an incomplete
 /// session does not block the next.
-fn accept(mut door: LaneAcceptor, inbox: &Inbox<Note>, prepared: &Prepared) -> Result<Lanes> {
+fn accept(
+    mut door: LaneAcceptor,
+    inbox: &Inbox<InboxMessage>,
+    prepared: &Prepared,
+) -> Result<Lanes> {
     loop {
         if let Some(mut lanes) = door.whole() {
             if lanes.recovers() {
@@ -155,7 +159,7 @@ fn accept(mut door: LaneAcceptor, inbox: &Inbox<Note>, prepared: &Prepared) -> R
             Wake::Signal => return Err(interrupted()),
             Wake::Ready(0) => return Err(exited()),
             Wake::Ready(index) => door.answer(index - 1)?,
-            Wake::Message(Note::Failed(error)) => return Err(error),
+            Wake::Message(InboxMessage::Failed(error)) => return Err(error),
             // No message arrives before there are workers.
             Wake::Message(_) | Wake::Timeout => {}
         }
@@ -168,7 +172,7 @@ fn accept_single(
     socket: OwnedFd,
     guard: &ServerAuth,
     terms: AdmissionPolicy,
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
     prepared: &Prepared,
 ) -> Result<Lanes> {
     let refused = |why: String| {
@@ -238,7 +242,7 @@ const REGIONS_TIMEOUT: Duration = Duration::from_secs(60);
 /// landing table.
 pub(in crate::destination) fn compare(
     demand: &Lane,
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
     prepared: &mut Prepared,
     step_timeout: Duration,
 ) -> Result<(Receiver, Adopted)> {
@@ -265,7 +269,7 @@ pub(in crate::destination) fn compare(
 
 fn read_regions(
     demand: &Lane,
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
     prepared: &Prepared,
     receiver: &mut Receiver,
     limit: Duration,

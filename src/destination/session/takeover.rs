@@ -37,7 +37,7 @@ use crate::destination::lanes::demand::RequestsFrom;
 use crate::destination::link::Link;
 use crate::destination::memory::GuestMemory;
 use crate::destination::side::{GuestProcess, GuestSide};
-use crate::destination::{Migration, Note, Serving};
+use crate::destination::{InboxMessage, Migration, Serving};
 use crate::error::{Context, Error, Result};
 use crate::events::{Event, Remark, Undone};
 use crate::fault::handoff::{Entrusted, Handed, HandoffSocket, Message};
@@ -109,7 +109,7 @@ struct Guest {
 }
 
 impl Taken {
-    fn run(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
+    fn run(&self, options: &ResumeOptions, inbox: &Inbox<InboxMessage>) -> Result<()> {
         match plan(self.record.state, self.find(inbox)?) {
             Plan::Serve(guest) => return self.go_on(options, inbox, guest),
             Plan::Release(mut guest) => guest.side.release(inbox, &self.output)?,
@@ -127,7 +127,7 @@ impl Taken {
     }
 
     /// Looks for the guest, and has everything handed over again.
-    fn find(&self, inbox: &Inbox<Note>) -> Result<Found<Guest>> {
+    fn find(&self, inbox: &Inbox<InboxMessage>) -> Result<Found<Guest>> {
         let guest = &self.record.guest;
         let path = self.keeper.file(GUEST_SOCKET);
         let is_alive = || began(guest.pid) == Some(guest.began);
@@ -157,7 +157,12 @@ impl Taken {
     }
 
     /// Serves the guest.
-    fn go_on(&self, options: &ResumeOptions, inbox: &Inbox<Note>, guest: Guest) -> Result<()> {
+    fn go_on(
+        &self,
+        options: &ResumeOptions,
+        inbox: &Inbox<InboxMessage>,
+        guest: Guest,
+    ) -> Result<()> {
         let Guest { side, handed, entrusted } = guest;
         let observer = Observer::start(&options.observe, Role::Destination, None, &self.output)?;
         let landing = landing(&self.record)?;
@@ -269,7 +274,7 @@ impl Taken {
         &self,
         options: &ResumeOptions,
         hello: &Hello,
-        inbox: &Inbox<Note>,
+        inbox: &Inbox<InboxMessage>,
     ) -> Result<LaneAcceptor> {
         let recorded = self.record.uri.as_deref().map(str::parse::<Uri>).transpose();
         let uri = match (&options.uri, recorded.map_err(Error::Environment)?) {
@@ -300,7 +305,7 @@ impl Taken {
 
     /// Listens there, if not at once then soon: sockets of a process that was killed may outlive it for a
     /// moment, as the kernel closes them when io_uring has ended.
-    fn listen(&self, uri: &Uri, inbox: &Inbox<Note>) -> Result<Listener> {
+    fn listen(&self, uri: &Uri, inbox: &Inbox<InboxMessage>) -> Result<Listener> {
         let deadline = Instant::now() + ADDRESS_PATIENCE;
         let mut has_told = false;
         let look = |fds: &[Interest<'_>], limit| inbox.wait_ready(fds, limit, WAITS);
@@ -323,7 +328,11 @@ impl Taken {
     }
 
     /// The guest has everything, and the source has not said goodbye. It would look for this side for ever.
-    fn tell_of_completion(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
+    fn tell_of_completion(
+        &self,
+        options: &ResumeOptions,
+        inbox: &Inbox<InboxMessage>,
+    ) -> Result<()> {
         let standing = Recalled::from(&self.record).standing(self.record.totals.into());
         let word = Word::Complete { standing, landing: landing(&self.record)? };
         self.output.tell(&Event::Remark(Remark::AwaitsSource));
@@ -338,7 +347,7 @@ impl Taken {
     }
 
     /// The guest has ended while nobody served it. The source would serve it for ever.
-    fn tell_of_the_end(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
+    fn tell_of_the_end(&self, options: &ResumeOptions, inbox: &Inbox<InboxMessage>) -> Result<()> {
         const WHAT: &str =
             "the guest's process ended while no umem served it, before all of its memory had come";
         let told = self.farewell(options, inbox, Word::Failed(Error::Ended(WHAT.into())));
@@ -352,7 +361,12 @@ impl Taken {
     }
 
     /// Waits for the source, and tells it on its new lanes; false if it does not come.
-    fn farewell(&self, options: &ResumeOptions, inbox: &Inbox<Note>, word: Word) -> Result<bool> {
+    fn farewell(
+        &self,
+        options: &ResumeOptions,
+        inbox: &Inbox<InboxMessage>,
+        word: Word,
+    ) -> Result<bool> {
         let door = self.door(options, &self.hello()?, inbox)?;
         let until = Some(Instant::now() + FAREWELL_PATIENCE);
         CompletionNotifier::new(door, word, self.keeper.clone(), until).wait(inbox)
@@ -382,7 +396,7 @@ fn remove_stale(uri: &Uri) {
 /// Everything that the guest's side has; none if it ends meanwhile.
 fn receive(
     process: &mut GuestProcess,
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
 ) -> Result<Option<(Vec<Handed>, Entrusted)>> {
     let deadline = Instant::now() + HANDOFF_TIMEOUT;
     let mut handed = Vec::new();
