@@ -1,13 +1,14 @@
 //! The source's driver of the simulation: it carries effects out on the world, and may be killed between any two.
 
+mod left;
+
 use std::collections::{BTreeSet, VecDeque};
-use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 use umem_wire::{Event as Said, Fault as Reason, FaultCode, Frame, Totals};
 
 use super::threads::kills;
-use super::world::{CHUNK, Happening, Lane, PAGES, Reply, Sent, TOTAL_BYTES, World, lost, nobody};
+use super::world::{CHUNK, Happening, Lane, PAGES, Reply, Sent, TOTAL_BYTES, World, lost};
 use super::{Fault, Random};
 use crate::control::calling::{Called, Word};
 use crate::control::source::closing::GOODBYE_PING;
@@ -18,7 +19,7 @@ use crate::control::source::{
 };
 use crate::control::{Moment, Order};
 use crate::error::{Error, Result};
-use crate::events::{Event, Undone};
+use crate::events::Event;
 use crate::transport::uri::Uri;
 
 /// What lies on the disk.
@@ -589,56 +590,6 @@ impl World {
     }
 }
 
-/// A session in which nothing is served.
-impl World {
-    fn run_leftover(&mut self, input: leftover::Input) {
-        let mut next = Some(input);
-        while let Some(input) = next.take() {
-            let now = self.instant();
-            let Some(Process::Leftover(core)) = &mut self.source.process else { return };
-            for effect in core.handle(input, now) {
-                if self.is_killed() {
-                    return self.kill_source();
-                }
-                self.note(format_args!("source: {effect:?}"));
-                next = self.carry_out_leftover(effect);
-            }
-        }
-        if let Some(Process::Leftover(core)) = &self.source.process
-            && core.has_ended()
-        {
-            self.note(format_args!("source has ended, as a session that was left"));
-            self.source.process = None;
-        }
-    }
-
-    fn carry_out_leftover(&mut self, effect: leftover::Effect) -> Option<leftover::Input> {
-        match effect {
-            leftover::Effect::Undo => {
-                let is_wrong = !self.is_well() && self.random.percent(self.habits.wrong);
-                self.runs_here |= !is_wrong;
-                if !is_wrong {
-                    self.is_put_back();
-                }
-                return Some(leftover::Input::Undone(match is_wrong {
-                    true => Err(Error::Host("it refuses".into())),
-                    false => Ok(Undone::GoesOn),
-                }));
-            }
-            leftover::Effect::Epoch(epoch) => {
-                self.persist(&Record::Epoch { epoch, uri: None }, false);
-            }
-            leftover::Effect::Call { epoch, word, .. } => self.dials(epoch, Some(word)),
-            leftover::Effect::Knock { epoch } => self.dials(epoch, None),
-            leftover::Effect::Free => self.free(),
-            leftover::Effect::Forget => self.forget(),
-            leftover::Effect::Tell(Event::Abandoned { .. }) => self.has_abandoned = true,
-            leftover::Effect::Tell(_) => {}
-        }
-        None
-    }
-}
-
 /// What comes to the source, which takes nothing but orders while it opens lanes.
 impl World {
     pub(super) fn source_notes(&mut self, input: Input) {
@@ -663,41 +614,6 @@ impl World {
         if self.source.opening.is_some() {
             self.opening_fails(Error::Interrupted("the attempt is given up".into()));
         }
-    }
-
-    /// A person ends a session, whose destination needs nothing or is taken for one that has gone.
-    pub(super) fn abandon_source(&mut self) {
-        let Some(disk) = self.source.record.clone() else { return };
-        if self.source.can_be_by_hand && !self.destination.can_do_alone() {
-            self.note(format_args!(
-                "the person has the guest go on, and removes the source's record"
-            ));
-            self.runs_here = true;
-            return self.forget();
-        }
-        self.note(format_args!("the person abandons the source's session: {disk:?}"));
-        self.source.number += 1;
-        self.source.began = self.now;
-        self.source.kept = Some(disk.clone());
-        let core = Leftover::abandoned("5e55".to_owned(), World::uri(), disk.epoch, Vec::new());
-        self.source.process = Some(Process::Leftover(Box::new(core)));
-        self.tell_source(Input::Begin);
-    }
-
-    /// All lanes are open, of which nothing is wanted but to know who answers.
-    pub(super) fn knocked(&mut self, link: u32) {
-        self.source.opening = None;
-        self.source_hangs_up(link, true);
-        let knocked = match self.fault {
-            Fault::TakesAnswersForSilence => Knocked::NotOpened(nobody(ErrorKind::TimedOut)),
-            _ => Knocked::Opened,
-        };
-        self.run_leftover(leftover::Input::Knocked(knocked));
-    }
-
-    pub(super) fn is_knocking(&self) -> bool {
-        matches!(self.source.process, Some(Process::Leftover(_)))
-            && matches!(self.source.opening, Some(Opening { word: None, .. }))
     }
 
     pub(super) fn source_loses(&mut self, link: u32, lane: Lane) {
