@@ -491,7 +491,7 @@ impl World {
             let (lane, to) = (Lane::Demand, self.now);
             self.at(to, Happening::ToDestination { link, lane, sent });
         }
-        farewell::Input::Reply
+        farewell::Input::Told
     }
 
     fn has_closed(&mut self, link: u32) {
