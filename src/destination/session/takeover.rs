@@ -63,6 +63,9 @@ use crate::transport::uri::Uri;
 /// How long the guest's side may take to hand over again. It does nothing else.
 const HANDOFF_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long after its socket a process may take to end.
+const END_PATIENCE: Duration = Duration::from_secs(5);
+
 /// How long an address may still be in use, and how often it is tried.
 const ADDRESS_PATIENCE: Duration = Duration::from_secs(10);
 const ADDRESS_INTERVAL: Duration = Duration::from_millis(20);
@@ -145,11 +148,13 @@ impl Taken {
         // It is the process that is meant if it is that now: the handle does not go over to another one.
         let monitor = match MonitorProcess::taken_over(guest.pid, guest.owner, created, true) {
             Ok(monitor) if is_alive() => monitor,
-            _ => return Ok(Found::Ended),
+            Ok(_) => return Ok(Found::Ended),
+            Err(error) if has_no_process(&error) || !is_alive() => return Ok(Found::Ended),
+            Err(error) => return Err(error),
         };
         let handoff = HandoffSocket::new(stream);
         let mut process = Box::new(GuestProcess::new(monitor, handoff, true, true));
-        let Some((handed, entrusted)) = receive(&mut process, inbox)? else {
+        let Some((handed, entrusted)) = receive(&mut process, inbox, END_PATIENCE)? else {
             return Ok(Found::Ended);
         };
         let side = GuestSide::Process(process);
@@ -393,10 +398,20 @@ fn remove_stale(uri: &Uri) {
     }
 }
 
-/// Everything that the guest's side has; none if it ends meanwhile.
+/// Whether that is the kernel's answer to the number of a process that is not there.
+fn has_no_process(error: &Error) -> bool {
+    matches!(error, Error::System { source, .. } if source.raw_os_error() == Some(libc::ESRCH))
+}
+
+/// Everything that the guest's side has; None if its process ends meanwhile. `end_patience` is the longest time from the
+/// end of its socket to the end of the process.
+///
+/// # Errors
+/// The process lives and does not hand over.
 fn receive(
     process: &mut GuestProcess,
     inbox: &Inbox<InboxMessage>,
+    end_patience: Duration,
 ) -> Result<Option<(Vec<Handed>, Entrusted)>> {
     let deadline = Instant::now() + HANDOFF_TIMEOUT;
     let mut handed = Vec::new();
@@ -414,7 +429,9 @@ fn receive(
             Wake::Ready(_) => return Ok(None),
             Wake::Message(_) => continue,
         }
-        let Some(messages) = process.handoff.read()? else { return Ok(None) };
+        let Some(messages) = process.handoff.read()? else {
+            return ended(process, inbox, end_patience).map(|()| None);
+        };
         for message in messages {
             match message {
                 Message::Memory { pieces, .. } => {
@@ -425,5 +442,57 @@ fn receive(
                 Message::Loaded | Message::Monitor(_) | Message::Released => {}
             }
         }
+    }
+}
+
+/// Waits for the end of a process that has closed its socket: one that lives needs its pages, and its source.
+fn ended(process: &GuestProcess, inbox: &Inbox<InboxMessage>, patience: Duration) -> Result<()> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match inbox.wait(&[process.monitor.exited()], Some(left))? {
+            Wake::Signal => return Err(Error::Interrupted(WAITS.into())),
+            Wake::Ready(_) => return Ok(()),
+            Wake::Timeout => return Err(process.does_not_hand_over()),
+            Wake::Message(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// A process whose side of the socket is closed.
+    fn closed(pid: u32) -> GuestProcess {
+        let (ours, _) = UnixStream::pair().unwrap();
+        let monitor = MonitorProcess::taken_over(pid, None, Vec::new(), true).unwrap();
+        GuestProcess::new(monitor, HandoffSocket::new(ours), true, true)
+    }
+
+    #[test]
+    fn process_that_lives_and_closes_its_socket_has_not_ended() {
+        let inbox = Inbox::new().unwrap();
+        let received = receive(&mut closed(std::process::id()), &inbox, Duration::ZERO);
+        let says = received.err().expect("it lives").to_string();
+        assert!(says.contains("does not hand its memory over"), "{says}");
+
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let mut process = closed(child.id());
+        drop(child.stdin.take());
+        assert!(receive(&mut process, &inbox, END_PATIENCE).unwrap().is_none());
+        assert!(child.wait().unwrap().success());
+    }
+
+    #[test]
+    fn process_that_cannot_be_opened_has_ended_only_where_there_is_none() {
+        let failed = |errno| Error::System {
+            what: "pidfd_open of process 7".into(),
+            source: std::io::Error::from_raw_os_error(errno),
+        };
+        assert!(has_no_process(&failed(libc::ESRCH)));
+        assert!(!has_no_process(&failed(libc::EMFILE)));
     }
 }
