@@ -79,8 +79,9 @@ pub(super) struct SourceSide {
     /// Nobody listens where the destination was.
     pub(super) is_told_of_silence: bool,
     began: Duration,
-    /// The person takes a destination for gone that lives, once.
+    /// The person takes a destination for gone that lives, once; and does so now.
     is_mistaken: bool,
+    mistakes: bool,
 }
 
 /// An attempt to open lanes, or to say a word on some.
@@ -119,6 +120,7 @@ impl SourceSide {
             is_told_of_silence: false,
             began: Duration::ZERO,
             is_mistaken,
+            mistakes: false,
         }
     }
 

@@ -640,6 +640,9 @@ impl World {
         if !self.source.is_opening(attempt) {
             return;
         }
+        if self.is_mistaken_no_more() {
+            return self.opening_fails(Error::Interrupted("the person has a look".into()));
+        }
         let is_lost = !self.is_well() && self.random.percent(10);
         let accepted = match is_lost {
             true => Err(nobody(std::io::ErrorKind::TimedOut)),

@@ -59,9 +59,9 @@ impl World {
     }
 
     /// A person ends a session, whose destination needs nothing or is taken for one that has gone.
-    pub(in crate::control::simulate) fn abandon_source(&mut self) {
+    pub(in crate::control::simulate) fn abandon_source(&mut self, is_mistaken: bool) {
         let Some(disk) = self.source.record.clone() else { return };
-        if self.source.can_be_by_hand && !self.destination.can_do_alone() {
+        if !is_mistaken && self.source.can_be_by_hand && !self.destination.can_do_alone() {
             self.note(format_args!(
                 "the person has the guest go on, and removes the source's record"
             ));
@@ -69,6 +69,7 @@ impl World {
             return self.forget();
         }
         self.note(format_args!("the person abandons the source's session: {disk:?}"));
+        self.source.mistakes = is_mistaken;
         self.source.number += 1;
         self.source.began = self.now;
         self.source.kept = Some(disk.clone());
@@ -86,6 +87,12 @@ impl World {
             _ => Knocked::Opened,
         };
         self.run_leftover(leftover::Input::Knocked(knocked));
+    }
+
+    /// A person who takes a destination for gone that has just gone is not wrong, and no umem can help: the guest that
+    /// waits there is the person's loss.
+    pub(in crate::control::simulate) fn is_mistaken_no_more(&self) -> bool {
+        self.is_knocking() && self.source.mistakes && !self.destination.is_alive()
     }
 
     pub(in crate::control::simulate) fn is_knocking(&self) -> bool {
