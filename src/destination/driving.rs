@@ -12,7 +12,7 @@ use super::lanes::demand::Command;
 use super::memory::GuestRegion;
 use super::session::farewell::{CompletionNotifier, Word};
 use super::side::GuestSide;
-use super::{Migration, Note, encoded, ending};
+use super::{InboxMessage, Migration, encoded, ending};
 use crate::control::Order;
 use crate::control::destination::{
     Effect, Entrance, Exit, FreeSpace, Input, Memory, Moment, Outcome, Process,
@@ -144,44 +144,44 @@ impl Migration<'_> {
     }
 
     /// The core's event for a message; None if the core needs none.
-    fn input(&mut self, note: Note) -> Option<Input> {
+    fn input(&mut self, note: InboxMessage) -> Option<Input> {
         Some(match note {
-            Note::Received(event) => Input::Received(event),
-            Note::AllCached => Input::AllCached,
-            Note::AllReleased => Input::AllReleased,
-            Note::BulkEnded => return None,
-            Note::RoundsEnded => {
+            InboxMessage::Received(event) => Input::Received(event),
+            InboxMessage::AllCached => Input::AllCached,
+            InboxMessage::AllReleased => Input::AllReleased,
+            InboxMessage::BulkEnded => return None,
+            InboxMessage::RoundsEnded => {
                 self.rounds_ended += 1;
                 return (self.rounds_ended == self.lane_count).then_some(Input::RoundsEnded);
             }
-            Note::Failed(error) => self.failed(error),
-            Note::Quiet => Input::Quiet,
-            Note::Settled => Input::Settled,
-            Note::Pause => {
+            InboxMessage::Failed(error) => self.failed(error),
+            InboxMessage::Quiet => Input::Quiet,
+            InboxMessage::Settled => Input::Settled,
+            InboxMessage::Pause => {
                 self.progress.watch().heard();
                 Input::Order(Order::Pause)
             }
-            Note::Resume(uri) => {
+            InboxMessage::Resume(uri) => {
                 self.progress.watch().heard();
                 Input::Order(Order::Resume(uri))
             }
-            Note::Found { order, uri, found } => Input::Found { order, uri, found },
-            Note::Listen(listener) => {
+            InboxMessage::Found { order, uri, found } => Input::Found { order, uri, found },
+            InboxMessage::Listen(listener) => {
                 self.link.offer(super::link::Offer::Listener(listener));
                 Input::Offered(Entrance::Listener)
             }
-            Note::Reconnect(sockets) => {
+            InboxMessage::Reconnect(sockets) => {
                 self.link.offer(super::link::Offer::Connections(sockets));
                 Input::Offered(Entrance::Given)
             }
-            Note::Host(Answer::Loaded(Ok(Loaded { runs }))) => Input::Loaded { runs },
-            Note::Host(Answer::Running(Ok(()))) => Input::Running,
-            Note::Host(
+            InboxMessage::Host(Answer::Loaded(Ok(Loaded { runs }))) => Input::Loaded { runs },
+            InboxMessage::Host(Answer::Running(Ok(()))) => Input::Running,
+            InboxMessage::Host(
                 Answer::Prepared(Err(error))
                 | Answer::Loaded(Err(error))
                 | Answer::Running(Err(error)),
             ) => Input::Failed(error),
-            Note::Host(_) => return None,
+            InboxMessage::Host(_) => return None,
         })
     }
 
@@ -245,7 +245,7 @@ impl Migration<'_> {
                     self.threads.command(Command::Show(wanted));
                 }
                 if is_last {
-                    self.inbox.post().send(Note::AllCached);
+                    self.inbox.post().send(InboxMessage::AllCached);
                 }
                 return Ok(Some(Input::PagesSettled));
             }
@@ -308,13 +308,13 @@ impl Migration<'_> {
             Effect::SendCompletion => self.threads.command(Command::Send(self.completion())),
             Effect::Ping(number) => self.threads.command(Command::Ping(number)),
             Effect::Sever => self.sever(),
-            Effect::Settle => self.inbox.post().send(Note::Settled),
+            Effect::Settle => self.inbox.post().send(InboxMessage::Settled),
             Effect::RollBack => self.guest.roll_back()?,
             Effect::Reconnect { standing, is_complete } => self.reconnect(standing, is_complete)?,
             Effect::DropLanes => self.link.drop_lanes(),
             Effect::LookUp { order, uri } => {
                 let (post, named) = (self.inbox.post(), uri.clone());
-                let tell = move |found| post.send(Note::Found { order, uri: named, found });
+                let tell = move |found| post.send(InboxMessage::Found { order, uri: named, found });
                 return Ok(Listener::look_up(&uri, tell).err().map(Input::NotResumed));
             }
             Effect::Bind { uri, found } => {

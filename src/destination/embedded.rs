@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use umem_wire::{FaultCode, Hello, LaneRole};
 
-use super::admission::accept::{self, Lanes, Terms};
+use super::admission::accept::{self, AdmissionPolicy, Lanes};
 use super::admission::prepare::Prepared;
-use super::{Migration, Note, Open, Plan};
+use super::{InboxMessage, Migration, Open, Plan};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::error::{Error, Result};
 use crate::fault::handoff::Handed;
@@ -50,7 +50,7 @@ pub(crate) fn receive(
     let IncomingConfig { entrance, handed, lanes_max, recovers, cores } = reception;
     let inbox = Inbox::embedded(embedder.canceller())?;
     let post = inbox.post();
-    embedder.answers(Box::new(move |answer| post.send(Note::Host(answer))));
+    embedder.answers(Box::new(move |answer| post.send(InboxMessage::Host(answer))));
     let output = embedder.clone().output();
     let mut prepared = Prepared::here(handed)?;
     // The program is responsible for who may connect: it can give connections that it has secured.
@@ -74,7 +74,7 @@ pub(crate) fn receive(
             Err(sockets) => accept_connected(sockets, recovers, &inbox)?,
         },
     };
-    embedder.connected(lanes.severable());
+    embedder.connected(lanes.shutdown_handle());
     let (receiver, adopted) = accept::compare(&lanes.demand, &inbox, &mut prepared, STEP_TIMEOUT)?;
     let asking = embedder.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));
@@ -91,7 +91,7 @@ pub(crate) fn receive(
     };
     let open = Open { lanes, guard, receiver, adopted, keeping: None, runs_itself: false };
     let migration = Migration::start(&plan, output, &inbox, open, host, &mut prepared.side)?;
-    embedder.connected_by(migration.link.severable());
+    embedder.connected_by(migration.link.shutdown_handle());
     embedder.watch(migration.guest.counters.clone(), migration.guest.total_bytes());
     let (recovers, post) = (migration.link.recovers, inbox.post());
     embedder.takes_orders(
@@ -99,10 +99,10 @@ pub(crate) fn receive(
         Box::new(move |order| {
             embedder::check(recovers, &watch)?;
             post.send(match order {
-                LinkOrder::Pause => Note::Pause,
-                LinkOrder::Resume => Note::Resume(None),
-                LinkOrder::Listen(listener) => Note::Listen(listener),
-                LinkOrder::Reconnect(sockets) => Note::Reconnect(sockets),
+                LinkOrder::Pause => InboxMessage::Pause,
+                LinkOrder::Resume => InboxMessage::Resume(None),
+                LinkOrder::Listen(listener) => InboxMessage::Listen(listener),
+                LinkOrder::Reconnect(sockets) => InboxMessage::Reconnect(sockets),
                 LinkOrder::Dial(_) => unreachable!("a destination does not dial"),
             });
             Ok(())
@@ -114,12 +114,16 @@ pub(crate) fn receive(
 }
 
 /// The source chooses whether there are checksums.
-fn terms(lanes_max: u16, recovers: bool) -> Terms {
-    Terms { lanes_max, recovers, checksum: false, is_external: false }
+fn terms(lanes_max: u16, recovers: bool) -> AdmissionPolicy {
+    AdmissionPolicy { lanes_max, recovers, checksum: false, is_external: false }
 }
 
 /// Opens a lane on each of several connections. The source may send its hellos at any time.
-fn accept_connected(sockets: Vec<OwnedFd>, recovers: bool, inbox: &Inbox<Note>) -> Result<Lanes> {
+fn accept_connected(
+    sockets: Vec<OwnedFd>,
+    recovers: bool,
+    inbox: &Inbox<InboxMessage>,
+) -> Result<Lanes> {
     let count = u16::try_from(sockets.len()).expect("their number is checked") - 1;
     let mut first: Option<Hello> = None;
     let mut lanes = Vec::new();
@@ -156,7 +160,11 @@ fn accept_connected(sockets: Vec<OwnedFd>, recovers: bool, inbox: &Inbox<Note>) 
 
 /// Reads the purpose of a connection from the source's hello: until `deadline`, or, without one, for [`HELLO_TIMEOUT`]
 /// from the first byte on.
-fn read_hello(lane: &Lane, inbox: &Inbox<Note>, mut deadline: Option<Instant>) -> Result<Hello> {
+fn read_hello(
+    lane: &Lane,
+    inbox: &Inbox<InboxMessage>,
+    mut deadline: Option<Instant>,
+) -> Result<Hello> {
     let mut bytes = HelloBytes::new();
     let lost = |why: String| Error::Lost {
         side: "source",

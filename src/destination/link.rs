@@ -17,7 +17,7 @@ use crate::error::Result;
 use crate::events::CUT;
 use crate::observe::output::Output;
 use crate::runtime::inbox::Interest;
-use crate::transport::lane::{Listener, Severable};
+use crate::transport::lane::{Listener, ShutdownHandle};
 use crate::transport::secure::{ServerAuth, WayIn};
 use crate::transport::uri::Uri;
 
@@ -32,7 +32,7 @@ pub(super) struct Link {
     certificate: Option<Vec<u8>>,
     /// None for given connections, which cannot be reopened, until new ones are given.
     door: Option<LaneAcceptor>,
-    pub(super) sockets: Severable,
+    pub(super) sockets: ShutdownHandle,
     /// All lanes of one attempt. They wait until the old lanes are released.
     arrived: Option<Lanes>,
     /// The place for the source to connect to, before the core decides.
@@ -51,7 +51,7 @@ impl Link {
         let (hello, certificate) = (lanes.hello.clone(), lanes.certificate.clone());
         Link {
             recovers: lanes.recovers(),
-            sockets: lanes.severable(),
+            sockets: lanes.shutdown_handle(),
             ..Link::down(hello, guard, certificate, lanes.door.take())
         }
     }
@@ -84,7 +84,7 @@ impl Link {
             guard,
             certificate,
             door,
-            sockets: Severable::default(),
+            sockets: ShutdownHandle::default(),
             arrived: None,
             offer: None,
         }
@@ -101,7 +101,7 @@ impl Link {
     }
 
     /// A handle that can end the lanes.
-    pub(super) fn severable(&self) -> Severable {
+    pub(super) fn shutdown_handle(&self) -> ShutdownHandle {
         self.sockets.clone()
     }
 

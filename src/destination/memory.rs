@@ -52,7 +52,7 @@ pub(crate) use gate::FaultSource;
 pub(crate) use region::{GuestRegion, Part, RegionSetup};
 use rounds::Rounds;
 pub(crate) use rounds::check as check_rounds;
-use takeover::Told;
+use takeover::SharedCounter;
 
 /// Delay before a page that could not be made visible because of pending events is tried again; further events end the
 /// delay early.
@@ -90,7 +90,7 @@ pub(crate) struct GuestMemory {
     shortage: Mutex<Option<String>>,
     /// Pages arrive in rounds while the source's guest runs, before each arrives once.
     rounds: Option<Rounds>,
-    /// For a takeover: the record of cached pages, for the next process's report ([`Told`]).
+    /// For a takeover: the record of cached pages, for the next process's report ([`SharedCounter`]).
     told: Option<AtomicWords>,
     pages_total: u64,
 }
@@ -145,7 +145,7 @@ impl GuestMemory {
     /// Demanded pages have arrived.
     pub(crate) fn count_demand(&self, pages: u64) {
         Counters::add(&self.counters.pages_demand, pages);
-        self.tell(Told::PagesDemand, pages);
+        self.tell(SharedCounter::PagesDemand, pages);
     }
 
     pub(crate) fn bytes(&self, range: PageRange) -> u64 {
@@ -278,8 +278,8 @@ impl GuestMemory {
         Counters::add(counter, region.byte_offset(range.pages));
         match kind {
             RunKind::Data => {}
-            RunKind::Zero => self.tell(Told::ZeroBytes, region.byte_offset(range.pages)),
-            RunKind::Hole => self.tell(Told::HoleBytes, region.byte_offset(range.pages)),
+            RunKind::Zero => self.tell(SharedCounter::ZeroBytes, region.byte_offset(range.pages)),
+            RunKind::Hole => self.tell(SharedCounter::HoleBytes, region.byte_offset(range.pages)),
         }
         self.counters.map.count(range, region.unit_shift(), kind, false);
     }

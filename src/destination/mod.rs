@@ -57,7 +57,7 @@ use crate::transport::secure::{Security, ServerAuth};
 use crate::transport::single::{self, SharedConnection};
 use crate::transport::uri::Uri;
 
-use self::admission::accept::{Entrance, Lanes, Terms};
+use self::admission::accept::{AdmissionPolicy, Entrance, Lanes};
 use self::admission::prepare::{self, Adopted, Prepared};
 use self::faults::latency::Latencies;
 use self::faults::serving::Servers;
@@ -117,7 +117,7 @@ pub use self::session::takeover::run as resume;
 pub use crate::session::ResumeOptions;
 
 /// Messages to the control thread.
-pub(crate) enum Note {
+pub(crate) enum InboxMessage {
     /// A control frame on the demand lane.
     Received(Event),
     /// The last page is cached.
@@ -148,32 +148,32 @@ pub(crate) enum Note {
     Reconnect(Vec<OwnedFd>),
 }
 
-impl Failure for Note {
-    fn failed(error: Error) -> Note {
-        Note::Failed(error)
+impl Failure for InboxMessage {
+    fn failed(error: Error) -> InboxMessage {
+        InboxMessage::Failed(error)
     }
 
     fn into_failure(self) -> Option<Error> {
         match self {
-            Note::Failed(error) => Some(error),
-            Note::Received(Event::Error(fault)) => Some(peer(fault)),
+            InboxMessage::Failed(error) => Some(error),
+            InboxMessage::Received(Event::Error(fault)) => Some(peer(fault)),
             _ => None,
         }
     }
 }
 
-impl From<LinkOrder> for Note {
-    fn from(order: LinkOrder) -> Note {
+impl From<LinkOrder> for InboxMessage {
+    fn from(order: LinkOrder) -> InboxMessage {
         match order {
-            LinkOrder::Pause => Note::Pause,
-            LinkOrder::Resume(uri) => Note::Resume(uri),
+            LinkOrder::Pause => InboxMessage::Pause,
+            LinkOrder::Resume(uri) => InboxMessage::Resume(uri),
         }
     }
 }
 
-impl From<Answer> for Note {
-    fn from(answer: Answer) -> Note {
-        Note::Host(answer)
+impl From<Answer> for InboxMessage {
+    fn from(answer: Answer) -> InboxMessage {
+        InboxMessage::Host(answer)
     }
 }
 
@@ -244,7 +244,7 @@ fn receive(
     options: &Options,
     socket: Option<OwnedFd>,
     guard: &Arc<ServerAuth>,
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
     observer: &Observer,
 ) -> Result<Received> {
     let output = Output::new(options.json);
@@ -276,7 +276,7 @@ fn receive(
     }
     let (lanes_max, checksum) = (options.lanes_max, options.checksum);
     let is_external = options.switchover == Switchover::External;
-    let terms = Terms { lanes_max, recovers: true, checksum, is_external };
+    let terms = AdmissionPolicy { lanes_max, recovers: true, checksum, is_external };
     let lanes = entrance.accept(guard, terms, &output, inbox, &prepared)?;
     output.tell(&control::Event::Connected {
         to: None,
@@ -313,7 +313,7 @@ fn receive(
 
 /// Waits before a guest's process exists.
 fn wait(
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
     fds: &[(BorrowedFd<'_>, PollFlags)],
     limit: Option<Duration>,
 ) -> Result<bool> {
@@ -344,7 +344,7 @@ struct Open {
     adopted: Adopted,
     /// For a takeover after this process was killed.
     keeping: Option<Persistence>,
-    /// See [`Terms::runs_itself`](crate::control::destination::Terms::runs_itself).
+    /// See [`SessionPolicy::runs_itself`](crate::control::destination::SessionPolicy::runs_itself).
     runs_itself: bool,
 }
 
@@ -368,7 +368,7 @@ struct Migration<'a> {
     /// Set when the migration has ended.
     outcome: Option<Outcome>,
     output: Output,
-    inbox: &'a Inbox<Note>,
+    inbox: &'a Inbox<InboxMessage>,
     guest: Arc<GuestMemory>,
     host: HostThread,
     link: Link,

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::Note;
+use super::InboxMessage;
 use crate::error::{Context, Error, Result};
 use crate::events::Event;
 use crate::fault::handoff::{HandoffSocket, Message};
@@ -225,7 +225,7 @@ impl GuestSide {
     /// A process that is stopped or traced does not answer. Its userfaultfds have no ranges registered any more, and it
     /// has the command already, which it carries out when it continues, with or without umem. So the wait is only for
     /// the confirmation, and a signal ends it.
-    pub(crate) fn release(&mut self, inbox: &Inbox<Note>, output: &Output) -> Result<()> {
+    pub(crate) fn release(&mut self, inbox: &Inbox<InboxMessage>, output: &Output) -> Result<()> {
         let Some(process) = self.process_mut() else { return Ok(()) };
         process.monitor.release();
         if !process.knows_umem {
@@ -260,7 +260,7 @@ impl GuestSide {
 
     /// The guest runs alone now. Stays until the started command ends, if it is a child, so that it keeps its terminal.
     /// The exit status is the command's, if known.
-    pub(crate) fn outlive(&mut self, inbox: &Inbox<Note>, output: &Output) -> Result<i32> {
+    pub(crate) fn outlive(&mut self, inbox: &Inbox<InboxMessage>, output: &Output) -> Result<i32> {
         while self.is_outlived() {
             match inbox.wait(&[self.command_exited()], None)? {
                 Wake::Signal => {

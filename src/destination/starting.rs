@@ -15,8 +15,8 @@ use super::memory::touch::{self, TouchThread};
 use super::memory::{self, GuestMemory};
 use super::session::keeping::session_of;
 use super::side::GuestSide;
-use super::{Migration, Note, Open, Plan, Serving, Threads};
-use crate::control::destination::{Core, Input, Terms};
+use super::{InboxMessage, Migration, Open, Plan, Serving, Threads};
+use crate::control::destination::{Core, Input, SessionPolicy};
 use crate::error::{Context, Result};
 use crate::host::thread::HostThread;
 use crate::observe::output::Output;
@@ -33,7 +33,7 @@ impl<'a> Migration<'a> {
     pub(super) fn start(
         plan: &Plan<'_>,
         output: Output,
-        inbox: &'a Inbox<Note>,
+        inbox: &'a Inbox<InboxMessage>,
         open: Open,
         host: HostThread,
         side: &mut GuestSide,
@@ -60,7 +60,7 @@ impl<'a> Migration<'a> {
         let congestion = lanes.demand.congestion.clone().unwrap_or_else(|| "none".into());
         let demand_socket = lanes.demand.socket();
         let (link, acks) = (Link::new(&mut lanes, guard), lanes.acks());
-        let terms = Terms {
+        let terms = SessionPolicy {
             recovers: link.recovers,
             has_bulk_lanes: !lanes.bulk.is_empty(),
             is_checked,
@@ -98,7 +98,7 @@ impl<'a> Migration<'a> {
     pub(super) fn begin(
         plan: &Plan<'_>,
         output: Output,
-        inbox: &'a Inbox<Note>,
+        inbox: &'a Inbox<InboxMessage>,
         guest: Arc<GuestMemory>,
         serving: Serving,
         host: HostThread,

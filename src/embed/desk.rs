@@ -24,7 +24,7 @@ use crate::observe::output::Output;
 use crate::runtime::inbox::Canceller;
 use crate::runtime::polling::poll;
 use crate::statistics::{Completed, Counters};
-use crate::transport::lane::Severable;
+use crate::transport::lane::ShutdownHandle;
 
 pub(crate) struct HostChannel {
     desk: Mutex<ChannelState>,
@@ -52,7 +52,7 @@ struct ChannelState {
     /// The destination's guest was asked to run: it belongs to that side.
     run_asked: bool,
     counters: Option<(Arc<Counters>, u64)>,
-    lanes: Severable,
+    lanes: ShutdownHandle,
     /// The number of connections to reopen, while lanes can be given up and reopened.
     orders: Option<(u16, Arc<Orders>)>,
     /// The last event is queued.
@@ -132,14 +132,14 @@ impl Embedder for HostChannel {
     }
 
     /// Every lane is open.
-    fn connected(&self, lanes: Severable) {
+    fn connected(&self, lanes: ShutdownHandle) {
         let mut state = self.state();
         state.lanes = lanes;
         self.put(&mut state, Event::Connected);
     }
 
     /// The lanes to end if the migration is cut off.
-    fn connected_by(&self, lanes: Severable) {
+    fn connected_by(&self, lanes: ShutdownHandle) {
         self.state().lanes = lanes;
     }
 

@@ -10,7 +10,7 @@ use crate::observe::output::Output;
 use crate::observe::watch::Watch;
 use crate::runtime::inbox::Canceller;
 use crate::statistics::Counters;
-use crate::transport::lane::{Listener, Severable};
+use crate::transport::lane::{Listener, ShutdownHandle};
 use crate::transport::uri::Uri;
 
 /// Where answers go.
@@ -26,9 +26,9 @@ pub(crate) trait Embedder: Send + Sync {
     /// Where answers go from here on.
     fn answers(&self, post: Answers);
     /// Every lane is open.
-    fn connected(&self, lanes: Severable);
+    fn connected(&self, lanes: ShutdownHandle);
     /// The lanes that may have to be ended from here on are these.
-    fn connected_by(&self, lanes: Severable);
+    fn connected_by(&self, lanes: ShutdownHandle);
     /// Lanes can be given up and opened again, on as many `connections`.
     fn takes_orders(&self, connections: u16, post: Orders);
     /// What is counted from here on, and the size of the guest's memory in bytes.

@@ -146,11 +146,11 @@ pub(crate) struct ThreadHandle {
 mod tests {
     use super::*;
 
-    struct Note(Option<Error>);
+    struct Message(Option<Error>);
 
-    impl Failure for Note {
-        fn failed(error: Error) -> Note {
-            Note(Some(error))
+    impl Failure for Message {
+        fn failed(error: Error) -> Message {
+            Message(Some(error))
         }
 
         fn into_failure(self) -> Option<Error> {
@@ -165,21 +165,21 @@ mod tests {
     #[test]
     fn lost_bulk_lane_takes_its_cause_from_the_demand_lane() {
         let inbox = Inbox::new().unwrap();
-        inbox.post().send(Note(None));
-        inbox.post().send(Note(Some(lost("bulk lane 2"))));
-        inbox.post().send(Note(Some(Error::Interrupted("why".into()))));
+        inbox.post().send(Message(None));
+        inbox.post().send(Message(Some(lost("bulk lane 2"))));
+        inbox.post().send(Message(Some(Error::Interrupted("why".into()))));
         let cause = first_cause(&inbox, lost("bulk lane 1"));
         assert!(matches!(cause, Error::Interrupted(_)), "{cause}");
 
-        inbox.post().send(Note(Some(lost("demand lane"))));
+        inbox.post().send(Message(Some(lost("demand lane"))));
         let cause = first_cause(&inbox, lost("bulk lane 1"));
         assert!(cause.to_string().contains("demand lane"), "{cause}");
     }
 
     #[test]
     fn error_with_its_own_cause_is_returned_at_once() {
-        let inbox = Inbox::<Note>::new().unwrap();
-        inbox.post().send(Note(Some(Error::Internal("why".into()))));
+        let inbox = Inbox::<Message>::new().unwrap();
+        inbox.post().send(Message(Some(Error::Internal("why".into()))));
         let cause = first_cause(&inbox, lost("demand lane"));
         assert!(cause.to_string().contains("demand lane"), "{cause}");
     }

@@ -10,7 +10,7 @@ use super::lanes::bulk;
 use super::lanes::demand::Command;
 use super::memory::digest;
 use super::session::parting::Caller;
-use super::{Migration, Note};
+use super::{InboxMessage, Migration};
 use crate::control::calling::Word;
 use crate::control::source::closing::GOODBYE_PING;
 use crate::control::source::{Effect, Goodbye, Input, Question};
@@ -69,28 +69,28 @@ impl Migration {
     }
 
     /// What a note is to the core.
-    pub(super) fn input(&mut self, note: Note) -> Input {
+    pub(super) fn input(&mut self, note: InboxMessage) -> Input {
         match note {
-            Note::Received(event) => Input::Received(event),
-            Note::StateLeft => Input::StateLeft,
-            Note::BulkEnded => Input::BulkEnded,
-            Note::PassEnded => Input::PassEnded,
-            Note::EndPasses => {
+            InboxMessage::Received(event) => Input::Received(event),
+            InboxMessage::StateLeft => Input::StateLeft,
+            InboxMessage::BulkEnded => Input::BulkEnded,
+            InboxMessage::PassEnded => Input::PassEnded,
+            InboxMessage::EndPasses => {
                 self.memory.end_passes();
                 Input::EndPasses
             }
-            Note::Failed(error) => Input::Failed(error),
-            Note::Host(answer) => Input::Monitor(answer),
-            Note::Digested(outcome) => Input::Digested(outcome),
-            Note::Pause => {
+            InboxMessage::Failed(error) => Input::Failed(error),
+            InboxMessage::Host(answer) => Input::Monitor(answer),
+            InboxMessage::Digested(outcome) => Input::Digested(outcome),
+            InboxMessage::Pause => {
                 self.progress.watch().heard();
                 Input::Order(Order::Pause)
             }
-            Note::Resume(uri) => {
+            InboxMessage::Resume(uri) => {
                 self.progress.watch().heard();
                 Input::Order(Order::Resume(uri))
             }
-            Note::Reconnect(sockets) => {
+            InboxMessage::Reconnect(sockets) => {
                 self.link.given = Some(sockets);
                 Input::Given
             }

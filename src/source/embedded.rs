@@ -7,7 +7,7 @@ use nix::poll::PollFlags;
 
 use super::link::open_over;
 use super::memory::SourceMemory;
-use super::{Link, Migration, Note, Order, Plan, Precopy, wait};
+use super::{InboxMessage, Link, Migration, Order, Plan, Precopy, wait};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::control::source::Input;
 use crate::error::Result;
@@ -51,7 +51,7 @@ pub(crate) fn send(departure: OutgoingConfig, embedder: &Arc<dyn Embedder>) -> R
     let OutgoingConfig { way, files, postcopy, precopy, recovers, checksum, cores } = departure;
     let inbox = Inbox::embedded(embedder.canceller())?;
     let post = inbox.post();
-    embedder.answers(Box::new(move |answer| post.send(Note::Host(answer))));
+    embedder.answers(Box::new(move |answer| post.send(InboxMessage::Host(answer))));
     let memory = SourceMemory::new(files, false).checked(checksum).in_rounds(precopy.is_some());
     let memory = Arc::new(memory);
     memory.claim(false)?;
@@ -77,7 +77,7 @@ pub(crate) fn send(departure: OutgoingConfig, embedder: &Arc<dyn Embedder>) -> R
         }
     };
     let link = Link::new(session, pass, uri, &lanes);
-    embedder.connected(link.severable());
+    embedder.connected(link.shutdown_handle());
     embedder.watch(memory.counters.clone(), memory.total_bytes());
     let asking = embedder.clone();
     let host = HostThread::elsewhere(move |question| asking.ask(question));
@@ -104,10 +104,10 @@ pub(crate) fn send(departure: OutgoingConfig, embedder: &Arc<dyn Embedder>) -> R
         Box::new(move |order| {
             embedder::check(recovers, &watch)?;
             post.send(match order {
-                LinkOrder::Pause => Note::Pause,
-                LinkOrder::Resume => Note::Resume(None),
-                LinkOrder::Dial(uri) => Note::Resume(Some(uri)),
-                LinkOrder::Reconnect(sockets) => Note::Reconnect(sockets),
+                LinkOrder::Pause => InboxMessage::Pause,
+                LinkOrder::Resume => InboxMessage::Resume(None),
+                LinkOrder::Dial(uri) => InboxMessage::Resume(Some(uri)),
+                LinkOrder::Reconnect(sockets) => InboxMessage::Reconnect(sockets),
                 LinkOrder::Listen(_) => unreachable!("a source listens nowhere"),
             });
             Ok(())

@@ -52,8 +52,9 @@ impl Migration {
         let sever = || self.link.sockets.sever();
         let demand = self.demand_thread.take();
         let demand = demand.map(|thread| worker::part(thread, fault.is_some(), sever));
-        if let (Some(Ok(None) | Err(_)), Some(reach), Some(fault)) = (demand, &self.reach, fault) {
-            lane::tell_fault(&reach.socket, self.memory.is_checked, fault);
+        if let (Some(Ok(None) | Err(_)), Some(handle), Some(fault)) = (demand, &self.demand, fault)
+        {
+            lane::tell_fault(&handle.socket, self.memory.is_checked, fault);
         }
     }
 

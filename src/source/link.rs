@@ -8,7 +8,7 @@ use umem_wire::{Receiver, Standing};
 use crate::error::Result;
 use crate::runtime::inbox::Wait;
 use crate::session::{SessionFile, SourceRecord};
-use crate::transport::lane::{Lane, Session, Severable};
+use crate::transport::lane::{Lane, Session, ShutdownHandle};
 use crate::transport::secure::{self, ClientAuth};
 use crate::transport::uri::Uri;
 
@@ -33,7 +33,7 @@ pub(super) struct Link {
     pub(super) opened: Option<Opened>,
     /// Where another process finds what it needs to go on, should this one be killed.
     pub(super) keeper: Option<SessionFile<SourceRecord>>,
-    pub(super) sockets: Severable,
+    pub(super) sockets: ShutdownHandle,
 }
 
 impl Link {
@@ -53,7 +53,7 @@ impl Link {
             given: None,
             opened: None,
             keeper: None,
-            sockets: Severable::new(lanes),
+            sockets: ShutdownHandle::new(lanes),
         }
     }
 
@@ -72,7 +72,7 @@ impl Link {
     }
 
     /// For who may have to end them.
-    pub(super) fn severable(&self) -> Severable {
+    pub(super) fn shutdown_handle(&self) -> ShutdownHandle {
         self.sockets.clone()
     }
 }

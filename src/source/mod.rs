@@ -144,7 +144,7 @@ impl std::str::FromStr for Order {
 }
 
 /// What reaches the control thread.
-pub(crate) enum Note {
+pub(crate) enum InboxMessage {
     /// A control frame on the demand lane.
     Received(Event),
     /// The device state has been handed to the kernel.
@@ -169,32 +169,32 @@ pub(crate) enum Note {
     Reconnect(Vec<OwnedFd>),
 }
 
-impl Failure for Note {
-    fn failed(error: Error) -> Note {
-        Note::Failed(error)
+impl Failure for InboxMessage {
+    fn failed(error: Error) -> InboxMessage {
+        InboxMessage::Failed(error)
     }
 
     fn into_failure(self) -> Option<Error> {
         match self {
-            Note::Failed(error) => Some(error),
-            Note::Received(Event::Error(fault)) => Some(peer(fault)),
+            InboxMessage::Failed(error) => Some(error),
+            InboxMessage::Received(Event::Error(fault)) => Some(peer(fault)),
             _ => None,
         }
     }
 }
 
-impl From<LinkOrder> for Note {
-    fn from(order: LinkOrder) -> Note {
+impl From<LinkOrder> for InboxMessage {
+    fn from(order: LinkOrder) -> InboxMessage {
         match order {
-            LinkOrder::Pause => Note::Pause,
-            LinkOrder::Resume(uri) => Note::Resume(uri),
+            LinkOrder::Pause => InboxMessage::Pause,
+            LinkOrder::Resume(uri) => InboxMessage::Resume(uri),
         }
     }
 }
 
-impl From<Answer> for Note {
-    fn from(answer: Answer) -> Note {
-        Note::Host(answer)
+impl From<Answer> for InboxMessage {
+    fn from(answer: Answer) -> InboxMessage {
+        InboxMessage::Host(answer)
     }
 }
 
@@ -242,7 +242,7 @@ fn migrate(
     options: &Options,
     socket: Option<OwnedFd>,
     pass: &Arc<ClientAuth>,
-    inbox: Inbox<Note>,
+    inbox: Inbox<InboxMessage>,
     bandwidth: Arc<Bandwidth>,
     observer: &Observer,
 ) -> Result<Completed> {
@@ -314,7 +314,7 @@ fn dial(
     options: &Options,
     socket: Option<OwnedFd>,
     pass: &Arc<ClientAuth>,
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
 ) -> Result<(Vec<Lane>, Link)> {
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
     if let Some(socket) = socket {
@@ -334,7 +334,7 @@ fn dial(
 
 /// Waits for a lane that is being opened.
 fn wait(
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
     fds: &[(BorrowedFd<'_>, PollFlags)],
     limit: Option<Duration>,
 ) -> Result<bool> {
@@ -378,19 +378,19 @@ struct Plan<'a> {
 }
 
 /// How the demand lane's thread is reached, and its connection.
-struct Reach {
+struct DemandHandle {
     commands: Sender<Command>,
     waker: Waker,
     socket: Arc<OwnedFd>,
 }
 
 /// How a bulk lane's thread is reached.
-struct BulkReach {
+struct BulkHandle {
     orders: Sender<crate::source::lanes::bulk::Order>,
     waker: Waker,
 }
 
-impl BulkReach {
+impl BulkHandle {
     fn order(&self, order: crate::source::lanes::bulk::Order) {
         // The thread has ended where this fails.
         let _ = self.orders.send(order);
@@ -405,7 +405,7 @@ struct Migration {
     answers: VecDeque<Input>,
     lane_count: u16,
     output: Output,
-    inbox: Inbox<Note>,
+    inbox: Inbox<InboxMessage>,
     memory: Arc<SourceMemory>,
     host: HostThread,
     has_monitor: bool,
@@ -419,11 +419,11 @@ struct Migration {
     cores: Cores,
     zero_copy: bool,
     /// None before the first demand lane.
-    reach: Option<Reach>,
+    demand: Option<DemandHandle>,
     demand_thread: Option<JoinHandle<Option<()>>>,
     /// Bulk lanes that are not sending yet.
     idle: Vec<Lane>,
-    bulk: Vec<BulkReach>,
+    bulk: Vec<BulkHandle>,
     bulk_threads: Vec<JoinHandle<Option<()>>>,
     release_thread: Option<JoinHandle<Option<()>>>,
     /// What the RAM files held at the switchover, where they are freed, and what of that has been freed at the end.
@@ -467,9 +467,9 @@ impl Migration {
     }
 
     fn command(&self, command: Command) {
-        let Some(reach) = &self.reach else { return };
+        let Some(demand) = &self.demand else { return };
         // The thread has ended where this fails, and its own note says why.
-        let _ = reach.commands.send(command);
-        reach.waker.wake();
+        let _ = demand.commands.send(command);
+        demand.waker.wake();
     }
 }

@@ -15,7 +15,7 @@ use super::lanes::demand::{Command, DemandLane};
 use super::link::Link;
 use super::memory::SourceMemory;
 use super::memory::release::Releaser;
-use super::{BulkReach, Migration, Note, Plan, Reach};
+use super::{BulkHandle, DemandHandle, InboxMessage, Migration, Plan};
 use crate::control;
 use crate::control::source::{Kept, Source};
 use crate::error::Result;
@@ -32,7 +32,7 @@ impl Migration {
     pub(super) fn start(
         plan: &Plan<'_>,
         output: Output,
-        inbox: Inbox<Note>,
+        inbox: Inbox<InboxMessage>,
         (mut lanes, link): (Vec<Lane>, Link),
         memory: Arc<SourceMemory>,
         host: HostThread,
@@ -60,7 +60,7 @@ impl Migration {
     pub(super) fn new(
         plan: &Plan<'_>,
         output: Output,
-        inbox: Inbox<Note>,
+        inbox: Inbox<InboxMessage>,
         link: Link,
         memory: Arc<SourceMemory>,
         host: HostThread,
@@ -73,7 +73,7 @@ impl Migration {
         if let Some(precopy) = plan.precopy {
             memory.pass_bandwidth.set(precopy.max_bandwidth);
             let post = inbox.post();
-            let end = move || post.send(Note::EndPasses);
+            let end = move || post.send(InboxMessage::EndPasses);
             plan.watch.has_passes(plan.postcopy, memory.pass_bandwidth.clone(), end);
         }
         let (counters, total_bytes) = (&memory.counters, memory.total_bytes());
@@ -113,7 +113,7 @@ impl Migration {
             adapts: plan.order == super::Order::Adaptive,
             cores: Cores::choose(plan.cores, crate::runtime::role::Role::Source),
             zero_copy: !plan.stays_local,
-            reach: None,
+            demand: None,
             demand_thread: None,
             idle: Vec::new(),
             bulk: Vec::new(),
@@ -169,7 +169,7 @@ impl Migration {
             let name = format!("umem-bulk-{}", index + 1);
             let (waker, thread) =
                 worker::start(&name, &self.inbox, move |started| bulk.run(started))?;
-            self.bulk.push(BulkReach { orders, waker });
+            self.bulk.push(BulkHandle { orders, waker });
             self.bulk_threads.push(thread);
         }
         Ok(())
@@ -192,7 +192,7 @@ impl Migration {
         };
         let (waker, thread): (Waker, _) =
             worker::start("umem-demand", &self.inbox, move |started| demand.run(started))?;
-        self.reach = Some(Reach { commands, waker, socket });
+        self.demand = Some(DemandHandle { commands, waker, socket });
         self.demand_thread = Some(thread);
         Ok(())
     }

@@ -97,7 +97,7 @@ impl End {
 }
 
 /// The destination's part: paused after a while, and resumed at the second address.
-fn play(listeners: &[TcpListener; 2], post: &Post<Note>) {
+fn play(listeners: &[TcpListener; 2], post: &Post<InboxMessage>) {
     let [first, second] = listeners;
     let (mut demand, mut bulk) = (End::accept(first, None), End::accept(first, None));
     let Event::Regions(table) = demand.until("regions") else { unreachable!() };
@@ -110,14 +110,14 @@ fn play(listeners: &[TcpListener; 2], post: &Post<Note>) {
     demand.say(&Frame::Running { us_since_switchover: 1 });
     let mut have = vec![0; usize::try_from(PAGES / 64).unwrap()];
     bulk.event().unwrap();
-    post.send(Note::Pause);
+    post.send(InboxMessage::Pause);
     bulk.pages(&mut have);
     assert_eq!(std::iter::from_fn(|| demand.event()).last(), None, "closed, too");
     // As if the last of them had not come.
     have[7] = 0;
 
     let port = second.local_addr().unwrap().port();
-    post.send(Note::Resume(Some(Uri::Tcp { host: "127.0.0.1".into(), port })));
+    post.send(InboxMessage::Resume(Some(Uri::Tcp { host: "127.0.0.1".into(), port })));
     let session = demand.hello.session;
     let (mut demand, mut bulk) =
         (End::accept(second, Some(&table)), End::accept(second, Some(&table)));
@@ -154,7 +154,7 @@ fn pause_closes_every_lane_and_resume_dials_another_address() {
     let link = Link::new(session, pass, Some(uri), &lanes);
     let watch = Watch::new(Role::Source, false, None);
     let host = HostThread::elsewhere(move |question| {
-        answers.send(Note::Host(match question {
+        answers.send(InboxMessage::Host(match question {
             Question::Stop => Answer::Stopped(Ok(None)),
             Question::StandsStill => Answer::StandsStill(Ok(())),
             Question::PutBack => Answer::PutBack(Ok(())),

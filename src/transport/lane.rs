@@ -33,7 +33,7 @@ pub(crate) use greeting::{
 };
 pub(crate) use hearing::Hearing;
 pub(crate) use listener::{Listener, not_bound};
-pub(crate) use severing::{Severable, sever};
+pub(crate) use severing::{ShutdownHandle, sever};
 use tuning::{
     BACKGROUND_TIMEOUT_MS, DEMAND_TIMEOUT_MS, NOTSENT_LOWAT_BYTES, go_first, is_tcp, tune,
 };

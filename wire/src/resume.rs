@@ -34,19 +34,19 @@ pub fn have_ranges(landing: &RegionTable) -> impl Iterator<Item = PageRange> + u
 
 /// The next part of the account that a source's receiver expects.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Account {
+pub(crate) enum AccountStep {
     /// The destination's standing.
     Standing,
     /// The destination's pages, from this page on.
     Pages { region: RegionId, first: u64 },
 }
 
-impl Account {
+impl AccountStep {
     /// Whether a frame of this kind may come now. Frames that concern only the lane always may.
     pub(crate) fn check(&self, kind: Kind) -> Result<(), ReceiveError> {
         let is_next = match self {
-            Account::Standing => kind == Kind::Resume,
-            Account::Pages { .. } => kind == Kind::Have,
+            AccountStep::Standing => kind == Kind::Resume,
+            AccountStep::Pages { .. } => kind == Kind::Have,
         };
         match kind {
             Kind::Ping | Kind::Pong | Kind::Error => Ok(()),
@@ -62,7 +62,7 @@ impl Account {
         range: PageRange,
         landing: &RegionTable,
     ) -> Result<(), ReceiveError> {
-        let Account::Pages { region, first } = *self else {
+        let AccountStep::Pages { region, first } = *self else {
             return Err(ReceiveError::NotResumed { kind: Kind::Have });
         };
         let end = range.first + range.pages;
@@ -74,13 +74,13 @@ impl Account {
     }
 
     /// Advances the account past these checked pages; none after the last page.
-    pub(crate) fn heard(range: PageRange, landing: &RegionTable) -> Option<Account> {
+    pub(crate) fn heard(range: PageRange, landing: &RegionTable) -> Option<AccountStep> {
         let end = range.first + range.pages;
         if end < landing.pages(range.region) {
-            return Some(Account::Pages { region: range.region, first: end });
+            return Some(AccountStep::Pages { region: range.region, first: end });
         }
         let region = RegionId(range.region.0 + 1);
-        landing.get(region).map(|_| Account::Pages { region, first: 0 })
+        landing.get(region).map(|_| AccountStep::Pages { region, first: 0 })
     }
 }
 
@@ -105,11 +105,11 @@ mod tests {
     #[test]
     fn have_ranges_cover_every_page_once_and_in_order() {
         let landing = table(&[HAVE_PAGES_MAX + 3, 1, 2 * HAVE_PAGES_MAX]);
-        let mut account = Some(Account::Pages { region: RegionId(0), first: 0 });
+        let mut account = Some(AccountStep::Pages { region: RegionId(0), first: 0 });
         let ranges: Vec<_> = have_ranges(&landing).collect();
         for &next in &ranges {
             account.as_ref().unwrap().check_range(next, &landing).unwrap();
-            account = Account::heard(next, &landing);
+            account = AccountStep::heard(next, &landing);
         }
         assert_eq!(account, None);
         let max = HAVE_PAGES_MAX;
@@ -120,13 +120,13 @@ mod tests {
     #[test]
     fn have_range_with_gap_repetition_or_partial_word_is_refused() {
         let landing = table(&[1000, 64]);
-        let account = Account::Pages { region: RegionId(0), first: 64 };
+        let account = AccountStep::Pages { region: RegionId(0), first: 64 };
         for wrong in [range(0, 0, 64), range(0, 128, 64), range(1, 0, 64), range(0, 64, 65)] {
             let error = account.check_range(wrong, &landing).unwrap_err();
             assert_eq!(error, ReceiveError::HaveOrder { range: wrong });
         }
         account.check_range(range(0, 64, 128), &landing).unwrap();
         account.check_range(range(0, 64, 936), &landing).unwrap();
-        assert!(Account::Standing.check_range(range(0, 64, 64), &landing).is_err());
+        assert!(AccountStep::Standing.check_range(range(0, 64, 64), &landing).is_err());
     }
 }

@@ -25,7 +25,9 @@ use std::time::{Duration, Instant};
 use umem_wire::destination::{Input as Step, Phase};
 use umem_wire::{Fault, FaultCode, Frame, LaneRole};
 
-use super::{Core, Effect, Effects, Failure, FreeSpace, Moment, Owner, Stage, Terms, not_resumed};
+use super::{
+    Core, Effect, Effects, Failure, FreeSpace, Moment, Owner, SessionPolicy, Stage, not_resumed,
+};
 use crate::control::doubt::Doubt;
 use crate::control::liveness::{self, Due, Liveness, stood_still_by_option};
 use crate::control::pausing::Pausing;
@@ -120,17 +122,17 @@ struct Shortage {
 
 impl Link {
     /// Of a session that has just begun.
-    pub(super) fn up(terms: &Terms, entrance: Option<Entrance>) -> Link {
+    pub(super) fn up(terms: &SessionPolicy, entrance: Option<Entrance>) -> Link {
         Link::new(terms, State::Up, entrance)
     }
 
     /// Of a session whose process is gone: there are no lanes, and nothing of those before is left.
-    pub(super) fn down(terms: &Terms, since: Instant) -> Link {
+    pub(super) fn down(terms: &SessionPolicy, since: Instant) -> Link {
         let state = State::Down { since, old: Old::Gone, until: None, was_interrupted: false };
         Link::new(terms, state, Some(Entrance::Listener))
     }
 
-    fn new(terms: &Terms, state: State, entrance: Option<Entrance>) -> Link {
+    fn new(terms: &SessionPolicy, state: State, entrance: Option<Entrance>) -> Link {
         Link {
             recovers: terms.recovers,
             state,

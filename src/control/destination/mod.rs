@@ -76,7 +76,7 @@ use link::Link;
 
 /// What is settled when a migration begins.
 #[derive(Clone, Debug)]
-pub(crate) struct Terms {
+pub(crate) struct SessionPolicy {
     /// Both sides go on over other lanes when these are lost after *loaded*.
     pub(crate) recovers: bool,
     /// There are bulk lanes. An answer on the demand lane waits behind pages otherwise.
@@ -239,7 +239,7 @@ pub(crate) enum Effect {
     Load(Vec<u8>),
     /// Ask the monitor to let the guest run.
     Run,
-    /// Request pages from here on, for a guest that [runs itself](Terms::runs_itself).
+    /// Request pages from here on, for a guest that [runs itself](SessionPolicy::runs_itself).
     RequestPages,
     /// Keep cores awake while the guest stands still.
     StayAwake,
@@ -494,7 +494,7 @@ type Effects = super::Effects<Effect>;
 /// The state machine.
 #[derive(Debug)]
 pub(crate) struct Core {
-    terms: Terms,
+    terms: SessionPolicy,
     phase: Phase,
     stage: Stage,
     pages: Pages,
@@ -507,12 +507,12 @@ pub(crate) struct Core {
 
 impl Core {
     /// A migration whose lanes have just opened.
-    pub(crate) fn new(terms: Terms, entrance: Option<Entrance>, now: Instant) -> Core {
+    pub(crate) fn new(terms: SessionPolicy, entrance: Option<Entrance>, now: Instant) -> Core {
         let link = Link::up(&terms, entrance);
         Core::at(terms, Phase::new(), Stage::Receiving { state: Vec::new() }, link, now)
     }
 
-    fn at(terms: Terms, phase: Phase, stage: Stage, link: Link, now: Instant) -> Core {
+    fn at(terms: SessionPolicy, phase: Phase, stage: Stage, link: Link, now: Instant) -> Core {
         Core {
             steps: Steps::new(terms.step_timeout, now),
             terms,

@@ -9,7 +9,7 @@ use umem_wire::Standing;
 use umem_wire::destination::{Mode, Phase};
 
 use super::link::Link;
-use super::{Core, Effect, Effects, Failure, Moment, Stage, Terms, Times, micros};
+use super::{Core, Effect, Effects, Failure, Moment, SessionPolicy, Stage, Times, micros};
 use crate::session::{DestinationRecord, DestinationState, when};
 
 /// What has become of the guest, `G` where it is there.
@@ -111,7 +111,7 @@ impl Recalled {
 
 impl Core {
     /// Goes on from there, without lanes at first.
-    pub(crate) fn recalled(terms: Terms, recalled: &Recalled, now: Instant) -> Core {
+    pub(crate) fn recalled(terms: SessionPolicy, recalled: &Recalled, now: Instant) -> Core {
         let link = Link::down(&terms, now);
         let core = Core::at(terms, recalled.phase(), Stage::TakingOver, link, now);
         Core { times: recalled.times(), ..core }

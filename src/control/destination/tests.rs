@@ -15,7 +15,7 @@ use super::link::GOODBYE_PATIENCE;
 use super::takeover::{Found, Plan, Recalled, plan};
 use super::{
     Core, Effect, Entrance, Exit, FreeSpace, Input, Memory, Moment, Outcome, Process, Session,
-    Stage, Terms,
+    SessionPolicy, Stage,
 };
 
 use crate::control::Order;
@@ -26,8 +26,8 @@ use crate::transport::lane::CAUSE_PATIENCE;
 
 const STEP_TIMEOUT: Duration = Duration::from_secs(600);
 
-fn terms() -> Terms {
-    Terms {
+fn terms() -> SessionPolicy {
+    SessionPolicy {
         recovers: true,
         has_bulk_lanes: true,
         is_checked: true,
@@ -72,7 +72,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(terms: Terms) -> Bench {
+    fn new(terms: SessionPolicy) -> Bench {
         let now = Instant::now();
         let core = Core::new(terms, Some(Entrance::Listener), now);
         let memory = Memory { pages_missing: 7, bytes_missing: 8 << 20, ..Memory::default() };
@@ -125,7 +125,7 @@ fn way() -> Vec<(&'static str, Vec<Input>)> {
 }
 
 /// A core that has come as far as the stage of that name.
-fn at(stage: &str, terms: Terms) -> Bench {
+fn at(stage: &str, terms: SessionPolicy) -> Bench {
     let mut bench = Bench::new(terms);
     for (name, inputs) in way() {
         bench = bench.feed_all(inputs);
@@ -458,7 +458,7 @@ fn an_interrupt_is_said_once_before_it_is_obeyed_while_there_are_no_lanes() {
         let said = bench.says(Input::Interrupt);
         assert!(said.starts_with("SeekCause(interrupted") && said.contains(what), "{said}");
     }
-    let embedded = Terms { is_embedded: true, ..terms() };
+    let embedded = SessionPolicy { is_embedded: true, ..terms() };
     let mut bench = at("Serving", embedded).feed_all([lost(LaneRole::Demand)]);
     assert_eq!(bench.says(Input::Interrupt), "");
 }
@@ -474,12 +474,12 @@ fn without_postcopy_the_guest_could_run_once_every_page_is_here() {
     let mut bench = at("Ready", terms()).feed_all(load);
     assert_eq!(bench.says(Input::Loaded { runs: true }), "");
     assert_eq!(bench.says(Input::AllCached), "Commit");
-    let private = Terms { is_private: true, ..terms() };
+    let private = SessionPolicy { is_private: true, ..terms() };
     let mut bench = at("Serving", private);
     assert_eq!(bench.says(Input::AllCached), "Show(\"touching\"), TouchTheRest");
     assert_eq!(bench.says(Input::AllReleased), "Unregister");
     // Whichever is heard first.
-    let private = Terms { is_private: true, ..terms() };
+    let private = SessionPolicy { is_private: true, ..terms() };
     let mut bench = at("Serving", private);
     assert_eq!(bench.says(Input::AllReleased), "");
     assert_eq!(bench.says(Input::AllCached), "Show(\"touching\"), TouchTheRest, Unregister");
@@ -488,7 +488,7 @@ fn without_postcopy_the_guest_could_run_once_every_page_is_here() {
 /// Such a guest runs as soon as it has pages.
 #[test]
 fn a_guest_that_no_monitor_holds_gets_pages_once_it_is_ours_and_known_to_run() {
-    let terms = Terms { runs_itself: true, ..terms() };
+    let terms = SessionPolicy { runs_itself: true, ..terms() };
     let mut bench = at("Awaiting", terms);
     let switchover = Heard::Switchover { stopped_us: 7 };
     assert!(!bench.says(Input::Received(switchover)).contains("RequestPages"));
@@ -500,7 +500,7 @@ fn a_guest_that_no_monitor_holds_gets_pages_once_it_is_ours_and_known_to_run() {
 
 #[test]
 fn a_session_that_cannot_be_taken_over_writes_and_holds_nothing() {
-    let mut bench = at("Committing", Terms { session: None, ..terms() });
+    let mut bench = at("Committing", SessionPolicy { session: None, ..terms() });
     assert_eq!(
         bench.says(Input::Committed),
         "Entered(\"waiting for the switchover\"), Send(loaded)"

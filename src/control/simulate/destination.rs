@@ -15,7 +15,7 @@ use crate::control::destination::farewell::{self, Farewell};
 use crate::control::destination::takeover::{Found, Plan, Recalled, plan};
 use crate::control::destination::{
     Core, Effect, Entrance, FreeSpace, Input, Memory, Moment, Outcome, Process as After, Record,
-    Session, Terms,
+    Session, SessionPolicy,
 };
 use crate::error::{Error, Result};
 use crate::events::{Event, Lost, Remark};
@@ -192,9 +192,9 @@ impl Destination {
 }
 
 impl World {
-    fn terms(&self) -> Terms {
+    fn terms(&self) -> SessionPolicy {
         let session = Session { number: "5e55".into(), directory_option: String::new() };
-        Terms {
+        SessionPolicy {
             recovers: self.habits.recovers,
             has_bulk_lanes: true,
             is_checked: self.habits.is_checked,

@@ -54,6 +54,8 @@ enum Fault {
     ForgetsEarly,
     /// The monitor is asked to have the guest go on after the switchover, too.
     ResumesAlways,
+    /// A destination that answers a person who abandons its source's session is taken for gone.
+    TakesAnswersForSilence,
     /// In rounds a page is read before its mark is taken.
     ReadsBeforeTaking,
     /// Of two copies of a page the later one may land first.
@@ -186,6 +188,7 @@ fn each_fault_that_is_put_in_is_found() {
         Fault::SwitchoverBeforeRecord,
         Fault::ForgetsEarly,
         Fault::ResumesAlways,
+        Fault::TakesAnswersForSilence,
         Fault::ReadsBeforeTaking,
         Fault::CopiesOvertake,
         Fault::RoundsEndEarly,

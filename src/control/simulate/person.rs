@@ -24,7 +24,7 @@ impl World {
             let is_mistaken = self.destination.is_alive() && self.source.takes_for_gone();
             match self.source_is_needed() && !is_mistaken {
                 true => self.resume_source(),
-                false => self.abandon_source(),
+                false => self.abandon_source(is_mistaken),
             }
         }
         if self.source.take_by_hand() {

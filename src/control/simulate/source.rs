@@ -1,12 +1,14 @@
 //! The source's driver of the simulation: it carries effects out on the world, and may be killed between any two.
 
+mod left;
+
 use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use umem_wire::{Event as Said, Fault as Reason, FaultCode, Frame, Totals};
 
 use super::threads::kills;
-use super::world::{CHUNK, Happening, Lane, PAGES, Sent, TOTAL_BYTES, Told, World, lost};
+use super::world::{CHUNK, Happening, Lane, PAGES, Reply, Sent, TOTAL_BYTES, World, lost};
 use super::{Fault, Random};
 use crate::control::calling::{Called, Word};
 use crate::control::source::closing::GOODBYE_PING;
@@ -17,7 +19,7 @@ use crate::control::source::{
 };
 use crate::control::{Moment, Order};
 use crate::error::{Error, Result};
-use crate::events::{Event, Undone};
+use crate::events::Event;
 use crate::transport::uri::Uri;
 
 /// What lies on the disk.
@@ -77,8 +79,9 @@ pub(super) struct SourceSide {
     /// Nobody listens where the destination was.
     pub(super) is_told_of_silence: bool,
     began: Duration,
-    /// The person takes a destination for gone that lives, once.
+    /// The person takes a destination for gone that lives, once; and does so now.
     is_mistaken: bool,
+    mistakes: bool,
 }
 
 /// An attempt to open lanes, or to say a word on some.
@@ -117,6 +120,7 @@ impl SourceSide {
             is_told_of_silence: false,
             began: Duration::ZERO,
             is_mistaken,
+            mistakes: false,
         }
     }
 
@@ -588,56 +592,6 @@ impl World {
     }
 }
 
-/// A session in which nothing is served.
-impl World {
-    fn run_leftover(&mut self, input: leftover::Input) {
-        let mut next = Some(input);
-        while let Some(input) = next.take() {
-            let now = self.instant();
-            let Some(Process::Leftover(core)) = &mut self.source.process else { return };
-            for effect in core.handle(input, now) {
-                if self.is_killed() {
-                    return self.kill_source();
-                }
-                self.note(format_args!("source: {effect:?}"));
-                next = self.carry_out_leftover(effect);
-            }
-        }
-        if let Some(Process::Leftover(core)) = &self.source.process
-            && core.has_ended()
-        {
-            self.note(format_args!("source has ended, as a session that was left"));
-            self.source.process = None;
-        }
-    }
-
-    fn carry_out_leftover(&mut self, effect: leftover::Effect) -> Option<leftover::Input> {
-        match effect {
-            leftover::Effect::Undo => {
-                let is_wrong = !self.is_well() && self.random.percent(self.habits.wrong);
-                self.runs_here |= !is_wrong;
-                if !is_wrong {
-                    self.is_put_back();
-                }
-                return Some(leftover::Input::Undone(match is_wrong {
-                    true => Err(Error::Host("it refuses".into())),
-                    false => Ok(Undone::GoesOn),
-                }));
-            }
-            leftover::Effect::Epoch(epoch) => {
-                self.persist(&Record::Epoch { epoch, uri: None }, false);
-            }
-            leftover::Effect::Call { epoch, word, .. } => self.dials(epoch, Some(word)),
-            leftover::Effect::Knock { epoch } => self.dials(epoch, None),
-            leftover::Effect::Free => self.free(),
-            leftover::Effect::Forget => self.forget(),
-            leftover::Effect::Tell(Event::Abandoned { .. }) => self.has_abandoned = true,
-            leftover::Effect::Tell(_) => {}
-        }
-        None
-    }
-}
-
 /// What comes to the source, which takes nothing but orders while it opens lanes.
 impl World {
     pub(super) fn source_notes(&mut self, input: Input) {
@@ -662,37 +616,6 @@ impl World {
         if self.source.opening.is_some() {
             self.opening_fails(Error::Interrupted("the attempt is given up".into()));
         }
-    }
-
-    /// A person ends a session, whose destination needs nothing or is taken for one that has gone.
-    pub(super) fn abandon_source(&mut self) {
-        let Some(disk) = self.source.record.clone() else { return };
-        if self.source.can_be_by_hand && !self.destination.can_do_alone() {
-            self.note(format_args!(
-                "the person has the guest go on, and removes the source's record"
-            ));
-            self.runs_here = true;
-            return self.forget();
-        }
-        self.note(format_args!("the person abandons the source's session: {disk:?}"));
-        self.source.number += 1;
-        self.source.began = self.now;
-        self.source.kept = Some(disk.clone());
-        let core = Leftover::abandoned("5e55".to_owned(), World::uri(), disk.epoch, Vec::new());
-        self.source.process = Some(Process::Leftover(Box::new(core)));
-        self.tell_source(Input::Begin);
-    }
-
-    /// All lanes are open, of which nothing is wanted but to know who answers.
-    pub(super) fn knocked(&mut self, link: u32) {
-        self.source.opening = None;
-        self.source_hangs_up(link, true);
-        self.run_leftover(leftover::Input::Knocked(Knocked::Opened));
-    }
-
-    pub(super) fn is_knocking(&self) -> bool {
-        matches!(self.source.process, Some(Process::Leftover(_)))
-            && matches!(self.source.opening, Some(Opening { word: None, .. }))
     }
 
     pub(super) fn source_loses(&mut self, link: u32, lane: Lane) {
@@ -723,48 +646,48 @@ impl World {
         }
     }
 
-    pub(super) fn source_hears(&mut self, link: u32, told: Told) {
+    pub(super) fn source_hears(&mut self, link: u32, told: Reply) {
         if self.source.link == Some(link) {
             match told {
-                Told::Said(Said::Ping(number)) => self.send_frame(Frame::Pong(number)),
-                Told::Said(said) => {
+                Reply::Said(Said::Ping(number)) => self.send_frame(Frame::Pong(number)),
+                Reply::Said(said) => {
                     self.note(format_args!("source hears {}", said.name()));
                     self.source_notes(Input::Received(said));
                 }
-                Told::Request(page) => {
+                Reply::Request(page) => {
                     if self.source.sent.insert(page) {
                         let sent = self.memory.read(page);
                         self.send(link, Lane::Demand, sent);
                     }
                 }
-                Told::Account { .. } => self.violated("an account on lanes that are served"),
+                Reply::Account { .. } => self.violated("an account on lanes that are served"),
             }
         } else if self.source.opening.as_ref().is_some_and(|opening| opening.link == Some(link)) {
             self.opening_hears(link, told);
         }
     }
 
-    fn opening_hears(&mut self, link: u32, told: Told) {
+    fn opening_hears(&mut self, link: u32, told: Reply) {
         let Some(opening) = &mut self.source.opening else { return };
         match (&opening.word, told) {
-            (None, Told::Account { standing, have }) => {
+            (None, Reply::Account { standing, have }) => {
                 self.source.opened(link, &have);
                 self.opening_ends(Input::Opened(Opened::Lanes(standing)));
             }
-            (None, Told::Said(Said::Error(fault))) if fault.code == FaultCode::Ended => {
+            (None, Reply::Said(Said::Error(fault))) if fault.code == FaultCode::Ended => {
                 self.source_hangs_up(link, true);
                 self.opening_ends(Input::Opened(Opened::Never(peer(fault))));
             }
-            (Some(Word::Goodbye), Told::Said(Said::Complete(totals))) if !opening.has_parted => {
+            (Some(Word::Goodbye), Reply::Said(Said::Complete(totals))) if !opening.has_parted => {
                 opening.has_parted = true;
                 self.send(link, Lane::Demand, Sent::Frame(Frame::Complete(totals)));
                 self.send(link, Lane::Demand, Sent::Frame(Frame::Ping(GOODBYE_PING)));
             }
-            (Some(Word::Goodbye), Told::Said(Said::Pong(GOODBYE_PING))) => {
+            (Some(Word::Goodbye), Reply::Said(Said::Pong(GOODBYE_PING))) => {
                 self.source_hangs_up(link, true);
                 self.opening_ends(Input::Called(Called::Heard));
             }
-            (None | Some(Word::Goodbye), Told::Said(Said::Error(fault))) => {
+            (None | Some(Word::Goodbye), Reply::Said(Said::Error(fault))) => {
                 self.opening_fails(peer(fault));
             }
             _ => {}

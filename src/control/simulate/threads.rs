@@ -11,7 +11,7 @@ use umem_wire::{Event as Said, Frame, LaneRole, Standing};
 use super::Random;
 use super::destination::Word;
 use super::rounds::Copies;
-use super::world::{CHUNK, Happening, LANES, Lane, PAGES, STATE_BYTES, Sent, Told, World, nobody};
+use super::world::{CHUNK, Happening, LANES, Lane, PAGES, Reply, STATE_BYTES, Sent, World, nobody};
 use crate::control::destination::farewell;
 use crate::control::destination::takeover::Recalled;
 use crate::control::destination::{Exit, FreeSpace, Input};
@@ -260,7 +260,7 @@ impl World {
                 self.destination.threads.ping = Some(number);
                 return;
             }
-            Frame::Ping(number) => return self.say(link, Told::Said(Said::Pong(number))),
+            Frame::Ping(number) => return self.say(link, Reply::Said(Said::Pong(number))),
             Frame::Regions(table) => return self.post(Input::Begin(table)),
             Frame::Rounds => Said::Rounds,
             Frame::RoundsEnd => return self.rounds_end_comes(link),
@@ -384,12 +384,12 @@ impl World {
         }
         (threads.demand, threads.bulk) = (Some(link), Some(link));
         let have = self.destination.have.clone();
-        self.say(link, Told::Account { standing, have });
+        self.say(link, Reply::Account { standing, have });
         if is_complete {
             self.say_complete(link);
         }
         for page in self.destination.guest.touched.clone() {
-            self.say(link, Told::Request(page));
+            self.say(link, Reply::Request(page));
         }
         for sent in early {
             let lane = if matches!(sent, Sent::Page { .. }) { Lane::Bulk } else { Lane::Demand };
@@ -410,7 +410,7 @@ impl World {
         let threads = &mut self.destination.threads;
         let question = threads.ping.take().zip(threads.demand.filter(|_| !threads.is_letting_go));
         if let Some((number, link)) = question {
-            self.say(link, Told::Said(Said::Pong(number)));
+            self.say(link, Reply::Said(Said::Pong(number)));
         }
         for link in self.destination.threads.links() {
             self.destination_hangs_up(link, sends_rest);
@@ -430,16 +430,16 @@ impl World {
     pub(super) fn reply(&mut self, said: Said) {
         let threads = &self.destination.threads;
         if let Some(link) = threads.demand.filter(|_| !threads.is_letting_go) {
-            self.say(link, Told::Said(said));
+            self.say(link, Reply::Said(said));
         }
     }
 
     pub(super) fn say_complete(&mut self, link: u32) {
         if self.habits.is_checked && self.destination.number == 1 {
-            self.say(link, Told::Said(Said::Digests(vec![7])));
+            self.say(link, Reply::Said(Said::Digests(vec![7])));
         }
         let totals = self.destination.totals();
-        self.say(link, Told::Said(Said::Complete(totals)));
+        self.say(link, Reply::Said(Said::Complete(totals)));
     }
 
     /// Somebody dials: whether the door lets lanes of this attempt in.
@@ -481,10 +481,10 @@ impl World {
         match word {
             Word::Complete(standing) => {
                 let (standing, have) = (*standing, (0..PAGES).collect());
-                self.say(link, Told::Account { standing, have });
-                self.say(link, Told::Said(Said::Complete(standing.totals)));
+                self.say(link, Reply::Account { standing, have });
+                self.say(link, Reply::Said(Said::Complete(standing.totals)));
             }
-            Word::Ended(error) => self.say(link, Told::Said(Said::Error(error.to_fault()))),
+            Word::Ended(error) => self.say(link, Reply::Said(Said::Error(error.to_fault()))),
         }
         self.destination.closing = Some(link);
         for sent in early {
@@ -517,7 +517,7 @@ impl World {
             }
             Sent::Frame(Frame::Ping(number)) => {
                 if let Some(link) = self.destination.closing {
-                    self.say(link, Told::Said(Said::Pong(number)));
+                    self.say(link, Reply::Said(Said::Pong(number)));
                 }
             }
             _ => {}
@@ -584,7 +584,7 @@ impl World {
         guest.touched.insert(page);
         let threads = &self.destination.threads;
         if let Some(link) = threads.demand.filter(|_| !threads.is_letting_go) {
-            self.say(link, Told::Request(page));
+            self.say(link, Reply::Request(page));
         }
     }
 

@@ -61,7 +61,7 @@ pub(super) enum Sent {
 
 /// What the destination sends.
 #[derive(Clone, Debug)]
-pub(super) enum Told {
+pub(super) enum Reply {
     Said(Said),
     /// Somebody waits for this page.
     Request(u64),
@@ -84,7 +84,7 @@ pub(super) enum Happening {
     ToSource {
         link: u32,
         lane: Lane,
-        told: Told,
+        told: Reply,
     },
     DestinationLoses {
         link: u32,
@@ -583,7 +583,7 @@ impl World {
         self.at(at, Happening::ToDestination { link, lane, sent });
     }
 
-    pub(super) fn say(&mut self, link: u32, told: Told) {
+    pub(super) fn say(&mut self, link: u32, told: Reply) {
         let lane = Lane::Demand;
         let at = self.arrives(link, lane, true);
         self.at(at, Happening::ToSource { link, lane, told });
@@ -639,6 +639,9 @@ impl World {
     fn dialled(&mut self, attempt: u32, epoch: u32, word: Option<Word>) {
         if !self.source.is_opening(attempt) {
             return;
+        }
+        if self.is_mistaken_no_more() {
+            return self.opening_fails(Error::Interrupted("the person has a look".into()));
         }
         let is_lost = !self.is_well() && self.random.percent(10);
         let accepted = match is_lost {

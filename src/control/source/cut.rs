@@ -15,7 +15,9 @@ use super::{
 use crate::control::backoff::Backoff;
 use crate::control::calling::is_nobody;
 use crate::error::{Error, Result};
-use crate::events::{Event, Missing, Pause, Place, Remark, Room, Route as Told, Unanswered, words};
+use crate::events::{
+    Event, Missing, Pause, Place, Remark, Room, Route as LaneRoute, Unanswered, words,
+};
 
 /// How long nobody may listen where the destination was before somebody is told what that means: one that is
 /// started again is there sooner.
@@ -157,10 +159,10 @@ impl Source {
         let reason = why.to_owned();
         self.tell(match &self.route.target {
             Target::Way(Way::Given) if !self.route.pausing.is_paused() => {
-                Event::Recovering { reason, route: Told::Given }
+                Event::Recovering { reason, route: LaneRoute::Given }
             }
             Target::Way(Way::Dial(uri)) if !self.route.pausing.is_paused() => {
-                Event::Recovering { reason, route: Told::Dials(uri.clone()) }
+                Event::Recovering { reason, route: LaneRoute::Dials(uri.clone()) }
             }
             _ => Event::Paused { reason, pause: Pause::Source },
         });

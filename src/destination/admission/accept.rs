@@ -13,11 +13,11 @@ use nix::poll::PollFlags;
 use umem_wire::{Capabilities, Event, FaultCode, Hello, LaneRole, Receiver, RegionTable, Target};
 
 use super::prepare::{Adopted, Prepared};
-use crate::destination::{Note, peer};
+use crate::destination::{InboxMessage, peer};
 use crate::error::{Context, Error, Result};
 use crate::observe::output::Output;
 use crate::runtime::inbox::{Inbox, Wake};
-use crate::transport::lane::{self, HELLO_TIMEOUT, Lane, Listener, Severable};
+use crate::transport::lane::{self, HELLO_TIMEOUT, Lane, Listener, ShutdownHandle};
 use crate::transport::limits;
 use crate::transport::secure::{self, Opened, Opening, Progress, ServerAuth, WayIn};
 use crate::transport::uri::Uri;
@@ -56,14 +56,14 @@ impl Lanes {
         self.bulk.iter().chain([&self.demand])
     }
 
-    pub(in crate::destination) fn severable(&self) -> Severable {
-        Severable::new(self.all())
+    pub(in crate::destination) fn shutdown_handle(&self) -> ShutdownHandle {
+        ShutdownHandle::new(self.all())
     }
 }
 
 /// Requirements on a session.
 #[derive(Clone, Copy)]
-pub(in crate::destination) struct Terms {
+pub(in crate::destination) struct AdmissionPolicy {
     /// The most bulk lanes.
     pub(in crate::destination) lanes_max: u16,
     /// This side can continue over other lanes.
@@ -74,11 +74,16 @@ pub(in crate::destination) struct Terms {
     pub(in crate::destination) is_external: bool,
 }
 
-impl Terms {
+impl AdmissionPolicy {
     /// Requirements of a session that has begun: its other properties are compared with its first hello.
-    fn of_session(hello: &Hello) -> Terms {
+    fn of_session(hello: &Hello) -> AdmissionPolicy {
         let is_external = hello.capabilities.contains(Capabilities::EXTERNAL);
-        Terms { lanes_max: hello.bulk_lanes, recovers: true, checksum: false, is_external }
+        AdmissionPolicy {
+            lanes_max: hello.bulk_lanes,
+            recovers: true,
+            checksum: false,
+            is_external,
+        }
     }
 
     /// What this side offers.
@@ -137,9 +142,9 @@ impl Entrance {
     pub(in crate::destination) fn accept(
         self,
         guard: &Arc<ServerAuth>,
-        terms: Terms,
+        terms: AdmissionPolicy,
         output: &Output,
-        inbox: &Inbox<Note>,
+        inbox: &Inbox<InboxMessage>,
         prepared: &Prepared,
     ) -> Result<Lanes> {
         let lanes = match self {
@@ -159,7 +164,11 @@ impl Entrance {
 
 /// Accepts the lanes of the first session that opens all of them. No connection delays another, and an incomplete
 /// session does not block the next.
-fn accept(mut door: LaneAcceptor, inbox: &Inbox<Note>, prepared: &Prepared) -> Result<Lanes> {
+fn accept(
+    mut door: LaneAcceptor,
+    inbox: &Inbox<InboxMessage>,
+    prepared: &Prepared,
+) -> Result<Lanes> {
     loop {
         if let Some(mut lanes) = door.whole() {
             if lanes.recovers() {
@@ -175,7 +184,7 @@ fn accept(mut door: LaneAcceptor, inbox: &Inbox<Note>, prepared: &Prepared) -> R
             Wake::Signal => return Err(interrupted()),
             Wake::Ready(0) => return Err(exited()),
             Wake::Ready(index) => door.answer(index - 1)?,
-            Wake::Message(Note::Failed(error)) => return Err(error),
+            Wake::Message(InboxMessage::Failed(error)) => return Err(error),
             // No message arrives before there are workers.
             Wake::Message(_) | Wake::Timeout => {}
         }
@@ -187,8 +196,8 @@ fn accept(mut door: LaneAcceptor, inbox: &Inbox<Note>, prepared: &Prepared) -> R
 fn accept_single(
     socket: OwnedFd,
     guard: &ServerAuth,
-    terms: Terms,
-    inbox: &Inbox<Note>,
+    terms: AdmissionPolicy,
+    inbox: &Inbox<InboxMessage>,
     prepared: &Prepared,
 ) -> Result<Lanes> {
     let refused = |why: String| {
@@ -258,7 +267,7 @@ const REGIONS_TIMEOUT: Duration = Duration::from_secs(60);
 /// landing table.
 pub(in crate::destination) fn compare(
     demand: &Lane,
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
     prepared: &mut Prepared,
     step_timeout: Duration,
 ) -> Result<(Receiver, Adopted)> {
@@ -285,7 +294,7 @@ pub(in crate::destination) fn compare(
 
 fn read_regions(
     demand: &Lane,
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
     prepared: &Prepared,
     receiver: &mut Receiver,
     limit: Duration,

@@ -8,7 +8,7 @@ use umem_wire::{Event, RegionTable, Seal};
 
 use super::acks::Acks;
 use super::window::Window;
-use crate::destination::Note;
+use crate::destination::InboxMessage;
 use crate::destination::faults::messages::RingMessages;
 use crate::destination::faults::serving::Servers;
 use crate::destination::landing::{Arrived, LaneReader, TOKEN_FREE};
@@ -39,7 +39,7 @@ pub(crate) struct BulkLane {
     pub(crate) servers: Servers,
     /// Bytes that a previous thread of the lane has read beyond the lane's end.
     pub(crate) ahead: Option<Channel>,
-    pub(crate) post: Post<Note>,
+    pub(crate) post: Post<InboxMessage>,
 }
 
 impl BulkLane {
@@ -48,7 +48,7 @@ impl BulkLane {
     pub(crate) fn run(self, started: Started<Waker>) -> Result<()> {
         let (post, socket) = (self.post.clone(), self.lane.socket());
         let ahead = self.pass(started)?;
-        post.send(Note::BulkEnded);
+        post.send(InboxMessage::BulkEnded);
         if let Some(mut channel) = ahead {
             channel.part(&socket);
             channel.linger(&socket, LINGER);
@@ -148,11 +148,11 @@ impl BulkLane {
                 self.acks.cached(range, self.guest.bytes(range));
                 Counters::add(&self.guest.counters.pages_background, range.pages);
                 if last {
-                    self.post.send(Note::AllCached);
+                    self.post.send(InboxMessage::AllCached);
                 }
             }
             Arrived::Other(Event::LaneEnd) => *ended = true,
-            Arrived::Other(Event::RoundsEnd) => self.post.send(Note::RoundsEnded),
+            Arrived::Other(Event::RoundsEnd) => self.post.send(InboxMessage::RoundsEnded),
             Arrived::Other(Event::Error(fault)) => {
                 return Err(Error::Peer { side: "source", code: fault.code, text: fault.text });
             }

@@ -24,7 +24,7 @@ use umem_wire::{
 };
 
 use super::acks::Acks;
-use crate::destination::Note;
+use crate::destination::InboxMessage;
 use crate::destination::faults::latency::Latencies;
 use crate::destination::faults::messages::RingMessages;
 use crate::destination::faults::serving::{Faults, MESSAGE_ASK, Servers};
@@ -105,7 +105,7 @@ pub(crate) struct DemandLane {
     pub(crate) recovers: bool,
     pub(crate) acks: Acks,
     pub(crate) commands: Commands<Command>,
-    pub(crate) post: Post<Note>,
+    pub(crate) post: Post<InboxMessage>,
 }
 
 /// The current lane.
@@ -117,11 +117,11 @@ struct Link {
     /// Whether it is lost, and its operations are ending.
     is_lost: bool,
     /// The account to send before any other frame.
-    account: Option<Account>,
+    account: Option<HaveFrames>,
 }
 
 /// The account of arrived pages, which a replacement lane sends to the source.
-struct Account {
+struct HaveFrames {
     first: Vec<u8>,
     ranges: Box<dyn Iterator<Item = PageRange> + Send>,
 }
@@ -136,7 +136,7 @@ struct DemandThread {
     pages_arrived: u64,
     acks: Acks,
     commands: Commands<Command>,
-    post: Post<Note>,
+    post: Post<InboxMessage>,
     requests_from: RequestsFrom,
     /// Whether the source's guest has stopped.
     has_stopped: bool,
@@ -329,7 +329,7 @@ impl DemandThread {
                 lane::tell(&link.socket, link.reader.is_checked(), &error);
             }
             lane::sever(&link.socket);
-            self.post.send(Note::Failed(error));
+            self.post.send(InboxMessage::Failed(error));
         }
         Ok(())
     }
@@ -347,7 +347,7 @@ impl DemandThread {
         link.reader.settle(|page| wanted.push(page), |arrived| self.arrived(&guest, arrived))?;
         self.count_arrived(wanted.len() as u64);
         wanted.into_iter().try_for_each(|page| self.cached(ring, page))?;
-        self.post.send(Note::Quiet);
+        self.post.send(InboxMessage::Quiet);
         Ok(())
     }
 
@@ -359,7 +359,7 @@ impl DemandThread {
         reader.arm(ring)?;
         self.outbox.extend_from_slice(&last);
         let ranges = Box::new(umem_wire::resume::have_ranges(&landing));
-        let account = Some(Account { first, ranges });
+        let account = Some(HaveFrames { first, ranges });
         let seal = Seal::new(lane.is_checked());
         self.hearing = Hearing::new();
         self.link = Some(Link { socket: lane.socket(), reader, seal, is_lost: false, account });
@@ -392,7 +392,7 @@ impl DemandThread {
                     guest.count_demand(range.pages);
                 }
                 if last {
-                    self.post.send(Note::AllCached);
+                    self.post.send(InboxMessage::AllCached);
                 }
             }
             Arrived::Other(Event::Ping(number)) => self.ping = Some(number),
@@ -401,7 +401,7 @@ impl DemandThread {
                 if last {
                     self.hearing.take(&Event::Settled).map_err(violated)?;
                     let runs = Vec::new();
-                    self.post.send(Note::Received(Event::Remaining { runs, last }));
+                    self.post.send(InboxMessage::Received(Event::Remaining { runs, last }));
                 }
             }
             Arrived::Other(Event::Stopped { .. }) if guest.is_in_rounds() => {
@@ -418,12 +418,13 @@ impl DemandThread {
                     Event::Complete(_) => self.has_parted = true,
                     Event::Load { .. } => {
                         let state = self.state.take().filter(|state| !state.is_empty());
-                        let whole = state.map(|state| Note::Received(Event::DeviceState(state)));
+                        let whole =
+                            state.map(|state| InboxMessage::Received(Event::DeviceState(state)));
                         whole.into_iter().for_each(|note| self.post.send(note));
                     }
                     _ => {}
                 }
-                self.post.send(Note::Received(event));
+                self.post.send(InboxMessage::Received(event));
             }
         }
         Ok(())

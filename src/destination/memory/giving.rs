@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Instant;
 
-use super::takeover::Told;
+use super::takeover::SharedCounter;
 use super::{GuestMemory, GuestRegion, PageId};
 use crate::error::{Error, Result};
 use crate::fault::uffd::Placed;
@@ -40,7 +40,7 @@ impl GuestMemory {
             region.pages.finish(id.page, 1, discard)?;
         }
         if let Some(told) = &self.told {
-            told[Told::Giving as usize].store(0, SeqCst);
+            told[SharedCounter::Giving as usize].store(0, SeqCst);
         }
         Ok(is_given.then_some(began))
     }
@@ -55,14 +55,15 @@ impl GuestMemory {
         if !matches!(resident, Ok(false)) {
             return false;
         }
-        told[Told::Giving as usize].store(id.pack() + 1, SeqCst);
+        told[SharedCounter::Giving as usize].store(id.pack() + 1, SeqCst);
         true
     }
 
     /// A page that was being given and is in the file has arrived: the file did not have it before, and the kernel puts
     /// it there whole. The guest may have changed it since.
     pub(super) fn keep_given(&self) -> Result<()> {
-        let Some(giving) = self.told.as_ref().map(|told| &told[Told::Giving as usize]) else {
+        let Some(giving) = self.told.as_ref().map(|told| &told[SharedCounter::Giving as usize])
+        else {
             return Ok(());
         };
         let Some(id) = giving.load(SeqCst).checked_sub(1).map(PageId::unpack) else {
@@ -150,7 +151,7 @@ mod tests {
         assert!(guest.memory.announce(guest.region(), id(page)));
         give(&guest);
         guest.memory.take_over().unwrap();
-        assert_eq!(state.counters()[Told::Giving as usize].load(SeqCst), 0);
+        assert_eq!(state.counters()[SharedCounter::Giving as usize].load(SeqCst), 0);
         guest
     }
 
@@ -189,7 +190,7 @@ mod tests {
         let mut guest = Guest::new();
         let state = State::new(guest.memory.extents(), 1).unwrap();
         guest.memory.share(&state);
-        let named = || state.counters()[Told::Giving as usize].load(SeqCst);
+        let named = || state.counters()[SharedCounter::Giving as usize].load(SeqCst);
         guest.awaits(4, true);
         guest.region().file().write_at(&[0; 4096], 4 << 12).unwrap();
         assert!(!guest.memory.announce(guest.region(), id(4)), "its presence proves nothing");

@@ -17,7 +17,7 @@ use crate::session::{DestinationState, since_boot, when};
 
 /// Words counted for a takeover: each variant is the index of its word.
 #[derive(Clone, Copy)]
-pub(super) enum Told {
+pub(super) enum SharedCounter {
     ZeroBytes = 0,
     HoleBytes = 1,
     PagesDemand = 2,
@@ -34,9 +34,9 @@ pub(super) enum Told {
     RunningAt = 7,
 }
 
-const _: () = assert!((Told::RunningAt as usize) < COUNTERS);
+const _: () = assert!((SharedCounter::RunningAt as usize) < COUNTERS);
 
-/// Values of [`Told::Standing`].
+/// Values of [`SharedCounter::Standing`].
 const SWITCHED: u64 = 1;
 const RUNNING: u64 = 2;
 
@@ -71,16 +71,16 @@ impl GuestMemory {
     /// must not be reported as one that was never switched over.
     pub(crate) fn note_standing(&self, record: &Record) {
         let Some(told) = &self.told else { return };
-        let store = |word: Told, value| told[word as usize].store(value, SeqCst);
+        let store = |word: SharedCounter, value| told[word as usize].store(value, SeqCst);
         match *record {
             Record::Switched { stopped_us, at } => {
-                store(Told::StoppedUs, stopped_us);
-                store(Told::SwitchedAt, since_boot(at));
-                store(Told::Standing, SWITCHED);
+                store(SharedCounter::StoppedUs, stopped_us);
+                store(SharedCounter::SwitchedAt, since_boot(at));
+                store(SharedCounter::Standing, SWITCHED);
             }
             Record::Running { at } => {
-                store(Told::RunningAt, since_boot(at));
-                store(Told::Standing, RUNNING);
+                store(SharedCounter::RunningAt, since_boot(at));
+                store(SharedCounter::Standing, RUNNING);
             }
             Record::Loaded { .. } | Record::Complete { .. } | Record::Parted => {}
         }
@@ -90,17 +90,17 @@ impl GuestMemory {
     /// [`GuestMemory::note_standing`] has noted.
     pub(crate) fn noted_standing(&self, recalled: Recalled) -> Recalled {
         let Some(told) = &self.told else { return recalled };
-        let load = |word: Told| told[word as usize].load(SeqCst);
+        let load = |word: SharedCounter| told[word as usize].load(SeqCst);
         let mut recalled = recalled;
-        let standing = load(Told::Standing);
+        let standing = load(SharedCounter::Standing);
         if standing >= SWITCHED && recalled.state == DestinationState::Loaded {
             recalled.state = DestinationState::Switched;
-            recalled.stopped_us = load(Told::StoppedUs);
-            recalled.switched = Some(when(load(Told::SwitchedAt)));
+            recalled.stopped_us = load(SharedCounter::StoppedUs);
+            recalled.switched = Some(when(load(SharedCounter::SwitchedAt)));
         }
         if standing >= RUNNING && recalled.state == DestinationState::Switched {
             recalled.state = DestinationState::Running;
-            recalled.running = Some(when(load(Told::RunningAt)));
+            recalled.running = Some(when(load(SharedCounter::RunningAt)));
         }
         recalled
     }
@@ -141,7 +141,7 @@ impl GuestMemory {
     /// The progress so far, as counted by the previous process; pages in flight at its death count as data.
     fn recount(&self) {
         let Some(told) = &self.told else { return };
-        let told = |what: Told| told[what as usize].load(SeqCst);
+        let told = |what: SharedCounter| told[what as usize].load(SeqCst);
         let cached = |region: &GuestRegion| {
             let mut pages = 0;
             let _ = region.pages.each_cached(|_, count| {
@@ -151,10 +151,10 @@ impl GuestMemory {
             region.byte_offset(pages)
         };
         let bytes: u64 = self.regions.iter().map(cached).sum();
-        let zero_bytes = told(Told::ZeroBytes).min(bytes);
-        let hole_bytes = told(Told::HoleBytes).min(bytes - zero_bytes);
+        let zero_bytes = told(SharedCounter::ZeroBytes).min(bytes);
+        let hole_bytes = told(SharedCounter::HoleBytes).min(bytes - zero_bytes);
         let pages_done = self.counters.pages_done.load(SeqCst);
-        let pages_demand = told(Told::PagesDemand).min(pages_done);
+        let pages_demand = told(SharedCounter::PagesDemand).min(pages_done);
         let counters = &self.counters;
         for (counter, value) in [
             (&counters.zero_bytes, zero_bytes),
@@ -204,7 +204,7 @@ impl GuestMemory {
         Ok(())
     }
 
-    pub(super) fn tell(&self, what: Told, value: u64) {
+    pub(super) fn tell(&self, what: SharedCounter, value: u64) {
         if let Some(told) = &self.told {
             told[what as usize].fetch_add(value, SeqCst);
         }

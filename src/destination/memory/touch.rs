@@ -23,7 +23,7 @@ use umem_ring::{
 use umem_wire::{PageRange, RegionId};
 
 use super::{GuestMemory, GuestRegion, PageId, RETRY_INTERVAL, SHORTAGE_INTERVAL};
-use crate::destination::Note;
+use crate::destination::InboxMessage;
 use crate::error::{Error, Result};
 use crate::memory::block_pages;
 use crate::memory::claims::RunKind;
@@ -113,7 +113,7 @@ pub(crate) struct TouchThread {
     /// Touch as pages arrive.
     pub(crate) eager: bool,
     pub(crate) core: Place,
-    pub(crate) post: Post<Note>,
+    pub(crate) post: Post<InboxMessage>,
 }
 
 /// The handles for other threads, before the thread runs.
@@ -169,7 +169,7 @@ struct TouchState {
     guest: Arc<GuestMemory>,
     socket: Fd,
     eager: bool,
-    post: Post<Note>,
+    post: Post<InboxMessage>,
     /// Landed and not visible yet.
     hidden: VecDeque<(PageRange, RunKind)>,
     /// Visible data that is touched next.
@@ -513,7 +513,7 @@ impl TouchState {
     fn completed_pages(&mut self, pages: u64) {
         self.pages_left -= pages;
         if self.pages_left == 0 {
-            self.post.send(Note::AllReleased);
+            self.post.send(InboxMessage::AllReleased);
         }
     }
 

@@ -18,7 +18,7 @@ use umem_wire::{
 };
 
 use crate::control::destination::farewell::{Effect, Farewell as Core, Input};
-use crate::destination::Note;
+use crate::destination::InboxMessage;
 use crate::destination::admission::accept::{LaneAcceptor, Lanes};
 use crate::destination::side::GuestSide;
 use crate::error::{Error, Result};
@@ -64,7 +64,7 @@ impl CompletionNotifier {
     }
 
     /// Waits for the source to connect. False if it does not, or after an interrupt.
-    pub(in crate::destination) fn wait(&mut self, inbox: &Inbox<Note>) -> Result<bool> {
+    pub(in crate::destination) fn wait(&mut self, inbox: &Inbox<InboxMessage>) -> Result<bool> {
         loop {
             let next = self.door.next_deadline().into_iter().chain(self.core.deadline()).min();
             let left = next.map(|at| at.saturating_duration_since(Instant::now()));
@@ -85,7 +85,7 @@ impl CompletionNotifier {
     pub(in crate::destination) fn stay(
         mut self,
         side: &mut GuestSide,
-        inbox: &Inbox<Note>,
+        inbox: &Inbox<InboxMessage>,
         output: &Output,
     ) -> Result<i32> {
         loop {
@@ -113,7 +113,7 @@ impl CompletionNotifier {
     }
 
     /// Handles new connections.
-    fn take_lanes(&mut self, inbox: &Inbox<Note>) -> Result<()> {
+    fn take_lanes(&mut self, inbox: &Inbox<InboxMessage>) -> Result<()> {
         self.door.forget_late(Instant::now());
         self.lanes = self.door.whole();
         let news = if self.lanes.is_some() { Input::Came } else { Input::Tick };
@@ -123,7 +123,7 @@ impl CompletionNotifier {
     }
 
     /// Passes an event to the core, and carries out the effects and their results.
-    fn feed(&mut self, input: Input, inbox: &Inbox<Note>) -> Result<()> {
+    fn feed(&mut self, input: Input, inbox: &Inbox<InboxMessage>) -> Result<()> {
         let mut talk = self.lanes.as_ref().map(|lanes| Talk::new(&lanes.demand, &self.word, inbox));
         let mut next = Some(input);
         while let Some(input) = next.take() {
@@ -150,11 +150,11 @@ struct Talk<'a> {
     seal: Seal,
     /// None if the lane's end is the only possible answer.
     receiver: Option<Receiver>,
-    inbox: &'a Inbox<Note>,
+    inbox: &'a Inbox<InboxMessage>,
 }
 
 impl<'a> Talk<'a> {
-    fn new(lane: &'a Lane, word: &Word, inbox: &'a Inbox<Note>) -> Talk<'a> {
+    fn new(lane: &'a Lane, word: &Word, inbox: &'a Inbox<InboxMessage>) -> Talk<'a> {
         let receiver = match word {
             Word::Complete { landing, .. } => {
                 Some(Receiver::for_resumed_destination(landing).checked(lane.is_checked()))
@@ -279,7 +279,12 @@ fn all(range: PageRange) -> Vec<u64> {
     words
 }
 
-fn send_all(lane: &Lane, bytes: &[u8], until: Instant, inbox: &Inbox<Note>) -> Result<bool> {
+fn send_all(
+    lane: &Lane,
+    bytes: &[u8],
+    until: Instant,
+    inbox: &Inbox<InboxMessage>,
+) -> Result<bool> {
     let mut rest = bytes;
     while !rest.is_empty() {
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;

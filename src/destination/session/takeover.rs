@@ -28,7 +28,7 @@ use umem_wire::{Capabilities, Hello, LaneRole, PROTOCOL, PageSize, Region, Regio
 use super::farewell::{CompletionNotifier, Word};
 use super::keeping::{GUEST_SOCKET, connect, session_of};
 use crate::control::destination::takeover::{Found, Plan, Recalled, plan};
-use crate::control::destination::{Core, Input, Terms};
+use crate::control::destination::{Core, Input, SessionPolicy};
 use crate::control::liveness::STEP_TIMEOUT;
 use crate::destination::admission::accept::LaneAcceptor;
 use crate::destination::admission::prepare::{Adopted, Prepared};
@@ -36,7 +36,7 @@ use crate::destination::lanes::demand::RequestsFrom;
 use crate::destination::link::Link;
 use crate::destination::memory::GuestMemory;
 use crate::destination::side::{GuestProcess, GuestSide};
-use crate::destination::{Migration, Note, Serving};
+use crate::destination::{InboxMessage, Migration, Serving};
 use crate::error::{Context, Error, Result};
 use crate::events::{Event, Remark, Undone};
 use crate::fault::handoff::{Entrusted, Handed, HandoffSocket, Message};
@@ -61,6 +61,9 @@ use crate::transport::uri::Uri;
 
 /// How long the guest's process may take to hand over again; it does nothing else meanwhile.
 const HANDOFF_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a process may take to end after its socket has ended.
+const END_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long an address may stay in use, and the interval between attempts.
 const ADDRESS_PATIENCE: Duration = Duration::from_secs(10);
@@ -108,7 +111,7 @@ struct Guest {
 }
 
 impl Taken {
-    fn run(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
+    fn run(&self, options: &ResumeOptions, inbox: &Inbox<InboxMessage>) -> Result<()> {
         match plan(self.record.state, self.find(inbox)?) {
             Plan::Serve(guest) => return self.go_on(options, inbox, guest),
             Plan::Release(mut guest) => guest.side.release(inbox, &self.output)?,
@@ -126,7 +129,7 @@ impl Taken {
     }
 
     /// Finds the guest, and has its process hand everything over again.
-    fn find(&self, inbox: &Inbox<Note>) -> Result<Found<Guest>> {
+    fn find(&self, inbox: &Inbox<InboxMessage>) -> Result<Found<Guest>> {
         let guest = &self.record.guest;
         let path = self.keeper.file(GUEST_SOCKET);
         let is_alive = || began(guest.pid) == Some(guest.began);
@@ -144,11 +147,13 @@ impl Taken {
         // Checked after the handle was opened: a handle never passes to another process of the same number.
         let monitor = match MonitorProcess::taken_over(guest.pid, guest.owner, created, true) {
             Ok(monitor) if is_alive() => monitor,
-            _ => return Ok(Found::Ended),
+            Ok(_) => return Ok(Found::Ended),
+            Err(error) if has_no_process(&error) || !is_alive() => return Ok(Found::Ended),
+            Err(error) => return Err(error),
         };
         let handoff = HandoffSocket::new(stream);
         let mut process = Box::new(GuestProcess::new(monitor, handoff, true, true));
-        let Some((handed, entrusted)) = receive(&mut process, inbox)? else {
+        let Some((handed, entrusted)) = receive(&mut process, inbox, END_PATIENCE)? else {
             return Ok(Found::Ended);
         };
         let side = GuestSide::Process(process);
@@ -156,7 +161,12 @@ impl Taken {
     }
 
     /// Serves the guest.
-    fn go_on(&self, options: &ResumeOptions, inbox: &Inbox<Note>, guest: Guest) -> Result<()> {
+    fn go_on(
+        &self,
+        options: &ResumeOptions,
+        inbox: &Inbox<InboxMessage>,
+        guest: Guest,
+    ) -> Result<()> {
         let Guest { side, handed, entrusted } = guest;
         let observer = Observer::start(&options.observe, Role::Destination, None, &self.output)?;
         let landing = landing(&self.record)?;
@@ -183,7 +193,7 @@ impl Taken {
         let hello = self.hello()?;
         let door = self.door(options, &hello, inbox)?;
         let link = Link::taken_over(hello, self.guard.clone(), self.certificate(), door);
-        let terms = Terms {
+        let terms = SessionPolicy {
             recovers: true,
             has_bulk_lanes: self.record.bulk_lanes > 0,
             is_checked: link.is_checked(),
@@ -271,7 +281,7 @@ impl Taken {
         &self,
         options: &ResumeOptions,
         hello: &Hello,
-        inbox: &Inbox<Note>,
+        inbox: &Inbox<InboxMessage>,
     ) -> Result<LaneAcceptor> {
         let recorded = self.record.uri.as_deref().map(str::parse::<Uri>).transpose();
         let uri = match (&options.uri, recorded.map_err(Error::Environment)?) {
@@ -302,7 +312,7 @@ impl Taken {
 
     /// Listens on the address, and retries while it is in use: sockets of a killed process may outlive it for a moment,
     /// because the kernel closes them after io_uring has ended.
-    fn listen(&self, uri: &Uri, inbox: &Inbox<Note>) -> Result<Listener> {
+    fn listen(&self, uri: &Uri, inbox: &Inbox<InboxMessage>) -> Result<Listener> {
         let deadline = Instant::now() + ADDRESS_PATIENCE;
         let mut has_told = false;
         let look = |fds: &[Interest<'_>], limit| inbox.wait_ready(fds, limit, WAITS);
@@ -325,7 +335,11 @@ impl Taken {
     }
 
     /// Notifies the source of the completion: the source has not said goodbye, and would retry indefinitely.
-    fn tell_of_completion(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
+    fn tell_of_completion(
+        &self,
+        options: &ResumeOptions,
+        inbox: &Inbox<InboxMessage>,
+    ) -> Result<()> {
         let standing = Recalled::from(&self.record).standing(self.record.totals.into());
         let word = Word::Complete { standing, landing: landing(&self.record)? };
         self.output.tell(&Event::Remark(Remark::AwaitsSource));
@@ -341,7 +355,7 @@ impl Taken {
 
     /// Notifies the source of the guest's end, which came while no umem served the guest. The source would retry
     /// indefinitely.
-    fn tell_of_the_end(&self, options: &ResumeOptions, inbox: &Inbox<Note>) -> Result<()> {
+    fn tell_of_the_end(&self, options: &ResumeOptions, inbox: &Inbox<InboxMessage>) -> Result<()> {
         const WHAT: &str = "the guest's process ended while no umem served it, before all of its memory had arrived";
         let told = self.farewell(options, inbox, Word::Failed(Error::Ended(WHAT.into())));
         if !matches!(told, Ok(true)) {
@@ -354,7 +368,12 @@ impl Taken {
     }
 
     /// Waits for the source, and notifies it on its new lanes; false if the source does not connect.
-    fn farewell(&self, options: &ResumeOptions, inbox: &Inbox<Note>, word: Word) -> Result<bool> {
+    fn farewell(
+        &self,
+        options: &ResumeOptions,
+        inbox: &Inbox<InboxMessage>,
+        word: Word,
+    ) -> Result<bool> {
         let door = self.door(options, &self.hello()?, inbox)?;
         let until = Some(Instant::now() + FAREWELL_PATIENCE);
         CompletionNotifier::new(door, word, self.keeper.clone(), until).wait(inbox)
@@ -381,10 +400,20 @@ fn remove_stale(uri: &Uri) {
     }
 }
 
-/// Receives everything that the guest's process keeps; None if the process ends meanwhile.
+/// Whether that is the kernel's answer to the number of a process that is not there.
+fn has_no_process(error: &Error) -> bool {
+    matches!(error, Error::System { source, .. } if source.raw_os_error() == Some(libc::ESRCH))
+}
+
+/// Receives everything that the guest's process keeps; None if the process ends meanwhile. `end_patience` is the longest
+/// time from the end of its socket to the end of the process.
+///
+/// # Errors
+/// The process lives and does not hand over.
 fn receive(
     process: &mut GuestProcess,
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
+    end_patience: Duration,
 ) -> Result<Option<(Vec<Handed>, Entrusted)>> {
     let deadline = Instant::now() + HANDOFF_TIMEOUT;
     let mut handed = Vec::new();
@@ -402,7 +431,9 @@ fn receive(
             Wake::Ready(_) => return Ok(None),
             Wake::Message(_) => continue,
         }
-        let Some(messages) = process.handoff.read()? else { return Ok(None) };
+        let Some(messages) = process.handoff.read()? else {
+            return ended(process, inbox, end_patience).map(|()| None);
+        };
         for message in messages {
             match message {
                 Message::Memory { pieces, .. } => {
@@ -413,5 +444,57 @@ fn receive(
                 Message::Loaded | Message::Monitor(_) | Message::Released => {}
             }
         }
+    }
+}
+
+/// Waits for the end of a process that has closed its socket: one that lives needs its pages, and its source.
+fn ended(process: &GuestProcess, inbox: &Inbox<InboxMessage>, patience: Duration) -> Result<()> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match inbox.wait(&[process.monitor.exited()], Some(left))? {
+            Wake::Signal => return Err(Error::Interrupted(WAITS.into())),
+            Wake::Ready(_) => return Ok(()),
+            Wake::Timeout => return Err(process.does_not_hand_over()),
+            Wake::Message(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// A process whose side of the socket is closed.
+    fn closed(pid: u32) -> GuestProcess {
+        let (ours, _) = UnixStream::pair().unwrap();
+        let monitor = MonitorProcess::taken_over(pid, None, Vec::new(), true).unwrap();
+        GuestProcess::new(monitor, HandoffSocket::new(ours), true, true)
+    }
+
+    #[test]
+    fn process_that_lives_and_closes_its_socket_has_not_ended() {
+        let inbox = Inbox::new().unwrap();
+        let received = receive(&mut closed(std::process::id()), &inbox, Duration::ZERO);
+        let says = received.err().expect("it lives").to_string();
+        assert!(says.contains("does not hand its memory over"), "{says}");
+
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let mut process = closed(child.id());
+        drop(child.stdin.take());
+        assert!(receive(&mut process, &inbox, END_PATIENCE).unwrap().is_none());
+        assert!(child.wait().unwrap().success());
+    }
+
+    #[test]
+    fn process_that_cannot_be_opened_has_ended_only_where_there_is_none() {
+        let failed = |errno| Error::System {
+            what: "pidfd_open of process 7".into(),
+            source: std::io::Error::from_raw_os_error(errno),
+        };
+        assert!(has_no_process(&failed(libc::ESRCH)));
+        assert!(!has_no_process(&failed(libc::EMFILE)));
     }
 }

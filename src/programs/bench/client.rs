@@ -9,7 +9,7 @@ use super::protocol::{
     Control, Direction, End, JOIN_TIMEOUT, Message, Request, Test, hello, region_bytes, unexpected,
 };
 use super::report::{self, Report, Tick};
-use super::side::Note;
+use super::side::ThreadMessage;
 use super::sides::{Sides, SoFar, prepare};
 use crate::error::{Error, Result};
 use crate::runtime::inbox::{Inbox, Wake};
@@ -101,7 +101,7 @@ enum Ended {
 /// Reports while the lanes run.
 fn watch(
     options: &Client,
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<ThreadMessage>,
     control: &mut Control,
     sides: &mut Sides,
     report: &mut Report,
@@ -189,7 +189,7 @@ fn interval(
     Ok(())
 }
 
-fn connect(options: &Client, inbox: &Inbox<Note>) -> Result<Control> {
+fn connect(options: &Client, inbox: &Inbox<ThreadMessage>) -> Result<Control> {
     let wait = |sockets: &[(std::os::fd::BorrowedFd<'_>, nix::poll::PollFlags)],
                 limit: Option<Duration>| match inbox.wait_for(sockets, limit)? {
         Wake::Ready(_) => Ok(true),
@@ -211,7 +211,7 @@ fn interrupted() -> Error {
 }
 
 /// The server's next message.
-fn reply(inbox: &Inbox<Note>, control: &mut Control, limit: Duration) -> Result<Message> {
+fn reply(inbox: &Inbox<ThreadMessage>, control: &mut Control, limit: Duration) -> Result<Message> {
     let deadline = Instant::now() + limit;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -235,7 +235,7 @@ fn reply(inbox: &Inbox<Note>, control: &mut Control, limit: Duration) -> Result<
 }
 
 /// The reason of a lost lane: a server that gives up sends it on the control connection.
-fn cause(inbox: &Inbox<Note>, control: &mut Control, error: Error) -> Error {
+fn cause(inbox: &Inbox<ThreadMessage>, control: &mut Control, error: Error) -> Error {
     match reply(inbox, control, CAUSE_TIMEOUT) {
         Ok(Message::Failed(text)) => gave_up(&text),
         _ => error,

@@ -9,7 +9,7 @@ use super::lobby::{Lobby, refuse};
 use super::protocol::{
     Control, Counts, End, Measured, Message, Request, Test, region_bytes, unexpected,
 };
-use super::side::Note;
+use super::side::ThreadMessage;
 use super::sides::{Sides, prepare};
 use super::{lanes, report};
 use crate::error::{Error, Result};
@@ -82,14 +82,14 @@ pub(crate) fn run(options: &Server) -> Result<()> {
 
 /// The event queue of a server.
 struct Desk {
-    inbox: Inbox<Note>,
+    inbox: Inbox<ThreadMessage>,
     listener: Listener,
     lobby: Lobby,
 }
 
 /// An event.
 enum Happened {
-    Note(Note),
+    ThreadMessage(ThreadMessage),
     Signal,
     /// The test's control connection is readable.
     Control,
@@ -112,7 +112,7 @@ impl Desk {
             let door = sockets.len();
             sockets.extend(self.listener.interest());
             match self.inbox.wait(&sockets, left)? {
-                Wake::Message(note) => return Ok(Happened::Note(note)),
+                Wake::Message(note) => return Ok(Happened::ThreadMessage(note)),
                 Wake::Signal => return Ok(Happened::Signal),
                 Wake::Ready(index) if index < first => return Ok(Happened::Control),
                 Wake::Ready(index) if index == door => {
@@ -147,7 +147,7 @@ impl Desk {
                     refuse(socket, "the test of this lane has ended");
                 }
                 // Late messages of an earlier test's threads.
-                Happened::Note(_) | Happened::Control | Happened::Timeout => {}
+                Happened::ThreadMessage(_) | Happened::Control | Happened::Timeout => {}
             }
         }
     }
@@ -195,7 +195,7 @@ fn carry_out(
     while !(finishing && sides.has_ended()) {
         quiet.check(&sides)?;
         match desk.wait(Some(control), Some(quiet.until))? {
-            Happened::Note(note) => {
+            Happened::ThreadMessage(note) => {
                 sides.take(note)?;
             }
             Happened::Signal => {
@@ -293,7 +293,7 @@ fn gather(
                     limit.as_secs()
                 )));
             }
-            Happened::Note(_) => {}
+            Happened::ThreadMessage(_) => {}
         }
     }
     Ok(lanes.into_iter().flatten().collect())

@@ -24,22 +24,22 @@ use crate::statistics::{CpuTime, Latency};
 use crate::transport::lane::Lane;
 
 /// Messages of threads to the control thread.
-pub(super) enum Note {
+pub(super) enum ThreadMessage {
     /// A lane of this direction has moved its last byte.
     LaneEnded(Direction),
     /// A thread has failed.
     Failed(Error),
 }
 
-impl Failure for Note {
-    fn failed(error: Error) -> Note {
-        Note::Failed(error)
+impl Failure for ThreadMessage {
+    fn failed(error: Error) -> ThreadMessage {
+        ThreadMessage::Failed(error)
     }
 
     fn into_failure(self) -> Option<Error> {
         match self {
-            Note::LaneEnded(_) => None,
-            Note::Failed(error) => Some(error),
+            ThreadMessage::LaneEnded(_) => None,
+            ThreadMessage::Failed(error) => Some(error),
         }
     }
 }
@@ -99,7 +99,7 @@ impl Prepared {
 }
 
 /// A running side.
-pub(super) struct Side {
+pub(super) struct RunningSide {
     direction: Direction,
     work: Work,
     faults: Option<Faults>,
@@ -170,7 +170,7 @@ impl Clock {
     }
 }
 
-impl Side {
+impl RunningSide {
     /// Starts the threads of these connections, all of one direction. `cores` are the named cores, if any.
     pub(super) fn start(
         test: &Test,
@@ -178,11 +178,11 @@ impl Side {
         mut lanes: Vec<Lane>,
         cores: &[usize],
         zero_copy: bool,
-        inbox: &Inbox<Note>,
-    ) -> Result<Side> {
+        inbox: &Inbox<ThreadMessage>,
+    ) -> Result<RunningSide> {
         let Prepared { direction, role, work, faults, placing_s_per_gib } = prepared;
         let fault_lane = faults.is_some().then(|| lanes.pop()).flatten();
-        let mut side = Side {
+        let mut side = RunningSide {
             direction,
             since: Moment::none(),
             work,
@@ -234,7 +234,7 @@ impl Side {
     }
 
     /// The thread that frees memory, if pages land.
-    fn start_retirer(&mut self, inbox: &Inbox<Note>) -> Result<SyncSender<Arc<Landing>>> {
+    fn start_retirer(&mut self, inbox: &Inbox<ThreadMessage>) -> Result<SyncSender<Arc<Landing>>> {
         let (retire, retired) = sync_channel(1);
         if matches!(self.work, Work::Land(_)) {
             let (zero_percent, verify) = (self.zero_percent, self.verify);
@@ -248,7 +248,12 @@ impl Side {
     }
 
     /// The thread that serves the fault lane, and the touching threads.
-    fn start_faults(&mut self, rate: u32, core: Option<usize>, inbox: &Inbox<Note>) -> Result<()> {
+    fn start_faults(
+        &mut self,
+        rate: u32,
+        core: Option<usize>,
+        inbox: &Inbox<ThreadMessage>,
+    ) -> Result<()> {
         let (Some(faults), Some(lane)) = (self.faults.clone(), self.fault_lane.clone()) else {
             return Ok(());
         };
@@ -275,7 +280,7 @@ impl Side {
     /// Starts a thread of this side; with `is_lane` its end is counted.
     fn spawn(
         &mut self,
-        inbox: &Inbox<Note>,
+        inbox: &Inbox<ThreadMessage>,
         name: String,
         place: Place,
         is_lane: bool,
@@ -295,7 +300,7 @@ impl Side {
             }
             result?;
             if is_lane {
-                post.send(Note::LaneEnded(direction));
+                post.send(ThreadMessage::LaneEnded(direction));
             }
             Ok(())
         })?;
@@ -340,7 +345,7 @@ impl Side {
     }
 
     /// Cuts the lanes off: later errors of their threads are no failures. The other side must be notified before
-    /// [`Side::end`], which closes them.
+    /// [`RunningSide::end`], which closes them.
     pub(super) fn stop(&mut self) {
         if self.until.is_none() {
             self.until = Some(self.moment());
@@ -452,7 +457,7 @@ impl Moment {
     }
 }
 
-impl Drop for Side {
+impl Drop for RunningSide {
     /// A failed test leaves no thread behind.
     fn drop(&mut self) {
         let _ = self.join();

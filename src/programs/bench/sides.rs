@@ -1,9 +1,9 @@
-//! The work of one of the two programs in a test: a [`Side`] for each direction.
+//! The work of one of the two programs in a test: a [`RunningSide`] for each direction.
 
 use std::time::Duration;
 
 use super::protocol::{Counts, End, Measured, Test};
-use super::side::{Note, Prepared, Side};
+use super::side::{Prepared, RunningSide, ThreadMessage};
 use crate::error::Result;
 use crate::runtime::inbox::Inbox;
 use crate::statistics::Latency;
@@ -13,7 +13,7 @@ use crate::transport::lane::Lane;
 pub(super) type SoFar = (Duration, Counts, Option<u64>);
 
 /// In the order of [`Test::directions`].
-pub(super) struct Sides(Vec<Side>);
+pub(super) struct Sides(Vec<RunningSide>);
 
 /// The preparation before the lanes may start.
 pub(super) fn prepare(test: &Test, end: End) -> Result<Vec<Prepared>> {
@@ -28,13 +28,13 @@ impl Sides {
         lanes: Vec<Lane>,
         cores: &[usize],
         zero_copy: bool,
-        inbox: &Inbox<Note>,
+        inbox: &Inbox<ThreadMessage>,
     ) -> Result<Sides> {
         let mut lanes = lanes.into_iter();
         let mut sides = Sides(Vec::new());
         for prepared in prepared {
             let lanes = lanes.by_ref().take(test.connections_each().into()).collect();
-            let side = Side::start(test, prepared, lanes, cores, zero_copy, inbox)?;
+            let side = RunningSide::start(test, prepared, lanes, cores, zero_copy, inbox)?;
             sides.0.push(side);
         }
         Ok(sides)
@@ -42,14 +42,14 @@ impl Sides {
 
     /// Starts counting.
     pub(super) fn measure(&mut self) {
-        self.0.iter_mut().for_each(Side::measure);
+        self.0.iter_mut().for_each(RunningSide::measure);
     }
 
     /// Handles a message; true when the last lane has ended.
-    pub(super) fn take(&mut self, note: Note) -> Result<bool> {
+    pub(super) fn take(&mut self, note: ThreadMessage) -> Result<bool> {
         match note {
-            Note::Failed(error) => Err(error),
-            Note::LaneEnded(direction) => {
+            ThreadMessage::Failed(error) => Err(error),
+            ThreadMessage::LaneEnded(direction) => {
                 let side = self.0.iter_mut().find(|side| side.direction() == direction);
                 side.expect("lanes belong to a direction").lane_ended();
                 Ok(self.has_ended())
@@ -59,27 +59,27 @@ impl Sides {
 
     /// Every byte has been moved.
     pub(super) fn has_ended(&self) -> bool {
-        self.0.iter().all(Side::has_ended)
+        self.0.iter().all(RunningSide::has_ended)
     }
 
-    /// Cuts the lanes off, as [`Side::stop`] does.
+    /// Cuts the lanes off, as [`RunningSide::stop`] does.
     pub(super) fn stop(&mut self) {
-        self.0.iter_mut().for_each(Side::stop);
+        self.0.iter_mut().for_each(RunningSide::stop);
     }
 
     /// Ends the threads, and returns the results.
     pub(super) fn end(mut self) -> Result<Vec<Measured>> {
         // All of them first: no direction continues alone.
         self.stop();
-        self.0.into_iter().map(Side::end).collect()
+        self.0.into_iter().map(RunningSide::end).collect()
     }
 
     pub(super) fn so_far(&self) -> Vec<SoFar> {
-        self.0.iter().map(Side::so_far).collect()
+        self.0.iter().map(RunningSide::so_far).collect()
     }
 
     /// Fault latencies in this program since the last call; None without faults.
     pub(super) fn interval_faults(&self) -> Option<Latency> {
-        self.0.iter().find_map(Side::interval_faults)
+        self.0.iter().find_map(RunningSide::interval_faults)
     }
 }

@@ -25,7 +25,7 @@ use crate::runtime::idle::{CpuLatencyHold, IdleCores};
 use crate::runtime::inbox::Post;
 use crate::runtime::worker::Started;
 use crate::runtime::{panics, priority};
-use crate::source::Note;
+use crate::source::InboxMessage;
 use crate::source::memory::{Holes, SourceMemory, Walk};
 use crate::source::sending::seal::Sealer;
 use crate::statistics::Counters;
@@ -90,7 +90,7 @@ pub(crate) struct DemandLane {
     pub(crate) adapts: bool,
     pub(crate) idle_cores: IdleCores,
     pub(crate) commands: Commands<Command>,
-    pub(crate) post: Post<Note>,
+    pub(crate) post: Post<InboxMessage>,
 }
 
 struct DemandThread {
@@ -100,7 +100,7 @@ struct DemandThread {
     sealer: Sealer,
     memory: Arc<SourceMemory>,
     commands: Commands<Command>,
-    post: Post<Note>,
+    post: Post<InboxMessage>,
     /// None if the background does not adapt to the demands.
     detector: Option<Detector>,
     follower: AffinityFollower,
@@ -271,7 +271,7 @@ impl DemandThread {
                 other => {
                     let taken = self.hearing.take(&other);
                     taken.map_err(|why| Error::protocol(&self.name, why))?;
-                    self.post.send(Note::Received(other));
+                    self.post.send(InboxMessage::Received(other));
                 }
             }
         }
@@ -426,7 +426,7 @@ impl DemandThread {
         memory.bandwidth.sent(bytes);
         if pieces.is_empty() && !left {
             self.background = None;
-            self.post.send(Note::BulkEnded);
+            self.post.send(InboxMessage::BulkEnded);
         }
         Ok(pieces)
     }
@@ -443,7 +443,7 @@ impl DemandThread {
         self.sending = false;
         if self.leaving == Leaving::Sending {
             self.leaving = Leaving::No;
-            self.post.send(Note::StateLeft);
+            self.post.send(InboxMessage::StateLeft);
         }
         if let Some(bytes) = completion.memory.and_then(Memory::into_bytes) {
             self.spare = bytes.into_vec();

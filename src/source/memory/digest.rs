@@ -20,7 +20,7 @@ use crate::memory::region::RamFile;
 use crate::memory::sums;
 use crate::runtime::inbox::Post;
 use crate::runtime::panics;
-use crate::source::Note;
+use crate::source::InboxMessage;
 
 /// Threads that read: more than these are more than the memory of most machines gives.
 const THREADS_MAX: usize = 8;
@@ -29,7 +29,7 @@ const THREADS_MAX: usize = 8;
 const PIECE_BYTES: u64 = 16 << 20;
 
 /// Begins to read the files; a note brings the outcome. Nothing is freed meanwhile.
-pub(in crate::source) fn begin(memory: Arc<SourceMemory>, post: Post<Note>) -> Result<()> {
+pub(in crate::source) fn begin(memory: Arc<SourceMemory>, post: Post<InboxMessage>) -> Result<()> {
     let read = move || {
         let is_known = !memory.digest_is_lost.load(Relaxed);
         let digests = panics::caught(|| {
@@ -37,7 +37,7 @@ pub(in crate::source) fn begin(memory: Arc<SourceMemory>, post: Post<Note>) -> R
             all(&memory)
         });
         // Whatever became of it: somebody waits for the note.
-        post.send(Note::Digested(digests.map(|digests| is_known.then_some(digests))));
+        post.send(InboxMessage::Digested(digests.map(|digests| is_known.then_some(digests))));
     };
     let thread = std::thread::Builder::new().name("umem-digest".into()).spawn(read);
     thread.map(drop).context(|| "starting thread umem-digest")

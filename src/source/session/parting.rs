@@ -13,7 +13,7 @@ use crate::control::calling::Called;
 use crate::control::source::closing::GOODBYE_PING;
 use crate::error::{Error, Result};
 use crate::runtime::inbox::{Inbox, Wake};
-use crate::source::{Note, peer};
+use crate::source::{InboxMessage, peer};
 use crate::transport::lane::{self, HELLO_TIMEOUT, Lane, Session};
 use crate::transport::secure::{self, ClientAuth};
 use crate::transport::uri::Uri;
@@ -23,7 +23,7 @@ pub(in crate::source) struct Caller<'a> {
     pub(in crate::source) uri: &'a Uri,
     pub(in crate::source) session: Session,
     pub(in crate::source) pass: &'a ClientAuth,
-    pub(in crate::source) inbox: &'a Inbox<Note>,
+    pub(in crate::source) inbox: &'a Inbox<InboxMessage>,
 }
 
 impl Caller<'_> {

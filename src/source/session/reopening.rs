@@ -18,7 +18,7 @@ use crate::control::source::{Input, Way};
 use crate::error::{Error, Result};
 use crate::runtime::inbox::{Inbox, Wait, Wake};
 use crate::source::link::{self, Opened};
-use crate::source::{Migration, Note, peer};
+use crate::source::{InboxMessage, Migration, peer};
 use crate::transport::lane::{self, HELLO_TIMEOUT, Hearing, Lane, Session};
 use crate::transport::secure;
 
@@ -148,22 +148,22 @@ impl Migration {
     }
 }
 
-impl Note {
+impl InboxMessage {
     /// Whether the note is an order about the lanes.
     fn is_order(&self) -> bool {
-        matches!(self, Note::Pause | Note::Resume(_) | Note::Reconnect(_))
+        matches!(self, InboxMessage::Pause | InboxMessage::Resume(_) | InboxMessage::Reconnect(_))
     }
 }
 
 /// Waits for a lane that is being opened again, and keeps other messages for later.
 struct Waiting<'a> {
-    inbox: &'a Inbox<Note>,
-    notes: RefCell<VecDeque<Note>>,
+    inbox: &'a Inbox<InboxMessage>,
+    notes: RefCell<VecDeque<InboxMessage>>,
     was_interrupted: Cell<bool>,
 }
 
 impl<'a> Waiting<'a> {
-    fn new(inbox: &'a Inbox<Note>) -> Waiting<'a> {
+    fn new(inbox: &'a Inbox<InboxMessage>) -> Waiting<'a> {
         Waiting { inbox, notes: RefCell::default(), was_interrupted: Cell::new(false) }
     }
 
@@ -193,7 +193,7 @@ impl<'a> Waiting<'a> {
         }
     }
 
-    fn into_parts(self) -> (VecDeque<Note>, bool) {
+    fn into_parts(self) -> (VecDeque<InboxMessage>, bool) {
         (self.notes.into_inner(), self.was_interrupted.get())
     }
 }

@@ -152,7 +152,7 @@ impl Taken {
     fn effect(
         &self,
         effect: leftover::Effect,
-        inbox: &Inbox<crate::source::Note>,
+        inbox: &Inbox<crate::source::InboxMessage>,
     ) -> Result<Option<leftover::Input>> {
         match effect {
             leftover::Effect::Undo => {
@@ -185,7 +185,7 @@ impl Taken {
     }
 
     /// Has the guest run here again, if it still belongs to this session.
-    fn have_it_go_on(&self, inbox: &Inbox<crate::source::Note>) -> Result<Undone> {
+    fn have_it_go_on(&self, inbox: &Inbox<crate::source::InboxMessage>) -> Result<Undone> {
         let record = self.record.monitor.clone();
         let first = || self.output.tell(&Event::Remark(Remark::StandsStill));
         inbox.wait_for_work(STANDS_STILL, Some(&first), move || leaving::undo(record.as_ref()))
@@ -196,7 +196,7 @@ impl Taken {
         epoch: u32,
         word: &Word,
         until: Instant,
-        inbox: &Inbox<crate::source::Note>,
+        inbox: &Inbox<crate::source::InboxMessage>,
     ) -> Result<Called> {
         let pass = ClientAuth::load(&self.security, &self.uri)?;
         let caller = Caller { uri: &self.uri, session: self.session()?, pass: &pass, inbox };
@@ -220,7 +220,11 @@ impl Taken {
     }
 
     /// All lanes of this attempt, the demand lane first.
-    fn open_lanes(&self, epoch: u32, inbox: &Inbox<crate::source::Note>) -> Result<Vec<Lane>> {
+    fn open_lanes(
+        &self,
+        epoch: u32,
+        inbox: &Inbox<crate::source::InboxMessage>,
+    ) -> Result<Vec<Lane>> {
         let session = self.session()?;
         let (security, uri) = (self.security.clone(), self.uri.clone());
         let load = move || ClientAuth::load(&security, &uri);

@@ -11,11 +11,11 @@ use super::tuning::is_tcp;
 /// Connections that another thread than the serving one may have to end. The serving thread still
 /// closes each of them. Clones refer to the same connections.
 #[derive(Clone, Default)]
-pub(crate) struct Severable(Arc<Mutex<Vec<Weak<OwnedFd>>>>);
+pub(crate) struct ShutdownHandle(Arc<Mutex<Vec<Weak<OwnedFd>>>>);
 
-impl Severable {
-    pub(crate) fn new<'a>(lanes: impl IntoIterator<Item = &'a Lane>) -> Severable {
-        let all = Severable::default();
+impl ShutdownHandle {
+    pub(crate) fn new<'a>(lanes: impl IntoIterator<Item = &'a Lane>) -> ShutdownHandle {
+        let all = ShutdownHandle::default();
         all.replace(lanes);
         all
     }

@@ -5,7 +5,7 @@ use crate::fault::Fault;
 use crate::frame::{Body, Content, Frame, Head, Header, Kind};
 use crate::receive_error::ReceiveError;
 use crate::region::{PageRange, RegionId};
-use crate::resume::Account;
+use crate::resume::AccountStep;
 
 use super::lane::Lane;
 use super::{Event, Receiver, RunTarget, SPARE_BYTES_MAX, State};
@@ -115,12 +115,12 @@ impl Receiver {
             Frame::Running { us_since_switchover } => Event::Running { us_since_switchover },
             Frame::Complete(totals) => Event::Complete(totals),
             Frame::Resume(standing) => {
-                self.account = Some(Account::Pages { region: RegionId(0), first: 0 });
+                self.account = Some(AccountStep::Pages { region: RegionId(0), first: 0 });
                 Event::Resume(standing)
             }
             Frame::Have { range, words } => {
                 let regions = self.regions.as_ref().expect("a resumed lane has its regions");
-                self.account = Account::heard(range, regions);
+                self.account = AccountStep::heard(range, regions);
                 self.events.push_back(Event::Have { range, words });
                 if self.account.is_some() {
                     return Ok(());

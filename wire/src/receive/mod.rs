@@ -59,7 +59,7 @@ use crate::hello::LaneRole;
 use crate::limits::*;
 use crate::receive_error::ReceiveError;
 use crate::region::{PageRange, RegionId, RegionTable};
-use crate::resume::Account;
+use crate::resume::AccountStep;
 use lane::Lane;
 
 /// Where the next bytes of the lane go.
@@ -96,7 +96,7 @@ pub struct Receiver {
     /// The landing table.
     regions: Option<RegionTable>,
     /// The next part of the destination's account, on a lane that replaces a lost one.
-    account: Option<Account>,
+    account: Option<AccountStep>,
     /// Present on a checked lane.
     checker: Option<Checker>,
     state: State,
@@ -158,7 +158,7 @@ impl Receiver {
     /// standing and its pages.
     pub fn for_resumed_source(landing: &RegionTable) -> Receiver {
         let receiver = Receiver::new(Lane::AtSource(LaneRole::Demand));
-        let (regions, account) = (Some(landing.clone()), Some(Account::Standing));
+        let (regions, account) = (Some(landing.clone()), Some(AccountStep::Standing));
         Receiver { regions, account, ..receiver }
     }
 

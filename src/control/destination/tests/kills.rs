@@ -404,7 +404,7 @@ impl World {
                         self.guest = Guest::Kept;
                     }
                     let core = Core::recalled(
-                        super::Terms { is_private: self.kind.is_private, ..terms() },
+                        super::SessionPolicy { is_private: self.kind.is_private, ..terms() },
                         &recalled,
                         self.now,
                     );
@@ -451,7 +451,7 @@ fn run(kind: Kind, blows: &[(usize, Blow)]) -> (usize, &'static str) {
 
 fn run_once(kind: Kind, blows: &[(usize, Blow)], is_traced: bool) -> (usize, &'static str) {
     let mut world = World::new(kind, blows, is_traced);
-    let terms = super::Terms { is_private: kind.is_private, ..terms() };
+    let terms = super::SessionPolicy { is_private: kind.is_private, ..terms() };
     let core = Core::new(terms, Some(Entrance::Listener), world.now);
     world.live(core, Input::Begin(landing()));
     world.resume();

@@ -12,7 +12,7 @@ use nix::sys::socket::{MsgFlags, recv};
 use umem_wire::limits::LANES_MAX;
 use umem_wire::{FaultCode, Hello, LaneRole};
 
-use super::{Lanes, Terms, lost};
+use super::{AdmissionPolicy, Lanes, lost};
 use crate::error::Result;
 use crate::observe::output::Output;
 use crate::runtime::accepting::Accepted;
@@ -32,7 +32,7 @@ const SESSION_TIMEOUT: Duration = Duration::from_secs(60);
 pub(in crate::destination) struct LaneAcceptor {
     listener: Option<Listener>,
     guard: Arc<ServerAuth>,
-    terms: Terms,
+    terms: AdmissionPolicy,
     output: Output,
     /// The oldest first.
     pending: VecDeque<Pending>,
@@ -102,7 +102,7 @@ impl LaneAcceptor {
     pub(super) fn new(
         listener: Listener,
         guard: Arc<ServerAuth>,
-        terms: Terms,
+        terms: AdmissionPolicy,
         output: &Output,
     ) -> LaneAcceptor {
         LaneAcceptor {
@@ -124,7 +124,7 @@ impl LaneAcceptor {
         certificate: Option<Vec<u8>>,
         output: &Output,
     ) -> LaneAcceptor {
-        let door = LaneAcceptor::new(listener, guard, Terms::of_session(hello), output);
+        let door = LaneAcceptor::new(listener, guard, AdmissionPolicy::of_session(hello), output);
         LaneAcceptor { known: Some(Known::new(hello, certificate)), ..door }
     }
 
@@ -139,7 +139,7 @@ impl LaneAcceptor {
         let mut door = LaneAcceptor {
             listener: None,
             guard,
-            terms: Terms::of_session(hello),
+            terms: AdmissionPolicy::of_session(hello),
             output: output.clone(),
             pending: VecDeque::new(),
             session: None,
