@@ -150,7 +150,7 @@ impl Rounds {
         (self.sent_before, self.dirty_before) = (sent, Some(dirty));
         self.passes.count = self.pass;
         // A pass that was cut short has left pages that it has not sent, which says nothing of what the guest writes.
-        if !self.is_cut {
+        if !self.is_cut && !self.has_stopped {
             self.passes.dirty_bytes_per_s = Some((dirty as f64 / seconds) as u64);
         }
         match may_go_on && !fits && shrinks && has_passes && has_bytes {
@@ -349,6 +349,21 @@ mod tests {
         ] {
             let timeout = Some(Duration::from_millis(timeout_ms));
             assert_eq!(verdicts(plan(timeout), &passes), expected, "{timeout_ms} ms");
+        }
+    }
+
+    #[test]
+    fn no_pass_follows_one_that_ends_with_the_guest_stopped_by_another_program() {
+        let begun = Instant::now();
+        let plan = RoundsPlan { passes_max: 9, downtime_limit: Duration::ZERO, timeout: None };
+        for (has_stopped, expected) in [(false, Verdict::Again), (true, Verdict::Enough)] {
+            let mut rounds = Rounds::new(plan, false, begun);
+            rounds.begin_pass(1, begun);
+            rounds.has_stopped = has_stopped;
+            let end = begun + Duration::from_secs(1);
+            assert_eq!(rounds.judge(GIB, 4 * GIB, 4 * GIB, end), expected);
+            // How much is left says nothing of what the guest writes in a pass then.
+            assert_eq!(rounds.passes.dirty_bytes_per_s.is_none(), has_stopped);
         }
     }
 
