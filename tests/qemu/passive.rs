@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::destination::Destination;
@@ -140,7 +141,8 @@ impl Managed {
 fn external_destination(machine: &Machine, scratch: &Scratch) -> (Destination, Qmp) {
     let path = scratch.path("arrival");
     let connect = unix(&path);
-    let options = ["--connect", &connect, "--switchover", "external"];
+    let sessions = scratch.path("arriving-sessions").display().to_string();
+    let options = ["--connect", &connect, "--switchover", "external", "--session-dir", &sessions];
     let destination = Destination::start_with(machine, scratch, &options, "tcp:127.0.0.1:0");
     let mut arriving = Qmp::connect(&destination.qmp);
     set(&mut arriving, &["return-path"]);
@@ -355,4 +357,50 @@ fn guest_is_let_run_by_umem_where_it_knows_the_sources_monitor() {
     set(&mut moving.source.qmp, &["return-path"]);
     moving.source.qmp.execute("migrate", json!({ "uri": unix(&socket) }));
     moving.complete().end();
+}
+
+/// The guest is its manager's to run there, also for a umem that takes over.
+#[test]
+fn guest_is_whole_whose_destination_is_taken_over_and_runs_by_its_managers_word_alone() {
+    let scratch = Scratch::new();
+    let options = ["-p", "--max-postcopy-bandwidth", "4M"];
+    let mut managed = Managed::start(&scratch, &machine(), &options, direct);
+    managed.migrate(&["return-path"]);
+    let session = managed.umem.event("resumable")["session"].as_str().expect("text").to_owned();
+    managed.destination.umem.event("left_to_manager");
+    managed.destination.umem.kill();
+    managed.umem.event("recovering");
+    let sessions = scratch.path("arriving-sessions").display().to_string();
+    let resume = ["incoming", "--json", "--session-dir", &sessions, "--resume", &session];
+    managed.destination.umem = Umem::start(resume);
+    managed.umem.event("resumed");
+    assert_ne!(managed.arriving.status(), "running");
+    managed.arriving.execute("cont", json!({}));
+    managed.umem.event("completed");
+    managed.destination.umem.event("completed");
+    managed.is_whole();
+    managed.umem.succeeds();
+    managed.destination.umem.succeeds();
+    assert_eq!(managed.source.qmp.status(), "postmigrate");
+    managed.arriving.quit();
+}
+
+/// A umem that was killed while it waited has left its socket.
+#[test]
+fn socket_is_made_in_the_place_of_a_deserted_one_and_of_no_other() {
+    let scratch = Scratch::new();
+    let bare = Machine { source_ram: SourceRam::Default, ..Machine::bare(QemuVersion::V10_0) };
+    let (destination, _arriving) = external_destination(&bare, &scratch);
+    let path = scratch.path("migration");
+    let external = ["--switchover", "external"];
+    let mut killed = listen(&path, &destination.uri, &external);
+    killed.event("listening");
+    says(&listen(&path, &destination.uri, &external).fails(), "another process has it");
+    killed.kill();
+    assert!(path.exists());
+    let mut umem = listen(&path, &destination.uri, &external);
+    umem.event("listening");
+    umem.signal(Signal::SIGTERM);
+    says(&umem.fails(), "no migration of QEMU's had come");
+    assert!(!path.exists());
 }
