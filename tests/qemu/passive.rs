@@ -137,12 +137,21 @@ impl Managed {
     }
 }
 
-/// A `umem incoming` whose QEMU listens by its manager's word.
 fn external_destination(machine: &Machine, scratch: &Scratch) -> (Destination, Qmp) {
+    listening_destination(machine, scratch, &["--switchover", "external"])
+}
+
+/// A `umem incoming` whose QEMU listens by its manager's word.
+fn listening_destination(
+    machine: &Machine,
+    scratch: &Scratch,
+    options: &[&str],
+) -> (Destination, Qmp) {
     let path = scratch.path("arrival");
     let connect = unix(&path);
     let sessions = scratch.path("arriving-sessions").display().to_string();
-    let options = ["--connect", &connect, "--switchover", "external", "--session-dir", &sessions];
+    let ours = ["--connect", &connect, "--session-dir", &sessions];
+    let options = [&ours[..], options].concat();
     let destination = Destination::start_with(machine, scratch, &options, "tcp:127.0.0.1:0");
     let mut arriving = Qmp::connect(&destination.qmp);
     set(&mut arriving, &["return-path"]);
@@ -345,10 +354,18 @@ fn options_that_do_not_say_who_lets_the_guest_run_are_misused() {
 /// By the monitors of both sides, one of which has been told to migrate by another program.
 #[test]
 fn guest_is_let_run_by_umem_where_it_knows_the_sources_monitor() {
-    let scratch = Scratch::new();
-    let machine = machine();
-    let source = boot(&machine, &scratch);
-    let destination = Destination::start(&machine, &scratch);
+    for is_listening in [false, true] {
+        let scratch = Scratch::new();
+        let machine = machine();
+        let destination = match is_listening {
+            false => Destination::start(&machine, &scratch),
+            true => listening_destination(&machine, &scratch, &[]).0,
+        };
+        moves_by_both_monitors(boot(&machine, &scratch), destination, &scratch);
+    }
+}
+
+fn moves_by_both_monitors(source: Qemu, destination: Destination, scratch: &Scratch) {
     let socket = scratch.path("migration");
     let qmp = source.socket.display().to_string();
     let umem = listen(&socket, &destination.uri, &["-p", "--qmp", &qmp]);
