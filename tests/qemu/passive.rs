@@ -82,6 +82,17 @@ impl Managed {
         }
     }
 
+    /// With `-n` what the guest does not touch waits for a signal: there is something left until then.
+    fn send_the_rest(&mut self) {
+        wait_for("the rest to be sent", || {
+            let is_sent = self.umem.stderr().contains("sending the remaining pages");
+            if !is_sent {
+                self.umem.signal(Signal::SIGINT);
+            }
+            is_sent.then_some(())
+        });
+    }
+
     /// Waits until the source's migration has this status.
     fn is(&mut self, status: &str) {
         wait_for(format!("the source's migration to be {status}"), || {
@@ -238,12 +249,13 @@ fn guest_goes_on_whose_connection_is_lost_in_a_pass() {
 #[test]
 fn guest_is_whole_whose_connection_is_lost_after_the_switchover() {
     let scratch = Scratch::new();
-    let options = ["-p", "--max-postcopy-bandwidth", "4M"];
+    let options = ["-p", "-n"];
     let (mut managed, cutter) = stalled(&scratch, &options);
     cutter.let_pages_go();
     managed.umem.event("left_to_manager");
     cutter.cut(Ends::Both, false);
     managed.umem.event("resumed");
+    managed.send_the_rest();
     managed.completes();
 }
 
@@ -251,7 +263,7 @@ fn guest_is_whole_whose_connection_is_lost_after_the_switchover() {
 fn guest_is_whole_whose_umem_is_killed_after_the_switchover() {
     let scratch = Scratch::new();
     let sessions = scratch.path("sessions").display().to_string();
-    let options = ["-p", "--max-postcopy-bandwidth", "4M", "--session-dir", &sessions];
+    let options = ["-p", "-n", "--session-dir", &sessions];
     let mut managed = Managed::start(&scratch, &machine(), &options, direct);
     managed.migrate(&["return-path"]);
     let session = managed.umem.event("resumable")["session"].as_str().expect("text").to_owned();
@@ -259,6 +271,8 @@ fn guest_is_whole_whose_umem_is_killed_after_the_switchover() {
     managed.umem.kill();
     let resume = ["migrate", "--json", "--session-dir", &sessions, "--resume", &session];
     managed.umem = Umem::start(resume);
+    managed.umem.event("resumed");
+    managed.send_the_rest();
     managed.completes();
 }
 
@@ -371,6 +385,8 @@ fn moves_by_both_monitors(source: Qemu, destination: Destination, scratch: &Scra
     let umem = listen(&socket, &destination.uri, &["-p", "--qmp", &qmp]);
     let mut moving = Moving { source, umem, destination };
     moving.umem.event("listening");
+    let fast = json!({ "max-bandwidth": 1_u64 << 40, "downtime-limit": 3000 });
+    moving.source.qmp.execute("migrate-set-parameters", fast);
     set(&mut moving.source.qmp, &["return-path"]);
     moving.source.qmp.execute("migrate", json!({ "uri": unix(&socket) }));
     moving.complete().end();
@@ -380,7 +396,7 @@ fn moves_by_both_monitors(source: Qemu, destination: Destination, scratch: &Scra
 #[test]
 fn guest_is_whole_whose_destination_is_taken_over_and_runs_by_its_managers_word_alone() {
     let scratch = Scratch::new();
-    let options = ["-p", "--max-postcopy-bandwidth", "4M"];
+    let options = ["-p", "-n"];
     let mut managed = Managed::start(&scratch, &machine(), &options, direct);
     managed.migrate(&["return-path"]);
     let session = managed.umem.event("resumable")["session"].as_str().expect("text").to_owned();
@@ -393,6 +409,7 @@ fn guest_is_whole_whose_destination_is_taken_over_and_runs_by_its_managers_word_
     managed.umem.event("resumed");
     assert_ne!(managed.arriving.status(), "running");
     managed.arriving.execute("cont", json!({}));
+    managed.send_the_rest();
     managed.umem.event("completed");
     managed.destination.umem.event("completed");
     managed.is_whole();
