@@ -116,7 +116,10 @@ pub(crate) fn sentence(event: &Event) -> String {
                     "pass {pass}: {sent} MiB sent in {seconds:.1} s, {dirty} MiB written meanwhile ({} MiB/s)",
                     mib(*rate)
                 ),
-                _ => format!(
+                (false, None) => {
+                    format!("pass {pass}: {sent} MiB sent in {seconds:.1} s, {dirty} MiB left")
+                }
+                (true, _) => format!(
                     "pass {pass} ends early: {sent} MiB sent in {seconds:.1} s, {dirty} MiB left"
                 ),
             }

@@ -18,7 +18,6 @@
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,7 +29,7 @@ use serde_json::{Value, json};
 use super::visitors::{self, Entrance, Visitor};
 use super::watch::{LinkOrder, Watch};
 use crate::error::{Error, Result};
-use crate::runtime::private_socket::{bind_private, is_deserted};
+use crate::runtime::private_socket::bind_private_anew;
 use crate::transport::uri::Uri;
 
 /// Connections at a time. A further connection replaces the one that has sent nothing for the longest time.
@@ -101,13 +100,7 @@ fn bind(path: &Path) -> Result<UnixListener> {
         source,
         hint,
     };
-    let bound = match bind_private(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
-            std::fs::remove_file(path).and_then(|()| bind_private(path))
-        }
-        other => other,
-    };
-    let listener = bound.map_err(|error| match error.kind() {
+    let listener = bind_private_anew(path).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => failed(
             error,
             "; another process uses the socket, or the file is not a socket: choose another path",
@@ -117,11 +110,6 @@ fn bind(path: &Path) -> Result<UnixListener> {
     })?;
     listener.set_nonblocking(true).map_err(|error| failed(error, ""))?;
     Ok(listener)
-}
-
-fn is_stale(path: &Path) -> bool {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
-    is_socket && is_deserted(path)
 }
 
 struct Socket {

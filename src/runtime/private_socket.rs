@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
@@ -19,6 +20,20 @@ pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
     bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     listen(&socket, Backlog::MAXCONN)?;
     Ok(socket.into())
+}
+
+/// The same in the place of a socket at which nobody listens any more, as after a kill.
+pub(crate) fn bind_private_anew(path: &Path) -> io::Result<UnixListener> {
+    let is_socket = || std::fs::symlink_metadata(path).is_ok_and(|it| it.file_type().is_socket());
+    match bind_private(path) {
+        Err(error)
+            if error.kind() == io::ErrorKind::AddrInUse && is_socket() && is_deserted(path) =>
+        {
+            std::fs::remove_file(path)?;
+            bind_private(path)
+        }
+        bound => bound,
+    }
 }
 
 /// Connects to a unix socket without waiting: [`io::ErrorKind::WouldBlock`] if its queue of

@@ -3,6 +3,7 @@
 //! The destination is tried first, so that a wrong address or secret is found before QEMU is told anything. It is
 //! called again when QEMU has come: a session whose source says nothing for long would be given up there.
 
+use std::collections::VecDeque;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -19,12 +20,15 @@ use crate::host::qemu::stream::passive::{Opening, Pacing, ask, leaving, several_
 use crate::host::switchover::Switchover;
 use crate::observe::output::Output;
 use crate::runtime::inbox::{Inbox, Wake};
-use crate::runtime::private_socket::bind_private;
+use crate::runtime::private_socket::bind_private_anew;
 use crate::transport::lane::Session;
 use crate::transport::secure::{self, ClientAuth};
 
 /// Bytes that are read of a stream's head at once.
 const PIECE_BYTES: usize = 64 << 10;
+
+/// Connections that may wait beside the stream and say nothing. One more replaces the oldest.
+const OTHERS_MAX: usize = 8;
 
 /// What an interrupt means meanwhile.
 const NOT_BEGUN: &str = "no migration of QEMU's had come";
@@ -47,8 +51,7 @@ pub(super) fn guest(
     let listener = Socket::listen(path)?;
     try_destination(options, pass, inbox)?;
     output.tell(&Event::AwaitsQemu { path: path.to_owned() });
-    let stream = listener.accept(inbox)?;
-    let opening = read_head(&stream, &listener, inbox)?;
+    let (stream, opening) = read_head(&listener, inbox)?;
     drop(listener);
     let precopy =
         options.precopy.ok_or_else(|| Error::Internal("a stream without passes".into()))?;
@@ -78,16 +81,17 @@ struct Socket {
 
 impl Socket {
     fn listen(path: &Path) -> Result<Socket> {
-        let listener = bind_private(path).map_err(|error| match error.kind() {
-            ErrorKind::AddrInUse => Error::Environment(format!(
-                "cannot listen at {}, which --listen names: a file is there; if no other umem listens there, remove it",
-                path.display()
-            )),
-            _ => Error::System {
-                what: format!("listening at {}, which --listen names", path.display()),
-                source: error,
-            },
-        })?;
+        let failed = |source: std::io::Error| {
+            let hint = match source.kind() {
+                ErrorKind::AddrInUse => {
+                    "; another process has it, or it is no socket: choose another path"
+                }
+                ErrorKind::NotFound => "; its directory does not exist",
+                _ => "",
+            };
+            Error::Listen { uri: format!("--listen unix:{}", path.display()), source, hint }
+        };
+        let listener = bind_private_anew(path).map_err(failed)?;
         Ok(Socket { path: path.to_owned(), listener })
     }
 
@@ -110,29 +114,58 @@ impl Drop for Socket {
     }
 }
 
-/// Reads a stream up to its first page. A QEMU that writes several streams connects as often before that.
-fn read_head(stream: &UnixStream, listener: &Socket, inbox: &Inbox<Note>) -> Result<Opening> {
+/// Waits for a stream, and reads it up to its first page. A QEMU that writes several streams connects more than once
+/// before that. Who connects and says nothing is not listened to: another umem that looks whether somebody listens here.
+fn read_head(listener: &Socket, inbox: &Inbox<Note>) -> Result<(UnixStream, Opening)> {
     let mut opening = Opening::new();
     let mut piece = vec![0; PIECE_BYTES];
+    let mut stream = listener.accept(inbox)?;
+    let mut has_begun = false;
+    let mut others: VecDeque<UnixStream> = VecDeque::new();
     loop {
-        match inbox.wait(&[listener.listener.as_fd(), stream.as_fd()], None)? {
+        let mut fds = vec![stream.as_fd(), listener.listener.as_fd()];
+        fds.extend(others.iter().map(|other| other.as_fd()));
+        match inbox.wait(&fds, None)? {
             Wake::Signal => return Err(Error::Interrupted(GOES_ON.into())),
-            Wake::Ready(0) => return Err(several_channels()),
-            Wake::Ready(_) => {}
+            Wake::Ready(0) => {}
+            Wake::Ready(1) => {
+                others.push_back(listener.accept(inbox)?);
+                if others.len() > OTHERS_MAX {
+                    others.pop_front();
+                }
+                continue;
+            }
+            Wake::Ready(index) => {
+                let other = others.remove(index - 2);
+                if other.is_some_and(|mut other| other.read(&mut [0]).is_ok_and(|count| count > 0))
+                {
+                    return Err(several_channels());
+                }
+                continue;
+            }
             Wake::Message(_) | Wake::Timeout => continue,
         }
-        let mut stream = stream;
-        let count = match stream.read(&mut piece) {
-            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-            read => read.context(|| "reading QEMU's migration stream")?,
-        };
-        if count == 0 {
-            return Err(Error::Host(
-                "it has ended its migration before its first page: cancelled, or failed; its manager knows why".into(),
-            ));
-        }
-        if opening.take(&piece[..count])? {
-            return Ok(opening);
+        match stream.read(&mut piece) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Ok(0) if !has_begun => {
+                stream = match others.pop_front() {
+                    Some(other) => other,
+                    None => listener.accept(inbox)?,
+                };
+            }
+            Ok(0) => {
+                return Err(Error::Host(
+                    "it has ended its migration before its first page: cancelled, or failed; its manager knows why"
+                        .into(),
+                ));
+            }
+            read => {
+                has_begun = true;
+                let count = read.context(|| "reading QEMU's migration stream")?;
+                if opening.take(&piece[..count])? {
+                    return Ok((stream, opening));
+                }
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::destination::Destination;
@@ -81,6 +82,17 @@ impl Managed {
         }
     }
 
+    /// With `-n` what the guest does not touch waits for a signal: there is something left until then.
+    fn send_the_rest(&mut self) {
+        wait_for("the rest to be sent", || {
+            let is_sent = self.umem.stderr().contains("sending the remaining pages");
+            if !is_sent {
+                self.umem.signal(Signal::SIGINT);
+            }
+            is_sent.then_some(())
+        });
+    }
+
     /// Waits until the source's migration has this status.
     fn is(&mut self, status: &str) {
         wait_for(format!("the source's migration to be {status}"), || {
@@ -136,11 +148,21 @@ impl Managed {
     }
 }
 
-/// A `umem incoming` whose QEMU listens by its manager's word.
 fn external_destination(machine: &Machine, scratch: &Scratch) -> (Destination, Qmp) {
+    listening_destination(machine, scratch, &["--switchover", "external"])
+}
+
+/// A `umem incoming` whose QEMU listens by its manager's word.
+fn listening_destination(
+    machine: &Machine,
+    scratch: &Scratch,
+    options: &[&str],
+) -> (Destination, Qmp) {
     let path = scratch.path("arrival");
     let connect = unix(&path);
-    let options = ["--connect", &connect, "--switchover", "external"];
+    let sessions = scratch.path("arriving-sessions").display().to_string();
+    let ours = ["--connect", &connect, "--session-dir", &sessions];
+    let options = [&ours[..], options].concat();
     let destination = Destination::start_with(machine, scratch, &options, "tcp:127.0.0.1:0");
     let mut arriving = Qmp::connect(&destination.qmp);
     set(&mut arriving, &["return-path"]);
@@ -227,12 +249,13 @@ fn guest_goes_on_whose_connection_is_lost_in_a_pass() {
 #[test]
 fn guest_is_whole_whose_connection_is_lost_after_the_switchover() {
     let scratch = Scratch::new();
-    let options = ["-p", "--max-postcopy-bandwidth", "4M"];
+    let options = ["-p", "-n"];
     let (mut managed, cutter) = stalled(&scratch, &options);
     cutter.let_pages_go();
     managed.umem.event("left_to_manager");
     cutter.cut(Ends::Both, false);
     managed.umem.event("resumed");
+    managed.send_the_rest();
     managed.completes();
 }
 
@@ -240,7 +263,7 @@ fn guest_is_whole_whose_connection_is_lost_after_the_switchover() {
 fn guest_is_whole_whose_umem_is_killed_after_the_switchover() {
     let scratch = Scratch::new();
     let sessions = scratch.path("sessions").display().to_string();
-    let options = ["-p", "--max-postcopy-bandwidth", "4M", "--session-dir", &sessions];
+    let options = ["-p", "-n", "--session-dir", &sessions];
     let mut managed = Managed::start(&scratch, &machine(), &options, direct);
     managed.migrate(&["return-path"]);
     let session = managed.umem.event("resumable")["session"].as_str().expect("text").to_owned();
@@ -248,6 +271,8 @@ fn guest_is_whole_whose_umem_is_killed_after_the_switchover() {
     managed.umem.kill();
     let resume = ["migrate", "--json", "--session-dir", &sessions, "--resume", &session];
     managed.umem = Umem::start(resume);
+    managed.umem.event("resumed");
+    managed.send_the_rest();
     managed.completes();
 }
 
@@ -343,16 +368,73 @@ fn options_that_do_not_say_who_lets_the_guest_run_are_misused() {
 /// By the monitors of both sides, one of which has been told to migrate by another program.
 #[test]
 fn guest_is_let_run_by_umem_where_it_knows_the_sources_monitor() {
-    let scratch = Scratch::new();
-    let machine = machine();
-    let source = boot(&machine, &scratch);
-    let destination = Destination::start(&machine, &scratch);
+    for is_listening in [false, true] {
+        let scratch = Scratch::new();
+        let machine = machine();
+        let destination = match is_listening {
+            false => Destination::start(&machine, &scratch),
+            true => listening_destination(&machine, &scratch, &[]).0,
+        };
+        moves_by_both_monitors(boot(&machine, &scratch), destination, &scratch);
+    }
+}
+
+fn moves_by_both_monitors(source: Qemu, destination: Destination, scratch: &Scratch) {
     let socket = scratch.path("migration");
     let qmp = source.socket.display().to_string();
     let umem = listen(&socket, &destination.uri, &["-p", "--qmp", &qmp]);
     let mut moving = Moving { source, umem, destination };
     moving.umem.event("listening");
+    let fast = json!({ "max-bandwidth": 1_u64 << 40, "downtime-limit": 3000 });
+    moving.source.qmp.execute("migrate-set-parameters", fast);
     set(&mut moving.source.qmp, &["return-path"]);
     moving.source.qmp.execute("migrate", json!({ "uri": unix(&socket) }));
     moving.complete().end();
+}
+
+/// The guest is its manager's to run there, also for a umem that takes over.
+#[test]
+fn guest_is_whole_whose_destination_is_taken_over_and_runs_by_its_managers_word_alone() {
+    let scratch = Scratch::new();
+    let options = ["-p", "-n"];
+    let mut managed = Managed::start(&scratch, &machine(), &options, direct);
+    managed.migrate(&["return-path"]);
+    let session = managed.umem.event("resumable")["session"].as_str().expect("text").to_owned();
+    managed.destination.umem.event("left_to_manager");
+    managed.destination.umem.kill();
+    managed.umem.event("recovering");
+    let sessions = scratch.path("arriving-sessions").display().to_string();
+    let resume = ["incoming", "--json", "--session-dir", &sessions, "--resume", &session];
+    managed.destination.umem = Umem::start(resume);
+    managed.umem.event("resumed");
+    assert_ne!(managed.arriving.status(), "running");
+    managed.arriving.execute("cont", json!({}));
+    managed.send_the_rest();
+    managed.umem.event("completed");
+    managed.destination.umem.event("completed");
+    managed.is_whole();
+    managed.umem.succeeds();
+    managed.destination.umem.succeeds();
+    assert_eq!(managed.source.qmp.status(), "postmigrate");
+    managed.arriving.quit();
+}
+
+/// A umem that was killed while it waited has left its socket.
+#[test]
+fn socket_is_made_in_the_place_of_a_deserted_one_and_of_no_other() {
+    let scratch = Scratch::new();
+    let bare = Machine { source_ram: SourceRam::Default, ..Machine::bare(QemuVersion::V10_0) };
+    let (destination, _arriving) = external_destination(&bare, &scratch);
+    let path = scratch.path("migration");
+    let external = ["--switchover", "external"];
+    let mut killed = listen(&path, &destination.uri, &external);
+    killed.event("listening");
+    says(&listen(&path, &destination.uri, &external).fails(), "another process has it");
+    killed.kill();
+    assert!(path.exists());
+    let mut umem = listen(&path, &destination.uri, &external);
+    umem.event("listening");
+    umem.signal(Signal::SIGTERM);
+    says(&umem.fails(), "no migration of QEMU's had come");
+    assert!(!path.exists());
 }

@@ -162,7 +162,7 @@ impl Rounds {
         (self.sent_before, self.dirty_before) = (sent, Some(next));
         self.passes.count = self.pass;
         // A pass that was cut short has left pages that it has not sent, which says nothing of what the guest writes.
-        if !self.is_cut {
+        if !self.is_cut && !self.has_stopped {
             let written = dirty.saturating_sub(cooled);
             self.passes.dirty_bytes_per_s = Some((written as f64 / seconds) as u64);
         }
@@ -401,6 +401,21 @@ mod tests {
         assert_eq!(judge(&[(100, 0), (60, 20), (60, 30)]), [Again, Again, Enough]);
         // 0.7 of what is left is hot, and more.
         assert_eq!(judge(&[(100, 0), (50, 35), (20, 15)]), [Again, Again, Enough]);
+    }
+
+    #[test]
+    fn no_pass_follows_one_that_ends_with_the_guest_stopped_by_another_program() {
+        let begun = Instant::now();
+        let plan = RoundsPlan { passes_max: 9, downtime_limit: Duration::ZERO, timeout: None };
+        for (has_stopped, expected) in [(false, Verdict::Again), (true, Verdict::Enough)] {
+            let mut rounds = Rounds::new(plan, false, begun);
+            rounds.begin_pass(1, begun);
+            rounds.has_stopped = has_stopped;
+            let end = begun + Duration::from_secs(1);
+            assert_eq!(rounds.judge(GIB, 4 * GIB, 4 * GIB, end), expected);
+            // How much is left says nothing of what the guest writes in a pass then.
+            assert_eq!(rounds.passes.dirty_bytes_per_s.is_none(), has_stopped);
+        }
     }
 
     #[test]

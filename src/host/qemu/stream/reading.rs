@@ -448,8 +448,8 @@ impl Reader<'_> {
                 &mut ready,
                 PollTimeout::try_from(SILENCE_MAX).unwrap_or(PollTimeout::MAX),
             ) {
-                // Its manager may take its time (`pause-before-switchover`).
-                Ok(0) if self.shared.is_passive => {}
+                // Before that its manager may take its time (`pause-before-switchover`).
+                Ok(0) if self.shared.is_passive && !self.pace.has_stopped => {}
                 Ok(0) => {
                     return Err(Error::Host(format!(
                         "it has written nothing of its migration stream for {} s",
