@@ -211,3 +211,26 @@ fn kvm_guest_may_exit_right_after_its_last_page() {
         incoming.succeeds();
     }
 }
+
+/// The monitor has umem inside, and says what the guest has written from KVM's dirty log. The guest writes all the
+/// while, also with faults at its destination.
+#[test]
+fn kvm_guest_that_writes_in_every_pass_is_moved_by_the_dirty_log_of_its_monitor() {
+    for vcpus in ["1", "2"] {
+        let scratch = Scratch::new();
+        let [from, to] = ["source", "destination"].map(|name| scratch.ram(name));
+        let [from, to] = [&from, &to].map(|path| path.display().to_string());
+        let words = ["--ram", &from, "--moves-to", &to, "--mib", "256", "--vcpus", vcpus];
+        let mut guest = Umem::start_program(&program(), words);
+        let done = guest.event("done");
+        assert_eq!(done["wrong_first"], 0, "as the source had it: {done}");
+        assert_eq!(done["wrong_second"], 0, "as the guest wrote it: {done}");
+        assert_eq!(number(&done, "pages"), 256 << 8);
+        let written = done["written"].as_array().expect("passes");
+        assert!(
+            written.len() > 1 && written.iter().all(|pages| pages.as_u64() > Some(0)),
+            "{done}"
+        );
+        guest.succeeds();
+    }
+}

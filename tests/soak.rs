@@ -7,6 +7,8 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a test may say what it does")]
 
+#[path = "soak/hybrid.rs"]
+mod hybrid;
 mod support;
 
 use std::sync::Arc;

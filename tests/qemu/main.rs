@@ -7,6 +7,7 @@ mod arrivals;
 mod asked;
 mod destination;
 mod discards;
+mod disks;
 mod failures;
 mod found;
 mod halted;

@@ -21,6 +21,7 @@
 //! - [`Network`]: two hosts with a router between them, in network namespaces of the test
 //! - [`seed`], [`seeded`] and [`Random`]: a test's seed, and numbers that depend on it alone
 //! - [`Fifo`]: unblocks another program
+//! - [`SlowDisk`]: a disk whose reads take their time, for a QEMU
 //! - [`embedded`]: both sides in the test's own process, and the wire between them
 //!
 //! Tests wait for events, never for time: after [`DEADLINE`] a test fails. Processes that a test started end with it,
@@ -51,6 +52,7 @@ mod room;
 pub(crate) mod sandbox;
 mod scratch;
 mod serial;
+mod slow_disk;
 mod source;
 mod tap;
 mod umem;
@@ -79,6 +81,7 @@ pub(crate) use {
     room::Room,
     scratch::Scratch,
     serial::{Beat, Serial},
+    slow_disk::SlowDisk,
     source::LaneToDestination,
     tap::Tap,
     umem::{Umem, limit_descriptors},

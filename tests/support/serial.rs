@@ -26,6 +26,8 @@ pub(crate) struct Beat {
     pub(crate) passes: u64,
     /// Pages in the balloon, if it uses one.
     pub(crate) given: u64,
+    /// Reads of its disk, if it has one.
+    pub(crate) disk: u64,
 }
 
 impl Serial {
@@ -106,7 +108,7 @@ fn read_beat(line: &str) -> Option<Beat> {
     // The last field: the line is complete.
     get("ms")?;
     assert_eq!(get("bad"), Some(0), "the guest reports: {line}");
-    let given = get("given").unwrap_or(0);
+    let [given, disk] = ["given", "disk"].map(|name| get(name).unwrap_or(0));
     let (reads, writes, passes) = (get("reads")?, get("writes")?, get("pass")?);
-    Some(Beat { number, reads, writes, passes, given })
+    Some(Beat { number, reads, writes, passes, given, disk })
 }

@@ -200,6 +200,11 @@ impl Umem {
             .unwrap_or_else(|_| panic!("no event; stderr:\n{}", self.stderr()))
     }
 
+    /// The event of this name, if it has come; drops those before it.
+    pub(crate) fn said(&mut self, name: &str) -> Option<Value> {
+        self.events.try_iter().find(|event| event["event"] == name)
+    }
+
     /// Waits until umem prints something.
     pub(crate) fn line(&mut self) {
         self.events.recv_timeout(DEADLINE).expect("a line on stdout");

@@ -15,20 +15,22 @@
 //! | `umem.mode=random\|sequential\|hot\|idle` | how pages are chosen; `hot`: at random in the hot set; `idle` touches none | random |
 //! | `umem.hot=N` | size of the hot set, MiB from the beginning of the memory, at most all of it | 64 |
 //! | `umem.balloon=N` | more memory, MiB, whose pages go to the host and come back | 0 |
+//! | `umem.given=zeroes\|any` | what pages read as that the host has | zeroes |
+//! | `umem.disk=N` | more memory, MiB, into which a disk of that size is read all the while | 0 |
 //! | `umem.sweep=0\|1` | one more thread checks all pages in order, again and again | 1 |
 //!
 //! # Lines on the console
 //!
 //! ```text
 //! umem-guest ready mib=256
-//! umem-guest beat=7 reads=8123 writes=3456 bad=0 pass=1 given=0 max_us=812 p50_us=3 p99_us=96 ms=700
+//! umem-guest beat=7 reads=8123 writes=3456 bad=0 pass=1 given=0 disk=0 max_us=812 p50_us=3 p99_us=96 ms=700
 //! umem-guest BAD page=17 word=5 want=0123456789abcdef got=0000000000000000
 //! umem-guest checked pages=65536 bad=0
 //! umem-guest failed: …
 //! ```
 //!
 //! A beat comes about every 100 ms of the guest's time. Its counts are totals: page checks and page writes of the
-//! threads, wrong words, completed sweeps, ballooned pages. Its latencies are those of the first touch of a page since
+//! threads, wrong words, completed sweeps, ballooned pages, reads of the disk. Its latencies are those of the first touch of a page since
 //! the beat before, in microseconds (the upper end of a bucket, at most 12 % high; `max_us` is exact). `ms` is the
 //! guest's clock since the memory was full. Only the first wrong word gets a BAD line.
 //!
@@ -37,6 +39,7 @@
 
 mod balloon;
 mod console;
+mod disk;
 mod latency;
 mod memory;
 mod parameters;
@@ -47,6 +50,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use balloon::Balloon;
+use disk::Disk;
 use latency::Latencies;
 use memory::{Memory, Wrong};
 use parameters::{Mode, Parameters};
@@ -73,6 +77,9 @@ fn run() -> Result<(), String> {
     let guest = Arc::new(Guest { parameters, memory, counts: Counts::default() });
     if parameters.balloon_mib > 0 {
         start(&guest, Guest::give);
+    }
+    if parameters.disk_mib > 0 {
+        start(&guest, Guest::read_disk);
     }
     start(&guest, Guest::answer);
     if parameters.mode != Mode::Idle {
@@ -104,6 +111,7 @@ struct Counts {
     bad: AtomicU64,
     passes: AtomicU64,
     given: AtomicU64,
+    disk: AtomicU64,
     latencies: Latencies,
 }
 
@@ -163,9 +171,32 @@ impl Guest {
         };
         let mut random = Random::new(self.parameters.seed, u64::MAX - 1);
         for turn in 0u64.. {
-            self.note(turn, balloon.give(random.below(balloon.pages()), turn % 2 == 1));
+            let page = random.below(balloon.pages());
+            self.note(turn, balloon.give(page, turn % 2 == 1, self.parameters.given_is_zeroes));
             self.counts.given.fetch_add(1, Relaxed);
             self.note(turn, balloon.check(random.below(balloon.pages())));
+        }
+    }
+
+    /// Has the disk read into memory, forever, and checks other pages.
+    fn read_disk(&self) {
+        let mut disk = match Disk::new(self.parameters.disk_mib) {
+            Ok(disk) => disk,
+            Err(error) => return console::line(&format!("umem-guest failed: {error}")),
+        };
+        let mut random = Random::new(self.parameters.seed, u64::MAX - 2);
+        for read in 0..Disk::reads() {
+            disk.begin(read, random.below(u64::MAX));
+        }
+        loop {
+            let page = random.below(disk.pages());
+            self.note(page, disk.check(page));
+            while let Some((read, result)) = disk.end() {
+                self.note(u64::from(read), result);
+                self.counts.disk.fetch_add(1, Relaxed);
+                disk.begin(read, random.below(u64::MAX));
+            }
+            std::thread::yield_now();
         }
     }
 
@@ -202,13 +233,14 @@ impl Guest {
             let counts = &self.counts;
             let latency = counts.latencies.take();
             console::line(&format!(
-                "umem-guest beat={beat} reads={} writes={} bad={} pass={} given={} max_us={} p50_us={} \
+                "umem-guest beat={beat} reads={} writes={} bad={} pass={} given={} disk={} max_us={} p50_us={} \
                  p99_us={} ms={}",
                 counts.reads.load(Relaxed),
                 counts.writes.load(Relaxed),
                 counts.bad.load(Relaxed),
                 counts.passes.load(Relaxed),
                 counts.given.load(Relaxed),
+                counts.disk.load(Relaxed),
                 latency.max_us,
                 latency.p50_us,
                 latency.p99_us,

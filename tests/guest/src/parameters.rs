@@ -13,6 +13,9 @@ pub(crate) struct Parameters {
     pub(crate) hot_mib: u64,
     pub(crate) sweep: bool,
     pub(crate) balloon_mib: u64,
+    /// Pages that the host has read as zeroes, and not as anything.
+    pub(crate) given_is_zeroes: bool,
+    pub(crate) disk_mib: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +45,8 @@ impl Parameters {
             hot_mib: 64,
             sweep: true,
             balloon_mib: 0,
+            given_is_zeroes: true,
+            disk_mib: 0,
         };
         for word in command_line.split_ascii_whitespace() {
             let Some((name, value)) =
@@ -60,6 +65,14 @@ impl Parameters {
                 }
                 "sweep" => parameters.sweep = number::<u64>(value).ok_or_else(wrong)? != 0,
                 "balloon" => parameters.balloon_mib = number(value).ok_or_else(wrong)?,
+                "given" => {
+                    parameters.given_is_zeroes = match value {
+                        "zeroes" => true,
+                        "any" => false,
+                        _ => return Err(wrong()),
+                    }
+                }
+                "disk" => parameters.disk_mib = number(value).ok_or_else(wrong)?,
                 "mode" => {
                     parameters.mode = match value {
                         "random" => Mode::Random,
@@ -121,11 +134,12 @@ mod tests {
 
     #[test]
     fn the_command_line_overrides() {
-        let line = "a umem.mib=64 umem.mode=idle umem.write=0 umem.sweep=0 umem.seed=9 b=c";
+        let line =
+            "a umem.mib=64 umem.mode=idle umem.write=0 umem.sweep=0 umem.seed=9 umem.given=any b=c";
         let parameters = Parameters::parse(line, MEMINFO).unwrap();
         assert_eq!((parameters.mib, parameters.seed), (64, 9));
         assert_eq!((parameters.write_percent, parameters.mode), (0, Mode::Idle));
-        assert!(!parameters.sweep);
+        assert!(!parameters.sweep && !parameters.given_is_zeroes);
     }
 
     #[test]

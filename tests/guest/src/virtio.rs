@@ -24,6 +24,7 @@ const DRIVER_OK: u8 = 4;
 
 /// Flags of a descriptor.
 pub(crate) const DEVICE_WRITES: u16 = 2;
+pub(crate) const GOES_ON: u16 = 1;
 
 /// A virtqueue.
 pub(crate) struct Queue {
@@ -71,25 +72,60 @@ impl Queue {
 
     /// Submits one buffer to the device, and waits until it is used.
     pub(crate) fn send(&mut self, port: u16, address: u64, length: u32, flags: u16) {
-        // SAFETY: the two pages of the queue: the descriptors, 16 bytes each, the available ring behind them, and, in
-        // the second page, the used ring.
+        // Descriptor 0 each time.
+        self.describe(0, (address, length), flags, 0);
+        self.submit(port, 0);
+        while self.used() != self.count {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Writes a descriptor that the device does not have: a buffer of some bytes at a physical address, and the number
+    /// of the one behind it, if its flags say so.
+    pub(crate) fn describe(
+        &mut self,
+        number: u16,
+        (address, length): (u64, u32),
+        flags: u16,
+        next: u16,
+    ) {
+        assert!(number < self.size, "descriptor {number} of {}", self.size);
+        // SAFETY: the first page of the queue has the descriptors, 16 bytes each.
         unsafe {
-            self.ours.cast::<u64>().write_volatile(address);
-            self.ours.add(8).cast::<u32>().write_volatile(length);
-            self.ours.add(12).cast::<u16>().write_volatile(flags);
+            let descriptor = self.ours.add(usize::from(number) * 16);
+            descriptor.cast::<u64>().write_volatile(address);
+            descriptor.add(8).cast::<u32>().write_volatile(length);
+            descriptor.add(12).cast::<u16>().write_volatile(flags);
+            descriptor.add(14).cast::<u16>().write_volatile(next);
+        }
+    }
+
+    /// Submits the chain of descriptors that begins with this one.
+    pub(crate) fn submit(&mut self, port: u16, number: u16) {
+        // SAFETY: the available ring lies behind the descriptors, in the same page.
+        unsafe {
             let available = self.ours.add(usize::from(self.size) * 16).cast::<u16>();
-            // Descriptor 0 each time.
-            available.add(2 + usize::from(self.count % self.size)).write_volatile(0);
+            available.add(2 + usize::from(self.count % self.size)).write_volatile(number);
             fence(Ordering::SeqCst);
             self.count = self.count.wrapping_add(1);
             available.add(1).write_volatile(self.count);
             fence(Ordering::SeqCst);
-            write16(port + QUEUE_NOTIFY, self.number);
-            let used = AtomicU16::from_ptr(self.theirs.add(2).cast());
-            while used.load(Ordering::SeqCst) != self.count {
-                std::thread::yield_now();
-            }
         }
+        write16(port + QUEUE_NOTIFY, self.number);
+    }
+
+    /// Chains that the device has used so far.
+    pub(crate) fn used(&self) -> u16 {
+        // SAFETY: the used ring is in the second page.
+        unsafe { AtomicU16::from_ptr(self.theirs.add(2).cast()) }.load(Ordering::SeqCst)
+    }
+
+    /// The first descriptor of the chain that the device has used at this place of its ring.
+    pub(crate) fn used_at(&self, place: u16) -> u16 {
+        // SAFETY: as above; its entries have 8 bytes each.
+        let entry = unsafe { self.theirs.add(4 + usize::from(place % self.size) * 8) };
+        // SAFETY: as above.
+        unsafe { entry.cast::<u32>().read_volatile() as u16 }
     }
 }
 

@@ -8,6 +8,7 @@
 //! umem-test-kvm-guest --ram PATH --mib N --fill       writes PATH as the guest expects to find it
 //! umem-test-kvm-guest --ram PATH --mib N              runs the guest in PATH
 //! umem-test-kvm-guest --handoff SOCKET --mib N        runs the guest in anonymous memory
+//! umem-test-kvm-guest --ram PATH --moves-to PATH      runs the guest in PATH and moves it to another file meanwhile
 //! ```
 //!
 //! Under `umem incoming … -- umem-test-kvm-guest …` the last two get their memory from umem. When the guest is done it
@@ -18,7 +19,8 @@
 //! ```
 //!
 //! `pages` have been checked, written and checked again; `wrong_first` words differed from the fill, `wrong_second`
-//! from the guest's writes; `exits` is how often KVM returned to the monitor.
+//! from the guest's writes; `exits` is how often KVM returned to the monitor. With `--moves-to` there is also `written`:
+//! the number of pages that the guest has written in each pass.
 //!
 //! | module | |
 //! |---|---|
@@ -26,6 +28,7 @@
 //! | `pattern` | its first contents, as the monitor writes them |
 //! | `code` | the guest's instructions, and the data shared with the monitor |
 //! | `machine` | KVM: a virtual machine with that memory, that code and some vCPUs |
+//! | `moving` | from one such machine to another, in passes while the guest runs |
 
 #![allow(
     clippy::print_stdout,
@@ -39,6 +42,7 @@ compile_error!("the guest is a program for x86");
 mod code;
 mod machine;
 mod memory;
+mod moving;
 mod pattern;
 
 use std::fs::File;
@@ -48,7 +52,7 @@ use std::process::ExitCode;
 
 use argh::FromArgs;
 
-use machine::{Interrupts, Machine};
+use machine::{Found, Interrupts, Machine};
 use memory::{Backing, Memory};
 use pattern::Pattern;
 
@@ -64,6 +68,9 @@ struct Options {
     /// the socket of a umem that takes the guest's memory over, which is anonymous then
     #[argh(option)]
     handoff: Option<PathBuf>,
+    /// the file that the guest is moved to while it runs; --ram is filled before
+    #[argh(option)]
+    moves_to: Option<PathBuf>,
     /// size of the memory, MiB, where the file is empty (default 64)
     #[argh(option, default = "64")]
     mib: u64,
@@ -99,6 +106,12 @@ fn main() -> ExitCode {
 /// True if the guest found no wrong word.
 fn run(options: &Options) -> Result<bool> {
     let pattern = Pattern::new(options.seed);
+    if let (Some(from), Some(to)) = (&options.ram, &options.moves_to) {
+        let moved = moving::run([from, to], options.mib, &pattern, options.vcpus)?;
+        let written = format!(r#","written":{:?}"#, moved.written);
+        print(&moved.found, &written);
+        return Ok(moved.found.wrong_first == 0 && moved.found.wrong_second == 0);
+    }
     let backing = match (&options.ram, &options.handoff) {
         (Some(file), None) if options.fill => {
             pattern.fill(file, options.mib << 20)?;
@@ -119,11 +132,15 @@ fn run(options: &Options) -> Result<bool> {
     if let Some(fifo) = &options.until {
         wait_for_byte(fifo)?;
     }
+    print(&found, "");
+    Ok(found.wrong_first == 0 && found.wrong_second == 0)
+}
+
+fn print(found: &Found, more: &str) {
     println!(
-        r#"{{"event":"done","pages":{},"wrong_first":{},"wrong_second":{},"exits":{}}}"#,
+        r#"{{"event":"done","pages":{},"wrong_first":{},"wrong_second":{},"exits":{}{more}}}"#,
         found.pages, found.wrong_first, found.wrong_second, found.exits
     );
-    Ok(found.wrong_first == 0 && found.wrong_second == 0)
 }
 
 fn wait_for_byte(fifo: &Path) -> Result<()> {

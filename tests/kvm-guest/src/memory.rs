@@ -33,6 +33,11 @@ pub(crate) struct Memory {
     bytes: usize,
 }
 
+// SAFETY: an address and a length, of a mapping that stays.
+unsafe impl Send for Memory {}
+// SAFETY: as above; nothing of it reads or writes there without saying so.
+unsafe impl Sync for Memory {}
+
 impl Memory {
     /// Maps the memory of a guest, without touching it. `bytes` is its size if the file is empty.
     pub(crate) fn map(backing: &Backing, bytes: u64) -> Result<Memory> {

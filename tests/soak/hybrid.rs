@@ -1,0 +1,190 @@
+//! A guest that is moved by hybrid again and again: umems are killed, and connections break, at any moment of any
+//! phase. Wherever it is then, each of its words is right.
+//!
+//! `UMEM_SOAK_MOVES=N` for more moves, `UMEM_SEED=N` for others.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::support::killed::{How, Move, Side};
+use crate::support::{Ends, Qmp, Random, seed, wait_for};
+
+const MOVES: u64 = 4;
+
+/// Of the demo's guest, which writes all the while.
+const MIB: u64 = 24;
+
+/// What happens to a move.
+#[derive(Clone, Copy, Debug)]
+enum Deed {
+    None,
+    Kill(Side),
+    Cut(Ends),
+}
+
+/// Options of `umem migrate`. With few passes more is left for after the switchover.
+const OPTIONS: [&[&str]; 4] = [
+    &["--precopy", "--downtime-limit", "0"],
+    &["--precopy", "--downtime-limit", "0", "--precopy-passes", "1", "--lanes", "3"],
+    &["--precopy", "--downtime-limit", "0", "--precopy-passes", "9", "--checksum"],
+    &["--precopy", "--downtime-limit", "0", "--lanes", "2", "--release-ram", "--checksum"],
+];
+
+fn deed(random: &mut Random) -> Deed {
+    match random.below(8) {
+        0 => Deed::None,
+        1..=2 => Deed::Cut(random.pick(&[Ends::Both, Ends::Source, Ends::Destination])),
+        _ => Deed::Kill(random.pick(&[Side::Source, Side::Destination, Side::Both])),
+    }
+}
+
+/// Where the guest is after a move.
+enum End {
+    Arrived(Value),
+    Stayed,
+}
+
+impl Move {
+    /// The session that one side has left, if it has any.
+    fn left_session(&self, side: &str) -> Option<String> {
+        let names = self.session_files();
+        names.iter().find_map(|name| name.strip_suffix(side)).map(str::to_owned)
+    }
+
+    /// Takes over from a killed process, where there is something to take over. False where a killed source has left no
+    /// record: if it had stopped its guest by then, the next `umem migrate` has it run again.
+    fn take_over(&mut self, side: Side) -> bool {
+        if side != Side::Source
+            && let Some(session) = self.left_session(".destination")
+        {
+            self.session = session;
+            self.incoming = self.resume("incoming");
+        }
+        let Some(session) = self.left_session(".source").filter(|_| side != Side::Destination)
+        else {
+            return side == Side::Destination;
+        };
+        self.session = session;
+        self.migrate = self.resume("migrate");
+        true
+    }
+
+    /// Whether the move is over on both sides, and where the guest is.
+    fn end(&mut self) -> Option<End> {
+        if let Some(report) = self.incoming.said("completed") {
+            return Some(End::Arrived(report));
+        }
+        let is_over = !self.incoming.is_running() && !self.migrate.is_running();
+        // What it said last may have come since.
+        is_over.then(|| self.incoming.said("completed").map_or(End::Stayed, End::Arrived))
+    }
+
+    /// Waits for this many bytes, or for the end.
+    fn pass_or_end(&mut self, bytes: u64) -> Option<End> {
+        wait_for(format!("{bytes} bytes, or the end"), || {
+            let end = self.end();
+            (end.is_some() || self.cutter.passed() >= bytes).then_some(end)
+        })
+    }
+
+    /// False where the guest may stand still at the source until the next move.
+    fn suffers(&mut self, deed: Deed) -> bool {
+        match deed {
+            Deed::None => {}
+            Deed::Cut(ends) => self.cutter.cut(ends, false),
+            Deed::Kill(side) => {
+                if side != Side::Source {
+                    self.incoming.kill();
+                    self.incoming.wait();
+                }
+                if side != Side::Destination {
+                    self.migrate.kill();
+                    self.migrate.wait();
+                }
+                return self.take_over(side);
+            }
+        }
+        true
+    }
+}
+
+/// Every word of the guest's memory is right, and the guest runs, if it must.
+fn is_whole(qmp: &mut Qmp, runs: bool) {
+    wait_for("the guest to run", || {
+        let status = qmp.execute("query-status", json!({}));
+        (!runs || status["status"] == "running").then_some(())
+    });
+    let verdict = qmp.execute("umem-verify", json!({}));
+    assert_eq!(verdict["bad_pages"], 0, "{verdict}");
+}
+
+#[test]
+fn hybrid_moves_with_kills_and_cuts_lose_no_word() {
+    let seed = seed(1);
+    let moves = super::number("UMEM_SOAK_MOVES", MOVES);
+    let name = |number: u64| -> &'static str { format!("guest{number}.").leak() };
+    let how = |random: &mut Random| How {
+        mib: MIB,
+        threads: 2,
+        migrate: random.pick(&OPTIONS),
+        ..How::default()
+    };
+    let mut random = Random::of(seed, 0);
+    let mut moving = Move::start(how(&mut random));
+    let (mut arrived, mut stayed) = (0, 0);
+    let mut runs;
+    for number in 0..moves {
+        let deed = deed(&mut random);
+        // Most moves carry a little more than the guest's memory. Some moments are before its first page.
+        let at = match random.below(4) {
+            0 => random.magnitude(17),
+            _ => random.below(MIB * 5 / 4 << 20),
+        };
+        println!("move {number}: {deed:?} after {at} bytes, {:?}", moving.how.migrate);
+        moving.cutter.let_pages_go();
+        runs = true;
+        let end = match moving.pass_or_end(at) {
+            Some(end) => end,
+            None => {
+                runs = moving.suffers(deed);
+                wait_for("the end of the move", || moving.end())
+            }
+        };
+        let source = moving.scratch.path(&format!("{}.qmp", moving.names[0]));
+        let here = match end {
+            End::Arrived(report) => {
+                (arrived, runs) = (arrived + 1, true);
+                moving.check(&report);
+                // A source that was killed after its guest was complete may have nothing to say.
+                wait_for("the end of the source", || (!moving.migrate.is_running()).then_some(()));
+                Qmp::connect(&source).quit();
+                let Move { scratch, guest, incoming, names, .. } = moving;
+                guest.succeeds();
+                scratch.wait_until_gone(&format!("{}.qmp", names[0]));
+                fs::remove_file(scratch.ram(names[0])).expect("umem deletes no guest's memory");
+                (scratch, incoming, names[1])
+            }
+            End::Stayed => {
+                stayed += 1;
+                is_whole(&mut Qmp::connect(&source), runs);
+                let Move { scratch, guest, names, .. } = moving;
+                scratch.wait_until_gone(&format!("{}.qmp", names[1]));
+                // Of a umem that was killed before it had opened the lanes.
+                let _ = fs::remove_file(scratch.ram(names[1]));
+                (scratch, guest, names[0])
+            }
+        };
+        let (scratch, guest, here) = here;
+        let _ = fs::remove_dir_all(scratch.path("sessions"));
+        if number + 1 == moves {
+            let mut qmp = Qmp::connect(&scratch.path(&format!("{here}.qmp")));
+            is_whole(&mut qmp, runs);
+            qmp.quit();
+            guest.succeeds();
+            println!("{arrived} of {moves} moves arrived, {stayed} stayed");
+            return;
+        }
+        moving = Move::from(here, guest, name(number), scratch, how(&mut random));
+    }
+}
