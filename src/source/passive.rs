@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use nix::poll::PollFlags;
 
-use super::{GOES_ON, Note, Options, wait};
+use super::{GOES_ON, InboxMessage, Options, wait};
 use crate::error::{Context, Error, Result};
 use crate::events::Event;
 use crate::host::kind::LeavingGuest;
@@ -38,7 +38,7 @@ pub(super) fn guest(
     options: &Options,
     path: &Path,
     pass: &Arc<ClientAuth>,
-    inbox: &Inbox<Note>,
+    inbox: &Inbox<InboxMessage>,
     output: &Output,
 ) -> Result<LeavingGuest> {
     let asked = match &options.monitor {
@@ -66,7 +66,7 @@ pub(super) fn guest(
 }
 
 /// Opens one lane of a session that has several, and closes it: that begins nothing there.
-fn try_destination(options: &Options, pass: &Arc<ClientAuth>, inbox: &Inbox<Note>) -> Result<()> {
+fn try_destination(options: &Options, pass: &Arc<ClientAuth>, inbox: &Inbox<InboxMessage>) -> Result<()> {
     let session = Session::new(options.lanes.max(1), false, true)?.checked(options.checksum);
     let session = session.in_rounds(true).external(options.switchover == Switchover::External);
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
@@ -95,7 +95,7 @@ impl Socket {
         Ok(Socket { path: path.to_owned(), listener })
     }
 
-    fn accept(&self, inbox: &Inbox<Note>) -> Result<UnixStream> {
+    fn accept(&self, inbox: &Inbox<InboxMessage>) -> Result<UnixStream> {
         let what = || format!("a migration at {}", self.path.display());
         loop {
             match inbox.wait(&[self.listener.as_fd()], None)? {
@@ -116,7 +116,7 @@ impl Drop for Socket {
 
 /// Waits for a stream, and reads it up to its first page. A QEMU that writes several streams connects more than once
 /// before that. Who connects and says nothing is not listened to: another umem that looks whether somebody listens here.
-fn read_head(listener: &Socket, inbox: &Inbox<Note>) -> Result<(UnixStream, Opening)> {
+fn read_head(listener: &Socket, inbox: &Inbox<InboxMessage>) -> Result<(UnixStream, Opening)> {
     let mut opening = Opening::new();
     let mut piece = vec![0; PIECE_BYTES];
     let mut stream = listener.accept(inbox)?;

@@ -412,7 +412,8 @@ mod tests {
             rounds.begin_pass(1, begun);
             rounds.has_stopped = has_stopped;
             let end = begun + Duration::from_secs(1);
-            assert_eq!(rounds.judge(GIB, 4 * GIB, 4 * GIB, end), expected);
+            let left = LeftToSend { dirty_bytes: GIB, ..LeftToSend::default() };
+            assert_eq!(rounds.judge(left, 4 * GIB, 4 * GIB, end), expected);
             // How much is left says nothing of what the guest writes in a pass then.
             assert_eq!(rounds.passes.dirty_bytes_per_s.is_none(), has_stopped);
         }
