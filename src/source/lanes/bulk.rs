@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver as Orders, TryRecvError};
+use std::time::Duration;
 
 use umem_ring::{Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker};
 use umem_wire::{Event, Frame, HEADER_BYTES, Receiver, Seal, transmit};
@@ -41,10 +42,13 @@ const NO_ZERO_COPY: [i32; 6] =
 
 const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;
-/// The bandwidth limit allows the background to go on.
+/// The bandwidth limit allows the background to go on, or the dirty log may have let pages go.
 const TOKEN_LOOK: u64 = 2;
 /// The socket has room for more of the batch in the outlet.
 const TOKEN_WRITABLE: u64 = 3;
+
+/// How often a lane asks for pages that the dirty log holds back. QEMU's walk passes 1 MiB in that time.
+const HELD_BACK_INTERVAL: Duration = Duration::from_micros(500);
 
 /// Bytes of acknowledgements, 32 each, per receive.
 const RECEIVE_BYTES: usize = 4 << 10;
@@ -380,10 +384,7 @@ impl BulkThread {
             return Ok(());
         }
         if let Some(wait) = self.limit().and_then(Bandwidth::wait) {
-            ring.submit(Op::timeout(wait), TOKEN_LOOK)
-                .map_err(|rejected| Error::Ring(rejected.error))?;
-            self.pausing = true;
-            return Ok(());
+            return self.pause(ring, wait);
         }
         let most = self.pace.batch_bytes();
         while !self.exhausted && self.runs.len() < BATCH_RUNS && self.gathered(most) < most {
@@ -392,7 +393,18 @@ impl BulkThread {
                 _ => self.walk.next_runs(&self.memory, most, &mut self.runs)?,
             };
             self.exhausted = !has_next;
+            if self.stage == Stage::Pass && self.rounds.is_waiting() {
+                return self.pause(ring, HELD_BACK_INTERVAL);
+            }
         }
+        Ok(())
+    }
+
+    /// Gathers nothing for this long.
+    fn pause(&mut self, ring: &mut Ring, wait: Duration) -> Result<()> {
+        let submitted = ring.submit(Op::timeout(wait), TOKEN_LOOK);
+        submitted.map_err(|rejected| Error::Ring(rejected.error))?;
+        self.pausing = true;
         Ok(())
     }
 
