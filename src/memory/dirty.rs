@@ -2,7 +2,7 @@
 //! source takes them.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use umem_wire::{PageRange, RegionId};
@@ -17,8 +17,9 @@ use crate::error::Result;
 /// [`next`](DirtyLog::next) any number of times, [`finish`](DirtyLog::finish) at most once.
 /// Dropping a log ends its tracking, and does not change the guest.
 pub(crate) trait DirtyLog: Send {
-    /// Begins to track. Every write after its return is marked before `finish` returns, at the
-    /// latest.
+    /// Begins to track. Every write after its return to a page that is [ready](DirtyMap::is_ready) is marked before
+    /// `finish` returns, at the latest. A log that tracks pages one after the other holds back the others
+    /// ([`DirtyMap::hold_back`]), and lets them go without another call.
     fn start(&mut self, marks: Arc<DirtyMap>) -> Result<()>;
 
     /// Returns after a whole pass over the guest: every page written before the call is marked, or counted as
@@ -51,6 +52,8 @@ pub(crate) struct DirtyMap {
     unlogged: Box<[AtomicBool]>,
     /// Bytes that have been written and are not marked yet.
     elsewhere: AtomicU64,
+    /// Of each region: the bytes from its beginning that may be read, as all writes to them are marked.
+    ready: Box<[AtomicU64]>,
 }
 
 impl DirtyMap {
@@ -63,6 +66,7 @@ impl DirtyMap {
             shifts: shifts.collect(),
             unlogged: regions.iter().map(|_| AtomicBool::new(false)).collect(),
             elsewhere: AtomicU64::new(0),
+            ready: regions.iter().map(|_| AtomicU64::new(u64::MAX)).collect(),
         }
     }
 
@@ -77,6 +81,28 @@ impl DirtyMap {
     /// Whether the log knows all writes to this region.
     pub(crate) fn is_logged(&self, id: RegionId) -> bool {
         !self.unlogged[usize::from(id.0)].load(Relaxed)
+    }
+
+    /// No page may be read before it is [let go](DirtyMap::let_go).
+    pub(crate) fn hold_back(&self) {
+        self.ready.iter().for_each(|ready| ready.store(0, Relaxed));
+    }
+
+    /// The first `bytes` of a region may be read. What has been let go is not held back again.
+    pub(crate) fn let_go(&self, id: RegionId, bytes: u64) {
+        // Marks that were made before are seen with it.
+        self.ready[usize::from(id.0)].fetch_max(bytes, Release);
+    }
+
+    /// All pages may be read.
+    pub(crate) fn let_all_go(&self) {
+        self.ready.iter().for_each(|ready| ready.store(u64::MAX, Release));
+    }
+
+    /// Whether the pages of a region before this one, in landing units, may be read. Ask before taking their bits.
+    pub(crate) fn is_ready(&self, id: RegionId, end: u64) -> bool {
+        let index = usize::from(id.0);
+        end << self.shifts[index] <= self.ready[index].load(Acquire)
     }
 
     pub(crate) fn region(&self, id: RegionId) -> &Bits {
@@ -166,6 +192,22 @@ mod tests {
         assert_eq!(map.bytes(), 2 * 4096 + 2 * (2 << 20));
         map.mark_all();
         assert_eq!(map.bytes(), 8 * 4096 + 4 * (2 << 20));
+    }
+
+    #[test]
+    fn pages_that_are_held_back_are_let_go_from_the_beginning_on() {
+        let [first, second] = [RegionId(0), RegionId(1)];
+        let map = DirtyMap::new(&[(8, 12), (4, 21)]);
+        assert!(map.is_ready(first, 8) && map.is_ready(second, 4));
+        map.hold_back();
+        assert!(!map.is_ready(first, 1) && !map.is_ready(second, 1));
+        map.let_go(first, (3 << 12) + 4095);
+        map.let_go(first, 4096);
+        map.let_go(second, 2 << 21);
+        assert!(map.is_ready(first, 3) && !map.is_ready(first, 4));
+        assert!(map.is_ready(second, 2) && !map.is_ready(second, 3));
+        map.let_all_go();
+        assert!(map.is_ready(first, 8) && map.is_ready(second, 4));
     }
 
     fn runs(map: &DirtyMap, region: u16) -> Vec<(u64, u64)> {

@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver as Orders, TryRecvError};
+use std::time::Duration;
 
 use umem_ring::{Completion, Config, Fd, Memory, Op, Outcome, Ring, TOKEN_WAKE, Wait, Waker};
 use umem_wire::{Event, Frame, HEADER_BYTES, Receiver, Seal, transmit};
@@ -22,7 +23,7 @@ use crate::runtime::inbox::Post;
 use crate::runtime::panics;
 use crate::runtime::priority::{self, YieldPolicy};
 use crate::runtime::worker::Started;
-use crate::source::InboxMessage;
+use crate::source::Note;
 use crate::source::memory::{RoundsWalk, SourceMemory, Walk};
 use crate::source::sending::batch::{BATCH_RUNS, Storage, Unfit};
 use crate::source::sending::outlet::{Left, SpliceError, SpliceSender};
@@ -41,10 +42,13 @@ const NO_ZERO_COPY: [i32; 6] =
 
 const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;
-/// The bandwidth limit allows more background pages.
+/// The bandwidth limit allows more background pages, or the dirty log may have let pages go.
 const TOKEN_LOOK: u64 = 2;
 /// The socket has room for more of the batch in the outlet.
 const TOKEN_WRITABLE: u64 = 3;
+
+/// How often a lane asks for pages that the dirty log holds back. QEMU's walk passes 1 MiB in that time.
+const HELD_BACK_INTERVAL: Duration = Duration::from_micros(500);
 
 /// Bytes of acknowledgements, 32 each, per receive.
 const RECEIVE_BYTES: usize = 4 << 10;
@@ -98,7 +102,7 @@ pub(crate) struct BulkLane {
     pub(crate) core: Place,
     /// Whether to try zero-copy sends: not on lanes that stay on this machine.
     pub(crate) zero_copy: bool,
-    pub(crate) post: Post<InboxMessage>,
+    pub(crate) post: Post<Note>,
 }
 
 struct BulkThread {
@@ -111,7 +115,7 @@ struct BulkThread {
     memory: Arc<SourceMemory>,
     stage: Stage,
     orders: Orders<Order>,
-    post: Post<InboxMessage>,
+    post: Post<Note>,
     rounds: RoundsWalk,
     walk: Walk,
     zero_copy: bool,
@@ -203,7 +207,7 @@ impl BulkLane {
             thread.advance(&mut ring)?;
             if thread.lane_end_sent && thread.in_flight == 0 {
                 if !std::mem::replace(&mut has_told, true) {
-                    post.send(InboxMessage::BulkEnded);
+                    post.send(Note::BulkEnded);
                 }
                 if !thread.memory.releases || thread.closed {
                     return Ok(());
@@ -295,7 +299,7 @@ impl BulkThread {
         match self.stage {
             Stage::Pass if self.exhausted => {
                 self.stage = Stage::Waits;
-                self.post.send(InboxMessage::PassEnded);
+                self.post.send(Note::PassEnded);
             }
             Stage::EndsRounds => {
                 self.stage = Stage::Waits;
@@ -380,10 +384,7 @@ impl BulkThread {
             return Ok(());
         }
         if let Some(wait) = self.limit().and_then(Bandwidth::wait) {
-            ring.submit(Op::timeout(wait), TOKEN_LOOK)
-                .map_err(|rejected| Error::Ring(rejected.error))?;
-            self.pausing = true;
-            return Ok(());
+            return self.pause(ring, wait);
         }
         let most = self.pace.batch_bytes();
         while !self.exhausted && self.runs.len() < BATCH_RUNS && self.gathered(most) < most {
@@ -392,7 +393,18 @@ impl BulkThread {
                 _ => self.walk.next_runs(&self.memory, most, &mut self.runs)?,
             };
             self.exhausted = !has_next;
+            if self.stage == Stage::Pass && self.rounds.is_waiting() {
+                return self.pause(ring, HELD_BACK_INTERVAL);
+            }
         }
+        Ok(())
+    }
+
+    /// Gathers nothing for this long.
+    fn pause(&mut self, ring: &mut Ring, wait: Duration) -> Result<()> {
+        let submitted = ring.submit(Op::timeout(wait), TOKEN_LOOK);
+        submitted.map_err(|rejected| Error::Ring(rejected.error))?;
+        self.pausing = true;
         Ok(())
     }
 

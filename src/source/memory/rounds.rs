@@ -58,6 +58,8 @@ pub(crate) struct RoundsWalk {
     holes: Holes,
     /// No block follows the one at hand in this pass.
     is_cut: bool,
+    /// The next block is held back by the dirty log.
+    is_waiting: bool,
 }
 
 /// The block at hand.
@@ -91,7 +93,13 @@ impl RoundsWalk {
             current,
             holes: Holes::default(),
             is_cut: false,
+            is_waiting: false,
         }
+    }
+
+    /// Whether [`next_runs`](RoundsWalk::next_runs) has found nothing because the dirty log holds the next block back.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.is_waiting
     }
 
     /// Begins anew with the first block.
@@ -106,7 +114,7 @@ impl RoundsWalk {
     }
 
     /// Takes the next `most` bytes of dirty data, or a block of what goes without its bytes, and appends their runs;
-    /// false at the end of the pass.
+    /// false at the end of the pass. Appends nothing where it [waits](RoundsWalk::is_waiting).
     pub(crate) fn next_runs(
         &mut self,
         memory: &SourceMemory,
@@ -114,7 +122,7 @@ impl RoundsWalk {
         runs: &mut Vec<Run>,
     ) -> Result<bool> {
         if self.current.next().is_none() && !self.take_block(memory)? {
-            return Ok(false);
+            return Ok(self.is_waiting);
         }
         let region = memory.region(self.current.region);
         let (unit, max) = (region.unit(), memory.run_pages_max(region.unit()));
@@ -136,6 +144,7 @@ impl RoundsWalk {
 
     /// Goes on to the next of this lane's blocks with anything dirty.
     fn take_block(&mut self, memory: &SourceMemory) -> Result<bool> {
+        self.is_waiting = false;
         if self.is_cut {
             return Ok(false);
         }
@@ -147,10 +156,14 @@ impl RoundsWalk {
             }
             while self.block < blocks {
                 let block = self.block;
+                let is_ours = (self.before + block) % self.lanes == self.index;
+                let (first, pages) = region.claims().block_range(block);
+                if is_ours && !memory.tracked().marks.is_ready(id, first + pages) {
+                    self.is_waiting = true;
+                    return Ok(false);
+                }
                 self.block += 1;
-                if (self.before + block) % self.lanes == self.index
-                    && self.take_dirty(memory, id, block)?
-                {
+                if is_ours && self.take_dirty(memory, id, block)? {
                     return Ok(true);
                 }
             }
@@ -419,6 +432,33 @@ pub(super) mod tests {
         assert_eq!(memory.left_to_send().dirty_bytes, 3 << 12);
         let again: Vec<u64> = pass(&memory, &mut lane).iter().map(|&(_, first, _)| first).collect();
         assert_eq!(again, [0, 2, 300]);
+    }
+
+    #[test]
+    fn a_lane_waits_for_blocks_that_the_log_holds_back_and_goes_on_when_they_are_let_go() {
+        let (memory, _file) = memory(&[0, 600]);
+        let marks = memory.marks();
+        marks.hold_back();
+        let mut lane = RoundsWalk::new(0, 1);
+        let go_on = |lane: &mut RoundsWalk| {
+            let mut runs = Vec::new();
+            while lane.next_runs(&memory, 64 << 10, &mut runs).unwrap() && !lane.is_waiting() {}
+            runs.iter().map(|run| run.range.pages).sum::<u64>()
+        };
+        lane.begin_pass();
+        assert_eq!((go_on(&mut lane), lane.is_waiting()), (0, true));
+        marks.let_go(RAM, (2 * BLOCK << 12) - 1);
+        assert_eq!((go_on(&mut lane), lane.is_waiting()), (BLOCK, true));
+        assert_eq!((go_on(&mut lane), lane.is_waiting()), (0, true));
+        marks.let_all_go();
+        assert_eq!((go_on(&mut lane), lane.is_waiting()), ((BLOCKS - 1) * BLOCK, false));
+        // One that is cut short waits no longer.
+        marks.mark_all();
+        marks.hold_back();
+        lane.begin_pass();
+        assert_eq!((go_on(&mut lane), lane.is_waiting()), (0, true));
+        lane.cut_pass();
+        assert_eq!((go_on(&mut lane), lane.is_waiting()), (0, false));
     }
 
     #[test]

@@ -92,17 +92,23 @@ impl SharedQemu {
 }
 
 impl DirtyLog for QemuStream {
-    /// QEMU's first pass has every page, so it is read before anything is sent: what it marks would go twice. Contents
-    /// are sent as they come.
+    /// QEMU's first pass has every page. Lanes follow behind it: what it marks after a lane had sent it would go twice.
+    /// Contents are sent as they come.
     fn start(&mut self, marks: Arc<DirtyMap>) -> Result<()> {
         let staging = self.host.staging.clone();
         let has_contents = staging.is_some();
         self.marks = Some(marks.clone());
+        if !has_contents {
+            marks.hold_back();
+        }
         let SharedQemu { backends, follows, .. } = &self.host;
         let reading = self.host.lock().start_stream(backends, (marks, staging), *follows)?;
         let reading = self.reading.insert(reading);
         watch(&self.host.qemu, reading.pulse())?;
-        if has_contents { Ok(()) } else { reading.first_pass() }
+        if !has_contents {
+            reading.begin_first_pass();
+        }
+        Ok(())
     }
 
     /// QEMU waits afterwards until more is asked for, or, where contents come, until there is room for more.
@@ -111,6 +117,8 @@ impl DirtyLog for QemuStream {
             return self.look_at_contents();
         }
         let Some(reading) = &self.reading else { return Err(is_not_started()) };
+        // Reading stops at the end of the first pass, which may go on.
+        reading.looked()?;
         // One that stops its guest by itself holds its main loop's lock then, and answers only while somebody reads.
         reading.read_on();
         // A sync that is under way now may have passed what was written before this call.

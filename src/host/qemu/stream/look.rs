@@ -32,6 +32,11 @@ impl Look {
         Look { fence, before: None, wraps: 0, is_empty: false }
     }
 
+    /// One from the beginning of the stream on, where QEMU is at the first page.
+    pub(super) fn first() -> Look {
+        Look { wraps: WRAPS - 1, ..Look::new(0) }
+    }
+
     /// A part of RAM began at this byte of the stream.
     pub(super) fn began(&mut self, at: u64) {
         self.is_empty = at >= self.fence;
@@ -75,6 +80,17 @@ mod tests {
         assert!(!part(&mut look, 99, &[]));
         assert!(!part(&mut look, 120, &[7]));
         assert!(part(&mut look, 130, &[]));
+    }
+
+    #[test]
+    fn first_wrap_ends_a_look_from_the_beginning() {
+        let mut look = Look::first();
+        assert!(!part(&mut look, 10, &[0, 1, 2]));
+        assert!(!part(&mut look, 20, &[3, 9]));
+        assert!(part(&mut look, 30, &[4, 5]));
+        let mut look = Look::first();
+        assert!(!part(&mut look, 10, &[0, 1, 2]));
+        assert!(part(&mut look, 20, &[]));
     }
 
     #[test]

@@ -114,8 +114,8 @@ struct State {
     may_read: bool,
     /// To the end, whatever is looked for.
     is_finishing: bool,
-    /// Of a look that the reader is to begin.
-    fence: Option<u64>,
+    /// That the reader is to begin.
+    look: Option<Look>,
     is_looking: bool,
     /// QEMU has been asked something and has not answered since then.
     asked: Option<Instant>,
@@ -182,6 +182,7 @@ impl Reading {
         let shared = Shared { socket, state, changed, staging, is_passive: head.is_some() };
         let shared = Arc::new(shared);
         let ours = shared.clone();
+        let held_back = marks.clone();
         let thread = std::thread::Builder::new().name("umem-stream".into());
         let run = move || {
             let (cut, staging) = (Cut::new(state_bytes_max), ours.staging.clone());
@@ -198,6 +199,8 @@ impl Reading {
                 // QEMU's migration fails, and does not wait: the guest runs on.
                 saving::abandon(&ours.socket);
             }
+            // Lanes end their pass, and whoever looks next hears why.
+            held_back.let_all_go();
             ours.lock().end = Some(end);
             ours.changed.notify_all();
         };
@@ -215,9 +218,18 @@ impl Reading {
         Pulse(Arc::downgrade(&self.shared))
     }
 
-    /// Waits until every page has been read once, from the beginning on. Reading stops then.
-    pub(super) fn first_pass(&self) -> Result<()> {
-        self.read_look(0)
+    /// Reads until every page has been read once, from the beginning on, and lets each go. Reading stops then.
+    pub(super) fn begin_first_pass(&self) {
+        self.begin(&mut self.shared.lock(), Look::first());
+    }
+
+    /// Waits for the end of a look that goes on.
+    pub(super) fn looked(&self) -> Result<()> {
+        let mut state = self.shared.lock();
+        while state.is_looking && !state.is_over() {
+            state = wait(&self.shared.changed, state, None);
+        }
+        state.failure()
     }
 
     /// When the guest was known to stand still, which is no later than the end of RAM.
@@ -238,21 +250,17 @@ impl Reading {
 
     /// Waits until every page has been read of that QEMU knew of at its last sync, which has been. Reading stops then.
     pub(super) fn look(&self) -> Result<()> {
-        let state = self.shared.lock();
+        let mut state = self.shared.lock();
         let fence = state.read + unread_bytes(&self.shared.socket)?;
+        self.begin(&mut state, Look::new(fence));
         drop(state);
-        self.read_look(fence)
+        self.looked()
     }
 
-    fn read_look(&self, fence: u64) -> Result<()> {
-        let mut state = self.shared.lock();
-        state.fence = Some(fence);
+    fn begin(&self, state: &mut State, look: Look) {
+        state.look = Some(look);
         (state.may_read, state.is_looking) = (true, true);
         self.shared.changed.notify_all();
-        while state.is_looking && !state.is_over() {
-            state = wait(&self.shared.changed, state, None);
-        }
-        state.failure()
     }
 
     /// Whether no more pages come, or none that would be understood.
@@ -428,8 +436,8 @@ impl Reader<'_> {
                 }
                 state = self.shared.lock();
             }
-            if let Some(fence) = state.fence.take() {
-                self.look = Some(Look::new(fence));
+            if let Some(look) = state.look.take() {
+                self.look = Some(look);
             }
             // With the lock: what has been read and what waits are known together.
             match recv(socket.as_raw_fd(), piece, MsgFlags::MSG_DONTWAIT) {
@@ -479,6 +487,7 @@ impl Reader<'_> {
             sorter.take(parser.blocks(), &event)
         })?;
         sorter.settle_run()?;
+        sorter.let_go(is_looked);
         Ok(is_looked)
     }
 }
@@ -496,8 +505,30 @@ struct Sorter {
     contents: Vec<u8>,
     /// The contents that come next belong to the run.
     takes_contents: bool,
+    first_walk: FirstWalk,
     cut: Cut,
     is_ram_over: bool,
+}
+
+/// QEMU's first way through the guest's memory, in the order of blocks and offsets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FirstWalk {
+    /// No page has come.
+    Begins,
+    /// The last page that has come, by block and offset.
+    At(usize, u64),
+    Over,
+}
+
+impl FirstWalk {
+    /// After this page.
+    fn with(self, block: usize, offset: u64) -> FirstWalk {
+        match self {
+            FirstWalk::At(before, last) if (block, offset) <= (before, last) => FirstWalk::Over,
+            FirstWalk::Begins | FirstWalk::At(..) => FirstWalk::At(block, offset),
+            FirstWalk::Over => FirstWalk::Over,
+        }
+    }
 }
 
 /// Pages in a row.
@@ -531,18 +562,45 @@ impl Sorter {
             run: None,
             contents: Vec::new(),
             takes_contents: false,
+            first_walk: FirstWalk::Begins,
             cut,
             is_ram_over: false,
+        }
+    }
+
+    /// Lets lanes have the pages that QEMU's first walk has passed; all of them if it is over.
+    ///
+    /// QEMU tracks all writes before its walk begins, and clears a page's bit before it writes the page's record. So
+    /// what is written after the record was read is in a later record, and a lane that reads the page after that has
+    /// all that was written before. A page without a record (a free page of a balloon) had its bit cleared before the
+    /// walk came to it.
+    fn let_go(&mut self, is_walked: bool) {
+        if is_walked || self.is_ram_over {
+            self.first_walk = FirstWalk::Over;
+        }
+        match self.first_walk {
+            FirstWalk::Begins => {}
+            FirstWalk::At(block, offset) => {
+                let before = self.regions[..block].iter().flatten();
+                before.for_each(|&region| self.marks.let_go(region, u64::MAX));
+                if let Some(region) = self.regions[block] {
+                    self.marks.let_go(region, offset + PAGE_BYTES as u64);
+                }
+            }
+            FirstWalk::Over => self.marks.let_all_go(),
         }
     }
 
     fn take(&mut self, blocks: &[Block], event: &Event<'_>) -> Result<()> {
         match *event {
             Event::Began { .. } if self.regions.len() != blocks.len() => self.find(blocks)?,
-            Event::Page { block, offset, is_zero, .. } => match self.regions[block] {
-                Some(region) => self.page(region, offset, is_zero)?,
-                None => self.takes_contents = false,
-            },
+            Event::Page { block, offset, is_zero, .. } => {
+                self.first_walk = self.first_walk.with(block, offset);
+                match self.regions[block] {
+                    Some(region) => self.page(region, offset, is_zero)?,
+                    None => self.takes_contents = false,
+                }
+            }
             Event::Content(bytes) if self.takes_contents => self.contents.extend_from_slice(bytes),
             Event::Ended { is_last: true } => {
                 // Whoever waits for the end of RAM finds all of it.
@@ -747,6 +805,50 @@ mod tests {
     fn a_pass_is_over_when_pages_begin_anew() {
         assert_eq!(pace(&[&[0, 1, 5], &[7, 9]]).passes, 0);
         assert_eq!(pace(&[&[0, 1, 5], &[5], &[7, 9], &[1, 2]]).passes, 2);
+    }
+
+    #[test]
+    fn pages_are_let_go_as_the_first_walk_passes_them_and_all_at_its_end() {
+        let stream = whole();
+        let let_go_after = |bytes: usize, is_looked: bool| {
+            let marks = Arc::new(DirtyMap::new(&[(2, 12), (1, 12)]));
+            marks.hold_back();
+            let moved = [("ram0", 0x2000, 0), ("vga", 0x1000, 1)];
+            let moved = moved.map(|(block, bytes, region)| Moved {
+                block: block.into(),
+                bytes,
+                region: RegionId(region),
+            });
+            let mut sorter = Sorter::new(moved.into(), marks.clone(), None, Cut::new(1 << 20));
+            let mut parser = Parser::new();
+            let read = |parser: &Parser, event: Event<'_>| sorter.take(parser.blocks(), &event);
+            parser.read(&stream[..bytes], read).unwrap();
+            sorter.settle_run().unwrap();
+            sorter.let_go(is_looked);
+            let ready =
+                |region, pages| (1..=pages).filter(|&end| marks.is_ready(region, end)).count();
+            (ready(RegionId(0), 2), ready(RegionId(1), 1))
+        };
+        let mut steps = Vec::new();
+        for bytes in 0..=stream.len() {
+            let ready = let_go_after(bytes, false);
+            if steps.last() != Some(&ready) {
+                steps.push(ready);
+            }
+        }
+        assert_eq!(steps, [(0, 0), (1, 0), (2, 0), (2, 1)]);
+        // A look from the beginning is done.
+        assert_eq!(let_go_after(0, true), (2, 1));
+    }
+
+    #[test]
+    fn first_walk_is_over_when_it_comes_back() {
+        let walk = FirstWalk::Begins.with(0, 0).with(0, 4096).with(2, 0);
+        assert_eq!(walk, FirstWalk::At(2, 0));
+        for (block, offset) in [(2, 0), (1, 8192), (0, 0)] {
+            assert_eq!(walk.with(block, offset), FirstWalk::Over);
+        }
+        assert_eq!(FirstWalk::Over.with(7, 0), FirstWalk::Over);
     }
 
     #[test]
