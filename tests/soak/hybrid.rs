@@ -7,7 +7,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::support::killed::{How, Move, Side};
+use crate::support::killed::{How, Move, Side, text};
 use crate::support::{Ends, Qmp, Random, seed, wait_for};
 
 const MOVES: u64 = 4;
@@ -52,22 +52,21 @@ impl Move {
         names.iter().find_map(|name| name.strip_suffix(side)).map(str::to_owned)
     }
 
-    /// Takes over from a killed process, where there is something to take over. False where a killed source has left no
-    /// record: if it had stopped its guest by then, the next `umem migrate` has it run again.
-    fn take_over(&mut self, side: Side) -> bool {
+    /// Takes over from a killed process, where there is something to take over: a source has a record before it stops
+    /// its guest.
+    fn take_over(&mut self, side: Side) {
         if side != Side::Source
             && let Some(session) = self.left_session(".destination")
         {
             self.session = session;
             self.incoming = self.resume("incoming");
         }
-        let Some(session) = self.left_session(".source").filter(|_| side != Side::Destination)
-        else {
-            return side == Side::Destination;
-        };
-        self.session = session;
-        self.migrate = self.resume("migrate");
-        true
+        if side != Side::Destination
+            && let Some(session) = self.left_session(".source")
+        {
+            self.session = session;
+            self.migrate = self.resume("migrate");
+        }
     }
 
     /// Whether the move is over on both sides, and where the guest is.
@@ -88,8 +87,7 @@ impl Move {
         })
     }
 
-    /// False where the guest may stand still at the source until the next move.
-    fn suffers(&mut self, deed: Deed) -> bool {
+    fn suffers(&mut self, deed: Deed) {
         match deed {
             Deed::None => {}
             Deed::Cut(ends) => self.cutter.cut(ends, false),
@@ -102,21 +100,23 @@ impl Move {
                     self.migrate.kill();
                     self.migrate.wait();
                 }
-                return self.take_over(side);
+                self.take_over(side);
             }
         }
-        true
     }
 }
 
-/// Every word of the guest's memory is right, and the guest runs, if it must.
-fn is_whole(qmp: &mut Qmp, runs: bool) {
-    wait_for("the guest to run", || {
-        let status = qmp.execute("query-status", json!({}));
-        (!runs || status["status"] == "running").then_some(())
-    });
+fn status(qmp: &mut Qmp) -> String {
+    text(&qmp.execute("query-status", json!({})), "status")
+}
+
+/// The guest runs, and every word of its memory is right.
+fn is_whole(qmp: &mut Qmp) {
+    wait_for("the guest to run", || (status(qmp) == "running").then_some(()));
     let verdict = qmp.execute("umem-verify", json!({}));
     assert_eq!(verdict["bad_pages"], 0, "{verdict}");
+    // It stands still for that.
+    qmp.execute("cont", json!({}));
 }
 
 #[test]
@@ -133,7 +133,6 @@ fn hybrid_moves_with_kills_and_cuts_lose_no_word() {
     let mut random = Random::of(seed, 0);
     let mut moving = Move::start(how(&mut random));
     let (mut arrived, mut stayed) = (0, 0);
-    let mut runs;
     for number in 0..moves {
         let deed = deed(&mut random);
         // Most moves carry a little more than the guest's memory. Some moments are before its first page.
@@ -143,19 +142,22 @@ fn hybrid_moves_with_kills_and_cuts_lose_no_word() {
         };
         println!("move {number}: {deed:?} after {at} bytes, {:?}", moving.how.migrate);
         moving.cutter.let_pages_go();
-        runs = true;
         let end = match moving.pass_or_end(at) {
             Some(end) => end,
             None => {
-                runs = moving.suffers(deed);
+                moving.suffers(deed);
                 wait_for("the end of the move", || moving.end())
             }
         };
         let source = moving.scratch.path(&format!("{}.qmp", moving.names[0]));
         let here = match end {
             End::Arrived(report) => {
-                (arrived, runs) = (arrived + 1, true);
+                arrived += 1;
                 moving.check(&report);
+                // The check has stopped it.
+                let arrived = moving.scratch.path(&format!("{}.qmp", moving.names[1]));
+                Qmp::connect(&arrived).execute("cont", json!({}));
+                println!("  arrived");
                 // A source that was killed after its guest was complete may have nothing to say.
                 wait_for("the end of the source", || (!moving.migrate.is_running()).then_some(()));
                 Qmp::connect(&source).quit();
@@ -167,7 +169,8 @@ fn hybrid_moves_with_kills_and_cuts_lose_no_word() {
             }
             End::Stayed => {
                 stayed += 1;
-                is_whole(&mut Qmp::connect(&source), runs);
+                println!("  stayed, {}", status(&mut Qmp::connect(&source)));
+                is_whole(&mut Qmp::connect(&source));
                 let Move { scratch, guest, names, .. } = moving;
                 scratch.wait_until_gone(&format!("{}.qmp", names[1]));
                 // Of a umem that was killed before it had opened the lanes.
@@ -179,7 +182,7 @@ fn hybrid_moves_with_kills_and_cuts_lose_no_word() {
         let _ = fs::remove_dir_all(scratch.path("sessions"));
         if number + 1 == moves {
             let mut qmp = Qmp::connect(&scratch.path(&format!("{here}.qmp")));
-            is_whole(&mut qmp, runs);
+            is_whole(&mut qmp);
             qmp.quit();
             guest.succeeds();
             println!("{arrived} of {moves} moves arrived, {stayed} stayed");

@@ -94,6 +94,11 @@ impl Running {
         self.ends()?.into_iter().map(stopped).collect()
     }
 
+    /// Whether a vCPU has ended.
+    pub(crate) fn is_over(&self) -> bool {
+        self.threads.iter().any(JoinHandle::is_finished)
+    }
+
     fn ends(self) -> Result<Vec<End>> {
         let end = |thread: JoinHandle<Result<End>>| {
             thread.join().unwrap_or_else(|_| Err("a vCPU's thread has panicked".into()))

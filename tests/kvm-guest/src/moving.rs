@@ -89,7 +89,7 @@ fn leave(
     while let Some(event) = source.wait(None).map_err(said)? {
         match event {
             Event::ReadLog => {
-                let log = machine.dirty(ram)?;
+                let log = log_of(machine, ram, running.as_ref())?;
                 written.push(log.iter().map(|word| u64::from(word.count_ones())).sum());
                 source.written_bitmap(0, &log).map_err(said)?;
                 source.log_read().map_err(said)?;
@@ -108,6 +108,21 @@ fn leave(
         }
     }
     Err("the source has ended without a word".into())
+}
+
+/// What the guest has written since the log was read last, which is something: a pass may be over before a vCPU gets to
+/// run on a busy machine.
+fn log_of(machine: &Machine, ram: &Memory, running: Option<&Running>) -> Result<Vec<u64>> {
+    loop {
+        let log = machine.dirty(ram)?;
+        if log.iter().any(|&word| word != 0) {
+            return Ok(log);
+        }
+        if running.is_none_or(Running::is_over) {
+            return Err("the guest was done before its move".into());
+        }
+        std::thread::yield_now();
+    }
 }
 
 /// The destination: runs the guest to its end.
