@@ -66,7 +66,11 @@ pub(super) fn guest(
 }
 
 /// Opens one lane of a session that has several, and closes it: that begins nothing there.
-fn try_destination(options: &Options, pass: &Arc<ClientAuth>, inbox: &Inbox<InboxMessage>) -> Result<()> {
+fn try_destination(
+    options: &Options,
+    pass: &Arc<ClientAuth>,
+    inbox: &Inbox<InboxMessage>,
+) -> Result<()> {
     let session = Session::new(options.lanes.max(1), false, true)?.checked(options.checksum);
     let session = session.in_rounds(true).external(options.switchover == Switchover::External);
     let wait = |fds: &[(BorrowedFd<'_>, PollFlags)], limit| wait(inbox, fds, limit);
