@@ -24,7 +24,8 @@ impl World {
             let is_mistaken = self.destination.is_alive() && self.source.takes_for_gone();
             match self.source_is_needed() && !is_mistaken {
                 true => self.resume_source(),
-                false => self.abandon_source(is_mistaken),
+                // The attempt takes a while.
+                false => return self.abandon_source(is_mistaken),
             }
         }
         if self.source.take_by_hand() {
