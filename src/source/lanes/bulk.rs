@@ -23,7 +23,7 @@ use crate::runtime::inbox::Post;
 use crate::runtime::panics;
 use crate::runtime::priority::{self, YieldPolicy};
 use crate::runtime::worker::Started;
-use crate::source::Note;
+use crate::source::InboxMessage;
 use crate::source::memory::{RoundsWalk, SourceMemory, Walk};
 use crate::source::sending::batch::{BATCH_RUNS, Storage, Unfit};
 use crate::source::sending::outlet::{Left, SpliceError, SpliceSender};
@@ -102,7 +102,7 @@ pub(crate) struct BulkLane {
     pub(crate) core: Place,
     /// Whether to try zero-copy sends: not on lanes that stay on this machine.
     pub(crate) zero_copy: bool,
-    pub(crate) post: Post<Note>,
+    pub(crate) post: Post<InboxMessage>,
 }
 
 struct BulkThread {
@@ -115,7 +115,7 @@ struct BulkThread {
     memory: Arc<SourceMemory>,
     stage: Stage,
     orders: Orders<Order>,
-    post: Post<Note>,
+    post: Post<InboxMessage>,
     rounds: RoundsWalk,
     walk: Walk,
     zero_copy: bool,
@@ -207,7 +207,7 @@ impl BulkLane {
             thread.advance(&mut ring)?;
             if thread.lane_end_sent && thread.in_flight == 0 {
                 if !std::mem::replace(&mut has_told, true) {
-                    post.send(Note::BulkEnded);
+                    post.send(InboxMessage::BulkEnded);
                 }
                 if !thread.memory.releases || thread.closed {
                     return Ok(());
@@ -299,7 +299,7 @@ impl BulkThread {
         match self.stage {
             Stage::Pass if self.exhausted => {
                 self.stage = Stage::Waits;
-                self.post.send(Note::PassEnded);
+                self.post.send(InboxMessage::PassEnded);
             }
             Stage::EndsRounds => {
                 self.stage = Stage::Waits;

@@ -220,7 +220,7 @@ impl Reading {
 
     /// Reads until every page has been read once, from the beginning on, and lets each go. Reading stops then.
     pub(super) fn begin_first_pass(&self) {
-        self.begin(&mut self.shared.lock(), Look::first());
+        self.begin_look(&mut self.shared.lock(), Look::first());
     }
 
     /// Waits for the end of a look that goes on.
@@ -252,12 +252,12 @@ impl Reading {
     pub(super) fn look(&self) -> Result<()> {
         let mut state = self.shared.lock();
         let fence = state.read + unread_bytes(&self.shared.socket)?;
-        self.begin(&mut state, Look::new(fence));
+        self.begin_look(&mut state, Look::new(fence));
         drop(state);
         self.looked()
     }
 
-    fn begin(&self, state: &mut State, look: Look) {
+    fn begin_look(&self, state: &mut State, look: Look) {
         state.look = Some(look);
         (state.may_read, state.is_looking) = (true, true);
         self.shared.changed.notify_all();
