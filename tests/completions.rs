@@ -98,7 +98,7 @@ impl Room {
 
     fn fish(&self, line: &str) -> String {
         format!(
-            "source '{script}'\ncomplete -C '{line}' | string replace -r '\\t.*' ''\n",
+            "source '{script}'\ncomplete -C '{line}' | string replace -r '\\t.*' ''\ntrue\n",
             script = self.scratch.path("fish").display(),
         )
     }

@@ -280,7 +280,7 @@ fn control_socket_is_private_and_replaces_a_stale_one() {
     let word = file.display().to_string();
     let others = ["incoming", "--control", &word, "--handoff", &handoff, &uri];
     let error = Umem::start(others).fails();
-    assert!(error.contains("no socket"), "{error}");
+    assert!(error.contains("the file is not a socket"), "{error}");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
 }
 

@@ -305,7 +305,7 @@ fn wrong_command_line_gives_one_line_with_the_remedy() {
         (&["migrate", "-p", "--ram", "nonsense", "tcp:localhost:1"], "NAME=PATH"),
         (&["migrate", "-p", "--ram", "a=/b", "localhost:1"], "tcp:HOST:PORT"),
         (&["migrate", "-p", "--cores", "0,x", "--ram", "a=/b", "tcp:h:1"], "core numbers"),
-        (&["migrate", "-p", "--cores", "99999", "--ram", "a=/b", "tcp:h:1"], "may use"),
+        (&["migrate", "-p", "--cores", "99999", "--ram", "a=/b", "tcp:h:1"], "may not use core"),
         (&["incoming", "tcp:localhost:0"], "after --"),
         (&["incoming", "tcp:localhost:0", "--", "/bin/true"], "--ram"),
         (&["unknown"], "--help"),

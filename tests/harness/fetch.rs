@@ -91,6 +91,12 @@ impl Machine {
                     files: &[("usr/lib/x86_64-linux-gnu/libc.so.6", "not this machine's")],
                 },
                 chromium("1"),
+                tool_package(
+                    "fish",
+                    &[("usr/bin/fish", "echo fish VERSION"), ("etc/fish/config.fish", "")],
+                ),
+                tool_package("zsh", &[("bin/zsh", "echo zsh VERSION")]),
+                tool_package("pkgconf-bin", &[("usr/bin/pkgconf", "echo VERSION")]),
             ],
         );
         machine.archive("debian", "Debian", "bookworm-backports", &qemu("10.0.1"));
@@ -163,6 +169,7 @@ impl Machine {
             ("qemu-7.2", "qemu-system-x86 7.2.1"),
             ("qemu-10.0", "qemu-system-x86 10.0.1"),
             ("chromium", chromium),
+            ("tools", "fish 1"),
         ];
         for (name, package) in programs {
             let packages = fs::read_to_string(cache.join(name).join("packages")).expect(name);
@@ -185,6 +192,10 @@ const fn chromium(version: &str) -> Package<'_> {
         fields: "Depends: libthing1 (= 1), libc6 (>= 2.36)",
         files: &[("usr/lib/chromium/chromium-headless-shell", "echo Chromium VERSION")],
     }
+}
+
+const fn tool_package<'a>(name: &'a str, files: &'a [(&'a str, &'a str)]) -> Package<'a> {
+    Package { name, version: "1", fields: "Depends: libthing1 (= 1), libc6 (>= 2.36)", files }
 }
 
 impl Package<'_> {

@@ -328,8 +328,13 @@ impl LaneAcceptor {
         match recv(session.demand.as_fd().as_raw_fd(), &mut [0], flags) {
             Ok(1..) => session.has_spoken = true,
             Err(Errno::EAGAIN | Errno::EINTR) => {}
-            // A source that has looked whether it would be taken, before its guest comes.
-            Ok(0) if session.bulk.iter().all(Option::is_none) => self.session = None,
+            Ok(0) if session.bulk.iter().all(Option::is_none) => {
+                self.session = None;
+                self.ignored(
+                    "its demand lane closed before any other lane arrived, as when a source tries a destination \
+                     before its guest leaves",
+                );
+            }
             Ok(0) | Err(_) => {
                 self.session = None;
                 self.ignored("its demand lane closed before all of its lanes had arrived");
