@@ -198,7 +198,7 @@ impl Taken {
             has_bulk_lanes: self.record.bulk_lanes > 0,
             is_checked: link.is_checked(),
             is_private: memory.needs_touch(),
-            runs_itself: !self.record.guest.monitor.is_some(),
+            runs_itself: self.record.guest.monitor.is_none(),
             is_embedded: inbox.is_embedded(),
             session: Some(session_of(&self.keeper)),
             step_timeout: plan.step_timeout,

@@ -447,7 +447,7 @@ pub(super) mod tests {
         };
         lane.begin_pass();
         assert_eq!((go_on(&mut lane), lane.is_waiting()), (0, true));
-        marks.let_go(RAM, (2 * BLOCK << 12) - 1);
+        marks.let_go(RAM, ((2 * BLOCK) << 12) - 1);
         assert_eq!((go_on(&mut lane), lane.is_waiting()), (BLOCK, true));
         assert_eq!((go_on(&mut lane), lane.is_waiting()), (0, true));
         marks.let_all_go();

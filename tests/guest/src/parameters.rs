@@ -61,7 +61,7 @@ impl Parameters {
                 "seed" => parameters.seed = number(value).ok_or_else(wrong)?,
                 "write" => parameters.write_percent = number(value).ok_or_else(wrong)?,
                 "hot" => {
-                    parameters.hot_mib = number(value).filter(|&mib| mib > 0).ok_or_else(wrong)?
+                    parameters.hot_mib = number(value).filter(|&mib| mib > 0).ok_or_else(wrong)?;
                 }
                 "sweep" => parameters.sweep = number::<u64>(value).ok_or_else(wrong)? != 0,
                 "balloon" => parameters.balloon_mib = number(value).ok_or_else(wrong)?,

@@ -56,7 +56,7 @@ pub(crate) struct State {
 /// How a vCPU has ended.
 enum End {
     Done(Found),
-    Stopped(State),
+    Stopped(Box<State>),
 }
 
 /// vCPUs that run. After an error some may go on running: the process has to end.
@@ -88,7 +88,7 @@ impl Running {
             thread::sleep(Duration::from_millis(1));
         }
         let stopped = |end| match end {
-            End::Stopped(state) => Ok(state),
+            End::Stopped(state) => Ok(*state),
             End::Done(_) => Err("the guest was done before it was to stop".into()),
         };
         self.ends()?.into_iter().map(stopped).collect()
@@ -300,7 +300,7 @@ fn run(mut vcpu: VcpuFd, mut found: Found, is_to_stop: &AtomicBool) -> Result<En
                 let what = |error| format!("its registers: {error}");
                 let registers = vcpu.get_regs().map_err(what)?;
                 let special = Some(vcpu.get_sregs().map_err(what)?);
-                return Ok(End::Stopped(State { registers, special, found }));
+                return Ok(End::Stopped(Box::new(State { registers, special, found })));
             }
             Err(error) if error.errno() == libc::EINTR => continue,
             Err(error) if error.errno() == libc::EFAULT => {

@@ -570,7 +570,7 @@ mod tests {
                 std::os::fd::AsFd::as_fd(&qemu),
                 nix::poll::PollFlags::POLLIN,
             )];
-            nix::poll::poll(&mut ready, nix::poll::PollTimeout::NONE).unwrap();
+            crate::runtime::polling::poll(&mut ready, nix::poll::PollTimeout::NONE).unwrap();
         });
         assert!(unread.unwrap_err().to_string().contains("was ended before"));
         // It has closed before.
