@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-/// The pause after the first attempt; each further one is twice as long …
+/// The pause after the first attempt. Each further pause is twice as long …
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 
 /// … up to this.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
-/// Of one time without lanes.
+/// The pauses of one period without lanes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Backoff(Duration);
 
@@ -17,7 +17,7 @@ impl Backoff {
         Backoff(PAUSE_MIN)
     }
 
-    /// Half of a pause to all of it, so that many sources do not come at the same moment.
+    /// Between half of a pause and all of it, so that many sources do not dial at the same moment.
     pub(crate) fn next(&mut self, jitter: &mut Jitter) -> Duration {
         let pause = self.0;
         self.0 = (2 * pause).min(PAUSE_MAX);
@@ -25,7 +25,7 @@ impl Backoff {
     }
 }
 
-/// Numbers that look random, always the same ones after a seed (Marsaglia's xorshift64).
+/// A pseudorandom sequence that its seed determines (Marsaglia's xorshift64).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Jitter(u64);
 
@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_double_up_to_a_second_and_are_shortened_by_half_at_most() {
+    fn pauses_double_up_to_one_second_with_jitter_of_at_most_half() {
         let (mut backoff, mut jitter) = (Backoff::new(), Jitter::of(7));
         for full in [100, 200, 400, 800, 1000, 1000].map(Duration::from_millis) {
             let pause = backoff.next(&mut jitter);

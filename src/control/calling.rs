@@ -1,8 +1,9 @@
-//! A side that has nothing more to serve dials to say one thing: the goodbye to a destination that has not heard
-//! it, or that the guest goes on at the source to one that has loaded it.
+//! A side with no pages left to serve dials to deliver one message: the goodbye to a destination that has not received
+//! it, or the notice to a destination with a loaded guest that the guest continues at the source.
 //!
-//! The destination waits for that, whoever says it; where it does not come it ends after a while, or waits for a
-//! person. So it is worth a few attempts, and no more: nobody listens any more where it has ended by itself.
+//! The destination waits for the message, whichever process sends it. Without the message the destination ends after a
+//! while, or waits for the user. So a few attempts are worth their time, and further ones are not: after the
+//! destination has ended by itself, no process listens.
 
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
@@ -12,40 +13,41 @@ use umem_wire::Fault;
 use crate::error::{Error, Result};
 use crate::transport::uri::Uri;
 
-/// From one attempt to the next.
+/// The interval between attempts.
 const INTERVAL: Duration = Duration::from_millis(200);
 
-/// How long nobody may listen: who resumes a destination that was killed is there by then.
+/// How long connections may be refused before the call ends. A destination that was killed and resumed listens again
+/// within this time.
 const NOBODY_PATIENCE: Duration = Duration::from_secs(5);
 
-/// What is said.
+/// The message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Word {
-    /// That nothing more is to come, to a destination that has everything.
+    /// To a destination that has everything: no more pages come.
     Goodbye,
-    /// Why nothing will go on.
+    /// The reason why the migration cannot continue.
     GaveUp(Fault),
 }
 
-/// What became of an attempt.
+/// The result of an attempt.
 #[derive(Debug)]
 pub(crate) enum Called {
-    /// It has been heard.
+    /// The destination has received the message.
     Heard,
-    /// Lanes could not be opened.
+    /// The lanes could not be opened.
     NotOpened(Error),
-    /// It was opened, and not heard.
+    /// The lanes were opened, but the message was not received.
     NotHeard(Error),
 }
 
-/// What is to be done next.
+/// The next step.
 #[derive(Debug)]
 pub(crate) enum Next {
-    /// Nothing before the deadline, or before the attempt has come to something.
+    /// Nothing before the deadline, or before the end of the attempt.
     Wait,
     /// Dial.
     Dial,
-    /// It is over.
+    /// The call has ended.
     Over(Result<()>),
 }
 
@@ -53,7 +55,7 @@ pub(crate) enum Next {
 pub(crate) struct Call {
     pub(crate) uri: Uri,
     pub(crate) word: Word,
-    /// No attempt lasts longer, or begins after that.
+    /// No attempt begins or lasts after this time.
     pub(crate) until: Instant,
     begun: Instant,
     state: State,
@@ -61,9 +63,9 @@ pub(crate) struct Call {
 
 #[derive(Debug)]
 enum State {
-    /// An attempt is to be made at this time.
+    /// The next attempt begins at this time.
     Pausing(Instant),
-    /// One is under way.
+    /// An attempt is under way.
     Dialing,
 }
 
@@ -90,7 +92,7 @@ impl Call {
         }
     }
 
-    /// The attempt has come to this.
+    /// Handles the result of the attempt.
     pub(crate) fn called(&mut self, called: Called, now: Instant) -> Next {
         match called {
             Called::Heard => Next::Over(Ok(())),
@@ -98,7 +100,7 @@ impl Call {
                 Next::Over(Err(error))
             }
             Called::NotOpened(error) if now + INTERVAL >= self.until => Next::Over(Err(error)),
-            // As little where something in between takes connections for nobody.
+            // Likewise if a proxy in between accepts connections for a destination that is gone.
             Called::NotOpened(error)
                 if (is_nobody(&error) || matches!(error, Error::Lost { .. }))
                     && now - self.begun > NOBODY_PATIENCE =>
@@ -113,7 +115,7 @@ impl Call {
     }
 }
 
-/// Nobody listens there.
+/// Whether no process listens at the address.
 pub(crate) fn is_nobody(error: &Error) -> bool {
     let nobody = [ErrorKind::ConnectionRefused, ErrorKind::NotFound];
     matches!(error, Error::Connect { source, .. } if nobody.contains(&source.kind()))

@@ -1,4 +1,4 @@
-//! A bulk lane that is lost may be the effect of something that the demand lane tells.
+//! The loss of a bulk lane may have a cause that arrives later on the demand lane.
 
 use std::time::Instant;
 
@@ -7,7 +7,7 @@ use umem_wire::LaneRole;
 use crate::error::{Error, lane_name};
 use crate::transport::lane::CAUSE_PATIENCE;
 
-/// A lane that is lost, and the cause that may still come.
+/// The loss of a lane, while its cause may still arrive.
 #[derive(Debug)]
 pub(crate) struct Doubt {
     pub(crate) error: Error,
@@ -20,8 +20,8 @@ impl Doubt {
     }
 }
 
-/// Whether an error may be the effect of another one: lanes other than the demand lane are lost when a peer gives
-/// up. Other errors are causes already.
+/// Whether an error may be the effect of another error: a peer that gives up closes all lanes, so the loss of a lane
+/// other than the demand lane may be an effect. Other errors are causes.
 pub(crate) fn is_effect(error: &Error) -> bool {
     matches!(error, Error::Lost { lane, .. } if *lane != lane_name(LaneRole::Demand, 0))
 }

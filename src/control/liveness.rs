@@ -1,31 +1,30 @@
-//! Whether the other side is still there, and whether it goes on.
+//! Whether the other side is reachable, and whether it makes progress.
 //!
-//! A side that has nothing to say only listens. A connection that has gone shows then by the kernel's keep-alives,
-//! unless something in between, such as a proxy, goes on answering them for a host that has lost its end, or the
-//! process there does not run. So each side asks the other from time to time ([`Liveness`]): its demand thread
-//! answers at once, whatever guest and monitor do. The source asks from the destination's *ready* on, the
-//! destination from there until the source may have given its guest up.
+//! A side with nothing to send only listens. The kernel's keep-alives reveal a connection that is gone, with two
+//! exceptions: a proxy in between may answer the keep-alives for a host that has lost its end, and a process may be
+//! stopped. So each side pings the other from time to time ([`Liveness`]). The other side's demand thread answers at
+//! once, whatever its guest and monitor do. The source pings from the destination's *ready* on. The destination pings
+//! from there until the source may have given its guest up.
 //!
-//! Where there is one connection alone nobody asks: the answer would wait behind pages, for as long as the
-//! other side likes.
+//! With one connection as all lanes, neither side pings: the answer would wait behind pages for any length of time.
 //!
-//! A side that answers may still never take its next step, while the guest stands still. So each of the other side's
-//! steps before the switchover has a limit ([`Steps`]), which whatever moves begins anew.
+//! A side that answers pings may still never take its next step, while the guest stands still. So each step of the
+//! other side before the switchover has a limit ([`Steps`]). Any progress restarts the limit.
 
 use std::time::{Duration, Instant};
 
-/// The most that a step of the other side may take in which nothing moves, if nobody says otherwise: its monitor
-/// may load a state from a slow disk, or wait for a host that swaps.
+/// How long a step of the other side may last without progress, by default: its monitor may load a state from a slow
+/// disk, or wait for a host that swaps.
 pub(crate) const STEP_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// From one answer, or the beginning, to the next question.
+/// From one answer, or the beginning, to the next ping.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// How long an answer may take. A network's silence counts as a loss after 10 s, by the kernel; beyond that only
-/// a process that does not run, or such a proxy, is left.
+/// How long an answer may take. The kernel reports a silent network as a loss after 10 s. Beyond that, the remaining
+/// causes are a stopped process and a proxy as above.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// The question that is open, or when the next one is due.
+/// The open ping, or the time of the next one.
 #[derive(Debug)]
 pub(crate) struct Liveness {
     number: u64,
@@ -36,7 +35,7 @@ pub(crate) struct Liveness {
 
 #[derive(Clone, Copy, Debug)]
 enum State {
-    /// There is nobody to ask.
+    /// Pings are off.
     Off,
     Quiet {
         until: Instant,
@@ -46,18 +45,18 @@ enum State {
     },
 }
 
-/// What is to be done now.
+/// The action that is due.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Due {
     Nothing,
-    /// Ask, with this number.
+    /// Send a ping with this number.
     Ask(u64),
-    /// No answer has come.
+    /// The answer is overdue.
     Lost,
 }
 
 impl Liveness {
-    /// With nobody to ask yet. Who waits less than usual for a step waits less for an answer, too.
+    /// Pings are off at first. A shorter `step_timeout` shortens the wait for an answer, too.
     pub(crate) fn off(step_timeout: Duration) -> Liveness {
         let interval = INTERVAL.min(step_timeout / 4);
         let patience = PATIENCE.min(step_timeout / 2);
@@ -69,19 +68,19 @@ impl Liveness {
         self.patience
     }
 
-    /// There are lanes, if `is_on`, and no question on them.
+    /// Lanes are up if `is_on`, without an open ping on them.
     pub(crate) fn begin(&mut self, is_on: bool, now: Instant) {
         self.state = if is_on { State::Quiet { until: now + self.interval } } else { State::Off };
     }
 
-    /// An answer has come.
+    /// An answer has arrived.
     pub(crate) fn answered(&mut self, number: u64, now: Instant) {
         if matches!(self.state, State::Asked { .. }) && number == self.number {
             self.state = State::Quiet { until: now + self.interval };
         }
     }
 
-    /// Something else has come, or has been taken, since: it is there, and may have no time to answer.
+    /// Other data has been received or accepted since: the other side is there, and may have had no time to answer.
     pub(crate) fn moved(&mut self, now: Instant) {
         if matches!(self.state, State::Asked { .. }) {
             self.state = State::Asked { until: now + self.patience };
@@ -103,7 +102,7 @@ impl Liveness {
         }
     }
 
-    /// When [`due`](Liveness::due) has something to say.
+    /// When [`due`](Liveness::due) returns an action.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         match self.state {
             State::Off => None,
@@ -116,28 +115,28 @@ impl Liveness {
 #[derive(Debug)]
 pub(crate) struct Steps {
     limit: Duration,
-    /// The step that is waited for, and what had been moved when something moved last.
+    /// The awaited step, and the bytes moved at the last progress.
     current: Option<(&'static str, u64)>,
     until: Instant,
 }
 
-/// What [`Steps::look`] finds.
+/// The result of [`Steps::look`].
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// Nothing is waited for, or not for too long.
+    /// No step is awaited, or the step is within its limit.
     Waits,
-    /// It goes on.
+    /// The step makes progress.
     Moves,
-    /// Nothing has moved for so long.
+    /// The step has lasted this long without progress.
     Over(Duration),
 }
 
-/// What is said of a step in which nothing has moved for too long.
+/// The text for a step without progress for too long.
 pub(crate) fn stood_still(limit: Duration, step: &str) -> String {
     format!("nothing has moved for {} s while {step}", limit.as_secs_f64())
 }
 
-/// The same of a step whose limit is an option.
+/// The same for a step whose limit is an option.
 pub(crate) fn stood_still_by_option(limit: Duration, step: &str) -> String {
     let what = stood_still(limit, step);
     format!("{what}; if its monitor needs longer, give a longer --step-timeout")
@@ -148,12 +147,12 @@ impl Steps {
         Steps { limit, current: None, until: now }
     }
 
-    /// When a step that is waited for has had all of its time.
+    /// When the awaited step reaches its limit.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.current.map(|_| self.until)
     }
 
-    /// This step of the other side is waited for, if any, for no longer than that, and so much has been moved.
+    /// Awaits this step of the other side, if any, for its limit at most. `moved` measures progress.
     pub(crate) fn look(
         &mut self,
         step: Option<(&'static str, Duration)>,
@@ -179,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_step_has_a_limit_that_whatever_moves_begins_anew() {
+    fn progress_restarts_the_limit_of_a_step() {
         let (begun, limit) = (Instant::now(), Duration::from_secs(60));
         let mut steps = Steps::new(limit, begun);
         let step = |name| Some((name, Duration::MAX));
@@ -199,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn silence_is_a_loss_only_after_a_question() {
+    fn silence_is_a_loss_only_after_a_ping() {
         let begun = Instant::now();
         let mut liveness = Liveness::off(STEP_TIMEOUT);
         assert_eq!(
@@ -211,7 +210,7 @@ mod tests {
         let asked = liveness.deadline().unwrap();
         assert_eq!(liveness.due(asked), Due::Ask(1));
         assert_eq!(liveness.due(asked), Due::Nothing);
-        // Of lanes before these.
+        // The answer to a ping on earlier lanes.
         liveness.answered(0, asked);
         liveness.answered(1, asked + PATIENCE / 2);
         let again = liveness.deadline().unwrap();

@@ -1,29 +1,30 @@
-//! What decides whose the guest is, without input or output.
+//! The decisions about the ownership of the guest, without input or output.
 //!
-//! Each side of a migration has a core: a value that is told what has happened and says what is to be done. It
-//! owns no descriptor, starts no thread, reads no clock and prints nothing, so that a test can run it in a
-//! time of its own, and end it between any two things that it does. Both have one contract, and a driver does what
-//! they say, in `src/source/driving.rs` and `src/destination/driving.rs`:
+//! Each side of a migration has a core: a value that takes inputs and returns effects. The core owns no descriptor,
+//! starts no thread, reads no clock and prints nothing. So a test can run it in virtual time, and end it between any
+//! two effects. Both cores have one contract. The drivers in `src/source/driving.rs` and `src/destination/driving.rs`
+//! carry it out:
 //!
 //! ```text
 //! for effect in core.handle(input, &now) {
 //!     match carry_out(effect) {
-//!         // The answer, if there is one, is among the next inputs.
+//!         // An answer is among the next inputs.
 //!         Ok(answer) => inputs.extend(answer),
-//!         // What is behind it is not done.
+//!         // The effects behind the failed one are dropped.
 //!         Err(error) => { the next input is NotDone(error); break }
 //!     }
 //! }
 //! wait until core.deadline(), a note, a signal, a connection
 //! ```
 //!
-//! - *Inputs* are what the other side, the monitor, threads, people and the clock bring. Time and counters are an
-//!   argument ([`Moment`]).
-//! - *Effects* are carried out one at a time, in order. One that fails comes back at once as `NotDone`, and
-//!   nothing that was queued behind it is carried out.
-//! - An effect that has an answer is the last of its batch: what depends on the answer is queued when it has come.
-//! - *Records* that cannot be written stop what is behind them only where `is_vital` says so.
-//! - *States* are enums, and a variant owns what exists in that state alone.
+//! - *Inputs* come from the other side, the monitor, threads, the user and the clock. Time and counters are an argument
+//!   ([`Moment`]).
+//! - *Effects* are carried out one at a time, in order. A failed effect returns at once as `NotDone`, and the driver
+//!   drops the effects queued behind it.
+//! - An effect with an answer is the last of its batch. Effects that depend on the answer are queued when it has
+//!   arrived.
+//! - A *record* that cannot be written stops the effects behind it only if `is_vital` returns true.
+//! - *States* are enums. A variant owns the data that exists in that state alone.
 
 pub(crate) mod backoff;
 pub(crate) mod calling;
@@ -41,28 +42,28 @@ use std::time::Instant;
 
 use crate::transport::uri::Uri;
 
-/// When something is handled, and what had been counted by then.
+/// The time of an input, and the counters at that time.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Moment<M = ()> {
     pub(crate) at: Instant,
     /// Bytes of the guest's memory and device state that have moved, of any kind.
     pub(crate) moved_bytes: u64,
-    /// What has come and was not what had been sent, where there are checksums.
+    /// Wrong checksums seen so far, with checksums on.
     pub(crate) checksum_errors: u64,
-    /// How the guest's memory stands, where that matters.
+    /// The state of the guest's memory, if the core needs it.
     pub(crate) memory: M,
 }
 
-/// What somebody wants done with the lanes, by hand.
+/// An order about the lanes, from `umem control` or from the embedding program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// Give them up, and open or take none before a resume.
+    /// Close the lanes, and open or accept none before a resume.
     Pause,
-    /// Open or take them again, at another address if one is named.
+    /// Open or accept lanes again, at another address if one is given.
     Resume(Option<Uri>),
 }
 
-/// What is to be done, in order.
+/// Effects, in order.
 #[derive(Debug)]
 pub(crate) struct Effects<E>(VecDeque<E>);
 
@@ -77,7 +78,7 @@ impl<E: Effect> Effects<E> {
         self.0.push_back(effect);
     }
 
-    /// Something else follows than the answer that the last one has: that one is not carried out.
+    /// Drops the last effect if it has an answer: another effect takes its place.
     pub(crate) fn drop_question(&mut self) {
         if self.0.back().is_some_and(Effect::has_answer) {
             self.0.pop_back();
@@ -99,8 +100,8 @@ impl<E> Iterator for Effects<E> {
     }
 }
 
-/// What a core has done.
+/// An action that a core requests from its driver.
 pub(crate) trait Effect {
-    /// Its result is an input.
+    /// The effect's result is an input.
     fn has_answer(&self) -> bool;
 }

@@ -1,13 +1,13 @@
-//! Whether lanes that are lost are replaced. Each side decides that for itself, by the same rules:
+//! Whether lost lanes are replaced. Each side decides that for itself, by the same rules:
 //!
-//! - A person pauses a side, and resumes it. A way that is named by hand resumes it, too.
-//! - A side pauses itself after too many losses to wrong checksums in a row ([`suspicion`](super::suspicion)).
-//! - Only a person ends a pause. Neither time nor the other side does.
+//! - An order pauses a side, and an order resumes it. An order with an address or connections resumes it, too.
+//! - A side pauses itself after too many consecutive losses to wrong checksums ([`suspicion`](super::suspicion)).
+//! - Only an order ends a pause. Neither time nor the other side does.
 
 use super::suspicion::ChecksumBreaker;
 use crate::events::Event;
 
-/// One side's pause, and what leads to one.
+/// The pause of one side, and the losses that lead to one.
 #[derive(Debug, Default)]
 pub(crate) struct Pausing {
     is_paused: bool,
@@ -19,18 +19,18 @@ impl Pausing {
         self.is_paused
     }
 
-    /// By hand: no lanes until a resume.
+    /// On an order: no lanes until a resume.
     pub(crate) fn pause(&mut self) {
         self.is_paused = true;
     }
 
-    /// By hand: lanes again.
+    /// On an order: lanes again.
     pub(crate) fn resume(&mut self) {
         self.is_paused = false;
     }
 
-    /// All lanes are lost, as `why` says, when so much of the guest had come to the destination and so many wrong
-    /// checksums had been noticed. The answer is what is told, and why no lanes replace them, if that pauses this side.
+    /// Records the loss of all lanes, with its reason `why`, the pages that had arrived (`progress`) and the wrong
+    /// checksums so far. Returns the events to report, and the reason for a pause if the loss pauses this side.
     pub(crate) fn lost(
         &mut self,
         why: &str,
@@ -49,14 +49,14 @@ mod tests {
     use crate::control::suspicion::IN_A_ROW_MAX;
 
     #[test]
-    fn losses_in_vain_pause_a_side_until_a_resume_by_hand() {
+    fn consecutive_checksum_losses_pause_a_side_until_resume() {
         let mut pausing = Pausing::default();
         for errors in 1..=u64::from(IN_A_ROW_MAX) {
             assert!(!pausing.is_paused(), "{errors}");
             pausing.lost("a wrong checksum", 5, errors);
         }
         assert!(pausing.is_paused());
-        // A loss of another cause ends no pause.
+        // A loss with another cause does not end the pause.
         let (events, in_vain) = pausing.lost("closed", 6, u64::from(IN_A_ROW_MAX));
         assert!(pausing.is_paused() && events.is_empty() && in_vain.is_none());
         pausing.resume();

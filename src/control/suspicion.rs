@@ -1,16 +1,16 @@
-//! Lanes that are lost because of wrong checksums, again and again: when to stop trying.
+//! Repeated losses of lanes to wrong checksums, and when to stop opening lanes.
 //!
-//! A path that changes a bit now and then costs a recovery each time, and the migration comes to its end. One
-//! that changes all that passes would have both sides open lanes for ever, as fast as they can: after
-//! [`IN_A_ROW_MAX`] losses without a page in between that was right, they pause until a resume by hand.
+//! A path that changes a bit now and then costs a recovery each time, but the migration ends. With a path that changes
+//! all data, both sides would open lanes indefinitely, as fast as they can. So after [`IN_A_ROW_MAX`] losses without
+//! one valid page in between they pause until an order resumes them.
 
 use crate::events::{Event, Remark};
 
-/// Losses because of wrong checksums, with no page in between that came whole, after which lanes are no more
-/// opened. Even a path that spoils 9 of 10 attempts gets a page through before that, more often than not.
+/// Consecutive losses to wrong checksums, without one valid page in between, after which lanes are no longer opened. A
+/// path that spoils 9 of 10 attempts still delivers a page before that, more often than not.
 pub(crate) const IN_A_ROW_MAX: u32 = 8;
 
-/// What one side has seen of it.
+/// The losses that one side has seen.
 #[derive(Debug, Default)]
 pub(crate) struct ChecksumBreaker {
     errors: u64,
@@ -18,20 +18,20 @@ pub(crate) struct ChecksumBreaker {
     in_a_row: u32,
 }
 
-/// What the loss of all lanes means.
+/// The judgement of a loss of all lanes.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Verdict {
-    /// There was another cause than wrong checksums.
+    /// The loss had another cause than wrong checksums.
     Trusted,
-    /// Wrong checksums were the cause, and it is worth another attempt.
+    /// Wrong checksums were the cause. Another attempt is worthwhile.
     Doubted { event: Event },
-    /// Nothing comes of it: lanes are opened no more before an order, for this reason.
+    /// Further attempts are futile: for this reason no lanes are opened before an order.
     InVain { events: [Event; 2], reason: String },
 }
 
 impl ChecksumBreaker {
-    /// Lanes are lost, as `why` says, when so much of the guest had come to the destination and so many wrong
-    /// checksums had been noticed.
+    /// Records the loss of all lanes, with its reason `why`, the pages that had arrived (`progress`) and the wrong
+    /// checksums so far (`errors`).
     pub(crate) fn lost(&mut self, why: &str, progress: u64, errors: u64) -> Verdict {
         if errors == self.errors {
             return Verdict::Trusted;
@@ -54,7 +54,7 @@ impl ChecksumBreaker {
 }
 
 impl Verdict {
-    /// What is told, and why lanes are opened no more, if they are not.
+    /// The events to report, and the reason if no more lanes are opened.
     pub(crate) fn into_parts(self) -> (Vec<Event>, Option<String>) {
         match self {
             Verdict::Trusted => (Vec::new(), None),
@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_enough_when_nothing_comes_of_it() {
+    fn consecutive_checksum_losses_without_progress_stop_reconnects() {
         let (mut errors, mut suspicion) = (0, ChecksumBreaker::default());
         let mut lost = |wrong, progress| {
             errors += wrong;
@@ -82,7 +82,7 @@ mod tests {
             for _ in 1..IN_A_ROW_MAX {
                 assert!(!lost(1, 5));
             }
-            // Of other causes there may be any number.
+            // Losses with other causes are unlimited.
             assert!(!lost(0, 5));
             assert!(lost(2, 5));
         }

@@ -1,4 +1,4 @@
-//! How it ends: whose the guest is then, who is told, and what stays for a process that takes over.
+//! The end of a migration: the owner of the guest, the reports, and the state for a takeover.
 
 use umem_wire::destination::Phase;
 use umem_wire::{Fault, FaultCode, Standing};
@@ -9,23 +9,23 @@ use super::{
 use crate::error::Error;
 use crate::events::{Event, Remark};
 
-/// What is decided when the threads end.
+/// The decision when the threads end.
 #[derive(Debug)]
 pub(super) enum Verdict {
     /// The guest has all of its memory.
     Complete,
-    /// It was not served again: all is as the process before this has left it.
+    /// The guest was not served again: its state is as the earlier process left it.
     Untouched(Error),
-    /// The guest waits here for a process that takes over, or for ever.
+    /// The guest waits here for a takeover, indefinitely if none comes.
     Stays(Error),
-    /// It ends with umem, or has ended.
+    /// The guest ends with umem, or has ended.
     Ends(Error),
 }
 
-/// How a migration has ended.
+/// The outcome of a migration.
 #[derive(Debug)]
 pub(crate) enum Outcome {
-    /// The guest has all of its memory. Where the source has not heard of it, what it has to hear if it comes.
+    /// The guest has all of its memory. `unheard` is the standing for a source that has not received the completion.
     Complete {
         unheard: Option<Standing>,
     },
@@ -33,7 +33,7 @@ pub(crate) enum Outcome {
 }
 
 impl Core {
-    /// Nothing can go on. Whoever knows better why is asked before anything is decided.
+    /// The migration cannot continue. Its cause is sought before any decision.
     pub(super) fn fail(&mut self, failure: Failure, effects: &mut Effects) {
         let Failure { error, voice } = failure;
         effects.drop_question();
@@ -42,19 +42,19 @@ impl Core {
             self.stage = Stage::Seeking(voice);
             effects.push(Effect::SeekCause(error));
         } else {
-            // The guest waits as before, and so does its record.
+            // The guest waits as before, and its record stays.
             self.stage = Stage::Stopping(Verdict::Untouched(error));
             effects.push(Effect::EndThreads { told: None, has_failed: true });
         }
     }
 
-    /// Takes what happens while it ends.
+    /// Handles an input during the end.
     pub(super) fn end(&mut self, input: Input, now: &Moment, effects: &mut Effects) {
         match (&self.stage, input) {
             (&Stage::Seeking(voice), Input::Cause { error, process }) => {
                 self.decide(voice, error, process, effects);
             }
-            // Nobody could say what has become of the guest: it is not ended for that.
+            // The state of the guest cannot be determined: that alone does not end the guest.
             (&Stage::Seeking(voice), Input::Failed(error) | Input::NotDone(error)) => {
                 self.decide(voice, error, Process::Stays, effects);
             }
@@ -62,7 +62,7 @@ impl Core {
                 self.part(now, effects);
             }
             (Stage::Releasing, Input::Released) => self.say_goodbye(now, effects),
-            // In the first case the guest is complete; only its process has not been heard.
+            // In the first case the guest is complete; only the result of its process is missing.
             (Stage::Releasing | Stage::Ended, Input::Failed(error) | Input::NotDone(error)) => {
                 self.finish(Outcome::Failed(error), effects);
             }
@@ -71,8 +71,8 @@ impl Core {
         }
     }
 
-    /// Whose the guest is decides whether it stays, and with it what another process needs to go on. From *loaded*
-    /// on the source may have given its guest up. Then only the source ends this one, or somebody who knows better.
+    /// The owner of the guest decides whether the guest stays, and the data for a takeover with it. From *loaded* on
+    /// the source may have given its guest up. Then only the source or the user ends this guest.
     fn decide(&mut self, voice: Voice, error: Error, process: Process, effects: &mut Effects) {
         let is_there = process != Process::Gone;
         let stays = match self.owner() {
@@ -109,8 +109,8 @@ impl Core {
             }
             Verdict::Untouched(error) => self.finish(Outcome::Failed(error), effects),
             Verdict::Ends(error) => {
-                // In this order: a process that is killed in between leaves a record of a guest that has ended, and
-                // no guest that nobody knows of.
+                // In this order: a process that is killed in between leaves the record of a guest that has ended, never
+                // a guest without a record.
                 effects.extend([Effect::EndGuest, Effect::Forget]);
                 let error = self.explain(error, now);
                 self.finish(Outcome::Failed(error), effects);
@@ -130,8 +130,8 @@ impl Core {
         }
     }
 
-    /// The end of the session, unless the source has not heard of it: then there is somebody for it to
-    /// find, as long as this process stays, and a record for who resumes after that.
+    /// Ends the session, unless the source has not received the completion. In that case this process stays for the
+    /// source for a while, and the record stays for a later `--resume`.
     fn say_goodbye(&mut self, now: &Moment, effects: &mut Effects) {
         let unheard = match (&self.phase, &self.terms.session) {
             (Phase::Completed(None), Some(session)) => {
@@ -156,7 +156,7 @@ impl Core {
         effects.push(Effect::Finish(outcome));
     }
 
-    /// Adds what an error means for the guest.
+    /// Adds the consequence of an error for the guest.
     fn explain(&self, error: Error, now: &Moment) -> Error {
         match error {
             Error::Lost { side, lane, what } if self.owner() == Owner::Ours => Error::Lost {

@@ -1,5 +1,5 @@
-//! A source that has not heard that its session is over: somebody is here when it comes, and the record stays until it
-//! has been told.
+//! A source that has not learned of the session's end: this process waits for it, and the record stays until the source
+//! has been informed.
 //!
 //! ```text
 //! Waiting --Came--> Telling --Told--> Hearing --Parted--> Answering --Closed--> Over, told
@@ -8,44 +8,44 @@
 //!   +--the time is up, an interrupt--> Over, not told
 //! ```
 //!
-//! The source's goodbye says that it has written down what it was told. Lanes that end without one may be those of a
-//! source that was killed over it, and looks for this side again when it is resumed. So the record goes with the
-//! goodbye: a process that is killed before leaves it to whoever resumes the session, and a source that is told twice
-//! hears the same.
+//! The source's goodbye means that the source has written the notice to its own record. Lanes that end without a
+//! goodbye may belong to a source that was killed at that moment, and that dials this side again when it is resumed. So
+//! the record is removed at the goodbye. If this process is killed before, the next `--resume` finds the record, and a
+//! source that is informed twice receives the same message.
 
 use std::time::Instant;
 
 use crate::control::Effects;
 
-/// What has happened.
+/// An event for this state machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Input {
-    /// All of the source's lanes have come in.
+    /// All of the source's lanes have been accepted.
     Came,
     /// [`Effect::Tell`] has succeeded.
     Told,
     /// The source has gone meanwhile, or does not read.
     NotTold,
-    /// The source has said goodbye, or will not go on: [`Effect::Hear`] is done.
+    /// The source has said goodbye, or will not continue: [`Effect::Hear`] is done.
     Parted,
-    /// The source has closed its lanes, or has not done it in time: [`Effect::Hear`] or [`Effect::Answer`] is done.
+    /// The source has closed its lanes, or its time is up: [`Effect::Hear`] or [`Effect::Answer`] is done.
     Closed,
-    /// Somebody interrupts.
+    /// A signal interrupts.
     Interrupt,
     /// Time has passed.
     Tick,
 }
 
-/// What is to be done.
+/// An action for the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
-    /// Tell the source, on the lanes that have come in.
+    /// Send the notice on the accepted lanes.
     Tell,
-    /// Let it read that, and hear its goodbye.
+    /// Let the source read the notice, and receive its goodbye.
     Hear,
     /// Remove the record.
     Forget,
-    /// Say that the goodbye has come, and let the source close its lanes.
+    /// Acknowledge the goodbye, and let the source close its lanes.
     Answer,
 }
 
@@ -58,7 +58,7 @@ impl crate::control::Effect for Effect {
 /// The state machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Farewell {
-    /// Until then, or for ever.
+    /// Until this time, or indefinitely.
     Waiting {
         until: Option<Instant>,
     },
@@ -79,7 +79,7 @@ impl Farewell {
         Farewell::Waiting { until }
     }
 
-    /// Takes what has happened; the answer is what is to be done, in order.
+    /// Handles an input. Returns the effects in order.
     pub(crate) fn handle(&mut self, input: Input, now: Instant) -> Effects<Effect> {
         let mut effects = Effects::new();
         *self = match (*self, input) {
@@ -108,7 +108,7 @@ impl Farewell {
         effects
     }
 
-    /// When [`Input::Tick`] has something to do.
+    /// The time at which [`Input::Tick`] changes the state.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         match *self {
             Farewell::Waiting { until } => until,
@@ -116,7 +116,7 @@ impl Farewell {
         }
     }
 
-    /// Whether the source knows, once it is over.
+    /// After the end, whether the source has been informed.
     pub(crate) fn outcome(&self) -> Option<bool> {
         match *self {
             Farewell::Over { is_told } => Some(is_told),
@@ -131,7 +131,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn every_state_answers_every_input() {
+    fn farewell_handles_every_input_in_every_state() {
         let now = Instant::now();
         let end = now + Duration::from_secs(1);
         let until = Some(end);
@@ -175,9 +175,9 @@ mod tests {
         assert_eq!((late.handle(Input::Tick, end).count(), late), (0, untold));
     }
 
-    /// A source that was killed when it had read everything comes again, as it has written nothing down.
+    /// A source that was killed after it had read everything dials again, because it has written nothing.
     #[test]
-    fn the_record_goes_with_the_goodbye_and_not_with_the_lanes() {
+    fn record_is_removed_at_the_goodbye_and_kept_when_lanes_close() {
         let now = Instant::now();
         let mut farewell = Farewell::new(None);
         let mut feed = |input| farewell.handle(input, now).collect::<Vec<_>>();

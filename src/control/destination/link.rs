@@ -1,4 +1,4 @@
-//! The destination's lanes, or their absence.
+//! The destination's lanes, and the time without lanes.
 //!
 //! ```text
 //! Up --a bulk lane is lost--> Doubtful --nothing on the demand lane in time--> Down
@@ -6,16 +6,16 @@
 //!  +--the demand lane is lost----+------------------------------------------->  |
 //!  +--the source opens new lanes, pause------------------------------------->   |
 //!  ^                                                                            |
-//!  +---- all lanes of one attempt are here, and nothing of the old ones is -----+
+//!  +---- all lanes of one attempt are accepted, and the old ones are released --+
 //! ```
 //!
-//! Any lane's loss takes all of them down: one way to break, one way to go on. The order is what makes it
-//! safe. Connections are severed; bulk threads end, each when no operation of its lane is left; the
-//! demand thread lets go of its lane in the same way and says so. Only then can no byte reach a page any
-//! more, and what was landing becomes Missing again ([`Effect::RollBack`]). Only then does another
-//! lane get to work, and the first thing said on it is which pages have come.
+//! The loss of any lane takes all of them down, so there is one way to break and one way to continue. Its order makes
+//! it safe. First the connections are closed. Each bulk thread ends when no operation of its lane is left. The demand
+//! thread releases its lane in the same way, and reports that. Only then can no byte reach a page any more, and landing
+//! pages become Missing again ([`Effect::RollBack`]). Only then does a new lane start, and its first message is the set
+//! of pages that have arrived.
 //!
-//! The guest notices nothing but waits: the threads that serve its faults go on.
+//! The guest only waits: the threads that serve its faults continue.
 
 use std::borrow::Cow;
 use std::io;
@@ -36,97 +36,96 @@ use crate::events::{Event, Lost, Pause, Place, Remark, Room, Route};
 use crate::transport::lane::not_bound;
 use crate::transport::uri::Uri;
 
-/// How long a destination that has everything waits for a source that has not heard of it. The guest
-/// does not need either of them any more.
+/// How long a complete destination waits for a source that has not received the completion. The guest needs neither
+/// side any more.
 pub(super) const GOODBYE_PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long after a shortage of memory room is looked for; each further one without a page that has come is
-/// twice as long, up to this.
+/// After a lack of room, the time until the room is measured. Each further lack without a page in between doubles it,
+/// up to the maximum.
 const ROOM_PAUSE_MIN: Duration = Duration::from_secs(1);
 const ROOM_PAUSE_MAX: Duration = Duration::from_secs(16);
 
-/// Room that is worth another attempt: a huge page, or what is missing.
+/// The room that makes another attempt worthwhile: a huge page, or the missing bytes.
 const ROOM_BYTES_MIN: u64 = 2 << 20;
 
-/// After so long without one a shortage is news again.
+/// A shortage is reported again after this time without one.
 const SHORTAGE_SILENCE: Duration = Duration::from_secs(10);
 
 type Handled = std::result::Result<(), Failure>;
 
-/// The lanes of the session, and how others may come.
+/// The lanes of the session, and the entrance for new ones.
 #[derive(Debug)]
 pub(super) struct Link {
     recovers: bool,
     pub(super) state: State,
-    /// Where lanes come in that replace lost ones; none where there were connections alone.
+    /// The entrance for lanes that replace lost ones; None if the session has only the first connections.
     entrance: Option<Entrance>,
-    /// While it is paused no lanes are taken, whatever the entrance.
+    /// While this is paused, no lanes are accepted at any entrance.
     pausing: Pausing,
-    /// How often something has been said by hand: an address that was looked up for an earlier order is of
-    /// no use.
+    /// The number of orders so far. An address that was looked up for an earlier order is dropped.
     orders: u64,
     pub(super) liveness: Liveness,
     shortage: Option<Shortage>,
-    /// When somebody was told last that pages cannot be made visible for want of memory.
+    /// When the last event reported that pages cannot be made visible for lack of memory.
     short_of_tables: Option<Instant>,
     pub(super) recoveries: u32,
     pub(super) disconnected: Duration,
 }
 
-/// Where lanes come in.
+/// The entrance for new lanes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Entrance {
     /// The source dials.
     Listener,
-    /// Connections that were given, one for each lane.
+    /// Given connections, one for each lane.
     Given,
 }
 
 #[derive(Debug)]
 pub(super) enum State {
     Up,
-    /// A bulk lane is lost. A source that gives up says why on the demand lane, which is not ordered
-    /// against it.
+    /// A bulk lane is lost. A source that gives up sends its reason on the demand lane, in no order relative to the
+    /// bulk lane.
     AwaitingCause(Doubt),
     Down {
         since: Instant,
         old: Old,
-        /// Every page is here: the source is waited for until then.
+        /// Every page is here: wait for the source until this time.
         until: Option<Instant>,
-        /// Somebody has interrupted since, and knows what another interrupt means.
+        /// The user has interrupted since then, and knows the consequence of another interrupt.
         was_interrupted: bool,
     },
 }
 
-/// What there still is of lanes that are lost.
+/// What remains of lost lanes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Old {
     /// Operations may be in flight.
     Ending,
-    /// The same, and other lanes have come in.
+    /// The same, and new lanes have been accepted.
     Replaced,
     Gone,
 }
 
-/// There was no room for what had come: no lanes are taken until there may be.
+/// Room was exhausted: no lanes are accepted until there may be room again.
 #[derive(Debug)]
 struct Shortage {
-    /// For whoever comes meanwhile; none once lanes are taken again.
+    /// The refusal for sources that arrive meanwhile; None once lanes are accepted again.
     refusal: Option<String>,
-    /// When to look for room next, and how long after that.
+    /// When to measure room next, and the interval after that.
     until: Instant,
     pause: Duration,
-    /// Pages that had come by then.
+    /// Pages that had arrived at that time.
     pages_done: u64,
 }
 
 impl Link {
-    /// Of a session that has just begun.
+    /// For a session that has just begun.
     pub(super) fn up(terms: &SessionPolicy, entrance: Option<Entrance>) -> Link {
         Link::new(terms, State::Up, entrance)
     }
 
-    /// Of a session whose process is gone: there are no lanes, and nothing of those before is left.
+    /// For a session whose process is gone: no lanes are up, and nothing of earlier lanes is left.
     pub(super) fn down(terms: &SessionPolicy, since: Instant) -> Link {
         let state = State::Down { since, old: Old::Gone, until: None, was_interrupted: false };
         Link::new(terms, state, Some(Entrance::Listener))
@@ -151,7 +150,7 @@ impl Link {
         matches!(self.state, State::Down { .. })
     }
 
-    /// Connections that were given are of no use any more.
+    /// Closes the given connections: they are of no further use.
     fn forget_given(&mut self, effects: &mut Effects) {
         if self.entrance == Some(Entrance::Given) {
             self.entrance = None;
@@ -159,7 +158,7 @@ impl Link {
         }
     }
 
-    /// By hand: lanes are taken whether there is room or not.
+    /// On an order: accept lanes with or without room.
     fn try_room(&mut self) {
         self.shortage.iter_mut().for_each(|shortage| shortage.refusal = None);
     }
@@ -189,7 +188,7 @@ impl Link {
     }
 }
 
-/// Of a source that the guest still belongs to.
+/// The error for a silent source, while the guest still belongs to the source.
 fn silent(what: String) -> Error {
     Error::Lost { side: "source", lane: lane_name(LaneRole::Demand, 0), what }
 }
@@ -215,10 +214,10 @@ impl Core {
         }
     }
 
-    /// A loss that other lanes make up for. None where everything is here and no lane can come.
+    /// Checks that the migration outlives a loss. Returns None if everything is here and no lane can come.
     ///
     /// # Errors
-    /// The migration does not go on without its lanes.
+    /// The migration cannot continue without its lanes.
     fn outlives(
         &mut self,
         error: Error,
@@ -231,7 +230,7 @@ impl Core {
         }
     }
 
-    /// The source gives up. Where that is for its files, it may come back once they have been put right.
+    /// The source gives up. If the reason is its files, it may return after the user has restored them.
     pub(super) fn source_gives_up(
         &mut self,
         fault: Fault,
@@ -252,7 +251,7 @@ impl Core {
         self.break_lanes(&format!("the source gave up: {}", fault.text), now, effects)
     }
 
-    /// Looks after what has become due.
+    /// Handles the work that is due.
     pub(super) fn tick(&mut self, now: &Moment, effects: &mut Effects) -> Handled {
         self.look_after_step(now)?;
         self.look_for_room(now, effects);
@@ -277,7 +276,7 @@ impl Core {
         }
     }
 
-    /// Ends a migration whose source does not take its next step, while the guest is still its own.
+    /// Ends a migration whose source does not take its next step, while the guest still belongs to the source.
     fn look_after_step(&mut self, now: &Moment) -> Result<()> {
         let step = match self.phase {
             Phase::Ready
@@ -313,17 +312,17 @@ impl Core {
         }
     }
 
-    /// The source has opened lanes again: it has lost the old ones, whatever they look like from here.
+    /// The source has opened new lanes. So it has lost the old ones, even if they look intact from here.
     pub(super) fn came(&mut self, now: &Moment, effects: &mut Effects) -> Handled {
         if !self.phase.outlives_its_lanes() {
-            // It was told so at the entrance.
+            // The entrance has sent the source the refusal.
             effects.push(Effect::DropLanes);
             return Ok(());
         }
         if !self.link.is_down() {
             self.break_lanes("the source has opened new connections", now, effects)?;
             if self.link.pausing.is_paused() {
-                // That was one loss too many to wrong checksums: who looks after it resumes it.
+                // That loss was one too many to wrong checksums: this side pauses until an order resumes it.
                 effects.push(Effect::DropLanes);
                 self.link.forget_given(effects);
                 return Ok(());
@@ -338,7 +337,7 @@ impl Core {
         Ok(())
     }
 
-    /// Gives up all lanes. The demand thread says when it has let go of its own.
+    /// Closes all lanes. The demand thread reports when it has released its lane.
     fn break_lanes(&mut self, why: &str, now: &Moment, effects: &mut Effects) -> Handled {
         self.step(Step::Broken, effects)?;
         effects.push(Effect::Sever);
@@ -353,7 +352,7 @@ impl Core {
         Ok(())
     }
 
-    /// Says that there are no lanes, and what becomes of the guest.
+    /// Reports that there are no lanes, and the consequence for the guest.
     pub(super) fn announce(&self, reason: String, now: &Moment, effects: &mut Effects) {
         let pages_missing = now.memory.pages_missing;
         let has_way = self.link.entrance.is_some() && !self.link.pausing.is_paused();
@@ -363,11 +362,10 @@ impl Core {
         }));
     }
 
-    /// The demand thread has let go of its lane, and the bulk threads have ended: nothing lands any
-    /// more. What they have said of their lanes is on its way, and must not be taken for news of the
-    /// next ones.
+    /// The demand thread has released its lane, and the bulk threads have ended: nothing lands any more. Their last
+    /// messages are still in the inbox, and must not be mistaken for messages about the next lanes.
     pub(super) fn quiet(&mut self, now: &Moment, effects: &mut Effects) -> Handled {
-        // The lane that had no room for a page was its own.
+        // The lane without room for a page was the demand thread's own.
         if let State::AwaitingCause(doubt) = &self.link.state {
             let why = doubt.error.to_string();
             self.break_lanes(&why, now, effects)?;
@@ -387,7 +385,7 @@ impl Core {
         }
     }
 
-    /// Goes on over the lanes that have come in: nothing is left of the old ones.
+    /// Continues over the accepted lanes: nothing of the old ones is left.
     fn reconnect(&mut self, now: &Moment, effects: &mut Effects) {
         let State::Down { since, .. } = self.link.state else { return };
         let disconnected = now.at.saturating_duration_since(since);
@@ -402,7 +400,7 @@ impl Core {
         ]);
     }
 
-    /// There is no room for what has come, on one lane or on several of them. It comes again when there is.
+    /// Room is exhausted for incoming pages, on one lane or several. The pages come again when there is room.
     pub(super) fn no_room(
         &mut self,
         error: Error,
@@ -420,7 +418,7 @@ impl Core {
         let why = say_shortage(&error.to_string(), free.as_ref(), now, effects);
         let (refusal, until) = (Some(why.clone()), now.at + pause);
         self.link.shortage = Some(Shortage { refusal, until, pause, pages_done });
-        // The source hears why before it loses its lanes.
+        // The source receives the reason before it loses its lanes.
         let error = Error::OutOfMemory(why);
         effects.push(Effect::Send(Frame::Error(error.to_fault())));
         self.link.state = State::AwaitingCause(Doubt::new(error, now.at));
@@ -440,7 +438,7 @@ impl Core {
         }
     }
 
-    /// Has room looked for when that is due.
+    /// Starts a measurement of room when it is due.
     fn look_for_room(&mut self, now: &Moment, effects: &mut Effects) {
         if let Some(shortage) = &mut self.link.shortage
             && shortage.refusal.is_some()
@@ -451,16 +449,16 @@ impl Core {
         }
     }
 
-    /// Lets the source in again when there may be room: where the file systems cannot say so, after a while.
+    /// Lets the source in again when there may be room. If the file systems cannot report room, that is after a while.
     pub(super) fn measured(&mut self, free: Option<&FreeSpace>, now: &Moment) {
-        // Less would be gone at once.
+        // Less room would be used up at once.
         let wanted = ROOM_BYTES_MIN.min(now.memory.bytes_missing);
         if free.is_none_or(|free| free.bytes >= wanted) {
             self.link.try_room();
         }
     }
 
-    /// By hand: no lanes until a resume.
+    /// On an order: no lanes until a resume.
     pub(super) fn pause(&mut self, now: &Moment, effects: &mut Effects) -> Handled {
         if !self.link.recovers || !self.phase.outlives_its_lanes() {
             let place = Place::Destination;
@@ -482,8 +480,8 @@ impl Core {
         self.break_lanes("paused by hand", now, effects)
     }
 
-    /// By hand: the source may come back, to another address if one is named. Its name is looked up
-    /// meanwhile by somebody else: there are pages to be served.
+    /// On an order: accept the source again, at another address if one is given. Another thread looks the name up,
+    /// because this one has pages to serve.
     pub(super) fn resume(&mut self, uri: Option<Uri>, effects: &mut Effects) {
         self.link.orders += 1;
         self.link.try_room();
@@ -496,8 +494,7 @@ impl Core {
         }
     }
 
-    /// The name of a resume by hand has been looked up. What listened before still does if it is none, and a
-    /// pause goes on.
+    /// The lookup for a resume order has ended. If it failed, the old listener stays, and a pause continues.
     pub(super) fn found(
         &mut self,
         order: u64,
@@ -505,7 +502,7 @@ impl Core {
         found: io::Result<Vec<SocketAddr>>,
         effects: &mut Effects,
     ) {
-        // Otherwise something else has been said by hand since then.
+        // Otherwise a later order has replaced this one.
         if order == self.link.orders {
             match found {
                 Ok(found) => effects.push(Effect::Bind { uri, found }),
@@ -522,8 +519,8 @@ impl Core {
         ]);
     }
 
-    /// By hand: the source comes here, or over these connections, of which lanes are made that replace the
-    /// others, lost or not.
+    /// On an order: the source arrives at this entrance. Given connections become lanes that replace the present ones,
+    /// lost or not.
     pub(super) fn offered(
         &mut self,
         entrance: Entrance,
@@ -550,12 +547,12 @@ impl Core {
         effects.push(Effect::Open);
     }
 
-    /// Ctrl-C while there are no lanes: the first says what the second means.
+    /// Ctrl-C without lanes: the first one reports the consequence of the second.
     pub(super) fn interrupted_without_lanes(&mut self, effects: &mut Effects) -> Handled {
         let lost = match self.owner() {
-            // Nothing is lost by leaving.
+            // Leaving loses nothing.
             _ if matches!(self.stage, Stage::Parting) => return self.lose(effects),
-            // A program that embeds this has another way to end it, which no cancel is.
+            // An embedding program has another way to end the migration. It is not a cancellation.
             _ if self.terms.is_embedded => return Ok(()),
             Owner::Source | Owner::Undecided => Lost::Owner,
             Owner::Ours => Lost::Pages,
@@ -580,7 +577,7 @@ impl Lost {
     }
 }
 
-/// Says what lacks, how much of it, and what to do.
+/// Reports the resource that is short, its amount, and the remedy.
 fn say_shortage(
     what: &str,
     free: Option<&FreeSpace>,

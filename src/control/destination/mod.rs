@@ -1,37 +1,37 @@
-//! Whose the guest is at the destination: every decision about it, as a state machine without descriptors,
+//! The destination's core: every decision about the ownership of the guest, as a state machine without descriptors,
 //! threads, clock or output.
 //!
-//! [`Core::handle`] follows the contract of both cores ([`control`](crate::control)). Where the core must not go on
-//! before an effect has succeeded, that effect is the last of its answer, and its success is an input:
-//! [`Input::Committed`], [`Input::Held`] and so on. The record of *loaded* is vital; of others that cannot be written
-//! [`Input::NotWritten`] tells.
+//! [`Core::handle`] follows the contract of both cores ([`control`](crate::control)). If the core must not continue
+//! before an effect has succeeded, that effect is the last of its batch, and its success is an input:
+//! [`Input::Committed`], [`Input::Held`] and so on. The record of *loaded* is vital. [`Input::NotWritten`] reports a
+//! failed write of the other records.
 //!
 //! # States
 //!
-//! A [`Stage`] is what this side waits for; [`Phase`] is what the protocol allows. [`Core::is_consistent`] asserts
-//! which of them go together.
+//! A [`Stage`] is the event that this side waits for; [`Phase`] is the protocol's state. [`Core::is_consistent`]
+//! asserts the valid combinations.
 //!
-//! | stage | phase | whose the guest is | on disk | umem is killed here |
+//! | stage | phase | owner of the guest | on disk | if umem is killed here |
 //! |---|---|---|---|---|
-//! | `Receiving` | comparing … receiving device state | the source's | nothing | the guest here ends, the source's goes on |
-//! | `Loading`, `Loaded` | loading | the source's | nothing | the same |
-//! | `Committing` | loading | the source's, which can no longer cancel | nothing | the same |
-//! | `Holding` | loading | the source's | nothing, then *loaded* | the guest waits if it was held, and ends if not |
+//! | `Receiving` | comparing … receiving device state | the source | nothing | the guest here ends, the source's continues |
+//! | `Loading`, `Loaded` | loading | the source | nothing | the same |
+//! | `Committing` | loading | the source, which can no longer cancel | nothing | the same |
+//! | `Holding` | loading | the source | nothing, then *loaded* | the guest waits if it was held, and ends if not |
 //! | `Awaiting` | loaded | only the source knows | *loaded* | the guest waits for `--resume` |
-//! | `Starting` | switched | ours | *loaded*, then *switched* | the guest waits; a switchover not written comes again |
-//! | `Serving` | running | ours | *switched*, then *running* | the guest waits for its pages |
-//! | `Unregistering` | running | ours | *running* | the same |
-//! | `Parting` | completing | ours, complete | *running*, then *complete* | the guest runs on; `--resume` tells the source |
-//! | `TakingOver` | loaded … running | as the record says | as it was | as before `--resume` |
-//! | `Seeking`, `Stopping`, `Releasing` | any | as the phase says | as it was | as in that phase |
+//! | `Starting` | switched | this side | *loaded*, then *switched* | the guest waits; an unrecorded switchover comes again |
+//! | `Serving` | running | this side | *switched*, then *running* | the guest waits for its pages |
+//! | `Unregistering` | running | this side | *running* | the same |
+//! | `Parting` | completing | this side, complete | *running*, then *complete* | the guest continues; `--resume` informs the source |
+//! | `TakingOver` | loaded … running | as recorded | unchanged | as before `--resume` |
+//! | `Seeking`, `Stopping`, `Releasing` | any | by the phase | unchanged | as in that phase |
 //! | `Ended` | any | | nothing, unless the guest stays | |
 //!
-//! From *switched* on the source's guest never runs again. Before *loaded* is written nothing here outlives umem.
-//! In between (`Awaiting`) the guest neither runs nor ends, unless its source or a person says so.
+//! From *switched* on the source's guest never runs again. Before *loaded* is written nothing here outlives umem. In
+//! between (`Awaiting`) the guest neither runs nor ends, unless its source or the user decides so.
 //!
 //! # Inputs
 //!
-//! | input | where it moves on |
+//! | input | transition |
 //! |---|---|
 //! | `Received(remaining)`, `RoundsEnded` | with both: settle the pages |
 //! | `PagesSettled` | `Receiving`, and *settled* is sent |
@@ -40,12 +40,12 @@
 //! | `Committed`, `Held` | `Committing` → `Holding` → `Awaiting`: write *loaded*, hold the guest, send *loaded* |
 //! | `Received(switchover)` | `Awaiting` → `Starting`: keep the guest, write *switched*, run it |
 //! | `Running` | `Starting` → `Serving`: write *running*, send it |
-//! | `AllCached`, `AllReleased` | `Serving` → `Unregistering` once both have come (one for shared memory) |
+//! | `AllCached`, `AllReleased` | `Serving` → `Unregistering` after both (after one for shared memory) |
 //! | `Unregistered` | `Unregistering` → `Parting`: free the guest, write *complete*, send it |
 //! | `Received(complete)` | `Parting` → `Stopping`: write *parted* |
-//! | a loss that nothing outlives, an error | any → `Seeking` → `Stopping` → `Ended` |
+//! | a loss that ends the migration, an error | any → `Seeking` → `Stopping` → `Ended` |
 //!
-//! The lanes have states of their own, in [`link`]. An answer that nobody waits for changes nothing.
+//! The lanes have states of their own, in [`link`]. An answer to no open question changes nothing.
 
 mod ending;
 pub(crate) mod farewell;
@@ -74,25 +74,25 @@ pub(crate) use ending::Outcome;
 pub(crate) use link::Entrance;
 use link::Link;
 
-/// What is settled when a migration begins.
+/// The parameters of a migration, constant from its beginning.
 #[derive(Clone, Debug)]
 pub(crate) struct SessionPolicy {
-    /// Both sides go on over other lanes when these are lost after *loaded*.
+    /// Both sides continue over other lanes when these are lost after *loaded*.
     pub(crate) recovers: bool,
-    /// There are bulk lanes. An answer on the demand lane waits behind pages otherwise.
+    /// Whether there are bulk lanes. Without them an answer on the demand lane waits behind pages.
     pub(crate) has_bulk_lanes: bool,
-    /// What comes is checked.
+    /// Incoming data is verified by checksums.
     pub(crate) is_checked: bool,
-    /// A page has come when it is the guest's own ([`Input::AllReleased`]).
+    /// The guest's memory is private: a page counts as arrived when it is the guest's own ([`Input::AllReleased`]).
     pub(crate) is_private: bool,
-    /// No monitor holds the guest back: it runs as soon as it has pages. So no page is requested for it before the
-    /// guest is ours.
+    /// No monitor holds the guest: it runs as soon as it has pages. So no page is requested for it before the guest
+    /// belongs to this side.
     pub(crate) runs_itself: bool,
-    /// A program that embeds this has a way of its own to end it.
+    /// umem is a part of another program, which has its own way to end the migration.
     pub(crate) is_embedded: bool,
-    /// What another process takes over, should this one be killed; none where nobody could.
+    /// The session for a takeover, should this process be killed; None if no process could take over.
     pub(crate) session: Option<Session>,
-    /// The most that a step of the source's may take before *loaded* while nothing moves.
+    /// How long a step of the source may last before *loaded* without progress.
     pub(crate) step_timeout: Duration,
 }
 
@@ -100,12 +100,12 @@ pub(crate) struct SessionPolicy {
 #[derive(Clone, Debug)]
 pub(crate) struct Session {
     pub(crate) number: String,
-    /// ` --session-dir …`, where a command needs that.
+    /// ` --session-dir …`, if the command needs the option.
     pub(crate) directory_option: String,
 }
 
 impl Session {
-    /// The command that takes it over.
+    /// The command for the takeover.
     pub(crate) fn command(&self) -> String {
         format!("umem incoming --resume {}{}", self.number, self.directory_option)
     }
@@ -114,7 +114,7 @@ impl Session {
 /// The moment of an input.
 pub(crate) type Moment = super::Moment<Memory>;
 
-/// How the guest's memory stands.
+/// The state of the guest's memory.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Memory {
     pub(crate) pages_missing: u64,
@@ -123,7 +123,7 @@ pub(crate) struct Memory {
     pub(crate) totals: Totals,
 }
 
-/// The file system that has least room for what is to come.
+/// The file system with the least room for the missing pages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct FreeSpace {
     /// The RAM file.
@@ -131,19 +131,19 @@ pub(crate) struct FreeSpace {
     pub(crate) bytes: u64,
 }
 
-/// How the guest's process has ended.
+/// How the guest's process ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Exit {
-    /// With all of its memory, and not in failure as far as can be known: a guest may shut down.
+    /// With all of its memory, and without a known failure: a guest may shut down.
     Fine,
-    /// Otherwise. ` (exit status: 1)`, or nothing.
+    /// Any other end. ` (exit status: 1)`, or nothing.
     Failed { how: String },
 }
 
-/// The guest's process, when a migration fails.
+/// The guest's process after a failed migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Process {
-    /// It has ended, or is our own.
+    /// It has ended, or is this process.
     Gone,
     /// It ends with umem.
     EndsWithUs,
@@ -151,16 +151,16 @@ pub(crate) enum Process {
     Stays,
 }
 
-/// What has happened.
+/// An event that the core handles.
 #[derive(Debug)]
 pub(crate) enum Input {
-    /// The regions have been compared, and the threads run: the guest waits for its source.
+    /// The regions have been compared, and the threads run: wait for the source.
     Begin(RegionTable),
-    /// The threads run for a session that another process has served.
+    /// The threads run for a session that another process served.
     TakeOver,
-    /// The source said this on the demand lane.
+    /// The source sent this on the demand lane.
     Received(Heard),
-    /// Every copy that came in rounds has landed, on all lanes.
+    /// Every copy received in rounds has landed, on all lanes.
     RoundsEnded,
     /// [`Effect::SettlePages`] has succeeded.
     PagesSettled,
@@ -168,152 +168,152 @@ pub(crate) enum Input {
     AllCached,
     /// Private memory: every page is the guest's own.
     AllReleased,
-    /// The monitor has loaded the device state, of a guest that ran when it was stopped (`runs`) or stood still.
+    /// The monitor has loaded the device state. `runs` is true if the guest ran when it was stopped at the source.
     Loaded { runs: bool },
-    /// The monitor has let the guest run.
+    /// The monitor has started the guest.
     Running,
-    /// The monitor or a thread has failed, and nothing can go on.
+    /// The monitor or a thread has failed: the migration cannot continue.
     Failed(Error),
-    /// An effect could not be carried out, or the driver has a bug.
+    /// An effect has failed, or the driver has a bug.
     NotDone(Error),
     /// A lane is lost.
     LaneLost { lane: LaneRole, error: Error },
-    /// There is no room for what has come.
+    /// Memory or disk space is exhausted for incoming pages.
     NoRoom { error: Error, free: Option<FreeSpace> },
-    /// A page that has come cannot be made visible for want of memory; it is tried again.
+    /// A received page cannot be made visible for lack of memory. The attempt is repeated.
     ShortOfTables { why: String, free: Option<FreeSpace> },
-    /// [`Effect::MeasureRoom`] has found this; none where there is enough, or nobody knows.
+    /// The result of [`Effect::MeasureRoom`]; None if there is enough room, or if the room is unknown.
     Room(Option<FreeSpace>),
-    /// The demand thread has let go of a lost lane: nothing of it is in flight.
+    /// The demand thread has released a lost lane: no operation of the lane is in flight.
     Quiet,
-    /// What those who served lost lanes have said has all been handled.
+    /// All messages of the threads that served lost lanes have been handled.
     Settled,
-    /// All lanes of one attempt have come in.
+    /// All lanes of one attempt have been accepted.
     Came,
-    /// Of the connections that were given one has gone, or leads elsewhere.
+    /// One of the given connections has closed, or leads to another session.
     GivenInVain,
-    /// By hand.
+    /// An order of `umem control` or of the embedding program.
     Order(Order),
-    /// The address of that order has been looked up.
+    /// The lookup of that order's address has ended.
     Found { order: u64, uri: Uri, found: io::Result<Vec<SocketAddr>> },
-    /// [`Effect::Bind`] has come to this address.
+    /// [`Effect::Bind`] has bound this address.
     Bound { uri: String },
     /// [`Effect::WriteAddress`] has failed.
     AddressNotWritten(Error),
-    /// A resume by hand cannot be carried out.
+    /// A resume order cannot be carried out.
     NotResumed(Error),
-    /// By hand: the source comes to this place, which the driver has.
+    /// An order: the source arrives at this entrance, which the driver holds.
     Offered(Entrance),
-    /// Somebody interrupts, or the program that embeds this cancels.
+    /// A signal interrupts, or the embedding program cancels.
     Interrupt,
     /// The guest's process has ended.
     GuestEnded(Exit),
     /// Time has passed.
     Tick,
-    /// [`Effect::Commit`] has succeeded: nobody cancels any more.
+    /// [`Effect::Commit`] has succeeded: a cancellation is no longer possible.
     Committed,
-    /// A record of this state, which is not vital, could not be written.
+    /// The record of this state, which is not vital, could not be written.
     NotWritten { state: DestinationState, error: Error },
-    /// [`Effect::Hold`] has succeeded: the guest's process waits should umem be killed.
+    /// [`Effect::Hold`] has succeeded: the guest's process waits if umem is killed.
     Held,
     /// [`Effect::TakeUp`] has succeeded: faults are served again.
     TakenUp,
-    /// [`Effect::Unregister`] has succeeded; how the guest's process has ended, if it has.
+    /// [`Effect::Unregister`] has succeeded. `exit` is the end of the guest's process, if it has ended.
     Unregistered { exit: Option<Exit>, unmapped_bytes: u64 },
-    /// [`Effect::SeekCause`] has found this.
+    /// The result of [`Effect::SeekCause`].
     Cause { error: Error, process: Process },
     /// [`Effect::EndThreads`] is done.
     ThreadsEnded,
-    /// [`Effect::Release`] has succeeded: the guest's process has been told to go on alone.
+    /// [`Effect::Release`] has succeeded: the guest's process continues without umem.
     Released,
 }
 
-/// What is to be done.
+/// An action for the driver.
 #[derive(Debug)]
 pub(crate) enum Effect {
-    /// Ask the monitor to get ready.
+    /// Ask the monitor to prepare.
     Prepare,
-    /// What came in rounds and does not remain is here for good.
+    /// Pages received in rounds are final, except the remaining ones.
     SettlePages,
-    /// Ask the monitor to load this.
+    /// Ask the monitor to load this device state.
     Load(Vec<u8>),
-    /// Ask the monitor to let the guest run.
+    /// Ask the monitor to start the guest.
     Run,
     /// Request pages from here on, for a guest that [runs itself](SessionPolicy::runs_itself).
     RequestPages,
     /// Keep cores awake while the guest stands still.
     StayAwake,
-    /// The guest runs, after a standstill of this long: cores may sleep.
+    /// The guest runs, after this downtime: cores may sleep.
     Sleep { downtime: Duration },
-    /// Decide against everybody who would still cancel.
+    /// Rule out any later cancellation.
     Commit,
-    /// Write this down, before anything that follows.
+    /// Write this record, before any effect that follows.
     Persist(Record),
-    /// Have the guest's process wait, should umem be killed. It still ends when umem ends by itself.
+    /// Have the guest's process wait if umem is killed. It still ends when umem exits.
     Hold,
-    /// Have the guest's process end when umem ends by itself, as before *switched*; it waits if umem is killed.
+    /// Have the guest's process end when umem exits, as before *switched*. It waits if umem is killed.
     Doom,
-    /// The guest is ours: have its process stay whatever happens to umem.
+    /// The guest belongs to this side: have its process stay, whether umem exits or is killed.
     Keep,
-    /// Take up what a process before this has left: touch again, wake who waits.
+    /// Continue the work of an earlier process: touch pages again, and wake waiting threads.
     TakeUp,
-    /// Private memory: have the rest touched.
+    /// Private memory: have the remaining pages touched.
     TouchTheRest,
-    /// Have the guest leave its userfaultfds, and look whether it is still there.
+    /// Have the guest unregister its userfaultfds, and check that the guest still exists.
     Unregister,
-    /// The guest is complete: its process needs nobody any more.
+    /// The guest is complete: its process no longer needs another process.
     Free,
-    /// What the source's memory comes to.
+    /// Compare with these digests of the source's memory.
     Compare(Vec<u64>),
-    /// Say this on the demand lane.
+    /// Send this on the demand lane.
     Send(Frame),
-    /// Say that everything is here, with the digests where they are known.
+    /// Send the completion, with the digests if they are known.
     SendCompletion,
-    /// Ask on the demand lane whether somebody is there.
+    /// Send a ping on the demand lane.
     Ping(u64),
-    /// Cut all lanes, and wait for the bulk threads' end.
+    /// Close all lanes, and wait for the end of the bulk threads.
     Sever,
-    /// Report [`Input::Settled`] behind everything that has been said already.
+    /// Report [`Input::Settled`] behind all messages posted so far.
     Settle,
-    /// What was landing is missing again.
+    /// Landing pages become missing again.
     RollBack,
-    /// Go on over the lanes that have come in: say this first, and the completion afterwards.
+    /// Continue over the accepted lanes: send the standing first, then the completion.
     Reconnect { standing: Standing, is_complete: bool },
-    /// The lanes that have come in are not wanted.
+    /// Close the accepted lanes.
     DropLanes,
-    /// Look up where to listen, and report [`Input::Found`].
+    /// Look up the address to listen at, and report [`Input::Found`].
     LookUp { order: u64, uri: Uri },
     /// Listen at one of these addresses.
     Bind { uri: Uri, found: Vec<SocketAddr> },
-    /// Take lanes where was offered last, or was bound.
+    /// Accept lanes at the last offered or bound entrance.
     Open,
-    /// Refuse what was offered last.
+    /// Refuse the last offer.
     Decline,
-    /// The connections that were given are of no use any more.
+    /// Close the given connections: they are of no further use.
     ForgetGiven,
-    /// The source finds this side here from now on.
+    /// From now on the source finds this side at this address: write it to the record.
     WriteAddress(String),
-    /// Look for room, and report it.
+    /// Measure the room, and report it.
     MeasureRoom,
-    /// The protocol's phase has this name now.
+    /// The protocol's phase now has this name.
     Entered(&'static str),
-    /// What a person sees going on has this name.
+    /// The name of the current activity, for the display.
     Show(&'static str),
-    /// Tell those who look on.
+    /// Report this event.
     Report(Event),
-    /// Ask those who may know better why this happened.
+    /// Ask the monitor and the threads for the cause of this error.
     SeekCause(Error),
-    /// End the threads. What was to be sent leaves first, this last; after a failure nobody waits for long.
+    /// End the threads. Pending data is sent first, this fault last. After a failure the wait is short.
     EndThreads { told: Option<Fault>, has_failed: bool },
-    /// Tell the guest's process to go on alone.
+    /// Tell the guest's process to continue without umem.
     Release,
-    /// After a failure: have the guest's process wait for whoever takes over. One that cannot be told so ends.
+    /// After a failure: have the guest's process wait for a takeover. If it cannot be told so, it ends.
     LetWait,
-    /// After a failure: end the guest's process, unless it is to stay whatever happens to umem.
+    /// After a failure: end the guest's process, unless it is to stay in every case.
     EndGuest,
-    /// Nobody has to take over any more: remove the record.
+    /// No takeover is needed any more: remove the record.
     Forget,
-    /// This is how it has ended.
+    /// The migration has ended with this outcome.
     Finish(Outcome),
 }
 
@@ -366,7 +366,7 @@ impl super::Effect for Effect {
     }
 }
 
-/// What is written down for a process that takes over.
+/// A record for a process that takes over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Record {
     Loaded { mode: Mode, runs: bool },
@@ -377,8 +377,8 @@ pub(crate) enum Record {
 }
 
 impl Record {
-    /// Whether what follows must not be done where this cannot be written. Once the guest is this side's it goes on
-    /// all the same: what is there says less than is so, which the source makes up for.
+    /// Whether a failed write of the record prevents the effects that follow. Once the guest belongs to this side, the
+    /// migration continues: the file then has an earlier state, and the source supplies the rest.
     pub(crate) fn is_vital(&self) -> bool {
         matches!(self, Record::Loaded { .. })
     }
@@ -394,16 +394,17 @@ impl Record {
     }
 }
 
-/// What this side waits for, beside its lanes.
+/// The event that this side waits for, apart from its lanes.
 #[derive(Debug)]
 enum Stage {
-    /// The source, up to *load*. What has come of the device state.
+    /// The source's frames up to *load*. Holds the device state received so far.
     Receiving {
         state: Vec<u8>,
     },
     /// The monitor, to load the device state.
     Loading,
-    /// Every page, without which the guest may not run where there is no postcopy. Whether the guest ran at the source.
+    /// Every page, without which the guest may not run if there is no postcopy. Holds whether the guest ran at the
+    /// source.
     Loaded {
         runs: bool,
     },
@@ -415,17 +416,18 @@ enum Stage {
     Holding,
     /// The switchover.
     Awaiting,
-    /// The monitor, to let the guest run. Whether somebody who interrupts knows that it does not answer.
+    /// The monitor, to start the guest. Holds whether the user has interrupted and knows that the monitor does not
+    /// answer.
     Starting {
         is_told: bool,
     },
-    /// The pages that are missing.
+    /// The missing pages.
     Serving,
     /// [`Effect::Unregister`].
     Unregistering,
     /// The source's goodbye.
     Parting,
-    /// [`Effect::TakeUp`], in a session that another process has served.
+    /// [`Effect::TakeUp`], in a session that another process served.
     TakingOver,
     /// [`Effect::SeekCause`].
     Seeking(Voice),
@@ -436,36 +438,36 @@ enum Stage {
     Ended,
 }
 
-/// How a side leaves that has failed.
+/// How a failed side leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Voice {
-    /// The other side hears why.
+    /// The other side receives the reason.
     Tells,
-    /// To the other side it is as if umem had been killed: another process may go on.
+    /// To the other side it looks as if umem had been killed: another process may continue.
     Silent,
 }
 
-/// How much of the guest's memory is here.
+/// How much of the guest's memory has arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pages {
     Coming,
-    /// Every page is cached; private memory has pages that are not the guest's own.
+    /// Every page is cached; some pages of private memory are not the guest's own yet.
     Cached,
-    /// Private memory: all are the guest's own, which was heard first.
+    /// Private memory: all pages are the guest's own. This was reported before they were reported cached.
     Released,
     Whole,
 }
 
-/// Whose the guest is.
+/// The owner of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Owner {
     Source,
-    /// The source's or ours: only the source knows.
+    /// The source or this side: only the source knows.
     Undecided,
     Ours,
 }
 
-/// When what happened; the source's stop is dated back from its switchover.
+/// The times of the migration's steps. The source's stop is computed back from its switchover.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Times {
     pub(crate) stopped: Option<Instant>,
@@ -488,7 +490,7 @@ impl From<Error> for Failure {
     }
 }
 
-/// What a handler adds its effects to.
+/// The effects of a handler.
 type Effects = super::Effects<Effect>;
 
 /// The state machine.
@@ -498,7 +500,7 @@ pub(crate) struct Core {
     phase: Phase,
     stage: Stage,
     pages: Pages,
-    /// Every copy that came in rounds has landed.
+    /// Every copy received in rounds has landed.
     have_rounds_ended: bool,
     link: Link,
     steps: Steps,
@@ -506,7 +508,7 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    /// A migration whose lanes have just opened.
+    /// For a migration whose lanes have just opened.
     pub(crate) fn new(terms: SessionPolicy, entrance: Option<Entrance>, now: Instant) -> Core {
         let link = Link::up(&terms, entrance);
         Core::at(terms, Phase::new(), Stage::Receiving { state: Vec::new() }, link, now)
@@ -525,7 +527,7 @@ impl Core {
         }
     }
 
-    /// Takes what has happened; the answer is what is to be done, in order.
+    /// Handles an input. Returns the effects in order.
     pub(crate) fn handle(&mut self, input: Input, now: &Moment) -> Effects {
         let mut effects = Effects::new();
         let handled = match self.stage {
@@ -575,7 +577,7 @@ impl Core {
             Input::Unregistered { exit, unmapped_bytes } => {
                 self.unregistered(exit, unmapped_bytes, now, effects)
             }
-            // One that has not run yet has not shut down.
+            // A guest that has not run yet cannot have shut down.
             Input::GuestEnded(Exit::Fine) if self.has_run() => Ok(()),
             Input::GuestEnded(Exit::Fine) => Err(self.guest_died("").into()),
             Input::GuestEnded(Exit::Failed { how }) => Err(self.guest_died(&how).into()),
@@ -628,7 +630,8 @@ impl Core {
         }
     }
 
-    /// Moves the protocol on. A phase that an input does not fit stays: whose the guest is has not changed.
+    /// Advances the protocol. A frame that does not fit leaves the phase as it is: the owner of the guest has not
+    /// changed.
     fn step(&mut self, step: Step<'_>, effects: &mut Effects) -> Result<()> {
         let before = self.phase.name();
         match self.phase.clone().step(step) {
@@ -643,7 +646,7 @@ impl Core {
         }
     }
 
-    /// Which stages and phases go together.
+    /// Whether the stage fits the phase.
     fn is_consistent(&self) -> bool {
         match &self.stage {
             Stage::Receiving { .. } => matches!(
@@ -677,14 +680,14 @@ impl Core {
         }
     }
 
-    /// The guest has run here.
+    /// Whether the guest has run here.
     fn has_run(&self) -> bool {
         matches!(self.phase, Phase::Running { .. } | Phase::Completing | Phase::Completed(_))
     }
 
-    /// Where this side stands, as a source hears it on other lanes.
+    /// The standing of this side, as it is sent to a source on new lanes.
     fn standing(&self, now: &Moment) -> Standing {
-        // A time that could not be written down is not known to a process that takes over.
+        // A process that takes over does not know a time that could not be written.
         let times = self.times.running.zip(self.times.switched);
         let ran_after = times.map_or(Duration::ZERO, |(r, s)| r.saturating_duration_since(s));
         Standing {
@@ -694,17 +697,17 @@ impl Core {
         }
     }
 
-    /// When [`Input::Tick`] has something to do at the latest.
+    /// The latest time at which [`Input::Tick`] changes the state.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.link.deadline().into_iter().chain(self.steps.deadline()).min()
     }
 
-    /// Why lanes that come in are not wanted now, if they are not.
+    /// Why new lanes are refused now; None if they are accepted.
     pub(crate) fn refusal(&self) -> Option<(FaultCode, Cow<'static, str>)> {
         self.link.refusal(&self.phase)
     }
 
-    /// The phase, as it is called while there are lanes.
+    /// The name of the phase, as it is while lanes are up.
     pub(crate) fn phase_name(&self) -> &'static str {
         self.phase.name()
     }
@@ -713,7 +716,7 @@ impl Core {
         &self.times
     }
 
-    /// How often other lanes have replaced lost ones, and how long there were none in all.
+    /// The number of recoveries, and the total time without lanes.
     pub(crate) fn recoveries(&self) -> (u32, Duration) {
         (self.link.recoveries, self.link.disconnected)
     }
@@ -724,7 +727,8 @@ fn not_resumed(error: &Error, effects: &mut Effects) {
     effects.push(Effect::Report(Event::Remark(Remark::NotResumed { reason })));
 }
 
-/// Of a guest that is complete that would be found again.
+/// Reports a failed write. A failed write of *complete* is not reported, because the next process finds that state
+/// again.
 fn say_not_written(state: DestinationState, error: &Error, effects: &mut Effects) {
     if state != DestinationState::Complete {
         not_written(error, effects);

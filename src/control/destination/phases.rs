@@ -1,4 +1,4 @@
-//! From the source's first word to its goodbye: loading, the point of no return, the switchover, the last page.
+//! From the source's first frame to its goodbye: loading, the point of no return, the switchover, the last page.
 
 use std::time::Duration;
 
@@ -56,11 +56,11 @@ impl Core {
                 }
                 effects.push(Effect::Report(Event::StoppedAtSource { postcopy }));
             }
-            // All of it.
+            // The whole device state.
             Heard::DeviceState(state) => self.stage = Stage::Receiving { state },
             Heard::Load { .. } => self.load(effects),
             Heard::Switchover { stopped_us } => self.switch(stopped_us, now, effects),
-            // Before the question behind it is answered.
+            // Handled before the ping behind it is answered.
             Heard::Complete(_) => {
                 effects.push(Effect::Persist(Record::Parted));
                 self.complete(effects);
@@ -76,7 +76,8 @@ impl Core {
         Ok(())
     }
 
-    /// Once what remains has been named and every copy of what came before has landed, which are not ordered.
+    /// Settles the pages when the remaining ones have been named and every earlier copy has landed. The two come in any
+    /// order.
     pub(super) fn settle_pages(&self, effects: &mut Effects) {
         if self.phase == Phase::Settling && self.have_rounds_ended {
             effects.push(Effect::SettlePages);
@@ -100,7 +101,7 @@ impl Core {
         }
     }
 
-    /// The monitor has loaded the device state, of a guest that ran when it was stopped or did not.
+    /// The monitor has loaded the device state. `runs` is true if the guest ran when it was stopped.
     pub(super) fn loaded(&mut self, runs: bool, effects: &mut Effects) -> Handled {
         if let Stage::Loading = self.stage {
             self.stage = Stage::Loaded { runs };
@@ -109,8 +110,8 @@ impl Core {
         Ok(())
     }
 
-    /// Decides that the source may give its guest up, if the guest could run here. Without postcopy it could only
-    /// once every page is cached: the source has sent them all, but that is not their arrival.
+    /// Commits if the guest could run here: from then on the source may give its guest up. Without postcopy every page
+    /// must be cached: the source has sent them all, but they may not have arrived.
     fn commit_if_enough(&mut self, effects: &mut Effects) {
         let Stage::Loaded { runs } = self.stage else { return };
         let Phase::Loading { mode: Mode { postcopy, .. }, .. } = self.phase else { return };
@@ -142,7 +143,7 @@ impl Core {
         }
     }
 
-    /// From here on only the source knows whose the guest is.
+    /// From here on only the source knows the owner of the guest.
     fn say_loaded(&mut self, effects: &mut Effects) -> Handled {
         self.step(Step::StateLoaded, effects)?;
         self.stage = Stage::Awaiting;
@@ -154,7 +155,7 @@ impl Core {
         Ok(())
     }
 
-    /// The guest is this side's.
+    /// The guest belongs to this side.
     fn switch(&mut self, stopped_us: u64, now: &Moment, effects: &mut Effects) {
         self.times.switched = Some(now.at);
         self.times.downtime = Duration::from_micros(stopped_us);
@@ -167,7 +168,7 @@ impl Core {
         ]);
     }
 
-    /// The monitor says that it runs.
+    /// The monitor reports that the guest runs.
     pub(super) fn running(&mut self, now: &Moment, effects: &mut Effects) -> Handled {
         let Stage::Starting { .. } = self.stage else { return Ok(()) };
         let since_switchover =
@@ -221,7 +222,7 @@ impl Core {
         Ok(())
     }
 
-    /// The guest runs and has every page: it leaves its userfaultfds at once.
+    /// If the guest runs and has every page, it unregisters its userfaultfds at once.
     fn unregister_if_whole(&mut self, effects: &mut Effects) {
         if matches!(self.stage, Stage::Serving) && self.pages == Pages::Whole {
             self.stage = Stage::Unregistering;
@@ -229,8 +230,8 @@ impl Core {
         }
     }
 
-    /// Whether there still is a guest is asked before anybody is told that it is complete: pages of one whose
-    /// process is gone count as cached, as nobody misses them.
+    /// Checks that the guest still exists before it is reported complete: the pages of a guest whose process is gone
+    /// count as cached, because no thread misses them.
     pub(super) fn unregistered(
         &mut self,
         exit: Option<Exit>,
@@ -277,7 +278,7 @@ impl Core {
         Ok(())
     }
 
-    /// The guest is ours, and its monitor has not answered yet that it runs.
+    /// The guest belongs to this side, and its monitor has not reported yet that it runs.
     fn interrupted_before_it_runs(
         &mut self,
         is_told: bool,
@@ -285,7 +286,7 @@ impl Core {
         effects: &mut Effects,
     ) -> Handled {
         let how = self.terms.session.as_ref().map(super::Session::command);
-        // Who could not go on would lose what is missing.
+        // If no process can continue, the missing pages are lost.
         let goes_on = how.is_none() && pages > 0;
         if goes_on || !is_told {
             effects.push(Effect::Report(Event::Remark(Remark::AwaitsCont { pages, goes_on })));
@@ -301,14 +302,14 @@ impl Core {
         Err(Failure { error, voice: Voice::Silent })
     }
 
-    /// No lanes will replace those that are lost, where nothing has to come any more.
+    /// Handles a loss of lanes that no lanes will replace, when no page is missing.
     pub(super) fn lose(&mut self, effects: &mut Effects) -> Handled {
         self.step(Step::Lost, effects)?;
         self.complete(effects);
         Ok(())
     }
 
-    /// The guest is complete, whether the source has heard of it or not.
+    /// The guest is complete, whether or not the source knows it.
     fn complete(&mut self, effects: &mut Effects) {
         self.stage = Stage::Stopping(Verdict::Complete);
         effects

@@ -1,7 +1,7 @@
-//! A session whose process is gone: what is left to do for it, and how another process goes on.
+//! A session whose process is gone: the remaining work, and the continuation in another process.
 //!
-//! The record says the least that is so: it is written before what it speaks of is done, from *complete* on
-//! afterwards. The source says the rest: it sends a switchover again that has not come.
+//! The record has the earliest possible state: it is written before each step, and from *complete* on after the step.
+//! The source supplies the rest: it sends a switchover again that has not arrived.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use super::link::Link;
 use super::{Core, Effect, Effects, Failure, Moment, SessionPolicy, Stage, Times, micros};
 use crate::session::{DestinationRecord, DestinationState, when};
 
-/// What has become of the guest, `G` where it is there.
+/// The state of the guest; `G` if it still waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Found<G> {
     /// Its side has handed everything over again.
@@ -22,22 +22,22 @@ pub(crate) enum Found<G> {
     Ended,
 }
 
-/// What is left to do.
+/// The remaining work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Plan<G> {
-    /// Serve it.
+    /// Serve the guest.
     Serve(G),
-    /// Tell its process to go on alone: both sides know that it is complete.
+    /// Tell the guest's process to continue without umem: both sides know that the guest is complete.
     Release(G),
-    /// Nothing: the record goes.
+    /// Nothing: remove the record.
     Nothing,
-    /// Tell the source that it is complete.
+    /// Tell the source that the guest is complete.
     TellOfCompletion,
-    /// Tell the source that it has ended.
+    /// Tell the source that the guest has ended.
     TellOfEnd,
 }
 
-/// What a record and a guest together ask for.
+/// The work that a record and the state of its guest require.
 pub(crate) fn plan<G>(record: DestinationState, found: Found<G>) -> Plan<G> {
     match (record, found) {
         (DestinationState::Parted, Found::Waiting(guest)) => Plan::Release(guest),
@@ -49,7 +49,7 @@ pub(crate) fn plan<G>(record: DestinationState, found: Found<G>) -> Plan<G> {
     }
 }
 
-/// How far a process before this had come, as its record says.
+/// The progress of an earlier process, as recorded.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Recalled {
     pub(crate) state: DestinationState,
@@ -73,13 +73,13 @@ impl From<&DestinationRecord> for Recalled {
 }
 
 impl Recalled {
-    /// From the switchover's arrival until the guest ran.
+    /// The time from the switchover's arrival until the guest ran.
     pub(crate) fn ran_after(&self) -> Duration {
         let both = self.switched.zip(self.running);
         both.map_or(Duration::ZERO, |(s, r)| r.saturating_duration_since(s))
     }
 
-    /// What a source hears of a guest that is complete.
+    /// The standing that a source receives for a complete guest.
     pub(crate) fn standing(&self, totals: umem_wire::Totals) -> Standing {
         Standing { switched: true, running: Some(micros(self.ran_after())), totals }
     }
@@ -110,14 +110,14 @@ impl Recalled {
 }
 
 impl Core {
-    /// Goes on from there, without lanes at first.
+    /// Continues from the recorded state, without lanes at first.
     pub(crate) fn recalled(terms: SessionPolicy, recalled: &Recalled, now: Instant) -> Core {
         let link = Link::down(&terms, now);
         let core = Core::at(terms, recalled.phase(), Stage::TakingOver, link, now);
         Core { times: recalled.times(), ..core }
     }
 
-    /// Nobody cancels any more what a process before this has begun.
+    /// A cancellation is no longer possible in a session that an earlier process has begun.
     pub(super) fn take_over(effects: &mut Effects) {
         effects.push(Effect::Commit);
     }
@@ -134,7 +134,7 @@ impl Core {
         }
         self.stage = match self.phase {
             Phase::Loaded { .. } => {
-                // If it comes to nothing now, this guest is ended, as the source's goes on.
+                // If the takeover fails now, this guest ends, because the source's guest continues.
                 effects.push(Effect::Doom);
                 Stage::Awaiting
             }

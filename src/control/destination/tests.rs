@@ -1,4 +1,4 @@
-//! Every state by every input, and runs in which umem is killed and lanes are lost between every two effects.
+//! Every input in every state, and runs in which umem is killed and lanes are lost between any two effects.
 
 mod kills;
 mod rounds;
@@ -97,7 +97,7 @@ impl Bench {
     }
 }
 
-/// What leads to the next stage, in order.
+/// The inputs that lead from stage to stage, in order.
 fn way() -> Vec<(&'static str, Vec<Input>)> {
     let received = Input::Received;
     vec![
@@ -124,7 +124,7 @@ fn way() -> Vec<(&'static str, Vec<Input>)> {
     ]
 }
 
-/// A core that has come as far as the stage of that name.
+/// A core that has reached the stage of that name.
 fn at(stage: &str, terms: SessionPolicy) -> Bench {
     let mut bench = Bench::new(terms);
     for (name, inputs) in way() {
@@ -136,7 +136,7 @@ fn at(stage: &str, terms: SessionPolicy) -> Bench {
     panic!("no stage is called {stage}")
 }
 
-/// Those of rounds, those that fail, and those of another process.
+/// Cores in rounds, in failures, and after a takeover.
 fn sidings() -> Vec<(&'static str, Bench)> {
     let recalled = |state| {
         let mode = Mode { postcopy: true, background: true };
@@ -233,7 +233,7 @@ fn inputs() -> Vec<(&'static str, Input)> {
     ]
 }
 
-/// An effect without times and addresses of memory.
+/// An effect as text, without times and memory addresses.
 fn short(effect: &Effect) -> String {
     match effect {
         Effect::Persist(record) => {
@@ -307,9 +307,9 @@ fn table() -> String {
     table
 }
 
-/// `table.txt` has every pair of a stage and an input that does anything; all other pairs do nothing.
+/// `table.txt` lists every pair of a stage and an input with an effect. All other pairs have none.
 #[test]
-fn every_stage_answers_every_input_as_the_table_says() {
+fn every_stage_answers_every_input_as_in_the_table() {
     let (expected, actual) = (include_str!("tests/table.txt"), table());
     let differ = |ours: &str, theirs: &str| {
         let lines: Vec<_> =
@@ -325,7 +325,7 @@ fn every_stage_answers_every_input_as_the_table_says() {
 }
 
 #[test]
-fn lanes_that_break_are_replaced_only_when_nothing_of_them_is_left() {
+fn broken_lanes_are_replaced_only_after_their_release() {
     let mut bench = at("Serving", terms());
     assert_eq!(bench.says(lost(LaneRole::Bulk)), "");
     assert_eq!(bench.core.deadline(), Some(bench.now.at + CAUSE_PATIENCE));
@@ -339,7 +339,7 @@ fn lanes_that_break_are_replaced_only_when_nothing_of_them_is_left() {
     assert_eq!(bench.says(Input::Settled), gone_on);
     assert_eq!(bench.core.recoveries(), (1, Duration::ZERO));
 
-    // The other way round: nothing is left when they come.
+    // In the reverse order: nothing of the old lanes is left when the new ones come.
     assert_eq!(bench.says(lost(LaneRole::Demand)), "Sever, Report(recovering)");
     assert_eq!(bench.says(Input::Quiet), "Settle");
     assert_eq!(bench.says(Input::Settled), "RollBack");
@@ -350,7 +350,7 @@ fn lanes_that_break_are_replaced_only_when_nothing_of_them_is_left() {
 }
 
 #[test]
-fn a_source_that_gives_up_after_its_bulk_lanes_close_is_believed() {
+fn reason_of_a_source_is_kept_when_its_bulk_lanes_close_first() {
     let mut bench = at("Awaiting", terms());
     assert_eq!(bench.says(lost(LaneRole::Bulk)), "");
     assert_eq!(bench.says(fault(FaultCode::Cancelled)), "SeekCause(the source gave up: why)");
@@ -366,7 +366,7 @@ fn a_source_that_gives_up_after_its_bulk_lanes_close_is_believed() {
 }
 
 #[test]
-fn a_guest_without_room_is_served_again_when_there_is_room() {
+fn exhausted_room_refuses_lanes_until_room_returns() {
     let free = |bytes| Some(FreeSpace { ram: "ram".into(), bytes });
     let mut bench = at("Serving", terms());
     assert_eq!(bench.says(no_room(free(4096))), "Report(short), Send(error)");
@@ -386,7 +386,7 @@ fn a_guest_without_room_is_served_again_when_there_is_room() {
 }
 
 #[test]
-fn losses_to_wrong_checksums_without_a_page_end_in_a_pause() {
+fn checksum_losses_without_a_page_pause_the_destination() {
     let mut bench = at("Serving", terms());
     for round in 1..=IN_A_ROW_MAX {
         bench.now.checksum_errors += 1;
@@ -405,7 +405,7 @@ fn losses_to_wrong_checksums_without_a_page_end_in_a_pause() {
 }
 
 #[test]
-fn an_address_that_was_looked_up_for_an_earlier_order_is_not_listened_at() {
+fn lookup_of_a_superseded_order_is_not_bound() {
     let uri = || "tcp::4444".parse::<crate::transport::uri::Uri>().unwrap();
     let found = |order| Input::Found { order, uri: uri(), found: Ok(Vec::new()) };
     let mut bench = at("Serving", terms());
@@ -422,7 +422,7 @@ fn an_address_that_was_looked_up_for_an_earlier_order_is_not_listened_at() {
 }
 
 #[test]
-fn connections_that_were_given_are_used_once() {
+fn given_connections_are_used_once() {
     let mut bench = at("Serving", terms());
     assert_eq!(bench.says(Input::Offered(Entrance::Given)), "Open, Sever, Report(recovering)");
     assert_eq!(bench.says(Input::GivenInVain), "ForgetGiven, Report(paused)");
@@ -436,7 +436,7 @@ fn connections_that_were_given_are_used_once() {
 }
 
 #[test]
-fn a_source_that_does_not_come_for_the_goodbye_is_not_waited_for_long() {
+fn complete_destination_stops_waiting_for_the_goodbye_after_its_limit() {
     let mut bench = at("Parting", terms());
     assert_eq!(bench.says(lost(LaneRole::Demand)), "Sever, Report(recovering)");
     assert_eq!(bench.says(Input::Tick), "");
@@ -450,7 +450,7 @@ fn a_source_that_does_not_come_for_the_goodbye_is_not_waited_for_long() {
 }
 
 #[test]
-fn an_interrupt_is_said_once_before_it_is_obeyed_while_there_are_no_lanes() {
+fn first_interrupt_without_lanes_warns_and_second_ends() {
     for (stage, what) in [("Awaiting", "given its guest up"), ("Serving", "pages that only")] {
         let mut bench = at(stage, terms()).feed_all([lost(LaneRole::Demand)]);
         let said = bench.says(Input::Interrupt);
@@ -464,7 +464,7 @@ fn an_interrupt_is_said_once_before_it_is_obeyed_while_there_are_no_lanes() {
 }
 
 #[test]
-fn without_postcopy_the_guest_could_run_once_every_page_is_here() {
+fn without_postcopy_the_commit_waits_for_every_page() {
     let stopped = Heard::Stopped { postcopy: false, background: true };
     let load = [
         Input::Received(stopped),
@@ -478,7 +478,7 @@ fn without_postcopy_the_guest_could_run_once_every_page_is_here() {
     let mut bench = at("Serving", private);
     assert_eq!(bench.says(Input::AllCached), "Show(\"touching\"), TouchTheRest");
     assert_eq!(bench.says(Input::AllReleased), "Unregister");
-    // Whichever is heard first.
+    // In either order.
     let private = SessionPolicy { is_private: true, ..terms() };
     let mut bench = at("Serving", private);
     assert_eq!(bench.says(Input::AllReleased), "");
@@ -487,7 +487,7 @@ fn without_postcopy_the_guest_could_run_once_every_page_is_here() {
 
 /// Such a guest runs as soon as it has pages.
 #[test]
-fn a_guest_that_no_monitor_holds_gets_pages_once_it_is_ours_and_known_to_run() {
+fn guest_without_a_monitor_gets_pages_only_after_the_switchover() {
     let terms = SessionPolicy { runs_itself: true, ..terms() };
     let mut bench = at("Awaiting", terms);
     let switchover = Heard::Switchover { stopped_us: 7 };
@@ -499,13 +499,13 @@ fn a_guest_that_no_monitor_holds_gets_pages_once_it_is_ours_and_known_to_run() {
 }
 
 #[test]
-fn a_session_that_cannot_be_taken_over_writes_and_holds_nothing() {
+fn session_without_takeover_writes_no_record_and_holds_no_guest() {
     let mut bench = at("Committing", SessionPolicy { session: None, ..terms() });
     assert_eq!(
         bench.says(Input::Committed),
         "Entered(\"waiting for the switchover\"), Send(loaded)"
     );
-    // Only the source could say whose it is, and it cannot come back to another process.
+    // Only the source knows the owner of the guest, and it cannot reach another process.
     let cause = Input::Cause { error: Error::Host("failed".into()), process: Process::Stays };
     bench.feed(failed());
     bench.feed(cause);
@@ -516,7 +516,7 @@ fn a_session_that_cannot_be_taken_over_writes_and_holds_nothing() {
 }
 
 #[test]
-fn a_frame_that_does_not_fit_leaves_the_guest_to_whom_it_belongs() {
+fn unexpected_frame_leaves_the_owner_of_the_guest_unchanged() {
     let mut bench = at("Awaiting", terms());
     let said = bench.says(Input::Received(Heard::Load { state_bytes: 2 }));
     assert!(said.starts_with("SeekCause("), "{said}");
@@ -527,7 +527,7 @@ fn a_frame_that_does_not_fit_leaves_the_guest_to_whom_it_belongs() {
 }
 
 #[test]
-fn a_step_that_takes_too_long_ends_it_while_the_guest_is_the_source_s() {
+fn slow_step_ends_the_migration_only_before_loaded() {
     let mut bench = at("Receiving", terms());
     assert_eq!(bench.says(Input::Tick), "");
     bench.wait(STEP_TIMEOUT);
@@ -539,7 +539,7 @@ fn a_step_that_takes_too_long_ends_it_while_the_guest_is_the_source_s() {
 }
 
 #[test]
-fn what_a_takeover_does_is_decided_by_record_and_guest() {
+fn takeover_plan_follows_from_record_and_guest() {
     use DestinationState::{Complete, Loaded, Parted, Running, Switched};
     for state in [Loaded, Switched, Running] {
         assert_eq!(plan(state, Found::Waiting(())), Plan::Serve(()));
@@ -555,7 +555,7 @@ fn what_a_takeover_does_is_decided_by_record_and_guest() {
 }
 
 #[test]
-fn a_stage_that_waits_has_a_name_in_the_table() {
+fn every_waiting_stage_has_a_name_in_the_table() {
     for (name, _) in way() {
         let bench = at(name, terms());
         let is_named = matches!(
@@ -577,9 +577,9 @@ fn a_stage_that_waits_has_a_name_in_the_table() {
     }
 }
 
-/// The write before may have failed, as *switched* is not waited for.
+/// The earlier write may have failed, because *switched* is not vital.
 #[test]
-fn a_guest_that_runs_is_said_to_run_whatever_times_are_known() {
+fn running_guest_is_reported_running_without_known_times() {
     let mode = Mode { postcopy: true, background: true };
     let state = DestinationState::Running;
     let recalled = Recalled { state, mode, stopped_us: 0, switched: None, running: None };

@@ -1,4 +1,4 @@
-//! The source's core: from open lanes to the goodbye, or back to a guest that goes on here.
+//! The source's core: from open lanes to the goodbye, or to a guest that continues here.
 //!
 //! ```text
 //!            lanes are lost                all lanes are open again
@@ -13,9 +13,10 @@
 //!                           +-----------------------------------------------------> Ended: failed
 //! ```
 //!
-//! The guest is this side's until [`Switchover`](Effect::Switchover) is carried out: up to there every failure asks
-//! the monitor to have it go on. From there on it never runs here again, unless the destination says on new
-//! lanes that no switchover has come, and the monitor that the guest has been let run here meanwhile.
+//! The guest belongs to this side until [`Switchover`](Effect::Switchover) is carried out. Before that the core answers
+//! every failure by asking the monitor to resume the guest. After that the guest never runs here again, with one
+//! exception: the destination reports on new lanes that no switchover has arrived, and the monitor reports that the
+//! guest was resumed here meanwhile.
 
 pub(crate) mod closing;
 mod cut;
@@ -50,97 +51,97 @@ use linked::Linked;
 use rounds::Rounds;
 pub(crate) use rounds::RoundsPlan;
 
-/// What is known before lanes are open, and does not change.
+/// The parameters of a migration. They are known before lanes are open, and stay constant.
 #[derive(Debug)]
 pub(crate) struct Plan {
     /// Pages are sent after the switchover.
     pub(crate) postcopy: bool,
     /// Pages are sent before the stop, too.
     pub(crate) rounds: Option<RoundsPlan>,
-    /// 0 where one connection is everything.
+    /// 0 if one connection serves as all lanes.
     pub(crate) bulk_lanes: u16,
-    /// Both sides go on over other lanes when these are lost after the switchover.
+    /// Both sides continue over other lanes when these are lost after the switchover.
     pub(crate) recovers: bool,
-    /// Another process can go on; none where nobody could.
+    /// Another process can continue the session; None if no process could.
     pub(crate) kept: Option<Kept>,
-    /// Memory is compared at the end.
+    /// The memory of both sides is compared at the end.
     pub(crate) is_checked: bool,
-    /// Umem is a part of another program, which has a way of its own to end it.
+    /// umem is a part of another program, which has its own way to end the migration.
     pub(crate) is_embedded: bool,
     /// The guest's memory.
     pub(crate) total_bytes: u64,
-    /// The most that a step of the destination's may take while nothing moves.
+    /// How long a step of the destination may last without progress.
     pub(crate) step_timeout: Duration,
-    /// Of the pauses between attempts.
+    /// Seeds the jitter of the pauses between attempts.
     pub(crate) seed: u64,
 }
 
-/// The record of a session, as commands name it.
+/// The session file, as commands name it.
 #[derive(Clone, Debug)]
 pub(crate) struct Kept {
     pub(crate) session: String,
-    /// ` --session-dir …`, where a command needs that.
+    /// ` --session-dir …`, if the command needs the option.
     pub(crate) directory_option: String,
 }
 
 impl Kept {
-    /// The command by which another process goes on.
+    /// The command with which another process continues the session.
     pub(crate) fn command(&self) -> String {
         format!("umem migrate --resume {}{}", self.session, self.directory_option)
     }
 }
 
-/// What the record says of a guest that may have been given away.
+/// The record of a guest that may have been given away.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Left {
-    /// The highest number of an attempt to open lanes.
+    /// The highest epoch of any attempt to open lanes.
     pub(crate) epoch: u32,
-    /// What the destination had said.
+    /// The destination's last report.
     pub(crate) heard: Heard,
     pub(crate) stopped: Instant,
     pub(crate) switched: Instant,
 }
 
-/// What has happened.
+/// An event that the core handles.
 #[derive(Debug)]
 pub(crate) enum Input {
-    /// All lanes are open, and nothing has been said.
+    /// All lanes are open, and no frame has been sent.
     Begin,
-    /// Another process has had lanes.
+    /// Continues the session of another process.
     TakeOver,
-    /// Nothing but time has passed.
+    /// Time has passed.
     Time,
     /// A frame has come on the demand lane.
     Received(umem_wire::Event),
     /// The device state has been handed to the kernel.
     StateLeft,
-    /// A bulk lane has sent all it found.
+    /// A bulk lane has sent all the pages that it found.
     BulkEnded,
-    /// A bulk lane has sent what was dirty of its blocks.
+    /// A bulk lane has sent the dirty pages of its blocks.
     PassEnded,
-    /// Answers [`Effect::CountDirty`]: what is left, and bytes that have been sent in rounds.
+    /// Answers [`Effect::CountDirty`]: the dirty pages, and the bytes that have been sent in rounds.
     Counted { left: LeftToSend, sent_bytes: u64 },
-    /// A thread could not go on: a lane is lost, or something worse has happened.
+    /// A thread has failed: a lane is lost, or a worse fault has occurred.
     Failed(Error),
     /// The monitor has answered.
     Monitor(Answer),
-    /// The digests of the memory here; none where they are not known.
+    /// The digests of the memory here; None if they are not known.
     Digested(Result<Option<Vec<u64>>>),
-    /// By hand.
+    /// An order of `umem control` or of the embedding program.
     Order(Order),
-    /// By hand: the passes end, and the guest stops.
+    /// An order: end the passes and stop the guest.
     EndPasses,
-    /// By hand: the driver has been given connections, over which lanes are opened.
+    /// An order: the driver has received connections, and opens lanes on them.
     Given,
-    /// Somebody wants umem to end.
+    /// A signal asks umem to end.
     Interrupted,
-    /// Nothing can be waited for any more.
+    /// The driver can wait for nothing any more.
     Abandoned(Error),
-    /// An effect could not be carried out, or the driver has a bug.
+    /// An effect has failed, or the driver has a bug.
     NotDone(Error),
-    /// Nobody has cancelled, and nobody can any more: answers [`Effect::Commit`].
+    /// No cancellation has come, and none is possible any more: answers [`Effect::Commit`].
     Committed,
-    /// All that the lanes' threads have still said has been handed in: answers [`Effect::TakeDown`].
+    /// All messages of the lanes' threads have been handed in: answers [`Effect::TakeDown`].
     LanesDown,
     /// Answers [`Effect::Open`].
     Opened(Opened),
@@ -148,89 +149,91 @@ pub(crate) enum Input {
     Called(Called),
 }
 
-/// What became of an attempt to open lanes.
+/// The result of an attempt to open lanes.
 #[derive(Debug)]
 pub(crate) enum Opened {
-    /// They are open, and the destination has said what it has, as agreed on here.
+    /// The lanes are open. The destination has reported its pages, and the sides agree on them.
     Lanes(Standing),
-    /// Another attempt may come to something.
+    /// Another attempt may succeed.
     NotNow(Error),
-    /// The sides do not agree on what has come, or the guest has ended: nothing can go on.
+    /// The sides disagree on the pages that have arrived, or the guest has ended: the migration cannot continue.
     Never(Error),
 }
 
-/// What is to be done.
+/// An action for the driver.
 #[derive(Debug)]
 pub(crate) enum Effect {
-    /// Write this down, before anything that follows.
+    /// Write this record, before any effect that follows.
     Persist(Record),
-    /// Remove the record: nobody has to take over.
+    /// Remove the record: no takeover is needed any more.
     Forget,
-    /// Go beyond the point at which somebody could cancel. Answered by [`Input::Committed`].
+    /// Pass the point after which a cancellation is too late. Answered by [`Input::Committed`].
     Commit,
-    /// Answered by [`Input::Monitor`], at some time or never.
+    /// Ask the monitor. [`Input::Monitor`] answers after any time, or never.
     Ask(Question),
-    /// Begin the conversation.
+    /// Start the protocol: send the region table.
     SendRegions,
     /// Take the destination's landing units.
     Land(RegionTable),
-    /// The guest stands still: its files change no more, and its pages may leave.
+    /// The guest stands still: its files no longer change, and its pages may be sent.
     Fix,
     Send(Frame),
     /// Send the device state and its end; [`Input::StateLeft`] follows once it has left.
     SendState(Vec<u8>),
-    /// Send the switchover: the guest is the destination's.
+    /// Send the switchover: the guest then belongs to the destination.
     Switchover,
-    /// Say that nothing more comes, with what has been sent.
+    /// Report that no more pages come, with the totals sent.
     Goodbye(Goodbye),
     Ping(u64),
-    /// Have the bulk lanes send what is dirty, once around; each says so with [`Input::PassEnded`].
+    /// Have the bulk lanes send the dirty pages once. Each lane reports the end with [`Input::PassEnded`].
     SendPass,
-    /// Have the bulk lanes end the pass with the blocks that they are at; each says so with [`Input::PassEnded`].
+    /// Have the bulk lanes end the pass after their current blocks. Each lane reports the end with
+    /// [`Input::PassEnded`].
     CutPass,
-    /// Report how much is dirty, as [`Input::Counted`].
+    /// Count the dirty pages. Answered by [`Input::Counted`].
     CountDirty,
-    /// The guest stands still: no page goes a second time from here on, and what is dirty remains to go. Say so on
-    /// all lanes.
+    /// The guest stands still. From here on each page is sent at most once, and the dirty pages remain to be sent. Send
+    /// that on all lanes.
     EndRounds,
-    /// Have the bulk lanes send what nobody has asked for.
+    /// Have the bulk lanes send the pages that no demand has asked for.
     SendBulk,
-    /// Free what the destination has, from now on.
+    /// Free the pages that the destination has, from now on.
     StartRelease,
     EndRelease,
-    /// Read all memory. Answered by [`Input::Digested`], at some time.
+    /// Read all memory. Answered by [`Input::Digested`] later.
     Digest,
-    /// The guest's files are as they were; compared with sums where those of both sides are known.
+    /// Check that the guest's files are unchanged. Compare them with checksums if the checksums of both sides are
+    /// known.
     CheckFiles {
         are_compared: bool,
     },
-    /// End whatever works on the lanes, hand in what it has still said, and then [`Input::LanesDown`].
+    /// End the threads of the lanes, hand in their last messages, then [`Input::LanesDown`].
     TakeDown,
-    /// Open all lanes once, and hear what the destination has. Answered by [`Input::Opened`], which an order or
-    /// an interrupt hastens.
+    /// Open all lanes once, and receive the destination's pages. Answered by [`Input::Opened`]. An order or an
+    /// interrupt ends the attempt early.
     Open {
         way: Way,
         epoch: u32,
     },
-    /// Let go of the lanes that were opened.
+    /// Close the lanes that were opened.
     HangUp,
     /// Serve the lanes that were opened.
     Serve,
-    /// End all threads, the reason of a failure last on the lanes.
+    /// End all threads. After a failure its reason is the last frame on the lanes.
     EndThreads(Option<Fault>),
-    /// Dial once to say this. Answered by [`Input::Called`].
+    /// Dial once to send this message. Answered by [`Input::Called`].
     Call {
         uri: Uri,
         epoch: u32,
         until: Instant,
         word: Word,
     },
-    /// Free the guest's memory here, where that is wished.
+    /// Free the guest's memory here, if the options ask for that.
     FreeRest,
-    /// Keep cores awake while the guest stands still, or no more.
+    /// Keep cores awake while the guest stands still, or stop doing so.
     StayAwake,
     Relax,
-    /// What goes on, for the display.
+    /// The current activity, for the display.
     Show(&'static str),
     Tell(Event),
 }
@@ -274,21 +277,20 @@ impl super::Effect for Effect {
     }
 }
 
-/// What is written down for another process. What the monitor has to undo it writes itself, before it stops the
-/// guest.
+/// A record for another process. The monitor module writes the settings to undo itself, before it stops the guest.
 #[derive(Clone, Debug)]
 pub(crate) enum Record {
-    /// A switchover may leave from now on.
+    /// A switchover may be sent from now on.
     Committed { background: bool, times: Times },
-    /// None has left, and none will.
+    /// No switchover was sent, and none will be.
     Stopped,
-    /// Nobody needs what is here.
+    /// The pages here are not needed any more.
     Completed,
-    /// The number of the attempt that follows, and where it leads.
+    /// The epoch of the next attempt, and its address.
     Epoch { epoch: u32, uri: Option<Uri> },
-    /// What the destination has said, for a person.
+    /// The destination's last report, for the user.
     Heard(Heard),
-    /// A RAM file has failed: whoever resumes has put it right.
+    /// A RAM file has failed: the next `--resume` means that the user has restored it.
     FileFailed,
 }
 
@@ -300,12 +302,12 @@ impl Record {
     }
 }
 
-/// How the goodbye is said.
+/// The form of the goodbye.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Goodbye {
-    /// For a destination that ends with it.
+    /// For a destination that ends when it receives the goodbye.
     Said,
-    /// With a question behind it, which is answered once the destination has written down that it has come.
+    /// Followed by a ping, which the destination answers after it has written the goodbye to its record.
     Asked,
 }
 
@@ -313,38 +315,38 @@ pub(crate) enum Goodbye {
 pub(crate) enum Question {
     /// Track the guest's writes.
     Track,
-    /// Whether all is marked that the guest has written so far.
+    /// Whether all pages that the guest has written so far are marked dirty.
     Look,
     Stop,
     Save,
-    /// Whether the guest stands still, and nobody but this side would have it go on.
+    /// Whether the guest stands still, and no other client could resume it.
     StandsStill,
     PutBack,
     Resume,
 }
 
-/// How lanes are opened.
+/// The means of opening lanes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     Dial(Uri),
-    /// On connections that the driver has.
+    /// On connections that the driver holds.
     Given,
 }
 
-/// What the destination has said.
+/// The destination's last report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Heard {
     /// The guest runs there.
     pub(crate) is_running: bool,
-    /// Bytes of its memory that it had.
+    /// Bytes of its memory that have arrived there.
     pub(crate) bytes: u64,
 }
 
-/// When what happened.
+/// The times of the migration's steps.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Times {
     pub(crate) stopped: Option<Instant>,
-    /// The switchover left, the first time.
+    /// When the switchover was first sent.
     pub(crate) switched: Option<Instant>,
     pub(crate) running: Option<Instant>,
     pub(crate) first_page: Option<Instant>,
@@ -360,7 +362,7 @@ impl Times {
     }
 }
 
-/// How it ends.
+/// The end of the migration.
 #[derive(Debug)]
 pub(crate) enum Outcome {
     /// The destination has everything.
@@ -371,48 +373,48 @@ pub(crate) enum Outcome {
     },
 }
 
-/// Whose the guest is after a failure.
+/// The owner and the state of the guest after a failure.
 #[derive(Debug)]
 pub(crate) enum Guest {
     /// It runs here, as before.
     Here,
-    /// It stands still here: its monitor did not have it go on.
+    /// It stands still here: its monitor did not resume it.
     Stopped(Error),
-    /// It stands still here, or goes on later: its monitor has not answered.
+    /// It stands still here, or continues later: its monitor has not answered.
     Asked,
-    /// It may run at the destination, which may need what is here.
+    /// It may run at the destination, which may need the pages here.
     Away,
     /// It has all of its memory at the destination.
     Complete,
 }
 
-/// How far the switchover has come, beside the phase.
+/// The state of the switchover, beside the phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Switchover {
-    /// It has not left, or it has, and the destination has not denied it.
+    /// It has not been sent; or it has been sent, and the destination has not denied its arrival.
     Plain,
-    /// The destination has not had it. It leaves once more when the monitor says that it may, in its answer to
-    /// the last of the questions that are open: those before it were asked on lanes that are gone.
+    /// The destination has not received it. It is sent again when the monitor allows that in its answer to the last
+    /// open question. Earlier open questions were asked on lanes that are gone.
     Owed { unanswered: u32, silence: Silence },
-    /// The destination has not had it, and the monitor says that it may not: the guest is ours.
+    /// The destination has not received it, and the monitor does not allow another one: the guest belongs to this side.
     Refused,
 }
 
-/// Who knows that the monitor has not answered whether a switchover may leave again.
+/// The reports of a monitor that has not answered whether a switchover may be sent again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Silence {
-    /// Nobody, and it is remarked on then.
+    /// No report so far; one is due at this time.
     Until(Instant),
-    /// It has been remarked on.
+    /// The event has been reported.
     Remarked,
-    /// Somebody who has interrupted, and knows what another interrupt does.
+    /// The user has interrupted, and umem has reported the effect of another interrupt.
     Known,
 }
 
-/// How long a monitor may take to answer that before it is remarked on.
+/// How long the monitor may take to answer that question before an event reports the delay.
 const STANDSTILL_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Whether what was changed in the monitor has been put back.
+/// Whether the monitor's settings have been restored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PutBack {
     NotAsked,
@@ -420,18 +422,18 @@ enum PutBack {
     Answered,
 }
 
-/// How lanes can be opened now.
+/// The means of opening lanes now.
 #[derive(Debug)]
 struct Route {
     target: Target,
-    /// While it is paused none are opened.
+    /// While this is paused, the core opens no lanes.
     pausing: Pausing,
 }
 
 #[derive(Debug)]
 enum Target {
     Way(Way),
-    /// Connections that cannot be opened again.
+    /// The connections are used up and cannot be opened again.
     Nowhere,
 }
 
@@ -447,7 +449,7 @@ impl Route {
         }
     }
 
-    /// The way of an attempt, if there is one; connections are good for one.
+    /// The means of the next attempt, if there is one. Given connections serve one attempt.
     fn take(&mut self) -> Option<Way> {
         match &self.target {
             _ if self.pausing.is_paused() => None,
@@ -461,45 +463,45 @@ impl Route {
     }
 }
 
-/// What goes on.
+/// The current activity.
 #[derive(Debug)]
 enum Doing {
-    /// There are lanes.
+    /// The lanes are up.
     Linked(Linked),
-    /// There are none, and they are opened again.
+    /// The lanes are down, and are opened again.
     Cut(Cut),
     /// The destination has everything.
     Closing(Closing),
-    /// A bulk lane is lost, which ends the migration: why may still be told.
+    /// A bulk lane is lost, which ends the migration. The cause may still arrive on the demand lane.
     Blaming(Doubt),
-    /// The monitor has been asked to have the guest go on here.
+    /// The monitor has been asked to resume the guest here.
     Resuming(Resuming),
-    /// Everything is over but for the monitor.
+    /// Only the monitor's settings are left to restore.
     PuttingBack {
         until: Instant,
         goodbye: Parted,
     },
-    /// The destination is told something.
+    /// The core dials the destination for one message.
     Calling(Call, Then),
     Ended(Outcome),
-    /// While what follows is decided on, and after a panic that came in between.
+    /// During a transition, and after a panic in one.
     Changing,
 }
 
-/// Whether the destination has heard the goodbye.
+/// Whether the destination has received the goodbye.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Parted {
-    /// As far as that is waited for.
+    /// Received, or not waited for any more.
     Heard,
     Unheard,
 }
 
-/// What follows a call.
+/// The outcome after a call.
 #[derive(Debug)]
 enum Then {
     /// The migration is over.
     Complete,
-    /// It has failed like this, and the guest goes on here.
+    /// It has failed with this error, and the guest continues here.
     Stays(Error),
 }
 
@@ -514,34 +516,34 @@ pub(crate) struct Source {
     /// Of the last attempt to open lanes.
     epoch: u32,
     heard: Heard,
-    /// The destination has said that the switchover has come: what it says later cannot deny that.
+    /// The destination has reported the switchover's arrival. Its later reports cannot deny that.
     has_arrived: bool,
     digests: Digests,
-    /// Pages are sent that nobody has asked for.
+    /// Pages are sent without a demand.
     background: bool,
-    /// Once the destination is ready, where there are any.
+    /// Set when the destination is ready, if the plan has rounds.
     rounds: Option<Rounds>,
-    /// Somebody has asked for the end of the passes before they began.
+    /// An order has ended the passes before they began.
     is_cut_early: bool,
     steps: Steps,
     jitter: Jitter,
     times: Times,
-    /// Why the record stays of a guest that was never stopped.
+    /// Why the record of a guest that was never stopped is kept.
     not_tidied: Option<String>,
     recoveries: u32,
     disconnected: Duration,
-    /// What is to be done after this input.
+    /// The effects of the current input.
     effects: Effects<Effect>,
 }
 
 impl Source {
-    /// All lanes are open, at this address or on connections that were given.
+    /// With all lanes open, at this address or on given connections.
     pub(crate) fn new(plan: Plan, uri: Option<Uri>, background: bool, now: Instant) -> Source {
         let doing = Doing::Linked(Linked::new(plan.step_timeout));
         Source::of(plan, doing, uri, background, now)
     }
 
-    /// Another process has had lanes, and the guest may have been given away by it.
+    /// For a session that another process served, which may have given the guest away.
     pub(crate) fn taken_over(
         plan: Plan,
         uri: Option<Uri>,
@@ -585,7 +587,7 @@ impl Source {
         }
     }
 
-    /// Takes what has happened; the answer is what is to be done, in order.
+    /// Handles an input. Returns the effects in order.
     pub(crate) fn handle(&mut self, input: Input, now: &Moment) -> Effects<Effect> {
         if let Err(error) = self.take(input, now).and_then(|()| self.look_after(now)) {
             self.fail(error, now);
@@ -593,7 +595,7 @@ impl Source {
         std::mem::replace(&mut self.effects, Effects::new())
     }
 
-    /// When time alone changes something, at the latest.
+    /// The latest time at which [`Input::Time`] changes the state.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         match &self.doing {
             Doing::Linked(linked) => {
@@ -615,12 +617,12 @@ impl Source {
         }
     }
 
-    /// It is over, once there is nothing more to do.
+    /// The migration has ended, and no effect is left.
     pub(crate) fn has_ended(&self) -> bool {
         matches!(self.doing, Doing::Ended(_))
     }
 
-    /// How it has ended, once.
+    /// Takes the outcome; None after the first call.
     pub(crate) fn take_outcome(&mut self) -> Option<Outcome> {
         match self.change() {
             Doing::Ended(outcome) => Some(outcome),
@@ -631,7 +633,7 @@ impl Source {
         }
     }
 
-    /// What is shown of the protocol; nothing new after a failure.
+    /// The name of the protocol's phase; None after a failure, so the display keeps the last one.
     pub(crate) fn phase_name(&self) -> Option<&'static str> {
         match (&self.doing, &self.phase) {
             (_, Phase::Failed { .. }) => None,
@@ -644,12 +646,12 @@ impl Source {
         &self.times
     }
 
-    /// How often lanes were lost and opened again, and how long there were none.
+    /// The number of recoveries, and the total time without lanes.
     pub(crate) fn recoveries(&self) -> (u32, Duration) {
         (self.recoveries, self.disconnected)
     }
 
-    /// The digests of the memory here, and of what has landed, where they are known.
+    /// The digests of the memory here and of the landed memory, if they are known.
     pub(crate) fn digests(&self) -> (Option<&[u64]>, Option<&[u64]>) {
         self.digests.both()
     }
@@ -692,7 +694,7 @@ impl Source {
         }
     }
 
-    /// Does what has become due.
+    /// Handles the work that is due.
     fn look_after(&mut self, now: &Moment) -> Result<()> {
         match &self.doing {
             Doing::Linked(_) => {
@@ -737,7 +739,7 @@ impl Source {
         }
     }
 
-    /// Takes what goes on; something else follows.
+    /// Takes the current activity. The caller sets the next one.
     fn change(&mut self) -> Doing {
         std::mem::replace(&mut self.doing, Doing::Changing)
     }
@@ -750,8 +752,8 @@ impl Source {
         self.do_next(Effect::Tell(event));
     }
 
-    /// The number of the next attempt to open lanes: more than any before it, of any process. So it is written
-    /// down before it is used.
+    /// The epoch of the next attempt to open lanes. It is higher than every earlier epoch of any process, so it is
+    /// written to the record before its use.
     fn next_epoch(&mut self) -> Result<u32> {
         let next = self.epoch.checked_add(1);
         self.epoch = next
@@ -762,7 +764,7 @@ impl Source {
     }
 }
 
-/// The destination gave up and said why.
+/// The destination gave up for this reason.
 pub(crate) fn peer(fault: Fault) -> Error {
     Error::Peer { side: "destination", code: fault.code, text: fault.text }
 }

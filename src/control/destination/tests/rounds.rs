@@ -1,4 +1,4 @@
-//! Pages that come before the stop, and come again.
+//! Pages that are sent before the stop and again after it.
 
 use super::*;
 
@@ -16,7 +16,7 @@ fn stopped() -> Input {
 
 /// The demand lane and the bulk lanes are not ordered against each other.
 #[test]
-fn pages_are_settled_once_what_remains_is_named_and_every_copy_has_landed() {
+fn pages_settle_after_the_remaining_list_and_the_last_copy_in_any_order() {
     for is_named_first in [true, false] {
         let mut inputs = [Input::RoundsEnded, remaining()];
         if is_named_first {
@@ -34,7 +34,7 @@ fn pages_are_settled_once_what_remains_is_named_and_every_copy_has_landed() {
 }
 
 #[test]
-fn nothing_follows_before_that() {
+fn frames_before_the_pages_settle_are_protocol_errors() {
     for inputs in [vec![], vec![remaining()], vec![Input::RoundsEnded]] {
         let mut bench = in_rounds().feed_all(inputs);
         let says = bench.says(stopped());
@@ -45,7 +45,7 @@ fn nothing_follows_before_that() {
 }
 
 #[test]
-fn the_guest_stays_at_the_source_whatever_happens() {
+fn failure_in_rounds_leaves_the_guest_at_the_source() {
     for input in [failed(), lost(LaneRole::Bulk), lost(LaneRole::Demand), Input::Interrupt] {
         let says = in_rounds().says(input);
         assert!(says.starts_with("SeekCause("), "{says}");
@@ -54,7 +54,7 @@ fn the_guest_stays_at_the_source_whatever_happens() {
 
 /// A source that is silent for too long has no guest here.
 #[test]
-fn rounds_in_which_nothing_moves_have_an_end() {
+fn rounds_without_progress_end_after_the_step_timeout() {
     let mut bench = in_rounds();
     bench.says(Input::Tick);
     bench.wait(STEP_TIMEOUT);
