@@ -1,4 +1,4 @@
-//! The destination has everything: memory is compared, the goodbye is said, and nothing is left to serve.
+//! The destination has everything: memory is compared, the goodbye is sent, and no page is left to serve.
 
 use std::time::{Duration, Instant};
 
@@ -12,27 +12,27 @@ use crate::control::calling::{Call, Called, Next, Word};
 use crate::error::{Error, Result};
 use crate::events::{Event, Remark};
 
-/// How long a monitor may take to put back what has no effect on the guest.
+/// How long a monitor may take to restore settings that have no effect on the guest.
 const TIDY_PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long the destination may take to answer the goodbye. Nobody depends on that.
+/// How long the destination may take to answer the goodbye. Nothing depends on the answer.
 const GOODBYE_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How long the goodbye is tried again: who resumes a destination that was killed is there by then.
+/// How long the goodbye is sent again. A destination that was killed and resumed listens again within this time.
 const GOODBYE_AGAIN_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Asked behind the goodbye. It is answered once the destination has written down that the goodbye has come.
+/// The ping behind the goodbye. The destination answers it after it has written the goodbye to its record.
 pub(crate) const GOODBYE_PING: u64 = u64::MAX;
 
 #[derive(Debug)]
 pub(super) enum Closing {
-    /// All memory is read here.
+    /// All memory here is read.
     Comparing { lanes: Lanes },
-    /// The goodbye has been said, and until then the destination may say that it has come.
+    /// The goodbye has been sent. The destination may acknowledge it until this time.
     Parting { until: Instant },
 }
 
-/// What the goodbye can be said on.
+/// The lanes on which the goodbye can be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lanes {
     Up,
@@ -84,8 +84,7 @@ impl Digests {
 }
 
 impl Source {
-    /// The destination has everything. The goodbye follows, after it is known what everything comes to where that
-    /// is compared.
+    /// The destination has everything. The goodbye follows, after the digest of the memory here if memory is compared.
     pub(super) fn completed(&mut self, now: &Moment) {
         self.times.completed = Some(now.at);
         let lanes = match self.doing {
@@ -112,7 +111,7 @@ impl Source {
             (Input::Failed(error), _) => Err(error),
             (Input::Monitor(answer), _) => self.answered(answer, now),
             (Input::Digested(outcome), _) => self.digested(outcome, now),
-            // Everything has been said.
+            // Everything has been sent.
             (Input::Interrupted, Doing::Closing(Closing::Parting { .. })) => {
                 self.finish(Parted::Heard, now);
                 Ok(())
@@ -131,9 +130,9 @@ impl Source {
                 self.finish(Parted::Heard, now);
                 Ok(())
             }
-            // Its guest has not had the goodbye: neither side has completed.
+            // The guest there ended before the goodbye arrived: neither side has completed.
             (Said::Error(fault), _) if fault.code == FaultCode::Ended => Err(peer(fault.clone())),
-            // It knows that everything has come.
+            // The destination knows that everything has arrived.
             (Said::Error(_), _) => Ok(()),
             _ => self.step(Step::Received(&event)),
         }
@@ -142,14 +141,14 @@ impl Source {
     fn lanes_are_lost(&mut self, now: &Moment) {
         match &mut self.doing {
             Doing::Closing(Closing::Comparing { lanes }) => *lanes = Lanes::Lost,
-            // Whether the goodbye has come is not known.
+            // It is unknown whether the goodbye has arrived.
             Doing::Closing(Closing::Parting { .. }) => self.finish(Parted::Unheard, now),
             _ => {}
         }
     }
 
-    /// What the memory here comes to is known. That it cannot be changes nothing for the guest, which has moved,
-    /// unless it is for the files, which may have failed before, too.
+    /// The digest of the memory here is known. A failed digest changes nothing for the guest, which has moved, unless
+    /// its cause is the files: these may have failed before, too.
     pub(super) fn digested(
         &mut self,
         outcome: Result<Option<Vec<u64>>>,
@@ -176,11 +175,11 @@ impl Source {
         Ok(())
     }
 
-    /// Written down before it is said: whoever takes over then knows that nobody needs what is here, whether the
-    /// destination has heard the goodbye or not.
+    /// The record is written before the goodbye is sent: a process that takes over then knows that the pages here are
+    /// not needed, whether or not the destination has received the goodbye.
     fn say_goodbye(&mut self, lanes: Lanes, now: &Moment) {
         let are_compared = matches!(self.digests.both(), (Some(_), Some(_)));
-        // Before it is said that the destination has what was here.
+        // Before the goodbye confirms that the destination has the memory that was here.
         self.do_next(Effect::CheckFiles { are_compared });
         self.do_next(Effect::Persist(Record::Completed));
         match lanes {
@@ -197,7 +196,7 @@ impl Source {
         }
     }
 
-    /// Nothing is to be served any more.
+    /// No page is left to serve.
     pub(super) fn finish(&mut self, goodbye: Parted, now: &Moment) {
         self.do_next(Effect::EndThreads(None));
         match self.put_back {
@@ -214,8 +213,8 @@ impl Source {
         self.part(goodbye, now);
     }
 
-    /// Says goodbye again where it was lost: a destination that was killed over it, and one that cannot be reached
-    /// at this moment, would wait for it.
+    /// Sends a lost goodbye again: a destination that was killed at that moment, or that cannot be reached now, would
+    /// wait for it.
     pub(super) fn part(&mut self, goodbye: Parted, now: &Moment) {
         let uri = self.route.uri().filter(|uri| !uri.is_one_connection());
         match (goodbye, uri) {

@@ -1,7 +1,7 @@
-//! Without lanes, after the switchover: they are opened until that works, or an order says how.
+//! Without lanes, after the switchover: the source opens them until an attempt succeeds, or an order sets another way.
 //!
-//! Any lane's loss takes all of them down. The driver dials at once, then with growing pauses. On a new demand lane
-//! the destination says where it stands and which pages it has, and everything goes on from there.
+//! The loss of any lane takes all of them down. The driver dials at once, then with growing pauses. On a new demand
+//! lane the destination reports its standing and its pages, and the migration continues from there.
 
 use std::time::{Duration, Instant};
 
@@ -19,36 +19,36 @@ use crate::events::{
     Event, Missing, Pause, Place, Remark, Room, Route as LaneRoute, Unanswered, words,
 };
 
-/// How long nobody may listen where the destination was before somebody is told what that means: one that is
-/// started again is there sooner.
+/// How long connections to the destination may be refused before an event reports the consequence. A destination that
+/// is resumed listens again within this time.
 const SILENCE_PATIENCE: Duration = Duration::from_secs(5);
 
-/// One time without lanes.
+/// One period without lanes.
 #[derive(Debug)]
 pub(super) struct Cut {
     since: Instant,
     stage: Stage,
     backoff: Backoff,
     listener: Listener,
-    /// Somebody has been told that the destination has no room.
+    /// An event has reported that the destination has no room.
     shortage_is_told: bool,
-    /// Somebody has been told what another interrupt does.
+    /// An event has reported the effect of another interrupt.
     was_interrupted: bool,
 }
 
 #[derive(Debug)]
 enum Stage {
-    /// The lanes' threads end; lanes are opened for this reason.
+    /// The lanes' threads end. `why` is the reason for the new lanes.
     TakingDown { why: String },
-    /// A process that takes over makes sure that nobody has cancelled.
+    /// A process that takes over makes sure that the migration has not been cancelled.
     TakingOver,
     /// An attempt is under way.
     Opening,
-    /// The next one is due then, if there is a way.
+    /// The next attempt is due then, if there is a way.
     Waiting { until: Instant },
 }
 
-/// Whether somebody listens where the destination was.
+/// Whether a process listens at the destination's address.
 #[derive(Clone, Copy, Debug)]
 enum Listener {
     Answered,
@@ -71,7 +71,7 @@ impl Cut {
         Cut::new(Stage::TakingOver, now)
     }
 
-    /// Somebody has been told that there are no lanes.
+    /// An event has reported that there are no lanes.
     pub(super) fn is_announced(&self) -> bool {
         matches!(self.stage, Stage::Opening | Stage::Waiting { .. })
     }
@@ -92,7 +92,7 @@ impl Source {
         }
     }
 
-    /// Takes everything down, to open lanes anew.
+    /// Takes all lanes down, to open new ones.
     pub(super) fn recover(&mut self, why: &str, now: &Moment) -> Result<()> {
         self.step(Step::Broken)?;
         self.do_next(Effect::TakeDown);
@@ -101,7 +101,7 @@ impl Source {
         Ok(())
     }
 
-    /// What has been told of a shortage counts for this time without lanes.
+    /// An earlier report of a shortage counts for this period without lanes.
     pub(super) fn shortage_is_told(&mut self) {
         if let Some(cut) = self.without_lanes() {
             cut.shortage_is_told = true;
@@ -153,7 +153,7 @@ impl Source {
         self.attempt(now)
     }
 
-    /// Says that there is no connection, and what will be done about it.
+    /// Reports that there is no connection, and what umem does about it.
     fn announce(&mut self, why: &str) {
         self.do_next(Effect::Show("waiting"));
         let reason = why.to_owned();
@@ -168,7 +168,7 @@ impl Source {
         });
     }
 
-    /// Opens lanes, if there is a way; waits for an order otherwise.
+    /// Opens lanes if there is a way. Otherwise waits for an order.
     fn attempt(&mut self, now: &Moment) -> Result<()> {
         let stage = match self.route.take() {
             Some(way) => {
@@ -193,7 +193,7 @@ impl Source {
         match opened {
             Opened::Lanes(standing) => {
                 self.phase_of(standing, now)?;
-                // A pause that came meanwhile takes effect at once.
+                // A pause that was ordered meanwhile takes effect at once.
                 if !self.route.pausing.is_paused() {
                     self.go_on(standing, now);
                     return Ok(());
@@ -205,7 +205,8 @@ impl Source {
                     self.tell_shortage(text);
                 }
                 self.remark_on_silence(&error, now);
-                // What was given is used up; an order that has come meanwhile has said so, or may be another way.
+                // The given connections are used up. An order that arrived meanwhile has been reported, or has set
+                // another way.
                 let reason = error.to_string();
                 match self.route.target {
                     _ if self.route.pausing.is_paused() => {}
@@ -222,7 +223,7 @@ impl Source {
         Ok(())
     }
 
-    /// Says, once each time, that the destination has no room for the guest's pages.
+    /// Reports once in each period that the destination has no room for the guest's pages.
     fn tell_shortage(&mut self, text: &str) {
         let Some(cut) = self.without_lanes() else { return };
         if !std::mem::replace(&mut cut.shortage_is_told, true) {
@@ -230,8 +231,8 @@ impl Source {
         }
     }
 
-    /// After an attempt that came to nothing: where nobody listens for a while the destination's process has
-    /// ended, and only a person can find out how.
+    /// After a failed attempt: if connections are refused for a while, the destination's process has ended, and only
+    /// the user can find out how.
     fn remark_on_silence(&mut self, error: &Error, now: &Moment) {
         let Some(cut) = self.without_lanes() else { return };
         if !is_nobody(error) {
@@ -258,7 +259,7 @@ impl Source {
         self.tell(Event::Unanswered(unanswered));
     }
 
-    /// What neither side could know when the lanes broke is settled.
+    /// Settles the questions that neither side could answer when the lanes broke.
     fn phase_of(&mut self, standing: Standing, now: &Moment) -> Result<()> {
         let was_committed = matches!(self.phase, Phase::Committed);
         self.step(Step::Received(&Said::Resume(standing)))?;
@@ -273,7 +274,7 @@ impl Source {
         Ok(())
     }
 
-    /// Everything goes on over new lanes.
+    /// Continues over new lanes.
     fn go_on(&mut self, standing: Standing, now: &Moment) {
         let Doing::Cut(cut) = &self.doing else { return };
         let disconnected = now.at - cut.since;
@@ -291,9 +292,10 @@ impl Source {
         }
     }
 
-    /// A switchover that has not come leaves again.
+    /// Sends a switchover again that has not arrived.
     fn switch_over_again(&mut self, standing: Standing, now: &Moment) {
-        // It has come before, and whoever was killed there could not write that down: nobody here has a say in it.
+        // The switchover arrived earlier, even if the process that was killed there could not write that. So the guest
+        // belongs to the destination, and the monitor here is not asked.
         if standing.switched || self.has_arrived {
             self.has_arrived = true;
             self.switchover = Switchover::Plain;
@@ -302,7 +304,7 @@ impl Source {
             }
             return;
         }
-        // Nobody has the guest yet, and somebody may have let it run here meanwhile.
+        // Neither side has the guest yet, and another client may have resumed it here meanwhile.
         let unanswered = match self.switchover {
             Switchover::Owed { unanswered, .. } => unanswered + 1,
             Switchover::Plain | Switchover::Refused => 1,
@@ -342,9 +344,9 @@ impl Source {
         }
     }
 
-    /// Ctrl-C while there are no lanes: the first says what the second means.
+    /// Ctrl-C without lanes: the first one reports the consequence of the second.
     fn interrupted_without_lanes(&mut self, now: &Moment) -> Result<()> {
-        // A program that embeds this has another way to end it, which no cancel is.
+        // An embedding program has another way to end the migration. It is not a cancellation.
         if self.plan.is_embedded {
             return Ok(());
         }

@@ -1,4 +1,4 @@
-//! After a failure: why, who is told, and the guest goes on here where that is still right.
+//! After a failure: its cause, the notices, and the guest that continues here if it may.
 
 use std::time::{Duration, Instant};
 
@@ -15,37 +15,37 @@ use crate::events::{Event, Remark};
 use crate::host::monitor::Answer;
 use crate::transport::uri::Uri;
 
-/// How far the demand lane may be behind a bulk lane when a destination gives up.
+/// How far the demand lane may lag behind a bulk lane when a destination gives up.
 const CAUSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long a monitor may take over a guest that was never stopped.
+/// How long a monitor may take to restore the settings of a guest that was never stopped.
 const TIDY_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Why a monitor may not have put back what was changed in it.
+/// Why the monitor's settings may not have been restored.
 const UNANSWERED: &str = "it has not answered";
 
-/// How long a monitor may take to let its guest go on before that is remarked on.
+/// How long a monitor may take to resume its guest before an event reports the delay.
 const RESUME_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long a destination is tried that may have loaded the guest.
+/// How long a destination that may have loaded the guest is dialed.
 const TELL_PATIENCE: Duration = Duration::from_secs(30);
 
-/// The monitor has been asked to have the guest go on here.
+/// The monitor has been asked to resume the guest here.
 #[derive(Debug)]
 pub(super) struct Resuming {
     error: Error,
     patience: Patience,
-    /// The destination may have loaded the guest, and could not be told why it does not get it.
+    /// The destination may have loaded the guest, and could not be told why it does not get the guest.
     untold: Option<Uri>,
 }
 
 #[derive(Debug)]
 enum Patience {
-    /// The guest was never stopped: there is little to undo, and nobody waits for long.
+    /// The guest was never stopped: there is little to undo, and the wait is short.
     Tidy { until: Instant },
-    /// What is waited for is remarked on then, or when somebody interrupts.
+    /// An event reports the delay at this time, or at an interrupt.
     Quiet { until: Instant },
-    /// Whoever interrupts knows that it leaves the guest as it is; then it is remarked on, if it was not.
+    /// The user knows that an interrupt leaves the guest as it is. The delay is reported then, if it was not yet.
     Known { until: Option<Instant> },
 }
 
@@ -59,12 +59,12 @@ impl Resuming {
 }
 
 impl Source {
-    /// Something has gone wrong that ends the migration.
+    /// A failure ends the migration.
     pub(super) fn fail(&mut self, error: Error, now: &Moment) {
         self.effects.drop_question();
         match self.doing {
             Doing::Ended(Outcome::Failed { .. }) => {}
-            // A bulk lane's loss may have a cause that the demand lane brings.
+            // The loss of a bulk lane may have a cause that arrives on the demand lane.
             Doing::Linked(_) | Doing::Cut(_) if is_effect(&error) => {
                 self.doing = Doing::Blaming(Doubt { error, until: now.at + CAUSE_TIMEOUT });
             }
@@ -81,7 +81,7 @@ impl Source {
         }
     }
 
-    /// No cause has come.
+    /// No cause has arrived.
     pub(super) fn is_to_blame(&mut self) -> Result<()> {
         match self.change() {
             Doing::Blaming(doubt) => Err(doubt.error),
@@ -96,12 +96,13 @@ impl Source {
         let untold = self.untold(&error);
         let is_given_away = !self.phase.may_run() && self.switchover != Switchover::Refused;
         if !is_given_away && self.times.stopped.is_some() {
-            // Before the destination hears that it does not get the guest: whoever resumes would look there for one
-            // that has ended. If it cannot be written, both sides are asked then.
+            // Written before the destination learns that it does not get the guest: otherwise a later `--resume` would
+            // look there for a guest that has ended. If the write fails, `--resume` asks both sides.
             self.do_next(Effect::Persist(Record::Stopped));
         }
-        // After the commit a panic is told as a kill is: by the lanes' end. The destination then waits for the umem that
-        // takes this session over, and does not give up as well. So it is while nobody has the guest.
+        // After the commit a panic looks to the destination like a kill: the lanes end. The destination then waits for
+        // the umem that takes this session over, and does not give up as well. The same holds while neither side has
+        // the guest.
         let is_kept = is_given_away && self.plan.recovers && self.plan.kept.is_some();
         let is_owed = matches!(self.switchover, Switchover::Owed { .. });
         let is_silent = match error {
@@ -119,7 +120,7 @@ impl Source {
             Patience::Tidy { until: now.at + TIDY_PATIENCE }
         } else {
             let until = now.at + RESUME_PATIENCE;
-            // Whoever has interrupted knows what for.
+            // After an interrupt the user knows why umem waits.
             match error {
                 Error::Interrupted(_) => Patience::Known { until: Some(until) },
                 _ => Patience::Quiet { until },
@@ -128,8 +129,8 @@ impl Source {
         self.doing = Doing::Resuming(Resuming { error, patience, untold });
     }
 
-    /// Where a destination is to be told that it does not get a guest that it may have loaded: where there are no
-    /// lanes to say so on.
+    /// The address of a destination that must be told that it does not get a guest that it may have loaded, if there
+    /// are no lanes for that message.
     fn untold(&self, error: &Error) -> Option<Uri> {
         let may_be_loaded = matches!(self.phase, Phase::Loading { .. } | Phase::Loaded { .. })
             || self.switchover == Switchover::Refused;
@@ -139,17 +140,17 @@ impl Source {
         uri.filter(|_| may_be_loaded && has_no_lanes && self.plan.recovers).cloned()
     }
 
-    /// The guest is the destination's, for all that is known here.
+    /// The guest belongs to the destination, as far as this side knows.
     fn is_given_away(&mut self, error: Error) {
         let is_complete = matches!(self.phase, Phase::Completed(_));
         let has_file_failed = matches!(error, Error::RamFailed { .. });
         if matches!(error, Error::Peer { code: FaultCode::Ended, .. })
             || is_complete && has_file_failed
         {
-            // Its guest has ended, or has every page: nothing could go on.
+            // The guest there has ended, or has every page: the migration cannot continue.
             self.do_next(Effect::Forget);
         } else if has_file_failed {
-            // So that whoever resumes it need not show that the file is as it was.
+            // With this record the next `--resume` means that the user has restored the file.
             self.do_next(Effect::Persist(Record::FileFailed));
         }
         let guest = if is_complete { Guest::Complete } else { Guest::Away };
@@ -172,7 +173,7 @@ impl Source {
                 self.is_not_tidied(UNANSWERED.into());
                 self.goes_on(now);
             }
-            // A program that embeds this has another way to end it, which no cancel is.
+            // An embedding program has another way to end the migration. It is not a cancellation.
             (Input::Interrupted, _) if self.plan.is_embedded => {}
             (Input::Interrupted, Patience::Known { .. }) => self.is_not_resumed(Guest::Asked),
             (Input::Interrupted, patience @ Patience::Quiet { .. }) => {
@@ -206,7 +207,7 @@ impl Source {
         }
     }
 
-    /// The guest goes on here.
+    /// The guest continues here.
     fn goes_on(&mut self, now: &Moment) {
         let Doing::Resuming(Resuming { error, untold, .. }) = self.change() else { return };
         match untold {
@@ -227,9 +228,9 @@ impl Source {
         }
     }
 
-    /// The destination has been told that the guest stays here, or could not be.
+    /// The destination has been told that the guest stays here, or could not be reached.
     pub(super) fn stays(&mut self, error: Error, uri: &Uri, told: Result<()>) {
-        // Where nobody listens nobody waits either.
+        // If connections are refused, no destination waits.
         if let Err(why) = told
             && !is_nobody(&why)
         {
@@ -238,8 +239,8 @@ impl Source {
         self.is_back(error);
     }
 
-    /// The guest was never stopped, and what was changed in its monitor to track its writes may not have been put back:
-    /// whoever resumes the session does that.
+    /// The guest was never stopped, but the settings changed to track its writes may still be in its monitor.
+    /// `--resume` restores them.
     fn is_not_tidied(&mut self, reason: String) {
         if self.rounds.is_some() && self.plan.kept.is_some() {
             self.not_tidied = Some(reason);
@@ -257,7 +258,7 @@ impl Source {
         self.doing = Doing::Ended(Outcome::Failed { error, guest: Guest::Here });
     }
 
-    /// Nothing can be waited for any more: what was begun is left as it is.
+    /// The driver can wait for nothing any more: pending work is left as it is.
     pub(super) fn abandon(&mut self, error: Error, now: &Moment) {
         match self.change() {
             Doing::Ended(outcome) => self.doing = Doing::Ended(outcome),
@@ -285,7 +286,7 @@ impl Source {
         }
     }
 
-    /// The monitor has been asked to have the guest go on, and nobody waits for its answer.
+    /// The monitor has been asked to resume the guest, and its answer is not waited for any more.
     fn is_left(&mut self, error: Error) {
         self.doing = Doing::Ended(Outcome::Failed { error, guest: Guest::Asked });
     }

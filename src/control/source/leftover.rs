@@ -1,9 +1,9 @@
-//! A session that a process has left in which nothing is served: the guest goes on here, its destination has
-//! everything, or a person ends the session. In the first two cases the destination is notified. A session is ended by a
-//! person only where nobody answers at the destination's address: its guest never runs here again.
+//! A session whose process is gone, with no pages to serve: the guest continues here, its destination has everything,
+//! or the user ends the session. In the first two cases the destination is notified. In the third case the
+//! destination's address must not answer: the guest never runs here again.
 //!
 //! ```text
-//! no switchover had left:         Undoing ---+
+//! no switchover was sent:         Undoing ---+
 //!                                            +--> Calling --> Ended
 //! the destination has everything: -----------+                  ^
 //! a person abandons the session:  Knocking ---------------------+
@@ -18,14 +18,14 @@ use crate::events::{Event, Remark, Undone};
 use crate::session::SourceState;
 use crate::transport::uri::Uri;
 
-/// What `--resume` does with a session.
+/// The work of `--resume` for a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Plan {
-    /// No switchover had left: the guest goes on here.
+    /// No switchover was sent: the guest continues here.
     Undo,
     /// The guest may run at the destination, which is served.
     Serve,
-    /// The same, and a person says that nobody needs what is here.
+    /// The same, but the user states that the pages here are not needed.
     Abandon,
     /// The destination has everything.
     Part,
@@ -34,7 +34,7 @@ pub(crate) enum Plan {
 /// The next step for a session with this record.
 ///
 /// # Errors
-/// The guest can go on here: there is nothing to abandon.
+/// The guest can continue here: there is nothing to abandon.
 pub(crate) fn plan(state: SourceState, is_abandoned: bool) -> Result<Plan> {
     Ok(match (state, is_abandoned) {
         (SourceState::Stopped, false) => Plan::Undo,
@@ -50,14 +50,14 @@ pub(crate) fn plan(state: SourceState, is_abandoned: bool) -> Result<Plan> {
     })
 }
 
-/// How long a destination is tried that needs nothing but a word.
+/// How long a destination is dialed that needs nothing but a message.
 const PATIENCE: Duration = Duration::from_secs(3);
 
 #[derive(Debug)]
 pub(crate) enum Input {
     Begin,
     Time,
-    /// The monitor has been asked to have the guest go on: answers [`Effect::Undo`].
+    /// The monitor has been asked to resume the guest: answers [`Effect::Undo`].
     Undone(Result<Undone>),
     /// Answers [`Effect::Call`].
     Called(Called),
@@ -66,10 +66,10 @@ pub(crate) enum Input {
     NotDone(Error),
 }
 
-/// Who answers at the destination's address.
+/// The answer at the destination's address.
 #[derive(Debug)]
 pub(crate) enum Knocked {
-    /// The destination, which serves the session: all lanes have been open.
+    /// The destination serves the session: all lanes have been open.
     Opened,
     /// Lanes could not be opened, for this reason.
     NotOpened(Error),
@@ -79,11 +79,11 @@ pub(crate) enum Knocked {
 
 #[derive(Debug)]
 pub(crate) enum Effect {
-    /// Have the guest go on here, if it is still this session's to resume. Answered by [`Input::Undone`].
+    /// Have the guest continue here, if it still belongs to this session. Answered by [`Input::Undone`].
     Undo,
-    /// Write down that this number is used.
+    /// Write that this epoch is used.
     Epoch(u32),
-    /// Dial once to say this. Answered by [`Input::Called`].
+    /// Dial once to send this message. Answered by [`Input::Called`].
     Call {
         epoch: u32,
         until: Instant,
@@ -93,7 +93,7 @@ pub(crate) enum Effect {
     Knock {
         epoch: u32,
     },
-    /// Free the guest's memory here, where that was wished.
+    /// Free the guest's memory here, if the options asked for that.
     Free,
     /// Remove the record.
     Forget,
@@ -117,10 +117,10 @@ enum Doing {
     Ended(Result<()>),
 }
 
-/// What the destination is told.
+/// The message to the destination.
 #[derive(Clone, Copy, Debug)]
 enum About {
-    /// That the guest stays here.
+    /// The guest stays here.
     Stays,
     /// The goodbye.
     Parts,
@@ -130,7 +130,7 @@ enum About {
 pub(crate) struct Leftover {
     session: String,
     uri: Uri,
-    /// The files of the guest's memory, which stay with an abandoned session.
+    /// The RAM files of the guest, which stay after an abandoned session.
     ram: Vec<String>,
     /// Of the last attempt to open lanes, of any process.
     epoch: u32,
@@ -139,18 +139,18 @@ pub(crate) struct Leftover {
 }
 
 impl Leftover {
-    /// No switchover had left.
+    /// No switchover was sent.
     pub(crate) fn stopped(session: String, uri: Uri, epoch: u32) -> Leftover {
         Leftover::of(session, uri, epoch, Doing::Undoing)
     }
 
-    /// The destination has everything, and may not have heard the goodbye.
+    /// The destination has everything, and may not have received the goodbye.
     pub(crate) fn completed(session: String, uri: Uri, epoch: u32, now: Instant) -> Leftover {
         let call = Call::new(uri.clone(), Word::Goodbye, PATIENCE, now);
         Leftover::of(session, uri, epoch, Doing::Calling(call, About::Parts))
     }
 
-    /// A person says that nobody needs what is here, which is in these files.
+    /// The user states that the pages here, which are in these files, are not needed.
     pub(crate) fn abandoned(session: String, uri: Uri, epoch: u32, ram: Vec<String>) -> Leftover {
         Leftover { ram, ..Leftover::of(session, uri, epoch, Doing::Knocking) }
     }
@@ -159,7 +159,7 @@ impl Leftover {
         Leftover { session, uri, ram: Vec::new(), epoch, doing, effects: Effects::new() }
     }
 
-    /// Takes what has happened; the answer is what is to be done, in order.
+    /// Handles an input. Returns the effects in order.
     pub(crate) fn handle(&mut self, input: Input, now: Instant) -> Effects<Effect> {
         self.take(input, now);
         std::mem::replace(&mut self.effects, Effects::new())
@@ -210,7 +210,8 @@ impl Leftover {
         }
     }
 
-    /// Nobody must answer: the guest's only memory may be here, and nobody serves it from here on.
+    /// A destination that answers prevents the end of the session: the guest's only memory may be here, and no process
+    /// serves it after that.
     fn has_knocked(&mut self, knocked: Knocked) {
         let outcome = match knocked {
             Knocked::Opened => Err(Error::Environment(format!(
@@ -229,15 +230,15 @@ impl Leftover {
         self.doing = Doing::Ended(outcome);
     }
 
-    /// Whether a session may be abandoned to whose destination no lanes could be opened.
+    /// Whether a session may be abandoned if no lanes could be opened to its destination.
     fn may_be_abandoned(&self, error: Error) -> Result<()> {
         let uri = &self.uri;
         let who = match error {
             Error::Connect { .. } => return Ok(()),
             Error::Interrupted(_) => return Err(error),
-            // Perhaps it is paused. It may also be the destination of another guest by now.
+            // The destination may be paused. It may also be the destination of another guest by now.
             Error::Peer { text, .. } => format!("a umem at {uri} answers ({text})"),
-            // A process that is stopped takes connections, too.
+            // A stopped process accepts connections, too.
             Error::Lost { .. } | Error::Insecure { .. } | Error::Protocol { .. } => {
                 format!("a program at {uri} takes connections ({error})")
             }
@@ -253,7 +254,7 @@ impl Leftover {
         )))
     }
 
-    /// More than any that has been used, and written down before it is.
+    /// Higher than every epoch used so far, and written before its use.
     fn next_epoch(&mut self) -> Result<u32> {
         let next = self.epoch.checked_add(1);
         self.epoch = next
@@ -264,7 +265,7 @@ impl Leftover {
 
     fn is_undone(&mut self, how: Undone, now: Instant) {
         self.effects.push(Effect::Tell(Event::Undone { session: self.session.clone(), how }));
-        // It would be waiting for a switchover, or has given up long ago.
+        // The destination waits for a switchover, or gave up long ago.
         let why = Error::Interrupted("the source's umem was killed before the switchover".into());
         let word = Word::GaveUp(why.to_fault());
         let call = Call::new(self.uri.clone(), word, PATIENCE, now);
@@ -298,7 +299,7 @@ impl Leftover {
                 self.effects.push(Effect::Forget);
             }
             (About::Parts, told) => {
-                // Where nobody listens any more the goodbye has come, or nobody needs it.
+                // If connections are refused, the goodbye has arrived or is not needed.
                 let how = Undone::Parted { is_told: told.is_ok() };
                 self.effects.push(Effect::Free);
                 self.effects.push(Effect::Forget);
@@ -326,7 +327,7 @@ mod tests {
         Knocked::NotOpened(Error::Connect { uri: uri().to_string(), source: kind.into() })
     }
 
-    /// The effects and the outcome of an attempt to abandon a session at whose destination this was found.
+    /// The effects and the outcome of an attempt to abandon a session with this answer at its destination.
     fn abandon(knocked: Knocked) -> (Vec<Effect>, Result<()>) {
         let now = Instant::now();
         let ram = vec!["/dev/shm/guest".to_owned()];
@@ -341,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn session_is_abandoned_only_where_nobody_answers() {
+    fn session_is_abandoned_only_if_its_destination_does_not_answer() {
         use io::ErrorKind::{ConnectionRefused, HostUnreachable, NotFound, TimedOut};
         let nobody = [ConnectionRefused, HostUnreachable, NotFound, TimedOut].map(connect);
         for knocked in nobody.into_iter().chain([Knocked::NoAddress]) {
@@ -359,7 +360,7 @@ mod tests {
             Error::Lost { side: "destination", lane: lane(), what: "closed".into() },
             Error::Insecure { side: "destination", what: "another certificate".into() },
             Error::Protocol { lane: lane(), what: "no umem".into() },
-            // umem's own affairs, which say nothing of the destination.
+            // umem's own errors, which do not depend on the destination.
             Error::Environment("the secret cannot be read".into()),
             Error::System { what: "socket".into(), source: io::ErrorKind::OutOfMemory.into() },
         ];

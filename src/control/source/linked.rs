@@ -1,4 +1,4 @@
-//! While there are lanes: from the guest's stop to the last page.
+//! With lanes: from the guest's stop to the last page.
 
 use std::time::{Duration, Instant};
 
@@ -15,16 +15,16 @@ use crate::error::{Error, Result, lane_name};
 use crate::events::{AWAITS_STANDSTILL, Event, Place, Remark, Room};
 use crate::host::monitor::Answer;
 
-/// How long a destination may take to be ready: it has its guest's memory already, and compares regions.
+/// How long a destination may take to become ready: it already has its guest's memory, and compares regions.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The lanes that there are.
+/// The open lanes.
 #[derive(Debug)]
 pub(super) struct Linked {
     liveness: Liveness,
-    /// After the switchover a bulk lane is lost, and a destination that gives up may say so on the demand lane.
+    /// A bulk lane is lost after the switchover. The destination may give its reason on the demand lane.
     doubt: Option<Doubt>,
-    /// Bulk lanes that have sent all they found.
+    /// Bulk lanes that have sent all their pages.
     bulk_ended: u16,
 }
 
@@ -91,7 +91,7 @@ impl Source {
         }
     }
 
-    /// The destination has said this, on lanes that there are or that are being taken down.
+    /// The destination sent this, on open lanes or on lanes that are being closed.
     pub(super) fn received(&mut self, event: Said, now: &Moment) -> Result<()> {
         if let Said::Error(fault) = event {
             return self.peer_failed(peer(fault), now);
@@ -132,8 +132,8 @@ impl Source {
         self.do_next(Effect::Ask(Question::Stop));
     }
 
-    /// From *ready* on, and each time there are lanes again. Once the guest is not ours any more only where its
-    /// lanes can be replaced: without them it would be lost.
+    /// Starts the pings, from *ready* on and each time lanes open again. After the switchover they run only if lanes
+    /// can be replaced: otherwise a lost ping would lose the guest.
     pub(super) fn watch_over(&mut self, now: &Moment) {
         let is_asked = self.plan.bulk_lanes > 0 && (self.phase.may_run() || self.plan.recovers);
         if let Some(lanes) = self.lanes() {
@@ -174,7 +174,7 @@ impl Source {
         }
     }
 
-    /// The guest stands still: its pages may leave.
+    /// The guest stands still: its pages may be sent.
     fn stopped(&mut self, now: &Moment) -> Result<()> {
         let (postcopy, background) = (self.plan.postcopy, self.background);
         self.step(Step::GuestStopped { postcopy, background })?;
@@ -200,7 +200,7 @@ impl Source {
     fn send_state(&mut self, state: Vec<u8>, now: &Moment) -> Result<()> {
         self.step(Step::SentState { bytes: state.len() as u64 })?;
         self.step(Step::SentLoad)?;
-        // An answer would come behind all of it, so that nobody is asked until it has left.
+        // An answer would arrive behind all of the state, so no ping is sent before the state has left.
         if let Some(lanes) = self.lanes() {
             lanes.liveness.begin(false, now.at);
         }
@@ -208,8 +208,8 @@ impl Source {
         Ok(())
     }
 
-    /// The destination could run the guest. Whether it may is the monitor's to say, and asked last of all: so
-    /// the record says before that a switchover may have left.
+    /// The destination could run the guest. The monitor decides whether it may, and is asked last of all: the record
+    /// states before that a switchover may have been sent.
     fn prepare_to_commit(&mut self, now: &Moment) {
         self.times.switched = Some(now.at);
         let (background, times) = (self.background, self.times);
@@ -217,7 +217,8 @@ impl Source {
         self.do_next(Effect::Ask(Question::StandsStill));
     }
 
-    /// What the monitor says of a guest that is to be given away, or has been by a switchover that has not come.
+    /// The monitor's answer for a guest that is about to be given away, or was given away by a switchover that has not
+    /// arrived.
     fn may_be_given_away(&mut self, result: Result<()>) -> Result<()> {
         if matches!(self.phase, Phase::Loaded { .. }) {
             result?;
@@ -231,7 +232,7 @@ impl Source {
             // The last answer decides.
             _ if left > 0 => Ok(()),
             Ok(()) => {
-                // On lanes that are being opened it is said whether it has come.
+                // On new lanes the destination reports whether the switchover has arrived.
                 if self.lanes().is_some() {
                     self.switchover = Switchover::Plain;
                     self.do_next(Effect::Switchover);
@@ -260,7 +261,7 @@ impl Source {
         Ok(())
     }
 
-    /// Has everything that was changed in the monitor put back, beside the guest, which has gone.
+    /// Has the monitor's settings restored, except for the guest itself, which has gone.
     pub(super) fn ask_to_put_back(&mut self) {
         self.put_back = PutBack::Asked;
         self.do_next(Effect::Ask(Question::PutBack));
@@ -273,8 +274,8 @@ impl Source {
         }
     }
 
-    /// The guest runs at the destination since then. One that was killed before it could write that down says so
-    /// again.
+    /// The guest has run at the destination since then. A destination that was killed before it could write that
+    /// reports it again.
     pub(super) fn running(&mut self, since: Instant) {
         (self.switchover, self.has_arrived) = (Switchover::Plain, true);
         self.do_next(Effect::Relax);
@@ -322,15 +323,15 @@ impl Source {
         }
     }
 
-    /// The destination has given up. After the switchover that is the end only if its guest has ended: otherwise
-    /// it, or a process that takes over from it, may still need what is here.
+    /// The destination has given up. After the switchover that ends the migration only if the guest there has ended.
+    /// Otherwise the destination, or a process that takes over from it, may still need the pages here.
     fn peer_failed(&mut self, error: Error, now: &Moment) -> Result<()> {
         let Error::Peer { code, text, .. } = &error else { return Err(error) };
         let can_go_on = self.plan.recovers && !self.phase.may_run();
         match code {
             FaultCode::Ended => Err(error),
             _ if !can_go_on => Err(error),
-            // Of lanes that are being taken down.
+            // On lanes that are being closed.
             _ if self.lanes().is_none() => Ok(()),
             FaultCode::OutOfMemory => {
                 let text = text.clone();
@@ -343,7 +344,7 @@ impl Source {
         }
     }
 
-    /// Lanes can be replaced.
+    /// Whether lanes can be replaced.
     fn has_left(&self) -> bool {
         self.plan.recovers && !self.phase.may_run()
     }
@@ -371,14 +372,14 @@ impl Source {
         self.recover("other connections were given", now)
     }
 
-    /// By hand: lanes are opened on connections from here on, and no address is dialled.
+    /// On an order: from here on lanes are opened on given connections, and no address is dialed.
     pub(super) fn give(&mut self) {
         self.route.target = Target::Way(Way::Given);
         self.route.pausing.resume();
     }
 
-    /// Ctrl-C: gives up while the guest is still ours; afterwards the destination needs us. Without
-    /// background pages it means that the benchmark is over: the rest is sent.
+    /// Ctrl-C: gives up while the guest belongs to this side. After that the destination needs this side. Without
+    /// background pages Ctrl-C ends a benchmark: the rest is sent.
     fn interrupted(&mut self, now: &Moment) -> Result<()> {
         if self.phase.may_run() {
             return Err(Error::Interrupted("the guest goes on here".into()));
@@ -396,13 +397,13 @@ impl Source {
         Ok(())
     }
 
-    /// The destination denies the switchover, and the monitor has not answered whether it may leave again.
+    /// Whether the destination denies the switchover, and the monitor has not answered whether it may be sent again.
     fn awaits_standstill(&self) -> bool {
         matches!(self.switchover, Switchover::Owed { unanswered: 1.., .. })
     }
 
-    /// Nobody has the guest until the monitor answers: the first interrupt says so, and what another one does. To
-    /// the destination umem is then gone as if it had been killed, and waits for the one that takes over.
+    /// Neither side has the guest until the monitor answers: the first interrupt reports that, and the effect of
+    /// another one. To the destination it then looks as if umem had been killed, and it waits for a takeover.
     fn interrupted_while_owed(&mut self) -> Result<()> {
         let Switchover::Owed { silence, .. } = &mut self.switchover else { return Ok(()) };
         let was = std::mem::replace(silence, Silence::Known);
@@ -421,7 +422,7 @@ impl Source {
         }
     }
 
-    /// Says once what is waited for.
+    /// Reports the awaited event once.
     fn look_after_standstill(&mut self, now: &Moment) {
         let Switchover::Owed { unanswered: 1.., silence } = &mut self.switchover else { return };
         if let Silence::Until(until) = *silence
@@ -439,8 +440,7 @@ impl Source {
         self.tell(Event::Remark(Remark::StillNeeded { bytes }));
     }
 
-    /// Acts on a bulk lane's loss of which the demand lane has said nothing, and on a destination that says
-    /// nothing at all.
+    /// Handles the loss of a bulk lane without a reason on the demand lane, and a silent destination.
     pub(super) fn look_after_link(&mut self, now: &Moment) -> Result<()> {
         self.look_after_standstill(now);
         let Some(lanes) = self.lanes() else { return Ok(()) };
@@ -463,7 +463,7 @@ impl Source {
         }
     }
 
-    /// Ends a migration whose destination does not take its next step, while the guest is still ours.
+    /// Ends a migration whose destination does not take its next step, while the guest still belongs to this side.
     pub(super) fn look_after_step(&mut self, now: &Moment) -> Result<()> {
         let step = match self.phase {
             Phase::Comparing => Some((self.phase.name(), READY_TIMEOUT)),

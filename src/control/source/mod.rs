@@ -295,8 +295,8 @@ pub(crate) enum Record {
 }
 
 impl Record {
-    /// Whether what follows must not be done where this cannot be written. Without the others another process
-    /// does more than it had to: it asks both sides, is refused for a while, or says once more what was said.
+    /// Whether a failed write of the record prevents the effects that follow. Without one of the other records another
+    /// process does redundant work: it asks both sides, is refused for a while, or repeats a message.
     pub(crate) fn is_vital(&self) -> bool {
         matches!(self, Record::Committed { .. })
     }

@@ -1,21 +1,22 @@
-//! Before the stop: pages go while the guest runs, pass after pass, until what is left is little or does not shrink.
+//! Rounds: before the stop, pages are sent pass after pass while the guest runs, until few remain or the rest no longer
+//! shrinks.
 //!
 //! ```text
-//! ready --> track --> pass 1 --> count --> pass 2 --> count ... --> stop --> what remains --> settled --> stopped
-//!                     lanes send            judged by what
+//! ready --> track --> pass 1 --> count --> pass 2 --> count ... --> stop --> remaining list --> settled --> stopped
+//!                     lanes send            judged by
 //!                     dirty pages, then     whole passes
-//!                     the log looks         have left
+//!                     the log looks
 //! ```
 //!
-//! A pass is over when every lane has been around, and the dirty log has then looked over the whole guest: what it has
-//! marked by that time is what the pass has left. Passes are judged
-//! as wholes: moments of a pass say nothing of the next one. What the guest writes all the while (hot pages) a pass
-//! leaves out, so that passes end once most of what is left is hot. The contents of a guest's memory may come through QEMU's
-//! stream. Marked pages then wait for room, so lanes go around and the log looks by turns until the look is whole.
+//! A pass ends when every lane has been around once and the dirty log has then looked over the whole guest. The pages
+//! that the log has marked by that time are the ones that the pass leaves. Passes are judged as wholes, because a
+//! moment of a pass does not predict the next one. A pass leaves out pages that the guest writes all the time (hot
+//! pages), so passes end once most of the remaining pages are hot. The contents of a guest's memory may come through
+//! QEMU's stream. Marked pages then wait for room, so lanes and log take turns until the look is complete.
 //!
-//! Time (`--timeout`) and a person (`umem control SOCKET postcopy`) cut a pass short: each lane finishes its current
-//! block and reports the end of its pass. The pages that it has not sent stay dirty, so they remain as others do. A look
-//! that is in parts is finished all the same.
+//! Time (`--timeout`) and an order (`umem control SOCKET postcopy`) cut a pass short: each lane finishes its current
+//! block and reports the end of its pass. The unsent pages stay dirty, so they remain as others do. A look in parts is
+//! still completed.
 
 use std::time::{Duration, Instant};
 
@@ -27,82 +28,82 @@ use crate::error::Result;
 use crate::events::Event;
 use crate::memory::dirty::{LEAVES_OUT_FROM, LeftToSend};
 
-/// A pass that leaves more than this share of what the one before it left is not worth another one. Of both, what is
-/// hot does not count. If more than this share of what is left is hot, another pass cannot be worth it either.
+/// A pass that leaves more than this share of the bytes left by the pass before it does not justify another one. Hot
+/// bytes count in neither. If more than this share of the remaining bytes is hot, another pass is not justified either.
 const SHRINKS_TO: f64 = 0.7;
 
-/// The most that is sent before the stop, times the guest's memory.
+/// The most that is sent before the stop, as a multiple of the guest's memory.
 const SENT_MAX: u64 = 2;
 
-/// When rounds end.
+/// The limits of the rounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RoundsPlan {
-    /// Passes at most.
+    /// The most passes.
     pub(crate) passes_max: u32,
-    /// What is left is to be sent within this while the guest stands still.
+    /// The passes end once the rest can be sent within this time while the guest stands still.
     pub(crate) downtime_limit: Duration,
-    /// The passes end after this, counted from the moment at which the destination is ready.
+    /// The passes end after this time, counted from the destination's *ready*.
     pub(crate) timeout: Option<Duration>,
 }
 
-/// What the passes have come to so far.
+/// The result of the passes so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Passes {
     /// Passes that have ended.
     pub(crate) count: u32,
-    /// Bytes a second that the guest wrote in the last pass that was a whole one, each page once.
+    /// Bytes a second that the guest wrote in the last whole pass, each page once.
     pub(crate) dirty_bytes_per_s: Option<u64>,
-    /// How long the rest takes at the rate of the fastest pass; none where the guest does not wait for it (`-p`), and
-    /// before a rate is known.
+    /// The time to send the rest at the rate of the fastest pass. None if the guest does not wait for the rest (`-p`),
+    /// and before a rate is known.
     pub(crate) expected_downtime: Option<Duration>,
 }
 
-/// What is waited for.
+/// The awaited event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     /// The guest's writes are tracked.
     Tracking,
-    /// So many lanes have been around in this pass.
+    /// This many lanes have not yet been around in this pass.
     Sending { lanes_left: u16 },
-    /// The log has looked over the guest, and the dirty pages are counted.
+    /// The log looks over the guest, and the dirty pages are counted.
     Looking,
     /// The guest stands still.
     Stopping,
 }
 
-/// How far the rounds have come.
+/// The progress of the rounds.
 #[derive(Debug)]
 pub(super) struct Rounds {
     plan: RoundsPlan,
     stage: Stage,
-    /// The pass that goes on, from 1.
+    /// The current pass, from 1.
     pass: u32,
     began: Instant,
-    /// Bytes that had been sent when the pass began.
+    /// Bytes sent before the current pass.
     sent_before: u64,
-    /// Bytes that the pass before it left, less what was hot.
+    /// Bytes that the previous pass left, without the hot ones.
     dirty_before: Option<u64>,
-    /// The most that any pass has sent, bytes a second.
+    /// The highest rate of any pass, bytes a second.
     rate: f64,
-    /// Then the passes are cut short.
+    /// The passes are cut short at this time.
     deadline: Option<Instant>,
-    /// The pass that goes on is cut short, and no other one follows.
+    /// The current pass is cut short, and is the last one.
     is_cut: bool,
-    /// The guest has been stopped by another program.
+    /// Another program has stopped the guest.
     has_stopped: bool,
     passes: Passes,
 }
 
-/// What has come of a pass.
+/// The judgement of a pass.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Verdict {
     Again,
-    /// The guest is to stop.
+    /// Stop the guest.
     Enough,
 }
 
 impl Rounds {
-    /// From *ready* on; `is_cut` where somebody has asked for their end before.
+    /// From *ready* on. `is_cut` is true if an order has already ended the passes.
     fn new(plan: RoundsPlan, is_cut: bool, now: Instant) -> Rounds {
         Rounds {
             plan,
@@ -124,7 +125,7 @@ impl Rounds {
         self.stage = Stage::Sending { lanes_left: lanes };
     }
 
-    /// When time alone ends the passes.
+    /// The time at which the passes end.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.deadline.filter(|_| !self.is_cut && self.stage != Stage::Stopping)
     }
@@ -133,19 +134,19 @@ impl Rounds {
         self.deadline().is_some_and(|deadline| deadline <= now)
     }
 
-    /// Ends the passes with the one that goes on. True where lanes send and are to be told.
+    /// Makes the current pass the last one. Returns true if lanes send, and so must be told.
     fn cut(&mut self) -> bool {
         let was_cut = std::mem::replace(&mut self.is_cut, true);
         !was_cut && matches!(self.stage, Stage::Sending { .. })
     }
 
-    /// What a pass leaves. Only from the pass before the first one that leaves pages out are any of them hot.
+    /// The bytes that a pass leaves. Pages count as hot only from the pass before the first one that leaves pages out.
     fn known(&self, left: LeftToSend) -> LeftToSend {
         let is_known = self.pass + 1 >= LEAVES_OUT_FROM;
         LeftToSend { hot_bytes: if is_known { left.hot_bytes } else { 0 }, ..left }
     }
 
-    /// Whether the guest is to stop after a pass that has left so much, when so many bytes have been sent in all.
+    /// Whether the guest is to stop after a pass with this rest and these total bytes sent.
     fn judge(&mut self, left: LeftToSend, sent: u64, total: u64, now: Instant) -> Verdict {
         let LeftToSend { dirty_bytes: dirty, hot_bytes: hot, cooled_bytes: cooled, .. } = left;
         let next = dirty.saturating_sub(hot);
@@ -161,7 +162,7 @@ impl Rounds {
         let may_go_on = !self.is_cut && !self.has_stopped && !self.is_due(now);
         (self.sent_before, self.dirty_before) = (sent, Some(next));
         self.passes.count = self.pass;
-        // A pass that was cut short has left pages that it has not sent, which says nothing of what the guest writes.
+        // A pass that was cut short leaves unsent pages, so its rest does not measure the guest's writes.
         if !self.is_cut && !self.has_stopped {
             let written = dirty.saturating_sub(cooled);
             self.passes.dirty_bytes_per_s = Some((written as f64 / seconds) as u64);
@@ -172,7 +173,7 @@ impl Rounds {
         }
     }
 
-    /// How long so much takes at the rate of the fastest pass.
+    /// The time to send these bytes at the rate of the fastest pass.
     fn time_of(&self, bytes: u64) -> Option<Duration> {
         let seconds = bytes as f64 / self.rate;
         Duration::try_from_secs_f64(seconds).ok().filter(|_| self.rate > 0.0)
@@ -180,17 +181,17 @@ impl Rounds {
 }
 
 impl Source {
-    /// What the passes have come to; none where there are none.
+    /// The result of the passes; None without rounds.
     pub(crate) fn passes(&self) -> Option<Passes> {
         self.rounds.as_ref().map(|rounds| rounds.passes)
     }
 
-    /// Bytes that have been sent in passes, each time they were; of these some count as moved.
+    /// Bytes sent in passes, repeated sends included. Some of them count as moved.
     pub(super) fn sent_in_rounds(&self) -> u64 {
         self.rounds.as_ref().map_or(0, |rounds| rounds.sent_before)
     }
 
-    /// The destination is ready: the guest's writes are tracked before a page goes.
+    /// The destination is ready: track the guest's writes before any page is sent.
     pub(super) fn begin_rounds(&mut self, plan: RoundsPlan, now: &Moment) {
         self.rounds = Some(Rounds::new(plan, self.is_cut_early, now.at));
         self.do_next(Effect::Ask(Question::Track));
@@ -217,14 +218,14 @@ impl Source {
         }
     }
 
-    /// Ends the passes whose time is over.
+    /// Ends passes whose time is over.
     pub(super) fn look_after_passes(&mut self, now: &Moment) {
         if self.rounds.as_ref().is_some_and(|rounds| rounds.is_due(now.at)) {
             self.end_passes();
         }
     }
 
-    /// The passes end now: lanes finish the blocks that they are at, and the guest stops.
+    /// Ends the passes now: lanes finish their current blocks, and the guest stops.
     pub(super) fn end_passes(&mut self) {
         match &mut self.rounds {
             Some(rounds) => {
@@ -245,15 +246,15 @@ impl Source {
         Ok(())
     }
 
-    /// The guest stands still before it was asked to: no pass follows the one that goes on.
+    /// The guest stands still before umem stopped it: no pass follows the current one.
     pub(super) fn has_stopped_by_itself(&mut self) {
         if let Some(rounds) = &mut self.rounds {
             rounds.has_stopped = true;
         }
     }
 
-    /// The dirty log has marked as much as may wait to be sent: lanes go around once more in the same pass, also in one
-    /// that was cut short. Otherwise the rest of the guest's memory would come while the guest stands still.
+    /// The dirty log has marked as many pages as may wait to be sent. Lanes go around once more in the same pass, even
+    /// in one that was cut short. Otherwise the rest of the guest's memory would be sent while the guest stands still.
     pub(super) fn looked_in_part(&mut self) {
         let lanes = self.plan.bulk_lanes;
         if let (Some(rounds), Phase::Rounds) = (&mut self.rounds, &self.phase) {
@@ -273,7 +274,7 @@ impl Source {
         }
     }
 
-    /// What a pass has left is known.
+    /// The rest of a pass is known.
     pub(super) fn counted(&mut self, left: LeftToSend, sent_bytes: u64, now: &Moment) {
         let (total_bytes, postcopy) = (self.plan.total_bytes, self.plan.postcopy);
         let Some(rounds) = self.rounds.as_mut().filter(|_| self.phase == Phase::Rounds) else {
@@ -305,7 +306,7 @@ impl Source {
         }
     }
 
-    /// The guest stands still after rounds: what is dirty remains, and the destination is told so.
+    /// The guest stands still after rounds: the dirty pages remain, and the destination receives their list.
     pub(super) fn end_rounds(&mut self) -> Result<()> {
         self.step(Step::SentRemaining)?;
         self.do_next(Effect::EndRounds);
@@ -323,7 +324,8 @@ mod tests {
         LeftToSend { dirty_bytes, ..LeftToSend::default() }
     }
 
-    /// What comes of passes that each take a second, given what is dirty after each and what has been sent by then.
+    /// The verdicts on passes of one second each. `passes` has the dirty bytes after each pass and the bytes sent by
+    /// then.
     fn verdicts(plan: RoundsPlan, passes: &[(u64, u64)]) -> Vec<Verdict> {
         let begun = Instant::now();
         let mut rounds = Rounds::new(plan, false, begun);
@@ -336,14 +338,14 @@ mod tests {
     }
 
     #[test]
-    fn whole_passes_say_when_it_is_enough() {
+    fn passes_end_when_the_rest_is_small_or_does_not_shrink() {
         use Verdict::{Again, Enough};
         let plan =
             RoundsPlan { passes_max: 4, downtime_limit: Duration::from_millis(500), timeout: None };
-        // What the link sends in half a second.
+        // The link sends this in half a second.
         assert_eq!(verdicts(plan, &[(GIB / 2, GIB)]), [Enough]);
         assert_eq!(verdicts(plan, &[(GIB, GIB), (GIB / 2, 2 * GIB)]), [Again, Enough]);
-        // It does not shrink.
+        // The rest does not shrink.
         let shrinks = [(2 * GIB, GIB), (14 * GIB / 10, 2 * GIB), (GIB, 3 * GIB)];
         assert_eq!(verdicts(plan, &shrinks), [Again, Again, Enough]);
         assert_eq!(verdicts(plan, &[(2 * GIB, GIB), (15 * GIB / 10, 2 * GIB)]), [Again, Enough]);
@@ -354,9 +356,9 @@ mod tests {
         assert_eq!(verdicts(plan, &[(100, 8 * GIB + 1)]), [Enough]);
     }
 
-    /// Each pass takes a second and leaves half of what the one before it left, so that it alone would go on.
+    /// Each pass takes a second and leaves half of the previous rest, so the rest alone would never end the passes.
     #[test]
-    fn passes_end_when_their_time_is_over_and_not_before() {
+    fn passes_end_exactly_when_their_time_is_over() {
         use Verdict::{Again, Enough};
         let passes = [(2 * GIB, GIB), (GIB, 2 * GIB), (GIB / 2, 3 * GIB), (GIB / 4, 4 * GIB)];
         let plan = |timeout| RoundsPlan { passes_max: 9, downtime_limit: Duration::ZERO, timeout };
@@ -372,9 +374,9 @@ mod tests {
         }
     }
 
-    /// Each pass takes a second. What is hot is left out from the third one on.
+    /// Each pass takes a second. Hot pages are left out from the third pass on.
     #[test]
-    fn passes_end_when_most_of_what_is_left_is_hot_and_hot_pages_alone_end_none() {
+    fn passes_end_when_the_rest_is_mostly_hot() {
         use Verdict::{Again, Enough};
         let plan = RoundsPlan { passes_max: 9, downtime_limit: Duration::ZERO, timeout: None };
         let begun = Instant::now();
@@ -393,18 +395,18 @@ mod tests {
             };
             (0..).zip(passes).map(pass).collect::<Vec<_>>()
         };
-        // All that is left does not shrink to 0.7, but what is not hot does.
+        // The whole rest does not shrink to 0.7, but its part without hot pages does.
         let still = [(100, 100), (90, 50), (80, 55), (60, 55)];
         assert_eq!(judge(&still), [Again, Again, Again, Enough]);
         assert_eq!(judge(&[(100, 0), (90, 0)]), [Again, Enough]);
-        // What is not hot does not shrink either.
+        // The part without hot pages does not shrink either.
         assert_eq!(judge(&[(100, 0), (60, 20), (60, 30)]), [Again, Again, Enough]);
-        // 0.7 of what is left is hot, and more.
+        // More than 0.7 of the rest is hot.
         assert_eq!(judge(&[(100, 0), (50, 35), (20, 15)]), [Again, Again, Enough]);
     }
 
     #[test]
-    fn no_pass_follows_one_that_ends_with_the_guest_stopped_by_another_program() {
+    fn guest_stopped_by_another_program_ends_the_passes() {
         let begun = Instant::now();
         let plan = RoundsPlan { passes_max: 9, downtime_limit: Duration::ZERO, timeout: None };
         for (has_stopped, expected) in [(false, Verdict::Again), (true, Verdict::Enough)] {
@@ -414,13 +416,13 @@ mod tests {
             let end = begun + Duration::from_secs(1);
             let left = LeftToSend { dirty_bytes: GIB, ..LeftToSend::default() };
             assert_eq!(rounds.judge(left, 4 * GIB, 4 * GIB, end), expected);
-            // How much is left says nothing of what the guest writes in a pass then.
+            // The rest then does not measure the guest's writes in a pass.
             assert_eq!(rounds.passes.dirty_bytes_per_s.is_none(), has_stopped);
         }
     }
 
     #[test]
-    fn a_pass_that_is_cut_short_says_nothing_of_the_rate_of_writing() {
+    fn cut_pass_does_not_change_the_dirty_rate() {
         let begun = Instant::now();
         let at = |second| begun + Duration::from_secs(second);
         let plan = RoundsPlan { passes_max: 9, downtime_limit: Duration::ZERO, timeout: None };
@@ -434,7 +436,7 @@ mod tests {
         assert!(!rounds.cut(), "it has been told");
         assert_eq!(rounds.judge(left(GIB / 2), 5 * GIB, 4 * GIB, at(3)), Verdict::Enough);
         assert_eq!((rounds.passes.count, rounds.passes.dirty_bytes_per_s), (2, Some(GIB / 2)));
-        // Nothing has been sent at all.
+        // No byte has been sent.
         let mut rounds = Rounds::new(plan, true, begun);
         rounds.begin_pass(1, at(0));
         assert_eq!(rounds.judge(left(GIB), 0, 4 * GIB, at(1)), Verdict::Enough);

@@ -1,4 +1,4 @@
-//! Single decisions, input by input.
+//! Single decisions of the core, input by input.
 
 use std::time::{Duration, Instant};
 
@@ -71,7 +71,7 @@ impl Bench {
         bench
     }
 
-    /// A pass ends, and has left so many bytes.
+    /// A pass ends with this many dirty bytes left.
     fn pass(&mut self, dirty_bytes: u64) -> Vec<Effect> {
         let effects = self.tell(Input::PassEnded);
         assert!(matches!(effects[..], [Effect::Ask(Question::Look)]), "{effects:?}");
@@ -80,7 +80,7 @@ impl Bench {
         self.tell(Input::Counted { left: dirty(dirty_bytes), sent_bytes: 1 })
     }
 
-    /// Up to the guest that runs at the destination.
+    /// Until the guest runs at the destination.
     fn serve(&mut self) {
         self.ready();
         self.tell(Input::Monitor(Answer::Stopped(Ok(None))));
@@ -90,7 +90,7 @@ impl Bench {
         self.tell(Input::Committed);
     }
 
-    /// Lanes are lost and open again, and the switchover has come or has not.
+    /// Lanes are lost and opened again. `switched` is the arrival of the switchover, as the destination reports it.
     fn reopen(&mut self, switched: bool) -> Vec<Effect> {
         self.tell(Input::Failed(lost("demand lane")));
         self.tell(Input::LanesDown);
@@ -128,7 +128,7 @@ fn file_failed() -> Error {
 }
 
 #[test]
-fn writes_are_tracked_before_a_page_goes() {
+fn writes_are_tracked_before_the_first_pass() {
     let plan = RoundsPlan { passes_max: 4, downtime_limit: Duration::ZERO, timeout: None };
     let mut bench = Bench::with(true, false, Some(plan));
     let effects = bench.ready();
@@ -140,7 +140,7 @@ fn writes_are_tracked_before_a_page_goes() {
 }
 
 #[test]
-fn the_guest_stops_when_whole_passes_say_so_and_what_remains_is_told_before_the_stop() {
+fn guest_stops_when_passes_do_not_shrink_and_rounds_end_before_stopped() {
     let mut bench = Bench::in_rounds();
     let effects = bench.pass(1000);
     assert!(matches!(effects[..], [Effect::Tell(Event::Pass { .. }), Effect::SendPass]));
@@ -156,7 +156,7 @@ fn the_guest_stops_when_whole_passes_say_so_and_what_remains_is_told_before_the_
 }
 
 impl Bench {
-    /// In the first pass of rounds that would go on for ever, with two lanes.
+    /// In the first pass of rounds without an end, with two lanes.
     fn in_endless_rounds(timeout: Option<Duration>) -> Bench {
         let plan = RoundsPlan { passes_max: u32::MAX, downtime_limit: Duration::ZERO, timeout };
         let mut bench = Bench::with(true, false, Some(plan));
@@ -166,7 +166,7 @@ impl Bench {
         bench
     }
 
-    /// Both lanes end the pass, half of which is left: the guest stops, where `is_over`, or there is another pass.
+    /// Both lanes end the pass, which leaves half. With `is_over` the guest stops; otherwise another pass follows.
     fn lanes_end(&mut self, dirty_bytes: u64, is_over: bool, is_cut: bool) {
         assert!(self.tell(Input::PassEnded).is_empty(), "the other lane has not been around");
         match &self.pass(dirty_bytes)[..] {
@@ -181,13 +181,13 @@ impl Bench {
     }
 }
 
-/// Whether the lanes are told; a ping may be due besides.
+/// Whether the lanes are told. A ping may be due at the same time.
 fn is_cut_pass(effects: &[Effect]) -> bool {
     has(effects, |effect| matches!(effect, Effect::CutPass))
 }
 
 #[test]
-fn a_pass_is_cut_short_once_its_time_is_over() {
+fn pass_is_cut_once_at_the_timeout() {
     let timeout = Duration::from_secs(5);
     let mut bench = Bench::in_endless_rounds(Some(timeout));
     let begun = bench.now;
@@ -202,9 +202,9 @@ fn a_pass_is_cut_short_once_its_time_is_over() {
     bench.lanes_end(500, true, true);
 }
 
-/// While the log looks no lane sends: the pass has ended as a whole.
+/// No lane sends while the log looks: the pass has ended as a whole.
 #[test]
-fn time_that_is_over_between_two_passes_lets_no_other_one_begin() {
+fn timeout_between_passes_starts_no_further_pass() {
     let timeout = Duration::from_secs(5);
     let mut bench = Bench::in_endless_rounds(Some(timeout));
     bench.tell(Input::PassEnded);
@@ -217,7 +217,7 @@ fn time_that_is_over_between_two_passes_lets_no_other_one_begin() {
 }
 
 #[test]
-fn passes_end_by_hand_at_any_time() {
+fn order_ends_the_passes_at_any_time() {
     // In a pass, twice.
     let mut bench = Bench::in_endless_rounds(None);
     bench.lanes_end(1000, false, false);
@@ -252,9 +252,9 @@ fn passes_end_by_hand_at_any_time() {
     }
 }
 
-/// What went in passes is not what the destination has.
+/// Pages sent in passes do not count as pages that the destination has.
 #[test]
-fn the_bytes_that_are_needed_are_those_that_have_not_come_for_good() {
+fn needed_bytes_exclude_only_final_pages() {
     let mut bench = Bench::in_endless_rounds(None);
     bench.tell(Input::EndPasses);
     bench.tell(Input::PassEnded);
@@ -276,7 +276,7 @@ fn the_bytes_that_are_needed_are_those_that_have_not_come_for_good() {
 }
 
 #[test]
-fn rounds_that_end_for_another_reason_leave_the_guest_as_it_is() {
+fn failure_in_rounds_leaves_the_guest_running_here() {
     let failures = [
         Input::Failed(lost("demand lane")),
         Input::Monitor(Answer::Looked(Err(refused()))),
@@ -287,16 +287,16 @@ fn rounds_that_end_for_another_reason_leave_the_guest_as_it_is() {
         let mut bench = Bench::in_rounds();
         let effects = bench.tell(failure);
         assert!(has(&effects, |effect| matches!(effect, Effect::Ask(Question::Resume))));
-        // Nothing was stopped, so that nothing is written down of that.
+        // The guest was not stopped, so no record of a stop is written.
         assert!(!has(&effects, |effect| matches!(effect, Effect::Persist(_))), "{effects:?}");
         bench.tell(Input::Monitor(Answer::Resumed(Ok(()))));
         assert!(matches!(bench.failure().1, Guest::Here));
     }
 }
 
-/// To track the guest's writes its monitor has been changed.
+/// The monitor's settings were changed to track the guest's writes.
 #[test]
-fn a_monitor_that_may_be_changed_still_leaves_the_record_of_a_guest_that_was_never_stopped() {
+fn record_stays_if_monitor_settings_are_not_restored() {
     let endings: [fn(&mut Bench) -> Vec<Effect>; 3] = [
         |bench| bench.tell(Input::Monitor(Answer::Resumed(Err(refused())))),
         |bench| {
@@ -319,7 +319,7 @@ fn a_monitor_that_may_be_changed_still_leaves_the_record_of_a_guest_that_was_nev
 }
 
 #[test]
-fn nothing_behind_an_effect_that_failed_is_done() {
+fn effects_behind_a_failed_effect_are_dropped() {
     let mut bench = Bench::new(true, false);
     bench.serve();
     bench.say(Said::Running { us_since_switchover: 1 });
@@ -330,9 +330,9 @@ fn nothing_behind_an_effect_that_failed_is_done() {
     assert!(matches!(bench.failure(), (Error::RamFailed { .. }, Guest::Complete)));
 }
 
-/// There the end follows at once, and has been decided on already.
+/// Without a takeover the migration ends at once, and its end is already decided.
 #[test]
-fn a_file_that_fails_at_the_end_fails_a_migration_that_nobody_could_take_over() {
+fn ram_file_failure_at_the_end_fails_a_migration_without_takeover() {
     let mut bench = Bench::new(false, false);
     bench.serve();
     bench.tell(Input::Monitor(Answer::PutBack(Ok(()))));
@@ -344,7 +344,7 @@ fn a_file_that_fails_at_the_end_fails_a_migration_that_nobody_could_take_over() 
 }
 
 #[test]
-fn lanes_lost_while_memory_is_compared_leave_a_goodbye_to_be_dialled() {
+fn lanes_lost_during_comparison_lead_to_a_dialed_goodbye() {
     let mut bench = Bench::new(true, true);
     bench.serve();
     bench.tell(Input::Monitor(Answer::PutBack(Ok(()))));
@@ -361,7 +361,7 @@ fn lanes_lost_while_memory_is_compared_leave_a_goodbye_to_be_dialled() {
 }
 
 #[test]
-fn a_guest_that_ends_before_the_goodbye_is_answered_fails_the_migration() {
+fn guest_ended_before_the_goodbye_answer_fails_the_migration() {
     for (code, has_failed) in [(FaultCode::Ended, true), (FaultCode::Other, false)] {
         let mut bench = Bench::new(true, false);
         bench.serve();
@@ -379,7 +379,7 @@ fn a_guest_that_ends_before_the_goodbye_is_answered_fails_the_migration() {
 }
 
 #[test]
-fn the_last_answer_decides_whether_a_switchover_that_has_not_come_leaves_again() {
+fn last_monitor_answer_decides_about_a_second_switchover() {
     let is_switchover = |effect: &Effect| matches!(effect, Effect::Switchover);
     let mut bench = Bench::new(true, false);
     bench.serve();
@@ -389,7 +389,7 @@ fn the_last_answer_decides_whether_a_switchover_that_has_not_come_leaves_again()
     assert!(has(&bench.stands_still(Ok(())), is_switchover));
     assert!(!bench.core.has_ended());
 
-    // It has left: what a monitor says after that gives no guest back.
+    // The switchover has been sent: a later answer of the monitor does not return the guest.
     let effects = bench.stands_still(Err(refused()));
     assert!(effects.is_empty() && !bench.core.has_ended(), "{effects:?}");
 
@@ -404,7 +404,7 @@ fn the_last_answer_decides_whether_a_switchover_that_has_not_come_leaves_again()
 }
 
 #[test]
-fn a_failure_after_the_switchover_never_has_the_guest_go_on_here() {
+fn failure_after_the_switchover_never_resumes_the_guest_here() {
     for switched in [false, true] {
         let mut bench = Bench::new(true, false);
         bench.serve();
@@ -418,7 +418,7 @@ fn a_failure_after_the_switchover_never_has_the_guest_go_on_here() {
 }
 
 #[test]
-fn where_nothing_can_be_waited_for_it_ends_at_once_in_every_state() {
+fn abandoned_input_ends_the_migration_at_once_in_every_state() {
     let abandoned = || Input::Abandoned(Error::Interrupted("given up".into()));
     let states: [fn(&mut Bench); 5] = [
         |_| {},
@@ -447,7 +447,7 @@ fn where_nothing_can_be_waited_for_it_ends_at_once_in_every_state() {
 
 /// The destination waits for the umem that takes the session over, as after a kill.
 #[test]
-fn a_panic_after_the_commit_is_told_by_the_end_of_the_lanes_alone() {
+fn panic_after_the_commit_closes_the_lanes_without_a_reason() {
     for is_kept in [true, false] {
         let mut bench = Bench::new(is_kept, false);
         bench.serve();
@@ -460,9 +460,9 @@ fn a_panic_after_the_commit_is_told_by_the_end_of_the_lanes_alone() {
     }
 }
 
-/// A destination that was killed says what it could write down.
+/// A destination that was killed reports the state that it could write.
 #[test]
-fn a_switchover_leaves_again_unasked_for_a_guest_that_was_said_to_run() {
+fn switchover_is_resent_without_a_question_if_the_guest_was_reported_running() {
     for switched in [false, true] {
         let mut bench = Bench::new(true, false);
         bench.serve();
@@ -474,7 +474,7 @@ fn a_switchover_leaves_again_unasked_for_a_guest_that_was_said_to_run() {
         assert!(!bench.core.has_ended(), "{effects:?}");
         assert!(!has(&effects, |effect| matches!(effect, Effect::Ask(_))), "{effects:?}");
         assert_eq!(has(&effects, |effect| matches!(effect, Effect::Switchover)), !switched);
-        // It runs, as it did: that is no news, and its pages leave again.
+        // The guest was known to run: no event reports that again, and its pages are sent again.
         let effects = bench.say(Said::Running { us_since_switchover: 1 });
         let is_news = |effect: &Effect| matches!(effect, Effect::Tell(Event::Running { .. }));
         assert!(!has(&effects, is_news), "{effects:?}");
@@ -483,7 +483,7 @@ fn a_switchover_leaves_again_unasked_for_a_guest_that_was_said_to_run() {
 }
 
 #[test]
-fn a_monitor_that_leaves_a_denied_switchover_unanswered_is_remarked_on_and_can_be_left() {
+fn silent_monitor_after_a_denied_switchover_is_reported_and_can_be_left() {
     let can_leave_of = |effects: &[Effect]| {
         effects.iter().find_map(|effect| match effect {
             Effect::Tell(Event::Remark(Remark::AwaitsStandstill { can_leave })) => Some(*can_leave),
@@ -502,7 +502,7 @@ fn a_monitor_that_leaves_a_denied_switchover_unanswered_is_remarked_on_and_can_b
         let effects = bench.tell(Input::Interrupted);
         assert_eq!(bench.core.has_ended(), is_kept, "nobody could go on: {effects:?}");
         if is_kept {
-            // To the destination it is as if umem had been killed.
+            // To the destination it looks as if umem had been killed.
             assert!(has(&effects, |effect| matches!(effect, Effect::EndThreads(None))));
             assert!(!has(&effects, |effect| matches!(effect, Effect::Forget)), "{effects:?}");
             assert!(matches!(bench.failure(), (Error::Interrupted(_), Guest::Away)));
