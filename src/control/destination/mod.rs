@@ -18,10 +18,10 @@
 //! | `Committing` | loading | the source, which can no longer cancel | nothing | the same |
 //! | `Holding` | loading | the source | nothing, then *loaded* | the guest waits if it was held, and ends if not |
 //! | `Awaiting` | loaded | only the source knows | *loaded* | the guest waits for `--resume` |
-//! | `Starting` | switched | this side | *loaded*, then *switched* | the guest waits; an unwritten switchover is resent |
+//! | `Starting` | switched | this side | *loaded*, then *switched* | the same; an unwritten switchover is resent |
 //! | `Serving` | running | this side | *switched*, then *running* | the guest waits for its pages |
 //! | `Unregistering` | running | this side | *running* | the same |
-//! | `Parting` | completing | this side, complete | *running*, then *complete* | the guest continues; `--resume` tells the source |
+//! | `Parting` | completing | this side, complete | *running*, then *complete* | continues; `--resume` tells the source |
 //! | `TakingOver` | loaded … running | as recorded | unchanged | as before `--resume` |
 //! | `Seeking`, `Stopping`, `Releasing` | any | by the phase | unchanged | as in that phase |
 //! | `Ended` | any | | nothing, unless the guest stays | |

@@ -1,5 +1,5 @@
-//! The destination's driver of the simulation: it carries its core's effects out on the world, and may be killed
-//! between any two.
+//! The destination's driver in the simulation: it carries out effects on the simulated world, and may be killed between
+//! any two.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -21,19 +21,19 @@ use crate::error::{Error, Result};
 use crate::events::{Event, Lost, Remark};
 use crate::session::DestinationState;
 
-/// How long a source is waited for that has to hear of a guest's end, or that it is complete.
+/// How long the driver waits for a source that must learn of the guest's end or completion.
 const FAREWELL_PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long it may take to close its lanes then.
+/// How long that source may then take to close its lanes.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
 enum Process {
     Migration(Box<Core>),
-    /// All is over, and the source may not know.
+    /// The migration is over, and the source may not know.
     Farewell(Farewell, Word),
 }
 
-/// What a source hears that comes when all is over.
+/// The notice for a source that arrives after the end.
 #[derive(Debug)]
 pub(super) enum Word {
     Complete(Standing),
@@ -42,31 +42,31 @@ pub(super) enum Word {
 
 pub(super) struct Destination {
     process: Option<Process>,
-    /// Of this process, and of all before it.
+    /// The number of processes so far, this one included.
     pub(super) number: u32,
-    /// On the disk, and as its keeper has it, which is written as a whole the next time.
+    /// The record on the disk, and below it the state in memory, which the next write replaces as a whole.
     pub(super) record: Option<Recalled>,
     kept: Option<Recalled>,
     pub(super) guest: Guest,
     /// Pages that are cached.
     pub(super) have: BTreeSet<u64>,
-    /// What its memory holds: each page as it was at the source when it had been written to so often.
+    /// The contents of its memory: each page with its version at the source.
     pub(super) contents: BTreeMap<u64, u32>,
     pub(super) threads: Threads,
     pub(super) monitor_busy: Duration,
-    /// Lanes on which the source has been told all.
+    /// Lanes on which the source has received the notice.
     pub(super) closing: Option<u32>,
-    /// After so many effects the process is killed; of the next processes, too.
+    /// The process is killed after this many effects; further numbers are for the next processes.
     kills: VecDeque<u64>,
     outcome: Option<Outcome>,
-    /// What a person has been told, and has not acted on.
+    /// Reports that the person has not acted on.
     is_paused: bool,
     /// Another interrupt ends a guest that may be the only one.
     pub(super) is_warned: bool,
     /// The monitor has not answered whether the guest runs.
     awaits_monitor: bool,
     began: Duration,
-    /// Umem has ended in failure, or a person has interrupted it.
+    /// umem has ended in failure, or a person has interrupted it.
     pub(super) has_failed: bool,
 }
 
@@ -121,12 +121,12 @@ impl Destination {
         }
     }
 
-    /// The source answers what it was told.
+    /// Whether the source answers the notice.
     pub(super) fn has_goodbye_to_hear(&self) -> bool {
         matches!(self.process, Some(Process::Farewell(Farewell::Hearing { .. }, Word::Complete(_))))
     }
 
-    /// Why the door lets nobody in.
+    /// Why new lanes are refused.
     pub(super) fn refusal(&self) -> Option<(FaultCode, String)> {
         match &self.process {
             Some(Process::Migration(core)) => {
@@ -136,19 +136,19 @@ impl Destination {
         }
     }
 
-    /// The source's memory and record are of no use to it.
+    /// The source's memory and record are of no use to this side.
     pub(super) fn can_do_alone(&self) -> bool {
         let guest = &self.guest;
         guest.has_died || guest.bond != Bond::Ended && self.has_all() && guest.is_ours
     }
 
-    /// Nobody has to look after it: there is no guest, or it runs alone.
+    /// No person has to act: there is no guest, or it runs without umem.
     pub(super) fn is_settled(&self) -> bool {
         let is_whole = self.guest.runs && self.has_all();
         let has_died = self.guest.has_died && self.process.is_none();
         let process = match &self.process {
             None => true,
-            // It stays for its guest's sake, and its record is of no use without a source.
+            // The process stays for its guest, and its record is of no use without a source.
             Some(Process::Farewell(farewell, Word::Complete(_))) => {
                 return farewell.deadline().is_none();
             }
@@ -162,7 +162,7 @@ impl Destination {
                 || (is_whole || has_died) && record)
     }
 
-    /// It is gone, and nobody could go on.
+    /// The process is gone, and no process can continue.
     pub(super) fn is_left(&self) -> bool {
         self.process.is_none() && self.record.is_none()
     }
@@ -181,7 +181,7 @@ impl Destination {
         std::mem::take(&mut self.is_paused)
     }
 
-    /// It has gone on for so long that a person asks what it waits for.
+    /// Whether the process has run for so long that a person asks for its reason.
     pub(super) fn waits_for_its_monitor(&self, now: Duration) -> bool {
         let is_starting = match &self.process {
             Some(Process::Migration(core)) => core.phase_name() == "starting the guest",
@@ -206,7 +206,7 @@ impl World {
         }
     }
 
-    /// Its lanes are open, and it compares regions.
+    /// The lanes are open, and the destination compares regions.
     pub(super) fn start_destination(&mut self, link: u32) {
         let core = Core::new(self.terms(), Some(Entrance::Listener), self.instant());
         self.destination.threads = Threads::new(Some(link));
@@ -228,7 +228,7 @@ impl World {
         Moment { at: self.instant(), moved_bytes, checksum_errors: 0, memory }
     }
 
-    /// Hands this in, and carries out what follows; then looks at the clock.
+    /// Hands an input in, carries out the effects, and then checks the clock.
     pub(super) fn tell_destination(&mut self, input: Input) {
         self.feed_destination(input);
         self.feed_destination(Input::Tick);
@@ -412,7 +412,7 @@ impl World {
         Ok(None)
     }
 
-    /// The guest's process, if there is one, ends no sooner than that.
+    /// The guest's process, if there is one, ends no sooner than this bond.
     fn binds(&mut self, bond: Bond) {
         let guest = &mut self.destination.guest;
         if guest.bond != Bond::Ended {
@@ -434,7 +434,7 @@ impl World {
         }
     }
 
-    /// The record goes: nobody takes over any more.
+    /// Removes the record: no takeover is needed any more.
     fn forget_there(&mut self) {
         self.destination.record = None;
         if self.destination.guest.bond != Bond::Ended && !self.destination.can_do_alone() {
@@ -447,7 +447,7 @@ impl World {
         self.destination.process = None;
         self.destination.guest.outlives(false);
         match outcome {
-            // One that was started by another process is not stayed for.
+            // A later process does not stay for the source.
             Outcome::Complete { unheard: Some(standing) } if self.destination.number == 1 => {
                 self.says_farewell(None, Word::Complete(*standing));
             }
@@ -485,7 +485,7 @@ impl World {
         self.at(at, Happening::StartDestination);
     }
 
-    /// Somebody starts umem again with `--resume`.
+    /// The person starts umem again with `--resume`.
     pub(super) fn resume_destination(&mut self) {
         if self.destination.is_alive() {
             return;
@@ -511,7 +511,7 @@ impl World {
                 let recalled =
                     noted.filter(|noted| noted.state > recalled.state).unwrap_or(recalled);
                 self.destination.kept = Some(recalled);
-                // It is no child of this process, which ends it only when it is told to.
+                // The guest's process is no child of this one, so it ends only when it is told to.
                 self.binds(Bond::Kept);
                 let core = Core::recalled(self.terms(), &recalled, self.instant());
                 self.destination.process = Some(Process::Migration(Box::new(core)));
@@ -533,7 +533,7 @@ impl World {
         }
     }
 
-    /// Time has passed there.
+    /// Time has passed for the destination.
     pub(super) fn destination_looks(&mut self) {
         match self.destination.process {
             Some(Process::Migration(_)) => self.feed_destination(Input::Tick),
@@ -597,13 +597,13 @@ impl World {
         self.note(format_args!("destination has ended, and the source knows: {is_told}"));
         self.drop_arrived();
         if let Some(Process::Farewell(_, Word::Ended(_))) = process {
-            // Somebody is told to end the source.
+            // A report asks the person to end the source.
             self.destination.record = None;
         }
     }
 }
 
-/// What a frame is to the source.
+/// The source's input for a frame.
 impl World {
     fn said(&self, frame: Frame) -> Said {
         match frame {

@@ -1,22 +1,22 @@
-//! Both cores over a wire that loses lanes, with monitors that answer late, wrongly or never, people who interrupt and
-//! pause, disks that are full, and kills between any two effects of either side, in a time of its own. In some seeds the
-//! guest writes while it runs at the source, and pages go in rounds before it stops ([`rounds`]).
+//! A simulation of both cores in virtual time. The wire loses lanes. The monitors answer late, wrongly or never. A
+//! person interrupts and pauses. Disks are full. Either side is killed between any two effects. In some seeds the guest
+//! writes while it runs at the source, and pages are sent in rounds before it stops ([`rounds`]).
 //!
-//! A seed decides on everything, and always is the same run. For a while ([`CHAOS`]) anything may happen; then the
-//! wire, the monitors and the disks are well, and a person does what umem has told ([`person`]): resumes what was
-//! paused, starts umem again with `--resume` where a record lies, and interrupts what only waits for that. After [`END`]
-//! it must be over.
+//! A seed determines the whole run. For a while ([`CHAOS`]) any fault may occur. After that the wire, the monitors and
+//! the disks work, and a person follows umem's reports ([`person`]): the person resumes paused sides, starts umem again
+//! with `--resume` where a record exists, and interrupts processes that only wait for that. At [`END`] the migration
+//! must be over.
 //!
-//! What must hold, whatever happens:
-//! - The guest never runs twice.
-//! - Nothing forgets what the guest needs: a record of either side, or memory that the destination does not have.
-//! - No page lands twice, but for copies in rounds, and no lanes are served beside others.
-//! - No page that the guest has when it runs at the destination is older than the source's.
-//! - A failure before the stop leaves a guest that runs on at the source and has never stood still.
-//! - At the end the guest runs on one side with all of its memory, nobody is left waiting, and no source's record is.
-//!   Where a person had to decide, umem has said so.
+//! The invariants:
+//! - The guest never runs on both sides.
+//! - No side forgets what the guest needs: a record of either side, or memory that the destination does not have.
+//! - No page lands twice, except for copies in rounds, and only one set of lanes is served at a time.
+//! - When the guest runs at the destination, no page that it has there is older than the source's.
+//! - A failure before the stop leaves a guest that runs at the source and has never stood still.
+//! - At the end the guest runs on one side with all of its memory, no process waits, and no source's record is left. If
+//!   a person had to decide, umem has reported that.
 //!
-//! `UMEM_SEED=N` runs one seed and prints what happens in it (`--nocapture`), `UMEM_SIM_SEEDS=N` runs as many.
+//! `UMEM_SEED=N` runs one seed and prints its events (`--nocapture`). `UMEM_SIM_SEEDS=N` runs that many seeds.
 
 #![allow(clippy::print_stdout, reason = "a test may say what it does")]
 
@@ -33,44 +33,44 @@ use std::time::Duration;
 
 use world::World;
 
-/// Until then anything may happen.
+/// Until then any fault may occur.
 const CHAOS: Duration = Duration::from_secs(40);
 
-/// By then it has to be over.
+/// By then the migration has to be over.
 const END: Duration = Duration::from_secs(400);
 
-/// Where nobody says how many: as many as a debug build runs in some seconds on two cores.
+/// The default number of seeds: a debug build runs them in some seconds on two cores.
 const SEEDS: u64 = 50_000;
 
-/// What is done wrong on purpose, to see it found.
+/// A deliberate fault, which the invariants must find.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
     None,
-    /// The goodbye is said before the record says so.
+    /// The goodbye is sent before it is in the record.
     GoodbyeBeforeRecord,
-    /// The switchover leaves before the record says that it may have.
+    /// The switchover is sent before the record permits it.
     SwitchoverBeforeRecord,
-    /// The record goes before the guest is known to go on here.
+    /// The record is removed before the guest is known to continue here.
     ForgetsEarly,
-    /// The monitor is asked to have the guest go on after the switchover, too.
+    /// The monitor is asked to resume the guest after the switchover, too.
     ResumesAlways,
-    /// A destination that answers a person who abandons its source's session is taken for gone.
+    /// When a person abandons the source's session, a destination that answers counts as gone.
     TakesAnswersForSilence,
     /// In rounds a page is read before its mark is taken.
     ReadsBeforeTaking,
-    /// Of two copies of a page the later one may land first.
+    /// The later of two copies of a page may land first.
     CopiesOvertake,
-    /// Rounds are over at the destination when their end has come, and not when every copy has landed.
+    /// The destination ends rounds when their end arrives, and not when every copy has landed.
     RoundsEndEarly,
-    /// A page that remains counts as settled.
+    /// A remaining page counts as settled.
     SettlesRemaining,
-    /// The guest stands still, and what the log has not marked by then is left out.
+    /// When the guest has stopped, pages that the log has not marked by then are left out.
     LeavesLastMarks,
-    /// A dirty log that has failed is believed.
+    /// The result of a failed dirty log is used.
     BelievesFailedLog,
 }
 
-/// splitmix64: the numbers of a seed.
+/// splitmix64: the random numbers of a seed.
 struct Random(u64);
 
 impl Random {
@@ -81,24 +81,24 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// Below `limit`, which is not 0.
+    /// A number below `limit`. `limit` is not 0.
     fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
     }
 
-    /// True in so many cases of a hundred.
+    /// True with this probability in percent.
     fn percent(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
 
-    /// Milliseconds up to 2^`bits`, each magnitude as likely as the next.
+    /// A duration of up to 2^`bits` ms, each magnitude as likely as the next.
     fn millis(&mut self, bits: u64) -> Duration {
         let bits = self.below(bits + 1);
         Duration::from_millis((1 << bits) + self.below(1 << bits) - 1)
     }
 }
 
-/// What a seed has come to, in a word, or what was wrong.
+/// The outcome of a seed as one word, or the violated invariant.
 fn run(seed: u64, fault: Fault) -> (Result<&'static str, String>, World) {
     let mut world = World::new(seed, fault);
     (world.run(), world)
@@ -108,12 +108,12 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().expect("a number"))
 }
 
-/// What a seed's log says, for whoever looks for a fault.
+/// The outcome and the log of a seed.
 fn told(seed: u64, what: &str, world: &World) -> String {
     format!("UMEM_SEED={seed}: {what}\n{}", world.log())
 }
 
-/// How many seeds have come to what, and the first that was wrong.
+/// The number of seeds for each outcome, and the first seed that failed.
 fn run_all(seeds: Range<u64>) -> Result<BTreeMap<&'static str, u64>, String> {
     let mut outcomes: BTreeMap<&'static str, u64> = BTreeMap::new();
     for seed in seeds.clone() {
@@ -134,7 +134,7 @@ fn run_all(seeds: Range<u64>) -> Result<BTreeMap<&'static str, u64>, String> {
 }
 
 #[test]
-fn a_guest_runs_once_and_both_sides_come_to_an_end_whatever_happens() {
+fn guest_runs_on_one_side_and_both_sides_end_in_every_seed() {
     let (first, count) = match number("UMEM_SEED") {
         Some(seed) => (seed, 1),
         None => (0, number("UMEM_SIM_SEEDS").unwrap_or(SEEDS)),
@@ -157,7 +157,7 @@ fn a_guest_runs_once_and_both_sides_come_to_an_end_whatever_happens() {
         }
     }
     println!("{count} seeds: {outcomes:?}");
-    // Otherwise nothing has been tried.
+    // With fewer seeds an outcome may be missing.
     if count >= SEEDS {
         for outcome in [
             "completed",
@@ -174,7 +174,7 @@ fn a_guest_runs_once_and_both_sides_come_to_an_end_whatever_happens() {
 }
 
 #[test]
-fn a_seed_is_always_the_same_run() {
+fn seed_determines_the_run() {
     for seed in 0..50 {
         let log = || run(seed, Fault::None).1.log();
         assert_eq!(log(), log(), "seed {seed}");
@@ -182,7 +182,7 @@ fn a_seed_is_always_the_same_run() {
 }
 
 #[test]
-fn each_fault_that_is_put_in_is_found() {
+fn each_deliberate_fault_is_found() {
     for fault in [
         Fault::GoodbyeBeforeRecord,
         Fault::SwitchoverBeforeRecord,

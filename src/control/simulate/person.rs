@@ -1,4 +1,4 @@
-//! A person, who does what umem tells.
+//! The simulated person, who acts on umem's reports.
 
 use std::time::Duration;
 
@@ -7,11 +7,11 @@ use super::world::{Happening, World};
 use crate::control::Order;
 use crate::control::destination::Input as There;
 
-/// From one look to the next.
+/// The interval between two checks.
 const INTERVAL: Duration = Duration::from_secs(20);
 
 impl World {
-    /// Looks after both sides.
+    /// Acts on the reports of both sides.
     pub(super) fn look_after(&mut self) {
         self.look_after_source();
         self.look_after_destination();
@@ -20,7 +20,7 @@ impl World {
 
     fn look_after_source(&mut self) {
         if !self.source.is_alive() && self.source.record.is_some() {
-            // In some seeds that is tried at once, while the destination lives: umem must refuse.
+            // In some seeds the person tries that at once, while the destination lives: umem must refuse.
             let is_mistaken = self.destination.is_alive() && self.source.takes_for_gone();
             match self.source_is_needed() && !is_mistaken {
                 true => self.resume_source(),
@@ -35,14 +35,14 @@ impl World {
         if self.source.take_paused() {
             self.order_source(Order::Resume(None));
         }
-        // Nothing but a person ends what waits for a monitor, or keeps back what nobody asks for.
+        // Only a person ends a process that waits for a monitor, or that holds pages without a demand.
         let is_in_vain = self.source.is_alive() && !self.source_is_needed();
         if self.source.waits_for_a_person(self.now) || !self.habits.background || is_in_vain {
             self.interrupt_source();
         }
     }
 
-    /// Somebody can still come for what is there, or it has not been asked whether somebody can.
+    /// Whether a destination may still come for the pages here, or has not yet been dialed.
     fn source_is_needed(&self) -> bool {
         self.destination.is_alive()
             || self.destination.record.is_some()
@@ -60,7 +60,7 @@ impl World {
         if self.destination.take_paused() {
             self.tell_destination(There::Order(Order::Resume(None)));
         }
-        // Its source has gone, and says that the guest goes on there, or that nobody can go on.
+        // The source is gone: the guest continues there, or no process can continue.
         let is_in_vain = !is_source_there && !self.destination.can_do_alone();
         if is_in_vain || self.destination.waits_for_its_monitor(self.now) {
             self.interrupt_destination();

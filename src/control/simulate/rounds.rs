@@ -1,8 +1,9 @@
-//! The memory of the guest that runs at the source, and its pages that go before the stop.
+//! The memory of the guest at the source, and its pages that are sent before the stop.
 //!
-//! A page has a version: how often the guest has written to it. What the log has seen is marked when it looks, or
-//! before. The source's bulk lane goes around the guest block by block: it takes the marks of a block and then reads its
-//! pages, one after the other. The destination lands copies in the order of the lane, which takes a while.
+//! A page has a version: the number of the guest's writes to it. Writes that the log has seen are marked when the log
+//! looks, or before. The source's bulk lane goes around the guest block by block: it takes the marks of a block and
+//! then reads its pages, one after the other. The destination lands copies in the order of the lane, which takes a
+//! while.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -17,34 +18,34 @@ use crate::control::source::{Input, Question, RoundsPlan};
 use crate::error::{Error, Result};
 use crate::memory::dirty::LeftToSend;
 
-/// Pages of a block, whose marks are taken together.
+/// Pages of a block. The marks of a block are taken together.
 const BLOCK: u64 = 3;
 
-/// Writes of a guest at most, which would have a seed take long.
+/// A limit of the guest's writes, to keep seeds short.
 const WRITES_MAX: u32 = 400;
 
-/// What a seed decides of rounds.
+/// The parameters of rounds that a seed determines.
 #[derive(Debug)]
 pub(super) struct RoundsHabits {
     pub(super) plan: RoundsPlan,
-    /// The guest writes to so many pages, and to the others only rarely.
+    /// The guest writes to this many pages often, and to the others rarely.
     hot: u64,
     /// log2 of the most milliseconds between two writes.
     pause_bits: u64,
-    /// Of a hundred writes so many are marked before the log looks.
+    /// The percentage of writes that are marked before the log looks.
     prompt: u64,
-    /// What has to be undone is written down when tracking begins.
+    /// The settings to undo are recorded when tracking begins.
     is_noted: bool,
-    /// Of a hundred looks so many find that the guest's monitor has stopped it by itself.
+    /// The percentage of looks after which the monitor has stopped the guest by itself.
     stops: u64,
-    /// Milliseconds that a look may take, as a power of two.
+    /// log2 of the most milliseconds of a look.
     look_bits: u64,
     /// When a person ends the passes.
     ends_after: Option<Duration>,
 }
 
 impl RoundsHabits {
-    /// From numbers of their own: a seed without rounds runs as it would if there were none.
+    /// From a separate random sequence, so that seeds without rounds run as before.
     pub(super) fn of(seed: u64) -> Option<RoundsHabits> {
         let mut random = Random(seed ^ 0x0072_6f75_6e64_7321);
         if !random.percent(40) {
@@ -76,29 +77,29 @@ impl RoundsHabits {
 pub(super) struct Memory {
     versions: [u32; PAGES as usize],
     writes_left: u32,
-    /// Pages that are to go, as it is marked.
+    /// Pages that are marked dirty.
     dirty: BTreeSet<u64>,
-    /// What the log has seen since it looked, and when last; none where nobody tracks.
+    /// The writes that the log has seen since its last look, and the time of the last one; None if tracking is off.
     log: Option<BTreeMap<u64, Duration>>,
-    /// The monitor has stopped the guest by itself, and has it go on when the log ends.
+    /// The monitor has stopped the guest by itself, and resumes it when the log ends.
     has_stopped_itself: bool,
-    /// Umem has changed the monitor so that it tracks, and has written that down.
+    /// umem has changed the monitor's settings for tracking, and has recorded that.
     is_changed: bool,
     /// The monitor has been asked to stop the guest.
     is_asked_to_stop: bool,
-    /// The source has given up before that.
+    /// The source gave up before that.
     has_failed_before: bool,
     pass: Option<Pass>,
     pub(super) rounds_bytes: u64,
 }
 
-/// Once around the guest.
+/// One pass over the guest.
 #[derive(Default)]
 struct Pass {
     next_block: u64,
-    /// No other block follows.
+    /// This is the last block.
     is_cut: bool,
-    /// Pages whose marks have been taken, and what was read already.
+    /// Pages whose marks have been taken, with the versions that have been read.
     taken: VecDeque<(u64, Option<u32>)>,
 }
 
@@ -122,7 +123,7 @@ impl Memory {
         self.versions[page as usize]
     }
 
-    /// A page as it is now.
+    /// The page with its current version.
     pub(super) fn read(&self, page: u64) -> Sent {
         Sent::Page { page, version: self.version(page) }
     }
@@ -144,7 +145,7 @@ impl Memory {
 
 /// The guest and its log.
 impl World {
-    /// What happens to the passes from outside.
+    /// Schedules the external events of the passes.
     pub(super) fn plan_passes(&mut self) {
         if let Some(at) = self.habits.rounds.as_ref().and_then(|rounds| rounds.ends_after) {
             self.at(at, Happening::EndPasses);
@@ -184,7 +185,7 @@ impl World {
         self.guest_will_write();
     }
 
-    /// The monitor begins to track.
+    /// The monitor starts tracking.
     pub(super) fn tracks(&mut self, result: Result<()>) -> Result<()> {
         let is_noted = self.habits.rounds.as_ref().is_some_and(|rounds| rounds.is_noted);
         if is_noted {
@@ -195,7 +196,7 @@ impl World {
         self.believed(result)
     }
 
-    /// What was written before it was asked is marked, and perhaps what was written since.
+    /// Marks all writes before the question, and perhaps later ones.
     pub(super) fn looks(&mut self, result: Result<()>, asked: Duration) -> Result<()> {
         if result.is_err() {
             self.memory.log = None;
@@ -219,7 +220,7 @@ impl World {
         Ok(())
     }
 
-    /// The monitor has the guest stand still, and the log marks what it has not marked yet.
+    /// The monitor stops the guest, and the log marks the rest.
     pub(super) fn stops(&mut self, result: Result<()>) -> Result<()> {
         if self.memory.has_failed_before {
             self.violated("a guest is stopped by a source that has given up before the stop");
@@ -245,7 +246,7 @@ impl World {
         }
     }
 
-    /// Nobody tracks any more: a monitor that has stopped the guest by itself has it go on.
+    /// Tracking ends: a monitor that has stopped the guest by itself resumes it.
     pub(super) fn drops_log(&mut self) {
         self.memory.log = None;
         if std::mem::take(&mut self.memory.has_stopped_itself) {
@@ -254,24 +255,24 @@ impl World {
         }
     }
 
-    /// What was changed in the monitor is as before.
+    /// The monitor's settings are restored.
     pub(super) fn is_put_back(&mut self) {
         self.memory.is_changed = false;
     }
 
-    /// The record goes, by which what was changed in the monitor could be put back.
+    /// The record with the settings to undo is removed.
     pub(super) fn forgets_changes(&mut self) {
         if self.memory.is_changed && !self.destination.guest.is_ours {
             self.violated("the record goes of a monitor that umem has changed");
         }
     }
 
-    /// The guest runs at the source, or does so when umem ends there.
+    /// The guest runs at the source, or will run when umem ends there.
     pub(super) fn runs_or_will(&self) -> bool {
         self.runs_here || self.memory.has_stopped_itself
     }
 
-    /// The source asks its monitor.
+    /// The source asks its monitor a question.
     pub(super) fn is_asked(&mut self, question: Question) {
         match question {
             Question::Stop => self.memory.is_asked_to_stop = true,
@@ -280,13 +281,13 @@ impl World {
         }
     }
 
-    /// How long a look takes beside the rest.
+    /// How long a look takes, beside the time of any command.
     pub(super) fn look_takes(&mut self) -> Duration {
         let bits = self.habits.rounds.as_ref().map_or(0, |rounds| rounds.look_bits);
         self.random.millis(bits)
     }
 
-    /// A page that the destination's guest has, and that is not as it was when the guest stopped.
+    /// A page of the destination's guest that differs from its state when the guest stopped.
     pub(super) fn stale_page(&self) -> Option<u64> {
         let destination = &self.destination;
         let is_stale =
@@ -294,7 +295,7 @@ impl World {
         destination.have.iter().find(is_stale).copied()
     }
 
-    /// What has become of a seed whose pages have gone in rounds.
+    /// The outcome of a seed with rounds.
     pub(super) fn rounds_came_to(&self) -> Option<&'static str> {
         match (self.memory.rounds_bytes, self.runs_here) {
             (0, _) => None,
@@ -354,7 +355,7 @@ impl World {
         self.pass_goes_on_soon();
     }
 
-    /// What a lane has taken and not sent does not go any more.
+    /// Drops pages that a lane has taken and not sent.
     pub(super) fn ends_rounds(&mut self) {
         self.memory.pass = None;
         self.send_on(Lane::Bulk, Sent::Frame(Frame::RoundsEnd));
@@ -369,14 +370,14 @@ impl World {
     }
 }
 
-/// What has come in rounds.
+/// The pages received in rounds.
 #[derive(Debug, Default)]
 pub(super) struct Copies {
-    /// Pages that have come at least once.
+    /// Pages that have arrived at least once.
     came: BTreeSet<u64>,
     /// Pages that come once more.
     remaining: BTreeSet<u64>,
-    /// When what has come is in its file.
+    /// When all received copies are in their files.
     land_until: Duration,
     pub(super) bytes: u64,
 }

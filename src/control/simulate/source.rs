@@ -1,4 +1,5 @@
-//! The source's driver of the simulation: it carries effects out on the world, and may be killed between any two.
+//! The source's driver in the simulation: it carries out effects on the simulated world, and may be killed between any
+//! two.
 
 mod left;
 
@@ -22,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::transport::uri::Uri;
 
-/// What lies on the disk.
+/// The record on the disk.
 #[derive(Clone, Debug)]
 pub(super) struct Disk {
     state: State,
@@ -47,51 +48,51 @@ enum Process {
 
 pub(super) struct SourceSide {
     process: Option<Process>,
-    /// Of this process, and of all before it.
+    /// The number of processes so far, this one included.
     number: u32,
-    /// On the disk, and as its keeper has it, which is written as a whole the next time.
+    /// The record on the disk, and below it the state in memory, which the next write replaces as a whole.
     pub(super) record: Option<Disk>,
     kept: Option<Disk>,
     pub(super) link: Option<u32>,
-    /// Lanes that have been opened and are not served yet.
+    /// Opened lanes that are not served yet.
     opened: Option<u32>,
-    /// The attempt that the driver waits for, and what comes meanwhile.
+    /// The attempt that the driver waits for, and messages that arrive meanwhile.
     pub(super) opening: Option<Opening>,
     attempts: u32,
     notes: VecDeque<Input>,
     answers: VecDeque<Input>,
-    /// Where a fault is put in: what comes after something else, and what comes next.
+    /// For deliberate faults: an effect that is delayed, and an effect that comes next.
     held: Option<Effect>,
     late: Option<Effect>,
-    /// Pages that have been sent, as far as is known.
+    /// Pages that count as sent.
     pub(super) sent: BTreeSet<u64>,
     /// The memory is still here.
     has_memory: bool,
-    /// After so many effects the process is killed; of the next processes, too.
+    /// The process is killed after this many effects; further numbers are for the next processes.
     kills: VecDeque<u64>,
-    /// What a person has been told, and has not acted on.
+    /// Reports that the person has not acted on.
     is_paused: bool,
     pub(super) is_by_hand: bool,
-    /// The same, where there is a record that may help.
+    /// The same, if a record may help.
     can_be_by_hand: bool,
     /// A process has ended without the guest.
     pub(super) has_left: bool,
-    /// Nobody listens where the destination was.
+    /// Connections to the destination are refused, as umem has reported.
     pub(super) is_told_of_silence: bool,
     began: Duration,
-    /// The person takes a destination for gone that lives, once; and does so now.
+    /// Whether the person once takes a live destination for gone, and whether that happens now.
     is_mistaken: bool,
     mistakes: bool,
 }
 
-/// An attempt to open lanes, or to say a word on some.
+/// An attempt to open lanes, or to send one message.
 #[derive(Debug)]
 pub(super) struct Opening {
     pub(super) attempt: u32,
-    /// Once the destination has taken them.
+    /// Set when the destination has accepted the lanes.
     pub(super) link: Option<u32>,
     pub(super) word: Option<Word>,
-    /// The goodbye has been said.
+    /// The goodbye has been sent.
     pub(super) has_parted: bool,
 }
 
@@ -156,7 +157,7 @@ impl SourceSide {
         self.opening.as_ref().is_some_and(|opening| opening.attempt == attempt)
     }
 
-    /// As far as the record says, where there is one.
+    /// Whether the guest may have been given away, as far as the record shows.
     pub(super) fn may_have_given_its_guest_away(&self) -> bool {
         self.record.as_ref().is_some_and(|disk| disk.state == State::Committed)
     }
@@ -174,12 +175,12 @@ impl SourceSide {
         std::mem::take(&mut self.is_by_hand)
     }
 
-    /// It has gone on for so long that a person asks what it waits for.
+    /// Whether the process has run for so long that a person asks for its reason.
     pub(super) fn waits_for_a_person(&self, now: Duration) -> bool {
         self.is_alive() && now - self.began > Duration::from_secs(60)
     }
 
-    /// The monitor writes down what it has to undo, before it stops the guest.
+    /// The monitor records the settings to undo, before it stops the guest.
     pub(super) fn stops(&mut self, is_kept: bool) {
         if is_kept {
             self.kept = Some(Disk {
@@ -194,7 +195,7 @@ impl SourceSide {
         }
     }
 
-    /// These lanes are open, and the destination has said what it has.
+    /// These lanes are open, and the destination has reported its pages.
     pub(super) fn opened(&mut self, link: u32, have: &BTreeSet<u64>) {
         self.opened = Some(link);
         self.sent.clone_from(have);
@@ -235,7 +236,7 @@ impl World {
         self.tell_source(Input::Begin);
     }
 
-    /// Somebody starts umem again with `--resume`.
+    /// The person starts umem again with `--resume`.
     pub(super) fn resume_source(&mut self) {
         if self.source.is_alive() {
             return;
@@ -272,7 +273,7 @@ impl World {
         self.tell_source(first);
     }
 
-    /// Hands this in, and carries out what follows, until the source waits, has ended, or is killed.
+    /// Hands an input in, and carries out the effects, until the source waits, has ended, or is killed.
     pub(super) fn tell_source(&mut self, input: Input) {
         match &self.source.process {
             Some(Process::Migration(_)) => self.run_source(input),
@@ -339,7 +340,7 @@ impl World {
             Some(Outcome::Completed(_)) if self.source.record.is_some() => {
                 self.violated("a record is left of a session that is complete");
             }
-            // The error says to have it go on by hand, unless there is a record to resume.
+            // The error asks the user to resume the guest, unless there is a record to resume.
             Some(Outcome::Failed { guest: Guest::Stopped(_) | Guest::Asked, .. }) => {
                 self.source.is_by_hand = self.source.record.is_none();
                 self.source.can_be_by_hand = true;
@@ -356,7 +357,7 @@ impl World {
         Moment { at: self.instant(), moved_bytes, checksum_errors: 0, memory: () }
     }
 
-    /// An effect as a driver with this fault has it.
+    /// The effect as a driver with this fault carries it out.
     fn with_fault(&mut self, effect: Effect) -> Option<Effect> {
         match (self.fault, effect) {
             (Fault::GoodbyeBeforeRecord, effect @ Effect::Persist(Record::Completed))
@@ -508,7 +509,7 @@ impl World {
     }
 
     fn persist(&mut self, record: &Record, fails: bool) {
-        // Nothing is written of a session that nobody can take over, or that has ended.
+        // No record is written for a session that has ended or that no process can take over.
         let Some(disk) = self.source.kept.as_mut().filter(|_| self.source.record.is_some()) else {
             return;
         };
@@ -529,7 +530,7 @@ impl World {
         }
     }
 
-    /// The record goes: nobody may need this side any more.
+    /// Removes the record: no process may need this side any more.
     fn forget(&mut self) {
         self.source.record = None;
         let is_needed = self.habits.is_kept && !self.destination.can_do_alone();
@@ -592,7 +593,7 @@ impl World {
     }
 }
 
-/// What comes to the source, which takes nothing but orders while it opens lanes.
+/// Messages to the source. While it opens lanes it accepts only orders.
 impl World {
     pub(super) fn source_notes(&mut self, input: Input) {
         match &self.source.opening {
@@ -632,12 +633,12 @@ impl World {
             return;
         }
         match (lane, &opening.word) {
-            // That is noticed once it is served.
+            // The core notices that once the lane is served.
             (Lane::Bulk, _) => {
                 let at = self.now + Duration::from_secs(1);
                 self.at(at, Happening::SourceLoses { link, lane });
             }
-            // Its end is its answer.
+            // The end of the lane is the answer.
             (_, Some(Word::GaveUp(_))) => self.opening_ends(Input::Called(Called::Heard)),
             (_, Some(Word::Goodbye)) if opening.has_parted => {
                 self.opening_ends(Input::Called(Called::Heard));
@@ -694,7 +695,7 @@ impl World {
         }
     }
 
-    /// The attempt comes to nothing.
+    /// The attempt fails.
     pub(super) fn opening_fails(&mut self, error: Error) {
         let Some(opening) = &self.source.opening else { return };
         let (link, is_word) = (opening.link, opening.word.is_some());
@@ -708,7 +709,7 @@ impl World {
         });
     }
 
-    /// What has come meanwhile comes first.
+    /// Messages that arrived meanwhile are handled first.
     fn opening_ends(&mut self, answer: Input) {
         self.source.opening = None;
         let process = self.source.number;

@@ -1,7 +1,7 @@
-//! What works for the destination's core: the threads that land pages, its guest and its monitor.
+//! The threads, the guest and the monitor of the destination's core. The threads land pages.
 //!
-//! Each lane has a thread, which says what it has heard and what has become of it in the order of an inbox. A page
-//! that has come is landing for a while. Lanes that come in are of no use before the core takes them.
+//! Each lane has a thread, which posts its messages and the fate of its lane to an inbox, in order. A received page
+//! lands for a while. Accepted lanes are unused until the core serves them.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -17,30 +17,30 @@ use crate::control::destination::takeover::Recalled;
 use crate::control::destination::{Exit, FreeSpace, Input};
 use crate::error::{Error, Result, lane_name};
 
-/// What happens by itself.
+/// Events of the destination alone.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Own {
-    /// The core takes what is next in its inbox.
+    /// The core handles the next message of its inbox.
     Turn,
-    /// The monitor does what it was asked.
+    /// The monitor carries out a command.
     Monitor(Asked),
-    /// It says so, late.
+    /// The monitor answers, late.
     Answers(Asked),
-    /// A page that has come is visible, or its lane is gone.
+    /// A received page becomes visible, unless its lane is gone.
     Landed { link: u32, page: u64, version: u32 },
-    /// In rounds: a copy of a page is in its file.
+    /// In rounds: a copy of a page is written to its file.
     Copied { link: u32, page: u64, version: u32 },
-    /// Every copy is that came on the bulk lane.
+    /// Every copy received on the bulk lane is written.
     RoundsEnded { link: u32 },
     /// The guest touches this page.
     Touches(u64),
-    /// The demand thread has let go of its lane.
+    /// The demand thread releases its lane.
     LetsGo { link: u32 },
-    /// A source that has been told everything has had time to close its lanes.
+    /// A source that has received the notice has had time to close its lanes.
     HasClosed { link: u32 },
 }
 
-/// What the monitor is asked.
+/// A command to the monitor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Asked {
     Prepare,
@@ -51,13 +51,13 @@ pub(super) enum Asked {
 /// When the guest's process ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Bond {
-    /// With umem, however that ends.
+    /// With umem, whether it exits or is killed.
     Bound,
-    /// When umem ends by itself.
+    /// When umem exits.
     Held,
-    /// When it likes: it waits for whoever takes over.
+    /// By itself only: it waits for a takeover.
     Kept,
-    /// The same: it has been told that it is complete.
+    /// The same; it was told that it is complete.
     Released,
     Ended,
 }
@@ -67,21 +67,21 @@ pub(super) enum Bond {
 pub(super) struct Guest {
     pub(super) bond: Bond,
     pub(super) runs: bool,
-    /// It was this side's at some time.
+    /// It has belonged to this side at some time.
     pub(super) is_ours: bool,
-    /// It has ended by itself, which is nobody's fault here.
+    /// It has ended by itself, without a fault of either side.
     pub(super) has_died: bool,
     /// Pages that it waits for.
     pub(super) touched: BTreeSet<u64>,
-    /// The memory file, which it keeps: how far the switchover has come, from *switched* on.
+    /// The memory file, which the process keeps: the progress of the switchover, from *switched* on.
     pub(super) noted: Option<Recalled>,
 }
 
-/// Lanes that have come in.
+/// Accepted lanes.
 #[derive(Debug)]
 pub(super) struct Arrived {
     pub(super) link: u32,
-    /// What has come on them already.
+    /// Data that has already arrived on them.
     early: VecDeque<Sent>,
     lost: Vec<Lane>,
 }
@@ -89,27 +89,27 @@ pub(super) struct Arrived {
 /// The threads of one process.
 #[derive(Debug)]
 pub(super) struct Threads {
-    /// The demand thread has the demand lane of these.
+    /// The link whose demand lane the demand thread serves.
     pub(super) demand: Option<u32>,
-    /// It has let go of it, or does so soon.
+    /// The demand thread has released the lane, or will soon.
     is_letting_go: bool,
-    /// The bulk thread has its lane of these.
+    /// The link whose bulk lane the bulk thread serves.
     pub(super) bulk: Option<u32>,
-    /// What comes on the bulk lane are copies, which come again.
+    /// Pages on the bulk lane are copies, which come again.
     pub(super) is_in_rounds: bool,
     pub(super) copies: Copies,
-    /// Pages that land, and the lanes and the lane that they came on.
+    /// Landing pages, with their link and lane.
     pub(super) landing: BTreeMap<u64, (u32, Lane)>,
-    /// Lanes that have come in and are not served yet.
+    /// Accepted lanes that are not served yet.
     pub(super) arrived: Option<Arrived>,
-    /// The number of the last attempt that was taken.
+    /// The epoch of the last accepted attempt.
     epoch: u32,
     inbox: VecDeque<Input>,
     last_turn: Duration,
-    /// The source has said goodbye: what it asks behind that is answered at the end.
+    /// The source has said goodbye. The ping behind it is answered at the end.
     has_parted: bool,
     ping: Option<u64>,
-    /// Somebody has been told that every page is cached.
+    /// The core knows that every page is cached.
     pub(super) has_all: bool,
 }
 
@@ -132,18 +132,18 @@ impl Threads {
         }
     }
 
-    /// The lanes that are served, as far as they are.
+    /// The links that are served at least in part.
     fn links(&self) -> impl Iterator<Item = u32> + use<> {
         let arrived = self.arrived.as_ref().map(|arrived| arrived.link);
         [self.demand, self.bulk, arrived].into_iter().flatten().collect::<BTreeSet<_>>().into_iter()
     }
 
-    /// It is killed before it answers.
+    /// Drops a question whose process was killed before the answer.
     pub(super) fn forget_question(&mut self) {
         self.ping = None;
     }
 
-    /// Whatever a failure of another kind explains.
+    /// The cause of a failure: a later failure in the inbox may explain the loss of a lane.
     pub(super) fn first_cause(&mut self, error: Error) -> Error {
         let is_effect = |error: &Error| matches!(error, Error::Lost { lane, .. } if *lane != name(Lane::Demand));
         if !is_effect(&error) {
@@ -319,7 +319,7 @@ impl World {
         }
     }
 
-    /// The end of a lane, as its thread sees it.
+    /// The end of a lane, as its thread notices it.
     pub(super) fn destination_loses(&mut self, link: u32, lane: Lane) {
         if let Some(closing) = self.destination.closing.filter(|&closing| closing == link) {
             return self.has_closed(closing);
@@ -352,7 +352,7 @@ impl World {
         self.hang_up_lane(link, lane);
     }
 
-    /// Nothing of the demand lane is in flight any more.
+    /// No operation of the demand lane is in flight any more.
     fn lets_go(&mut self, link: u32) {
         if self.destination.threads.demand == Some(link) {
             self.destination.threads.demand = None;
@@ -363,7 +363,7 @@ impl World {
         }
     }
 
-    /// Cuts all lanes; the bulk threads have ended afterwards.
+    /// Closes all lanes. The bulk threads have ended afterwards.
     pub(super) fn sever(&mut self) {
         let links = [self.destination.threads.demand, self.destination.threads.bulk];
         for link in links.into_iter().flatten().collect::<BTreeSet<_>>() {
@@ -373,7 +373,7 @@ impl World {
         }
     }
 
-    /// Goes on over the lanes that have come in.
+    /// Continues over the accepted lanes.
     pub(super) fn reconnect(&mut self, standing: Standing, is_complete: bool) {
         let Some(Arrived { link, early, lost }) = self.destination.threads.arrived.take() else {
             return self.violated("lanes that nobody has opened");
@@ -400,12 +400,12 @@ impl World {
         }
     }
 
-    /// What was landing is missing again.
+    /// Landing pages become missing again.
     pub(super) fn roll_back(&mut self) {
         self.destination.threads.landing.clear();
     }
 
-    /// What a goodbye's question was is answered; what was to be sent still comes.
+    /// Answers the ping behind a goodbye. With `sends_rest` pending data still arrives.
     pub(super) fn end_destination_threads(&mut self, sends_rest: bool) {
         let threads = &mut self.destination.threads;
         let question = threads.ping.take().zip(threads.demand.filter(|_| !threads.is_letting_go));
@@ -426,7 +426,7 @@ impl World {
         }
     }
 
-    /// What the demand lane says, if there is one.
+    /// Sends on the demand lane, if there is one.
     pub(super) fn reply(&mut self, said: Said) {
         let threads = &self.destination.threads;
         if let Some(link) = threads.demand.filter(|_| !threads.is_letting_go) {
@@ -442,7 +442,7 @@ impl World {
         self.say(link, Reply::Said(Said::Complete(totals)));
     }
 
-    /// Somebody dials: whether the door lets lanes of this attempt in.
+    /// A source dials: whether the entrance accepts lanes of this attempt.
     pub(super) fn destination_accepts(&mut self, epoch: u32) -> Result<u32> {
         if !self.destination.is_alive() {
             return Err(nobody(std::io::ErrorKind::ConnectionRefused));
@@ -460,7 +460,7 @@ impl World {
         Ok(link)
     }
 
-    /// Lanes have come in.
+    /// Lanes have been accepted.
     pub(super) fn lanes_come(&mut self) {
         if self.destination.is_migrating() {
             self.tell_destination(Input::Came);
@@ -469,7 +469,7 @@ impl World {
         }
     }
 
-    /// The source is told on the lanes that have come in that all is over.
+    /// Sends the notice of the session's end on the accepted lanes.
     pub(super) fn tell_word(&mut self, word: &Word) -> farewell::Input {
         let Some(Arrived { link, early, lost }) = self.destination.threads.arrived.take() else {
             return farewell::Input::NotTold;
@@ -509,7 +509,7 @@ impl World {
         self.tell_farewell(farewell::Input::Closed);
     }
 
-    /// What a source says that has been told that all is over.
+    /// A frame from a source that has received the notice.
     fn hears_goodbye(&mut self, sent: Sent) {
         match sent {
             Sent::Frame(Frame::Complete(_) | Frame::Error(_)) => {
@@ -539,7 +539,7 @@ impl World {
     }
 
     fn destination_monitor_does(&mut self, asked: Asked) {
-        // A command that was read before umem was killed is obeyed all the same, by a monitor that is still there.
+        // A monitor that still exists obeys a command that it read before umem was killed.
         if self.destination.guest.bond == Bond::Ended
             || !self.destination.is_alive() && self.random.percent(50)
         {
@@ -566,7 +566,7 @@ impl World {
         let Some(answer) = answer.filter(|_| self.destination.is_alive()) else { return };
         match is_silent {
             false => self.post(answer),
-            // Where nobody could take over nothing but the answer helps.
+            // Without a takeover only the answer helps.
             true if !self.habits.is_kept => {
                 let at = super::CHAOS + self.random.millis(14);
                 let process = self.destination.number;
@@ -603,7 +603,7 @@ impl World {
         }
     }
 
-    /// How its process has ended: of one that is no child that is not known.
+    /// The end of the guest's process; unknown if it is no child.
     pub(super) fn exit(&self) -> Exit {
         let is_child = self.destination.number == 1;
         match self.destination.has_all() && !is_child {
@@ -612,7 +612,7 @@ impl World {
         }
     }
 
-    /// Bytes of device state and memory that have come.
+    /// Bytes of device state and memory that have arrived.
     pub(super) fn moved_bytes(&self) -> u64 {
         (self.destination.have.len() as u64 + self.destination.threads.landing.len() as u64) * CHUNK
             + self.destination.threads.copies.bytes
@@ -635,7 +635,7 @@ impl Guest {
         (self.bond, self.runs) = (Bond::Ended, false);
     }
 
-    /// Umem has ended by itself, or has been killed.
+    /// umem has exited, or was killed.
     pub(super) fn outlives(&mut self, was_killed: bool) {
         let ends = match self.bond {
             Bond::Bound => true,
@@ -648,7 +648,7 @@ impl Guest {
     }
 }
 
-/// Of a hundred processes so many are killed at some effect.
+/// This percentage of processes is killed at some effect.
 pub(super) fn kills(random: &mut Random) -> VecDeque<u64> {
     let count = [0, 0, 1, 1, 2, 3][random.below(6) as usize];
     (0..count).map(|_| random.below(80)).collect()

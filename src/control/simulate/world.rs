@@ -26,13 +26,13 @@ pub(super) const PAGES: u64 = 6;
 pub(super) const CHUNK: u64 = 4096;
 pub(super) const TOTAL_BYTES: u64 = PAGES * CHUNK;
 
-/// More than any run has.
+/// An upper bound of any run's steps.
 const STEPS_MAX: u32 = 20_000;
 
 /// Bytes of device state.
 pub(super) const STATE_BYTES: usize = 4;
 
-/// Which lane of a set.
+/// A lane of a set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Lane {
     Demand,
@@ -41,13 +41,13 @@ pub(super) enum Lane {
 
 pub(super) const LANES: [Lane; 2] = [Lane::Demand, Lane::Bulk];
 
-/// What the source sends.
+/// Data from the source.
 #[derive(Clone, Debug)]
 pub(super) enum Sent {
     Frame(Frame),
     /// The device state and its end.
     State,
-    /// A page, as it was when it had been written to so often.
+    /// A page with its version, which is the number of writes before it was read.
     Page {
         page: u64,
         version: u32,
@@ -59,21 +59,21 @@ pub(super) enum Sent {
     },
 }
 
-/// What the destination sends.
+/// Data from the destination.
 #[derive(Clone, Debug)]
 pub(super) enum Reply {
     Said(Said),
-    /// Somebody waits for this page.
+    /// A thread of the guest waits for this page.
     Request(u64),
-    /// On new lanes: where it stands, and which pages it has.
+    /// On new lanes: the standing, and the pages that have arrived.
     Account {
         standing: Standing,
         have: BTreeSet<u64>,
     },
 }
 
-/// What is to happen at some time. Numbers say of which lanes and which process it is: what is of others that have
-/// gone does not happen any more.
+/// An event at some time. Its numbers name the lanes and the process it belongs to. The event is dropped if these are
+/// gone.
 #[derive(Debug)]
 pub(super) enum Happening {
     ToDestination {
@@ -94,31 +94,31 @@ pub(super) enum Happening {
         link: u32,
         lane: Lane,
     },
-    /// A thread of the source has something to say.
+    /// A thread of the source posts a message.
     Note {
         process: u32,
         link: u32,
         input: Input,
     },
-    /// All memory has been read there.
+    /// All memory there has been read.
     Digested {
         process: u32,
     },
-    /// The monitor does what it was asked.
+    /// The monitor carries out a command.
     Monitor {
         process: u32,
         question: Question,
-        /// When it was asked.
+        /// When the command was sent.
         asked: Duration,
     },
-    /// The source's bulk lane goes on with its pass.
+    /// The source's bulk lane continues its pass.
     Pass {
         process: u32,
         link: u32,
     },
     /// The person ends the passes of the source.
     EndPasses,
-    /// The source's guest writes to a page, if it runs.
+    /// The source's guest writes to a page if it runs.
     GuestWrites,
     Answered {
         process: u32,
@@ -130,11 +130,11 @@ pub(super) enum Happening {
         epoch: u32,
         word: Option<Word>,
     },
-    /// The destination has said nothing on lanes that are being opened.
+    /// The destination has sent nothing on lanes that are being opened.
     OpeningIsLate {
         attempt: u32,
     },
-    /// The destination's own affairs.
+    /// An event of the destination alone.
     Destination {
         process: u32,
         what: Own,
@@ -162,9 +162,9 @@ pub(super) enum Happening {
     /// A RAM file of the source has changed.
     FileFails,
     GuestDies,
-    /// Another client of the source's monitor has the guest run.
+    /// Another client of the source's monitor runs the guest.
     Cont,
-    /// The person looks after what is told.
+    /// The person reacts to umem's reports.
     Person,
 }
 
@@ -174,7 +174,7 @@ pub(super) enum Side {
     Destination,
 }
 
-/// What a seed decides once.
+/// The parameters that a seed determines.
 #[derive(Debug)]
 pub(super) struct Habits {
     pub(super) postcopy: bool,
@@ -186,14 +186,14 @@ pub(super) struct Habits {
     pub(super) is_checked: bool,
     /// The destination's memory is private.
     pub(super) is_private: bool,
-    /// Of a hundred questions so many get a wrong answer, or one when everything is well again.
+    /// The percentage of monitor questions that get a wrong answer, or one when everything works again.
     pub(super) wrong: u64,
     pub(super) stuck: u64,
-    /// Of a hundred writes so many fail.
+    /// The percentage of record writes that fail.
     pub(super) disk: u64,
-    /// For so many pages of a hundred there is no room.
+    /// The percentage of pages without room.
     pub(super) short: u64,
-    /// A program that embeds umem cancels it, at the last moment.
+    /// An embedding program cancels at the last moment.
     pub(super) cancels: bool,
     pub(super) cancels_there: bool,
 }
@@ -206,7 +206,7 @@ pub(super) struct World {
     pub(super) now: Duration,
     queue: BTreeMap<(Duration, u64), Happening>,
     order: u64,
-    /// The last delivery of each lane each way: what is behind does not come before it.
+    /// The last delivery of each lane in each direction: later data does not overtake it.
     arrivals: BTreeMap<(u32, Lane, bool), Duration>,
     cut: BTreeSet<(u32, Lane)>,
     links: u32,
@@ -214,13 +214,13 @@ pub(super) struct World {
     pub(super) runs_here: bool,
     pub(super) memory: Memory,
     monitor_busy: Duration,
-    /// The source's monitor has said whether its guest may be given away.
+    /// The source's monitor has answered whether its guest may be given away.
     has_been_asked: bool,
     pub(super) source: SourceSide,
     pub(super) destination: Destination,
     pub(super) violation: Option<String>,
     kills: u32,
-    /// A person has ended the source's session, as its destination needs nothing and cannot say so.
+    /// A person has ended the source's session, because its destination needs nothing and cannot report that.
     pub(super) has_abandoned: bool,
     log: String,
 }
@@ -244,7 +244,7 @@ impl World {
             cancels: random.percent(2),
             cancels_there: random.percent(2),
         };
-        // From numbers of its own: the runs of other seeds stay as they are.
+        // From a separate random sequence, so that the runs of other seeds stay the same.
         let is_mistaken = Random(!seed).percent(25);
         let source = SourceSide::new(&mut random, is_mistaken);
         let destination = Destination::new(&mut random);
@@ -274,9 +274,9 @@ impl World {
         world
     }
 
-    /// What happens from outside, until everything is well.
+    /// Schedules the external events of the period of faults.
     fn plan(&mut self) {
-        // Mostly after the switchover: a migration that ends before it is a short one.
+        // Mostly after the switchover, because a migration that ends before it is short.
         let begin = Duration::from_millis([0, 1000, 2000, 3000][self.random.below(4) as usize]);
         for _ in 0..[0, 1, 1, 2, 4][self.random.below(5) as usize] {
             let at = begin + self.random.millis(13);
@@ -339,7 +339,7 @@ impl World {
         self.at(at, happening);
     }
 
-    /// For whoever reads what a seed does. Instants are of this run alone.
+    /// Adds a line to the log of a seed. Instants are omitted, because they differ from run to run.
     pub(super) fn note(&mut self, what: std::fmt::Arguments<'_>) {
         let mut what = what.to_string();
         while let Some(at) = what.find("Instant {") {
@@ -363,7 +363,7 @@ impl World {
         RegionTable::new(vec![region]).expect("one region")
     }
 
-    /// Until it is over, or the end.
+    /// Runs until the migration is over, or until the end.
     pub(super) fn run(&mut self) -> Result<&'static str, String> {
         let link = self.connect();
         self.start_destination(link);
@@ -430,7 +430,7 @@ impl World {
         match (self.runs_here, self.destination.runs()) {
             (true, false) if self.kills == 0 => Ok("stayed"),
             (true, false) => Ok("stayed after a kill"),
-            // It can be known only where records could not be written.
+            // A destination may learn that only if records could not be written.
             (false, true) if has_all && self.has_abandoned && self.habits.disk > 0 => {
                 Ok("completed, and a person has ended the source")
             }
@@ -440,7 +440,7 @@ impl World {
             (false, true) if has_all && self.kills == 0 => Ok("completed"),
             (false, true) if has_all => Ok("completed after a kill"),
             (false, false) if self.destination.guest.has_died => Ok("the guest died"),
-            // Nobody can open lanes again, or go on: that was agreed on.
+            // No lanes can be opened again, by agreement of both sides.
             (false, _) if !self.habits.recovers => Ok("lost without recovery"),
             (false, _) if !self.habits.is_kept && self.kills > 0 => Ok("lost with its process"),
             (false, _)
@@ -519,7 +519,8 @@ impl World {
             Happening::StartSource => self.resume_source(),
             Happening::StartDestination => self.resume_destination(),
             Happening::Interrupt { side: Side::Source } => self.interrupt_source(),
-            // A person who has been told that this ends a guest that may be the only one does not do it.
+            // The person has been warned that this ends a guest that may be the only one, so the person does not
+            // interrupt.
             Happening::Interrupt { side: Side::Destination } if self.destination.is_warned => {}
             Happening::Interrupt { side: Side::Destination } => self.interrupt_destination(),
             Happening::Pause { side: Side::Source } => self.order_source(Order::Pause),
@@ -537,7 +538,7 @@ impl World {
                 self.source_notes(Input::Failed(Error::RamFailed { name, path, what }));
             }
             Happening::GuestDies => self.guest_dies(),
-            // Whoever does that once the guest has been given away has it run twice, and no umem can help.
+            // A client that runs the guest after it was given away makes it run twice. umem cannot prevent that.
             Happening::Cont if self.has_been_asked => {}
             Happening::Cont => {
                 self.note(format_args!("somebody has the guest run at the source"));
@@ -570,7 +571,7 @@ impl World {
     }
 
     fn arrives(&mut self, link: u32, lane: Lane, to_source: bool) -> Duration {
-        // Pages take longer, so that there is something to break.
+        // Pages take longer, so that lanes break while they are in transit.
         let bits = if lane == Lane::Bulk && !to_source { 10 } else { 6 };
         let soonest = self.now + self.random.millis(bits);
         let last = self.arrivals.entry((link, lane, to_source)).or_default();
@@ -589,7 +590,7 @@ impl World {
         self.at(at, Happening::ToSource { link, lane, told });
     }
 
-    /// The source has ended its lanes: what was sent may still come.
+    /// The source has closed its lanes. Sent data may still arrive.
     pub(super) fn source_hangs_up(&mut self, link: u32, sends_rest: bool) {
         for lane in LANES {
             if !sends_rest {
@@ -615,7 +616,7 @@ impl World {
         self.at(at, Happening::SourceLoses { link, lane });
     }
 
-    /// The network loses one lane, or all; the ends hear of it at different times.
+    /// The network loses one lane, or all. The two ends notice it at different times.
     fn cut_lanes(&mut self, whole: bool) {
         let there = self.destination.threads.demand.or(self.destination.threads.bulk);
         let Some(link) = self.source.link.or(there) else { return };
@@ -635,7 +636,7 @@ impl World {
         self.at(at, Happening::DestinationLoses { link, lane });
     }
 
-    /// The source has dialled: to open lanes, or to say a word.
+    /// The source has dialed, to open lanes or to send one message.
     fn dialled(&mut self, attempt: u32, epoch: u32, word: Option<Word>) {
         if !self.source.is_opening(attempt) {
             return;
@@ -670,7 +671,7 @@ impl World {
     }
 }
 
-/// The source's monitor, which does one thing after the other.
+/// The source's monitor, which carries out one command at a time.
 impl World {
     pub(super) fn ask(&mut self, question: Question) {
         let process = self.source.process_number();
@@ -688,7 +689,7 @@ impl World {
     }
 
     fn monitor_does(&mut self, process: u32, question: Question, asked: Duration) {
-        // The connection has gone with its process.
+        // The connection has ended with its process.
         if !self.source.is(process) {
             return;
         }
@@ -703,7 +704,7 @@ impl World {
             Question::Track => Answer::Tracking(self.tracks(result)),
             Question::Look => Answer::Looked(self.looks(result, asked)),
             Question::Stop => {
-                // Written down before anything is changed.
+                // Written before any setting is changed.
                 self.source.stops(self.habits.is_kept);
                 Answer::Stopped(self.stops(result).map(|()| None))
             }
@@ -727,7 +728,7 @@ impl World {
                 Answer::Resumed(result)
             }
         };
-        // One that answers something else does not answer.
+        // A wrong answer counts as no answer.
         let is_silent = !self.is_well() && self.random.percent(self.habits.wrong);
         if is_silent {
             return;

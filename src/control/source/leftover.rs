@@ -6,7 +6,7 @@
 //! no switchover was sent:         Undoing ---+
 //!                                            +--> Calling --> Ended
 //! the destination has everything: -----------+                  ^
-//! a person abandons the session:  Knocking ---------------------+
+//! the user abandons the session:  Knocking ---------------------+
 //! ```
 
 use std::time::{Duration, Instant};

@@ -1,7 +1,7 @@
-//! A destination beside a source that is a few rules, with umem killed and lanes lost between any two effects.
+//! A destination with a source of a few rules. umem is killed and lanes are lost between any two effects.
 //!
-//! The guest must never run on both sides, never be lost while it has not all of its memory, and in the end either
-//! both sides know where it is, or a record and a guest that waits are left for somebody to go on with.
+//! The guest must never run on both sides, and never be lost before it has all of its memory. At the end both sides
+//! know the owner of the guest, or a record and a waiting guest are left for a takeover.
 
 use std::collections::VecDeque;
 use std::panic::catch_unwind;
@@ -16,7 +16,7 @@ use super::{landing, lost, terms};
 use crate::error::Error;
 use crate::session::DestinationState;
 
-/// What happens to umem, or its lanes, before an effect of this number is done.
+/// The blow to umem or its lanes before the effect of this number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Blow {
     /// SIGKILL.
@@ -29,18 +29,18 @@ enum Blow {
     Fail,
 }
 
-/// What the source is about to do with its guest.
+/// The state of the source's guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
-    /// It is the source's, stopped or running.
+    /// It belongs to the source, stopped or running.
     Holds,
-    /// It has been given away: a switchover may be on its way.
+    /// It has been given away: a switchover may be in transit.
     Gave,
-    /// It has been resumed here, as the destination failed before the switchover.
+    /// It has been resumed at the source, because the destination failed before the switchover.
     Resumed,
     /// The destination has all of it.
     Done,
-    /// It was told that the guest has ended.
+    /// The source knows that the guest has ended.
     Mourns,
 }
 
@@ -49,20 +49,20 @@ enum Source {
 enum Guest {
     /// It ends with umem.
     Bound,
-    /// It waits if umem is killed, and ends with umem otherwise.
+    /// It waits if umem is killed, and ends when umem exits.
     Held,
-    /// It waits for whoever takes over.
+    /// It waits for a takeover.
     Kept,
     /// It has all of its memory.
     Free,
     Ended,
 }
 
-/// Of which migration it is.
+/// The kind of migration.
 #[derive(Clone, Copy, Debug)]
 struct Kind {
     is_private: bool,
-    /// Pages come before the stop, too.
+    /// Pages are sent before the stop, too.
     has_rounds: bool,
 }
 
@@ -76,20 +76,20 @@ struct World {
     runs: bool,
     pages_missing: u64,
     record: Option<(DestinationState, Recalled)>,
-    /// Lanes are up, and what is on its way on them.
+    /// Lanes are up. Below are the frames and inputs in transit on them.
     is_connected: bool,
     to_source: VecDeque<Frame>,
     to_core: VecDeque<Input>,
-    /// What else the core hears.
+    /// Other inputs of the core.
     notes: VecDeque<Input>,
     outcome: Option<Outcome>,
     now: Instant,
-    /// What has happened, where that is to be told.
+    /// The events so far, if they are to be printed.
     trace: Option<Vec<String>>,
     kind: Kind,
-    /// How often there was nothing to do but wait.
+    /// How often the core could only wait.
     waits: u32,
-    /// Effects that have been done, and the blows that are to come.
+    /// The number of effects so far, and the blows to come.
     done: usize,
     blows: Vec<(usize, Blow)>,
 }
@@ -122,7 +122,7 @@ impl World {
         }
     }
 
-    /// Nobody but the source knows whose the guest is in between; two never run.
+    /// In between only the source knows the owner of the guest. The guest never runs on both sides.
     fn check(&self) {
         let at_source = matches!(self.source, Source::Holds | Source::Resumed);
         assert!(!(self.runs && at_source), "it runs twice: {:#?}", self.trace);
@@ -131,12 +131,12 @@ impl World {
         assert!(at_source || is_here || is_whole, "the guest is lost: {:#?}", self.trace);
     }
 
-    /// Umem at the destination lives until all has ended or it is killed; true if it was killed.
+    /// Runs umem at the destination until its end. Returns true if it was killed.
     fn live(&mut self, mut core: Core, first: Input) -> bool {
         let mut inputs = VecDeque::from([first]);
         loop {
             let Some(input) = inputs.pop_front().or_else(|| self.next_input()) else {
-                // Nothing more comes by itself: time passes.
+                // No further event is due: time passes.
                 self.now += Duration::from_secs(60);
                 self.waits += 1;
                 assert!(self.waits < 100, "it never ends: {:#?}", self.trace);
@@ -242,7 +242,7 @@ impl World {
         }
     }
 
-    /// Everything on its way is gone, and a source that still has its guest goes on with it.
+    /// Drops everything in transit. A source that still has its guest continues with it.
     fn cut(&mut self) {
         if !std::mem::replace(&mut self.is_connected, false) {
             return;
@@ -374,7 +374,7 @@ impl World {
         None
     }
 
-    /// Umem ends by itself.
+    /// umem exits.
     fn end(&mut self) {
         if matches!(self.guest, Guest::Bound | Guest::Held) {
             self.guest = Guest::Ended;
@@ -387,7 +387,7 @@ impl World {
         self.check();
     }
 
-    /// Somebody takes over, as often as it takes.
+    /// Takes over, as many times as needed.
     fn resume(&mut self) {
         while let Some((state, recalled)) = self.record {
             self.outcome = None;
@@ -399,7 +399,7 @@ impl World {
             };
             match plan(state, found) {
                 Plan::Serve(()) => {
-                    // It is no child of this umem's, and ends with it only when it is told to.
+                    // The guest's process is no child of this umem, so it ends with this umem only when it is told to.
                     if self.guest == Guest::Held {
                         self.guest = Guest::Kept;
                     }
@@ -431,7 +431,7 @@ impl World {
         }
     }
 
-    /// Where the guest is, when all has ended.
+    /// Where the guest is at the end.
     fn account(&self) -> &'static str {
         match (self.source, self.guest) {
             (Source::Resumed, Guest::Ended) => "at the source",
@@ -442,9 +442,9 @@ impl World {
     }
 }
 
-/// How many effects a run has, and where its guest is in the end.
+/// The number of effects of a run, and where its guest is at the end.
 fn run(kind: Kind, blows: &[(usize, Blow)]) -> (usize, &'static str) {
-    // What has happened is noted down where somebody wants to read it.
+    // Events are recorded only in a second run after a failure.
     let quiet = catch_unwind(|| run_once(kind, blows, false));
     quiet.unwrap_or_else(|_| run_once(kind, blows, true))
 }
@@ -459,14 +459,14 @@ fn run_once(kind: Kind, blows: &[(usize, Blow)], is_traced: bool) -> (usize, &'s
 }
 
 #[test]
-fn a_migration_without_a_blow_ends_at_the_destination() {
+fn migration_without_a_blow_ends_at_the_destination() {
     for kind in [SHARED, PRIVATE, ROUNDS] {
         assert_eq!(run(kind, &[]).1, "at the destination");
     }
 }
 
 #[test]
-fn the_guest_survives_any_blow_between_any_two_effects() {
+fn guest_survives_any_blow_between_any_two_effects() {
     let mut ends = std::collections::BTreeSet::new();
     for kind in [SHARED, PRIVATE, ROUNDS] {
         let (effects, _) = run(kind, &[]);
@@ -481,7 +481,7 @@ fn the_guest_survives_any_blow_between_any_two_effects() {
 }
 
 #[test]
-fn the_guest_survives_any_two_blows() {
+fn guest_survives_any_two_blows() {
     for kind in [SHARED, ROUNDS] {
         let (effects, _) = run(kind, &[]);
         for first in 1..=effects {

@@ -1,4 +1,4 @@
-//! A session that a process of the source has left in which nothing is served, and a person who ends one.
+//! A source's session whose process is gone and that has no pages to serve, and its end by a person.
 
 use std::io::ErrorKind;
 
@@ -58,7 +58,7 @@ impl World {
         None
     }
 
-    /// A person ends a session, whose destination needs nothing or is taken for one that has gone.
+    /// The person ends a session whose destination needs nothing, or is taken for gone.
     pub(in crate::control::simulate) fn abandon_source(&mut self, is_mistaken: bool) {
         let Some(disk) = self.source.record.clone() else { return };
         if !is_mistaken && self.source.can_be_by_hand && !self.destination.can_do_alone() {
@@ -78,7 +78,7 @@ impl World {
         self.tell_source(Input::Begin);
     }
 
-    /// All lanes are open, of which nothing is wanted but to know who answers.
+    /// All lanes are open, only to find out whether the destination answers.
     pub(in crate::control::simulate) fn knocked(&mut self, link: u32) {
         self.source.opening = None;
         self.source_hangs_up(link, true);
@@ -89,8 +89,8 @@ impl World {
         self.run_leftover(leftover::Input::Knocked(knocked));
     }
 
-    /// A person who takes a destination for gone that has just gone is not wrong, and no umem can help: the guest that
-    /// waits there is the person's loss.
+    /// Taking a destination for gone that has just gone is no mistake, and umem cannot help: the guest that waits there
+    /// is the person's loss.
     pub(in crate::control::simulate) fn is_mistaken_no_more(&self) -> bool {
         self.is_knocking() && self.source.mistakes && !self.destination.is_alive()
     }
