@@ -101,7 +101,7 @@ pub(crate) struct SourceRecord {
     /// written before the attempt.
     pub(crate) epoch: u32,
     pub(crate) ram: Vec<RamRecord>,
-    /// What the guest's monitor needs to go on; None for RAM files alone.
+    /// The data for the guest's monitor; None for RAM files alone.
     pub(crate) monitor: Option<MonitorRecord>,
     pub(crate) postcopy: bool,
     pub(crate) background: bool,
@@ -174,7 +174,7 @@ pub(crate) struct GuestRecord {
     pub(crate) owner: Option<u32>,
     /// RAM files that umem has made for the guest.
     pub(crate) created: Vec<Created>,
-    /// What the monitor needs to go on, which has to be told to run the guest; None for a guest that runs by itself.
+    /// The data for the guest's monitor, which has to start the guest; None for a guest that runs by itself.
     pub(crate) monitor: Option<MonitorRecord>,
     /// The guest ran at the source.
     pub(crate) runs: bool,

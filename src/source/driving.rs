@@ -1,4 +1,4 @@
-//! Carries out what the source's core decides, and brings it what happens.
+//! Carries out the effects of the source's core, and hands it its inputs.
 
 use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ use crate::runtime::inbox::Wake;
 use crate::runtime::{idle, panics};
 
 impl Migration {
-    /// Until the core has come to an end.
+    /// Runs until the core has ended.
     pub(super) fn until_ended(&mut self) {
         while !self.core.has_ended() {
             let input = self.answers.pop_front().unwrap_or_else(|| self.wait());
@@ -31,7 +31,7 @@ impl Migration {
         }
     }
 
-    /// Has the core handle this, and does what it says.
+    /// Hands an input to the core, and carries out its effects.
     pub(super) fn handle(&mut self, input: Input) {
         let mut next = Some(input);
         while let Some(input) = next.take() {
@@ -68,7 +68,7 @@ impl Migration {
         }
     }
 
-    /// What a note is to the core.
+    /// The core's input for a message.
     pub(super) fn input(&mut self, note: InboxMessage) -> Input {
         match note {
             InboxMessage::Received(event) => Input::Received(event),
@@ -197,7 +197,8 @@ impl Migration {
                     self.end(fault);
                     Ok(())
                 });
-                // After a failure what follows is done all the same: a guest that is to go on here does.
+                // After a failure the following effects are carried out all the same: a guest that may continue here
+                // does.
                 if is_failure { Ok(()) } else { ended }
             }
             Effect::Call { uri, epoch, until, word } => {
@@ -272,7 +273,7 @@ impl Migration {
         }
     }
 
-    /// Ends whatever works on the lanes, and takes what they have still told.
+    /// Ends the threads of the lanes, and takes their last messages.
     fn take_down(&mut self) -> Result<()> {
         self.link.sockets.sever();
         self.idle.clear();

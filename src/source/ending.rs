@@ -1,4 +1,4 @@
-//! How a migration ends at the source: threads end, memory is freed, and what happened is told.
+//! The end of a migration at the source: threads end, memory is freed, and the outcome is reported.
 
 use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::time::Instant;
@@ -18,7 +18,7 @@ use crate::statistics::{Completed, CpuTime};
 use crate::transport::lane;
 
 impl Migration {
-    /// Nothing is freed on the way any more.
+    /// Ends the thread that frees pages during the migration.
     pub(super) fn end_release(&mut self) {
         self.memory.is_ending.store(true, Release);
         self.memory.releaser.get().into_iter().for_each(Waker::wake);
@@ -27,7 +27,7 @@ impl Migration {
         }
     }
 
-    /// At the end the destination has every page.
+    /// Frees the rest at the end: the destination has every page.
     pub(super) fn release_rest(&self) -> Result<u64> {
         if !self.memory.releases {
             return Ok(0);
@@ -36,8 +36,8 @@ impl Migration {
         Ok(self.allocated_bytes.saturating_sub(self.memory.allocated_bytes()?))
     }
 
-    /// Ends the threads. What was to be sent still goes out, the reason of a failure last, by us if
-    /// the demand thread is the one that failed.
+    /// Ends the threads. Pending data is still sent, the reason of a failure last. If the demand thread has failed,
+    /// this thread sends the reason.
     pub(super) fn end(&mut self, fault: Option<Fault>) {
         if let Some(fault) = &fault {
             self.send(&Frame::Error(fault.clone()));
@@ -58,7 +58,7 @@ impl Migration {
         }
     }
 
-    /// What has become of the migration: the report, or an error that says whose the guest is.
+    /// The outcome of the migration: the report, or an error that names the owner of the guest.
     pub(super) fn outcome(mut self) -> Result<Completed> {
         match self.core.take_outcome() {
             Some(Outcome::Completed(totals)) => Ok(self.report(totals)),
@@ -67,7 +67,7 @@ impl Migration {
         }
     }
 
-    /// Adds what an error means for the guest.
+    /// Adds the consequence of an error for the guest.
     fn explain(&self, error: Error, guest: Guest) -> Error {
         match (guest, error) {
             (Guest::Here, error) => error,
@@ -92,7 +92,7 @@ impl Migration {
         }
     }
 
-    /// A RAM file has failed after the switchover: what that means, and what to do.
+    /// The consequence of a RAM file that failed after the switchover, and the remedy.
     fn what_a_failed_file_means(&self, guest: &Guest) -> String {
         if matches!(guest, Guest::Complete) {
             return "the destination has every page, and whether all of them are right is not known: stop its \
@@ -112,7 +112,7 @@ impl Migration {
         )
     }
 
-    /// Nobody waits any more for a monitor that does not answer. The session stays.
+    /// The error for a monitor that does not answer and is not waited for any more. The session stays.
     fn left_to_monitor(&self, error: &Error) -> Error {
         let error = match error {
             Error::Interrupted(_) => "interrupted".to_owned(),

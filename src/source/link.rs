@@ -1,4 +1,4 @@
-//! What is needed to open the source's lanes, and to end them.
+//! The means to open the source's lanes, and to close them.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use crate::transport::lane::{Lane, Session, ShutdownHandle};
 use crate::transport::secure::{self, ClientAuth};
 use crate::transport::uri::Uri;
 
-/// Lanes of one attempt, opened.
+/// The open lanes of one attempt.
 pub(super) struct Opened {
     pub(super) lanes: Vec<Lane>,
-    /// Has read what the destination said first on the demand lane.
+    /// Has read the destination's first frames on the demand lane.
     pub(super) receiver: Receiver,
     pub(super) standing: Standing,
 }
@@ -23,21 +23,21 @@ pub(super) struct Opened {
 pub(super) struct Link {
     pub(super) recovers: bool,
     pub(super) session: Session,
-    /// What is shown, and asked for, each time lanes are opened.
+    /// The credentials to show and to require each time lanes are opened.
     pub(super) pass: Arc<ClientAuth>,
-    /// Where the destination listens; none where there were connections, which cannot be opened again.
+    /// The destination's address; None if the session has only connections, which cannot be opened again.
     pub(super) uri: Option<Uri>,
-    /// Connections in place of lost ones, good for one attempt.
+    /// Connections to replace lost ones. They serve one attempt.
     pub(super) given: Option<Vec<OwnedFd>>,
-    /// Lanes that have been opened, and are not served yet.
+    /// Opened lanes that are not served yet.
     pub(super) opened: Option<Opened>,
-    /// Where another process finds what it needs to go on, should this one be killed.
+    /// The session file for another process, should this one be killed.
     pub(super) keeper: Option<SessionFile<SourceRecord>>,
     pub(super) sockets: ShutdownHandle,
 }
 
 impl Link {
-    /// With the lanes that have just been opened, demand lane first.
+    /// With the lanes that have just been opened, the demand lane first.
     pub(super) fn new(
         session: Session,
         pass: Arc<ClientAuth>,
@@ -57,7 +57,7 @@ impl Link {
         }
     }
 
-    /// Of a session whose process is gone: there are no lanes.
+    /// For a session whose process is gone: no lanes are up.
     pub(super) fn taken_over(
         session: Session,
         pass: Arc<ClientAuth>,
@@ -71,14 +71,14 @@ impl Link {
         self.recovers
     }
 
-    /// For who may have to end them.
+    /// For a caller that may have to close the lanes.
     pub(super) fn shutdown_handle(&self) -> ShutdownHandle {
         self.sockets.clone()
     }
 }
 
-/// Opens all lanes on connections that are there already; a single one is for all. The first answer may take as long
-/// as the destination's program does.
+/// Opens all lanes on given connections; a single connection serves as all lanes. The first answer may take as long as
+/// the destination's program takes.
 pub(super) fn open_over(
     sockets: Vec<OwnedFd>,
     session: &Session,

@@ -60,31 +60,31 @@ use self::lanes::demand::Command;
 use link::Link;
 use memory::SourceMemory;
 
-/// What `umem migrate` is asked to do.
+/// The options of `umem migrate`.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The destination.
     pub uri: Uri,
-    /// Postcopy: switch over first, send pages after. Otherwise all go before.
+    /// Postcopy: switch over first and send the pages after that. Otherwise all pages are sent before.
     pub postcopy: bool,
-    /// Send pages that nobody asked for.
+    /// Send pages without a demand.
     pub background: bool,
-    /// Send pages before the guest stops; none to stop it first.
+    /// Send pages before the guest stops; None to stop it first.
     pub precopy: Option<Precopy>,
     /// The guest's RAM files; empty to ask its monitor.
     pub ram: Vec<RamPath>,
     /// The monitor's socket; None for RAM files alone.
     pub monitor: Option<MonitorSocket>,
-    /// Where QEMU migrates to, whoever tells it to; none to tell it by its monitor.
+    /// The path at which QEMU migrates into umem, on another program's command; None if umem tells QEMU through its
+    /// monitor.
     pub listen: Option<PathBuf>,
-    /// Who has the guest run at its destination.
+    /// The program that starts the guest at its destination.
     pub switchover: Switchover,
-    /// Bulk lanes, 1 to [`LANES_MAX`](umem_wire::limits::LANES_MAX); 0 where the URI is one
-    /// connection.
+    /// Bulk lanes, 1 to [`LANES_MAX`](umem_wire::limits::LANES_MAX); 0 if the URI is one connection.
     pub lanes: u16,
-    /// Free the guest's RAM here as the destination gets it.
+    /// Free the guest's RAM here as it arrives at the destination.
     pub release_ram: bool,
-    /// Check everything that is sent and received, and compare all memory at the end.
+    /// Verify all data sent and received, and compare all memory at the end.
     pub checksum: bool,
     /// How lanes are secured.
     pub security: Security,
@@ -92,42 +92,42 @@ pub struct Options {
     pub cores: Vec<usize>,
     /// What idle cores do while faults come.
     pub idle_cores: IdleCores,
-    /// What the background sends next.
+    /// The order of background pages.
     pub order: Order,
-    /// The most that a step of the destination's may take before the switchover while nothing moves.
+    /// How long a step of the destination may last before the switchover without progress.
     pub step_timeout: Duration,
-    /// The most that is sent in the background after the switchover, bytes a second.
+    /// The highest rate of the background after the switchover, bytes a second.
     pub max_postcopy_bandwidth: Option<u64>,
-    /// Where to leave what another process needs to go on; none for the usual place.
+    /// The directory of session files; None for the default.
     pub session_dir: Option<PathBuf>,
     /// JSON events on stdout.
     pub json: bool,
-    /// What others may see.
+    /// Options of progress, metrics and control.
     pub observe: observe::Options,
 }
 
 /// How pages are sent before the guest stops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Precopy {
-    /// Passes at most; the first one is over all of the memory.
+    /// The most passes. The first one covers all of the memory.
     pub passes_max: u32,
-    /// The guest is stopped once what is left can be sent within this.
+    /// The guest is stopped once the rest can be sent within this time.
     pub downtime_limit: Duration,
     /// The passes end after this, and the guest is stopped.
     pub timeout: Option<Duration>,
-    /// The most that all lanes together send in the passes, bytes a second.
+    /// The highest rate of all lanes together in the passes, bytes a second.
     pub max_bandwidth: Option<u64>,
 }
 
 pub use self::session::takeover::{Options as ResumeOptions, run as resume};
 
-/// In which order pages are sent that nobody has asked for.
+/// The order of pages that are sent without a demand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Order {
-    /// Ahead of guests that read on through their memory, else on from the last demand.
+    /// Ahead of guests that read through their memory; otherwise onward from the last demand.
     #[default]
     Adaptive,
-    /// As they lie in memory, to compare with.
+    /// In the order of memory, for comparison.
     Plain,
 }
 
@@ -143,29 +143,29 @@ impl std::str::FromStr for Order {
     }
 }
 
-/// What reaches the control thread.
+/// A message to the control thread.
 pub(crate) enum InboxMessage {
     /// A control frame on the demand lane.
     Received(Event),
     /// The device state has been handed to the kernel.
     StateLeft,
-    /// A bulk lane has sent all it found.
+    /// A bulk lane has sent all the pages that it found.
     BulkEnded,
-    /// A bulk lane has sent what was dirty of its blocks.
+    /// A bulk lane has sent the dirty pages of its blocks.
     PassEnded,
-    /// By hand: the passes end.
+    /// An order: end the passes.
     EndPasses,
-    /// A worker could not go on.
+    /// A worker has failed.
     Failed(Error),
     /// The monitor has answered.
     Host(Answer),
-    /// What the guest's memory here comes to.
+    /// The digests of the guest's memory here.
     Digested(Result<Option<Vec<u64>>>),
-    /// By hand: give up the lanes, and open none until a resume.
+    /// An order: close the lanes, and open none before a resume.
     Pause,
-    /// By hand: open lanes again, to another address if one is named.
+    /// An order: open lanes again, at another address if one is given.
     Resume(Option<Uri>),
-    /// By hand: open lanes on these connections, the demand lane's first.
+    /// An order: open lanes on these connections, the demand lane's first.
     Reconnect(Vec<OwnedFd>),
 }
 
@@ -198,15 +198,15 @@ impl From<Answer> for InboxMessage {
     }
 }
 
-/// What an interrupt means before the guest is stopped.
+/// The consequence of an interrupt before the guest is stopped.
 const GOES_ON: &str = "the guest goes on here";
 
-/// Moves one guest away.
+/// Migrates one guest.
 ///
 /// # Errors
-/// Anything that kept the guest from moving; until the switchover it runs here as before then.
+/// Every reason for which the guest does not move. Until the switchover the guest runs here as before in that case.
 pub fn run(options: &Options) -> Result<()> {
-    // Before anything else makes descriptors.
+    // Before any other descriptor is opened.
     let single = SharedConnection::open(&options.uri)?;
     let (socket, mut command) = single.map_or((None, None), |s| (Some(s.socket), s.command));
     let output = Output::new(options.json);
@@ -215,7 +215,7 @@ pub fn run(options: &Options) -> Result<()> {
     let bandwidth = Arc::new(Bandwidth::new(options.max_postcopy_bandwidth));
     let limit = options.postcopy.then(|| bandwidth.clone());
     let observer = Observer::start(&options.observe, Role::Source, limit, &output)?;
-    // Files may be FIFOs, which wait for who writes to them.
+    // Files may be FIFOs, which wait for their writer.
     let (security, uri) = (options.security.clone(), options.uri.clone());
     let loaded = inbox.wait_for_work(GOES_ON, None, move || ClientAuth::load(&security, &uri));
     let (pass, migrated) = match loaded.map(Arc::new) {
@@ -233,7 +233,7 @@ pub fn run(options: &Options) -> Result<()> {
     observer.ended(migrated.as_ref());
     let report = migrated?;
     output.completed(&report);
-    // What lanes have sent leaves first.
+    // Dropping waits until data of the lanes has been sent.
     drop(pass);
     report.check_digests()
 }
@@ -309,7 +309,7 @@ fn guest(options: &Options) -> Result<LeavingGuest> {
     leaving::open(options.monitor.as_ref(), &wanted)
 }
 
-/// Opens every lane, the demand lane first; only this one where there is a connection already.
+/// Opens all lanes, the demand lane first. With a given connection it opens that one alone.
 fn dial(
     options: &Options,
     socket: Option<OwnedFd>,
@@ -338,11 +338,11 @@ fn wait(
     fds: &[(BorrowedFd<'_>, PollFlags)],
     limit: Option<Duration>,
 ) -> Result<bool> {
-    // Nobody posts before there are workers.
+    // No message is posted before there are workers.
     inbox.wait_ready(fds, limit, GOES_ON)
 }
 
-/// Why a send or receive did not do what it had to.
+/// The reason why a send or a receive failed.
 fn outcome_text(outcome: Outcome) -> String {
     match outcome {
         Outcome::Done(_) | Outcome::Short { .. } => "the destination closed it".into(),
@@ -358,7 +358,7 @@ fn errno_of(outcome: &Outcome) -> Option<i32> {
     }
 }
 
-/// How to send.
+/// The parameters of sending.
 struct Plan<'a> {
     /// As in [`Options`].
     postcopy: bool,
@@ -369,7 +369,7 @@ struct Plan<'a> {
     order: Order,
     watch: &'a Arc<Watch>,
     quiet: bool,
-    /// There is somebody else who could resume the guest.
+    /// Another client could resume the guest.
     has_monitor: bool,
     /// The lanes do not leave this machine.
     stays_local: bool,
@@ -377,14 +377,14 @@ struct Plan<'a> {
     step_timeout: Duration,
 }
 
-/// How the demand lane's thread is reached, and its connection.
+/// The demand lane's thread and connection.
 struct DemandHandle {
     commands: Sender<Command>,
     waker: Waker,
     socket: Arc<OwnedFd>,
 }
 
-/// How a bulk lane's thread is reached.
+/// A bulk lane's thread.
 struct BulkHandle {
     orders: Sender<crate::source::lanes::bulk::Order>,
     waker: Waker,
@@ -392,16 +392,16 @@ struct BulkHandle {
 
 impl BulkHandle {
     fn order(&self, order: crate::source::lanes::bulk::Order) {
-        // The thread has ended where this fails.
+        // Sending fails only if the thread has ended.
         let _ = self.orders.send(order);
         self.waker.wake();
     }
 }
 
-/// A migration with its lanes open: its core, and what the core's effects are carried out with.
+/// A migration with open lanes: its core, and the means to carry out the core's effects.
 struct Migration {
     core: Source,
-    /// Answers to the last effect, which the core takes before anything else.
+    /// Answers to the last effect, which the core handles before any other input.
     answers: VecDeque<Input>,
     lane_count: u16,
     output: Output,
@@ -410,7 +410,7 @@ struct Migration {
     host: HostThread,
     has_monitor: bool,
     link: Link,
-    /// As the demand lane's thread is to serve, each time there is one.
+    /// The `follows` field of each new thread of the demand lane.
     follows: bool,
     idle_cores: IdleCores,
     /// Keeps cores awake while the guest stands still.
@@ -426,7 +426,8 @@ struct Migration {
     bulk: Vec<BulkHandle>,
     bulk_threads: Vec<JoinHandle<Option<()>>>,
     release_thread: Option<JoinHandle<Option<()>>>,
-    /// What the RAM files held at the switchover, where they are freed, and what of that has been freed at the end.
+    /// Bytes that the RAM files held at the switchover, if they are freed. Below it, the bytes of these freed at the
+    /// end.
     allocated_bytes: u64,
     release_bytes: u64,
     congestion: String,
@@ -434,7 +435,7 @@ struct Migration {
 }
 
 impl Migration {
-    /// Carries out what the core decides, from this on and to its end.
+    /// Carries out the core's effects until its end. `first` is its first input.
     fn drive(mut self, first: Input) -> Result<Completed> {
         let caught = panics::caught(|| {
             self.handle(first);
@@ -442,7 +443,7 @@ impl Migration {
             Ok(())
         });
         if let Err(panic) = caught {
-            // It ends the migration as any other failure does.
+            // A panic ends the migration as any other failure does.
             self.handle(Input::NotDone(panic));
             self.until_ended();
         }
@@ -468,7 +469,7 @@ impl Migration {
 
     fn command(&self, command: Command) {
         let Some(demand) = &self.demand else { return };
-        // The thread has ended where this fails, and its own note says why.
+        // Sending fails only if the thread has ended. Its own message then has the reason.
         let _ = demand.commands.send(command);
         demand.waker.wake();
     }

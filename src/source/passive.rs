@@ -1,7 +1,7 @@
-//! A guest whose migration another program begins: QEMU is told to migrate into a socket of umem's.
+//! A guest whose migration another program starts: QEMU is told to migrate into a socket of umem.
 //!
-//! The destination is tried first, so that a wrong address or secret is found before QEMU is told anything. It is
-//! called again when QEMU has come: a session whose source says nothing for long would be given up there.
+//! umem dials the destination first, so that a wrong address or secret is found before QEMU is told anything. umem
+//! dials it again when QEMU has connected, because the destination gives up a session whose source is silent for long.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read};
@@ -24,16 +24,16 @@ use crate::runtime::private_socket::bind_private_anew;
 use crate::transport::lane::Session;
 use crate::transport::secure::{self, ClientAuth};
 
-/// Bytes that are read of a stream's head at once.
+/// Bytes of a stream's head that are read at once.
 const PIECE_BYTES: usize = 64 << 10;
 
-/// Connections that may wait beside the stream and say nothing. One more replaces the oldest.
+/// Silent connections that may wait beside the stream. A further one replaces the oldest.
 const OTHERS_MAX: usize = 8;
 
-/// What an interrupt means meanwhile.
+/// The consequence of an interrupt meanwhile.
 const NOT_BEGUN: &str = "no migration of QEMU's had come";
 
-/// Waits at `path` until a QEMU migrates, and learns from its stream which memory the guest has.
+/// Waits at `path` until a QEMU migrates, and reads the guest's memory layout from its stream.
 pub(super) fn guest(
     options: &Options,
     path: &Path,
@@ -65,7 +65,7 @@ pub(super) fn guest(
     inbox.wait_for_work(GOES_ON, None, leave)
 }
 
-/// Opens one lane of a session that has several, and closes it: that begins nothing there.
+/// Opens one lane of a session that has several, and closes it, which starts nothing at the destination.
 fn try_destination(
     options: &Options,
     pass: &Arc<ClientAuth>,
@@ -77,7 +77,7 @@ fn try_destination(
     secure::dial(&options.uri, &session.hello(0, 0), pass, &wait).map(drop)
 }
 
-/// The socket for QEMU's migration, removed with this.
+/// The socket for QEMU's migration. Dropping it removes it.
 struct Socket {
     path: PathBuf,
     listener: UnixListener,
@@ -113,13 +113,13 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // Nothing depends on it.
+        // An error has no consequence.
         let _ = std::fs::remove_file(&self.path);
     }
 }
 
-/// Waits for a stream, and reads it up to its first page. A QEMU that writes several streams connects more than once
-/// before that. Who connects and says nothing is not listened to: another umem that looks whether somebody listens here.
+/// Waits for a stream, and reads it up to its first page. A QEMU that writes several streams makes further connections
+/// before that. Silent connections are ignored: another umem may check whether a process listens here.
 fn read_head(listener: &Socket, inbox: &Inbox<InboxMessage>) -> Result<(UnixStream, Opening)> {
     let mut opening = Opening::new();
     let mut piece = vec![0; PIECE_BYTES];

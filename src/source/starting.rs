@@ -1,4 +1,4 @@
-//! How a migration begins at the source: its threads.
+//! The start of a migration at the source: its threads.
 
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -49,14 +49,13 @@ impl Migration {
         Ok(migration)
     }
 
-    /// Says no digest to a destination that adds up less than this side, nor compares what it says.
+    /// Turns digests off for a destination that hashes less than this side, in both directions.
     pub(super) fn digest_as(&self, demand: &Lane) {
         let is_whole = demand.capabilities.contains(Capabilities::WHOLE_DIGESTS);
         self.memory.digest_is_lost.fetch_or(!is_whole, Relaxed);
     }
 
-    /// Without lanes, with the core that `core` makes of its plan, of the address that is dialled and of whether there
-    /// is a background.
+    /// Without lanes. `core` makes the core from its plan, the address to dial, and whether there is a background.
     pub(super) fn new(
         plan: &Plan<'_>,
         output: Output,
@@ -95,7 +94,7 @@ impl Migration {
             is_embedded: inbox.is_embedded(),
             total_bytes,
             step_timeout: plan.step_timeout,
-            // As random as is needed: the keys of each new state are.
+            // Random enough for its purpose: each new state has new keys.
             seed: RandomState::new().build_hasher().finish(),
         };
         Migration {
@@ -127,30 +126,30 @@ impl Migration {
         }
     }
 
-    /// Has the bulk lanes send what is left, each page once.
+    /// Has the bulk lanes send the remaining pages, each page once.
     pub(super) fn start_bulk(&mut self) -> Result<()> {
         if self.lane_count == 0 {
             self.command(Command::Background);
             return Ok(());
         }
-        // Lanes that have had rounds.
+        // Lanes that already run because of rounds.
         self.order_bulk(Order::Serve);
         self.start_bulk_threads(false)
     }
 
-    /// Has them send what is dirty, once around.
+    /// Has the bulk lanes send the dirty pages once.
     pub(super) fn send_pass(&mut self) -> Result<()> {
         self.start_bulk_threads(true)?;
         self.order_bulk(Order::Pass);
         Ok(())
     }
 
-    /// Tells all bulk lanes that are served.
+    /// Sends the order to all served bulk lanes.
     pub(super) fn order_bulk(&self, order: Order) {
         self.bulk.iter().for_each(|lane| lane.order(order));
     }
 
-    /// Of lanes that have none yet.
+    /// Starts the threads of lanes that have none yet.
     fn start_bulk_threads(&mut self, has_rounds: bool) -> Result<()> {
         let lanes = self.idle.len();
         for (index, lane) in std::mem::take(&mut self.idle).into_iter().enumerate() {
@@ -197,7 +196,7 @@ impl Migration {
         Ok(())
     }
 
-    /// The guest has gone: what the destination has of it, and has had already, is freed from now on.
+    /// The guest has gone: from now on the pages that the destination has, earlier ones included, are freed.
     pub(super) fn start_release(&mut self) -> Result<()> {
         if !self.memory.releases {
             return Ok(());
@@ -205,7 +204,7 @@ impl Migration {
         let releaser = Releaser { memory: self.memory.clone() };
         let start = move |started| releaser.run(started);
         let (waker, thread) = worker::start("umem-release", &self.inbox, start)?;
-        // What was acknowledged before this found nobody to wake.
+        // Earlier acknowledgements found no thread to wake.
         self.memory.releaser.get_or_init(|| waker).wake();
         self.release_thread = Some(thread);
         Ok(())
