@@ -21,7 +21,7 @@
 //! | `Starting` | switched | this side | *loaded*, then *switched* | the same; an unwritten switchover is resent |
 //! | `Serving` | running | this side | *switched*, then *running* | the guest waits for its pages |
 //! | `Unregistering` | running | this side | *running* | the same |
-//! | `Parting` | completing | this side, complete | *running*, then *complete* | continues; `--resume` tells the source |
+//! | `Parting` | completing | this side | *running*, then *complete* | it continues; `--resume` tells the source |
 //! | `TakingOver` | loaded … running | as recorded | unchanged | as before `--resume` |
 //! | `Seeking`, `Stopping`, `Releasing` | any | by the phase | unchanged | as in that phase |
 //! | `Ended` | any | | nothing, unless the guest stays | |
@@ -453,7 +453,7 @@ enum Pages {
     Coming,
     /// Every page is cached; some pages of private memory are not the guest's own yet.
     Cached,
-    /// Private memory: all pages are the guest's own. This was reported before they were reported cached.
+    /// Private memory: all pages are the guest's own, and not all have been reported cached yet.
     Released,
     Whole,
 }
