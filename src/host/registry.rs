@@ -14,7 +14,7 @@ const KINDS: [&dyn MonitorKind; 1] = [&QEMU];
 pub(super) const PRELOADED: &dyn MonitorKind = &QEMU;
 
 impl MonitorSocket {
-    /// The socket of a monitor that speaks QMP.
+    /// The socket of a monitor with QMP.
     #[must_use]
     pub fn qmp(path: PathBuf) -> MonitorSocket {
         MonitorSocket { kind: &QEMU, path }

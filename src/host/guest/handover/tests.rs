@@ -64,7 +64,7 @@ impl HandedOver {
 
 impl Drop for HandedOver {
     fn drop(&mut self) {
-        // Without it the process would end with the socket.
+        // Without `keep` the process would end with the socket.
         let _ = self.daemon.get_mut().write_all(b"keep\n");
         let mut line = String::new();
         let _ = self.daemon.get_mut().write_all(b"ping\n");
@@ -132,7 +132,7 @@ fn shards_have_a_userfaultfd_each_and_cover_the_memory_once() {
         assert_eq!(number("offset") % SHARD_ALIGNMENT, 0);
         let start = memory.start.addr().get() as u64 + offset;
         assert_eq!(number("base_host_virt_addr"), start);
-        // A fault of this part comes to this descriptor.
+        // A fault in this part is reported by this descriptor.
         let page = offset / PAGE + 1;
         let reader = memory.reader(page);
         assert_eq!(fault(uffd) & !(PAGE - 1), start + PAGE);
@@ -215,7 +215,7 @@ fn what_becomes_of_the_process_depends_on_keep() {
     }
 }
 
-/// Whoever connects when umem is gone gets what it had, as often as need be, until the release.
+/// Each umem that connects after the end of its predecessor gets the same descriptors, until the release.
 #[test]
 fn a_umem_that_takes_over_is_handed_everything_again() {
     let mut memory = HandedOver::new(4, 2);
