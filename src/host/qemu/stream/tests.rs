@@ -1,9 +1,9 @@
-//! Streams by hand: literal bytes, in any pieces.
+//! Handwritten streams: literal bytes, in any pieces.
 
 use super::records::Word;
 use super::*;
 
-/// Big-endian numbers and texts, one after the other.
+/// Big-endian numbers and texts, in sequence.
 #[derive(Clone, Default)]
 struct Bytes(Vec<u8>);
 
@@ -58,7 +58,7 @@ pub(super) fn whole() -> Vec<u8> {
     let begun = set_up(configured().with(OPEN_RETURN_PATH).with(PING));
     let begun = begun.with(PART).page(0, Some("ram0"), 1).page(0x1000, None, 0);
     let begun = begun.page(0, Some("vga"), 7).end().footer();
-    // The same page again, of both.
+    // The same page again, of both blocks.
     let begun = begun.with(PART).page(0x1000, Some("ram0"), 2).page(0, Some("vga"), 8);
     let begun = begun.end().footer().with(PART).end().footer();
     let begun = begun.with(SWITCHOVER_START).with(END).page(0, Some("ram0"), 3);
@@ -78,7 +78,8 @@ pub(super) fn head_without_shared() -> Vec<u8> {
     configured().with(capabilities).with(OPEN_RETURN_PATH).0
 }
 
-/// What is told of a stream in pieces of so many bytes, with contents and other bytes joined; and what is left of it.
+/// The events of a stream that is read in pieces of this size, with consecutive contents and other bytes joined; and
+/// the cut.
 fn read(stream: &[u8], piece: usize) -> Result<(Vec<String>, Vec<u8>)> {
     let (mut parser, mut cut) = (Parser::new(), Cut::new(1 << 20));
     let mut told = Vec::new();
@@ -121,7 +122,7 @@ fn what_is_left_has_each_page_that_is_not_moved_once_as_it_came_last() {
     let begun = set_up(configured().with(OPEN_RETURN_PATH).with(PING));
     let begun = begun.with(SWITCHOVER_START).with(END).page(0, Some("vga"), 8).end().footer();
     assert_eq!(cut, begun.with(REST).0);
-    // It is a stream, of which nothing more is left.
+    // The cut is a stream, and its own cut is the same.
     assert_eq!(read(&cut, 1000).unwrap().1, cut);
 }
 
@@ -132,7 +133,7 @@ fn what_is_left_is_bounded() {
     let blocks = [block("vga")];
     let mut take = |event| cut.take(&blocks, |_| false, &event);
     let page = |offset| Event::Page { block: 0, offset, is_zero: false, at: 0 };
-    // The same page as often as the guest changes it.
+    // The same page after each change by the guest.
     for _ in 0..3 {
         take(page(0)).unwrap();
         take(Event::Content(&[1; PAGE_BYTES])).unwrap();
