@@ -212,8 +212,8 @@ fn kvm_guest_may_exit_right_after_its_last_page() {
     }
 }
 
-/// The monitor has umem inside, and says what the guest has written from KVM's dirty log. The guest writes all the
-/// while, also with faults at its destination.
+/// The monitor embeds umem, and reports the guest's writes from KVM's dirty log. The guest writes all the time, also
+/// with faults at its destination.
 #[test]
 fn kvm_guest_that_writes_in_every_pass_is_moved_by_the_dirty_log_of_its_monitor() {
     for vcpus in ["1", "2"] {

@@ -1,5 +1,5 @@
-//! Guests that read a slow disk past QEMU's page cache (cache=none) all the while: QEMU, or the kernel, writes into
-//! pages of the guest's that were chosen long before.
+//! Guests that read a slow disk past QEMU's page cache (cache=none) all the time: QEMU, or the kernel, writes into
+//! guest pages that were chosen long before.
 
 use crate::boot;
 use crate::destination::Destination;

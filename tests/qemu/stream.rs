@@ -405,7 +405,7 @@ fn passes_are_refused_when_the_log_loses_writes() {
     }
 }
 
-/// What its log loses never comes with QEMU's stream either, and there is no file that has it.
+/// Writes that QEMU's log loses are missing in its stream as well, and no file has them.
 #[test]
 fn ram_without_a_file_is_refused_where_the_log_loses_writes() {
     let scratch = Scratch::new();
