@@ -438,7 +438,7 @@ mod tests {
 
     /// A panic is no decision to end a guest that another umem can take over.
     #[test]
-    fn a_panic_ends_no_guest_that_waits_for_another_umem() {
+    fn guest_that_waits_for_another_umem_survives_a_panic() {
         for survives in [true, false] {
             let mut monitor = monitor(false);
             if survives {
@@ -457,7 +457,7 @@ mod tests {
 
     /// The whole group gets the signal, even if its leader ends by the signal at once.
     #[test]
-    fn signals_reach_the_whole_group() {
+    fn signal_reaches_the_whole_group_after_its_leader_ended() {
         for signal in [libc::SIGTERM, libc::SIGKILL] {
             for _ in 0..50 {
                 let script = "sleep 1000 & echo $!; wait";
@@ -479,7 +479,7 @@ mod tests {
 
     /// A decision to give up ends the guest.
     #[test]
-    fn a_guest_that_nobody_has_released_ends_with_its_umem() {
+    fn unreleased_guest_ends_with_its_umem() {
         let monitor = monitor(true);
         let pid = monitor.pid();
         drop(monitor);

@@ -246,7 +246,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_is_of_one_file_or_of_none() {
+    fn range_has_a_file_only_if_one_file_backs_all_of_it() {
         let text = "\
             1000-3000 rw-s 00001000 00:1b 16                         /dev/shm/with space (deleted)\n\
             3000-4000 rw-s 00003000 00:1b 16                         /dev/shm/with space (deleted)\n\
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn the_very_file_is_opened_whatever_its_name_leads_to() {
+    fn mapped_file_is_opened_although_its_path_leads_elsewhere() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("ram");
         std::fs::write(&path, [0xa5; 4096]).unwrap();

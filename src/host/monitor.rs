@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn question_that_a_kind_cannot_answer_is_an_error_that_names_the_kind() {
+    fn unanswerable_question_gives_an_error_that_names_the_kind() {
         let marks = Arc::new(DirtyMap::new(&[]));
         let ask = |question: Question| match question.put(&mut Bare, &mut None) {
             Answer::Tracking(Err(error))

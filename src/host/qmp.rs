@@ -296,7 +296,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_may_carry_any_time() {
+    fn event_may_carry_any_time() {
         let most = u64::MAX;
         for (timestamp, is_a_time) in [
             (json!({ "seconds": 1, "microseconds": 1 }), true),
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn events_without_an_end_do_not_make_an_answer_later_than_it_may_be() {
+    fn endless_events_do_not_extend_the_limit_of_an_answer() {
         let (monitor, ours) = UnixStream::pair().unwrap();
         let writer = floods(monitor, b"{\"event\":\"RESUME\"}\n");
         let mut qmp = Qmp::open(ours, "it").unwrap();
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_greeting_in_pieces_has_the_time_of_one() {
+    fn greeting_in_pieces_has_one_deadline() {
         let (mut monitor, ours) = UnixStream::pair().unwrap();
         let writer = std::thread::spawn(move || while monitor.write_all(b" ").is_ok() {});
         let mut qmp = Qmp::on(ours);
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_without_an_end_is_not_collected_for_ever() {
+    fn endless_answer_is_an_error_at_the_length_limit() {
         let (monitor, ours) = UnixStream::pair().unwrap();
         let writer = floods(monitor, &[b'x'; 4096]);
         let mut qmp = Qmp::open(ours, "it").unwrap();

@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_an_answer_and_the_guest_can_be_resumed_after_it() {
+    fn guest_can_be_resumed_after_a_panic_which_is_an_answer() {
         let inbox = Inbox::<Answer>::new().unwrap();
         let host = HostThread::start(Box::new(Panics), inbox.post()).unwrap();
         host.ask(Question::Stop);

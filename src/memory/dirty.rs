@@ -179,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_lie_in_units() {
+    fn marked_bytes_mark_their_units() {
         let map = DirtyMap::new(&[(8, 12), (4, 21)]);
         assert!(map.mark_bytes(RegionId(0), 4095, 2));
         assert!(map.mark_bytes(RegionId(1), (2 << 20) - 1, 1));
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_are_held_back_are_let_go_from_the_beginning_on() {
+    fn pages_held_back_are_released_in_order_from_the_beginning() {
         let [first, second] = [RegionId(0), RegionId(1)];
         let map = DirtyMap::new(&[(8, 12), (4, 21)]);
         assert!(map.is_ready(first, 8) && map.is_ready(second, 4));

@@ -509,7 +509,7 @@ mod tests {
     }
 
     #[test]
-    fn file_has_its_name_from_name_until_remove() {
+    fn file_is_named_from_name_until_remove() {
         let (staging, marks, ram) = staging(false);
         put(&staging, &marks, 3, &[5]);
         let path = staging.files[0].as_ref().unwrap().path().to_owned();

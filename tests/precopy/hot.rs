@@ -180,7 +180,7 @@ fn moved(postcopy: bool) -> (Left, u64) {
 /// Pages that are written once are sent once more. Hot pages are sent in the first two passes, in none of the later
 /// ones, and first after the switchover.
 #[test]
-fn pages_that_are_written_in_each_pass_are_sent_in_two_passes_and_first_after_the_switchover() {
+fn pages_written_in_each_pass_are_sent_in_two_passes_and_first_after_the_switchover() {
     for postcopy in [true, false] {
         let (left, passes) = moved(postcopy);
         // 4 pages and the 16 hot ones: more than 0.7 of these are hot.

@@ -32,17 +32,17 @@ fn reads_a_slow_disk(aio: &str, options: &[&str]) {
 const HYBRID: [&str; 4] = ["--precopy", "-p", "--downtime-limit", "0"];
 
 #[test]
-fn guest_that_reads_a_slow_disk_by_threads_is_moved_in_rounds() {
+fn guest_reading_a_slow_disk_by_threads_moves_in_rounds() {
     reads_a_slow_disk("threads", &HYBRID);
 }
 
 #[test]
-fn guest_that_reads_a_slow_disk_by_native_aio_is_moved_in_rounds() {
+fn guest_reading_a_slow_disk_by_native_aio_moves_in_rounds() {
     reads_a_slow_disk("native", &HYBRID);
 }
 
 #[test]
-fn guest_that_reads_a_slow_disk_by_io_uring_is_moved_in_rounds() {
+fn guest_reading_a_slow_disk_by_io_uring_moves_in_rounds() {
     reads_a_slow_disk("io_uring", &HYBRID);
     reads_a_slow_disk("io_uring", &["--downtime-limit", "0"]);
 }

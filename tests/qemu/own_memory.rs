@@ -115,7 +115,7 @@ fn guest_moves_into_default_ram_with_the_source_stopped_first() {
 }
 
 #[test]
-fn memory_of_dimms_and_of_nodes_moves_into_backends_without_files() {
+fn memory_of_dimms_and_nodes_moves_into_backends_without_files() {
     let [main, dimm] = [Ram { id: "ram0", mib: 256 }, Ram { id: "ram1", mib: 256 }];
     let guest = "umem.mib=288 memhp_default_state=online".into();
     arrives(
@@ -128,7 +128,7 @@ fn memory_of_dimms_and_of_nodes_moves_into_backends_without_files() {
 
 /// The default memory beside a DIMM that is in a file.
 #[test]
-fn kinds_of_memory_may_differ() {
+fn guest_moves_between_different_kinds_of_memory() {
     let scratch = Scratch::new();
     let [main, dimm] = [Ram { id: "ram0", mib: 256 }, Ram { id: "ram1", mib: 256 }];
     let machine = Machine {
@@ -192,7 +192,7 @@ fn shared_memory_whose_file_umem_cannot_see_is_refused() {
 }
 
 #[test]
-fn pages_of_default_ram_that_go_into_the_balloon_read_as_zeroes() {
+fn ballooned_pages_of_default_ram_read_as_zeroes() {
     for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
         let scratch = Scratch::new();
         let machine = Machine {
@@ -296,7 +296,7 @@ fn guest_moves_into_default_ram_while_it_runs_at_its_source() {
 
 /// The rest is sent after the switchover: pages that were sent before and written since are missing until then.
 #[test]
-fn pages_that_remain_of_rounds_are_missing_in_default_ram() {
+fn pages_remaining_after_rounds_are_missing_in_default_ram() {
     let guest = "umem.mib=64 umem.write=90".into();
     let machine = Machine { guest, ..Machine::linux(QemuVersion::V10_0) };
     for options in [["--lanes", "1"], ["--lanes", "2"]] {
@@ -387,7 +387,7 @@ fn default_ram_moves_into_default_ram() {
 }
 
 #[test]
-fn a_memory_file_moves_into_a_memory_file() {
+fn memory_file_moves_into_a_memory_file() {
     let memfd = |machine: &Machine, scratch: &Scratch| {
         let words = with_backend(&own(machine, scratch), "memory-backend-memfd,share=on");
         words.iter().map(|word| word.replace("pc.ram", "ram0")).collect()
@@ -397,7 +397,7 @@ fn a_memory_file_moves_into_a_memory_file() {
 
 /// The device discards its unplugged memory when its state is loaded; the guest's pages may have landed there by then.
 #[test]
-fn a_guest_with_virtio_mem_moves_into_memory_without_files() {
+fn guest_with_virtio_mem_moves_into_memory_without_files() {
     for (version, options) in [
         (QemuVersion::V7_2, &["-p"][..]),
         (QemuVersion::V10_0, &["-p"]),

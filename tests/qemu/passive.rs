@@ -183,7 +183,7 @@ fn direct(_: &str) -> Option<String> {
 }
 
 #[test]
-fn guest_is_moved_whose_manager_begins_the_migration() {
+fn guest_moves_when_its_manager_begins_the_migration() {
     let scratch = Scratch::new();
     let mut managed = Managed::start(&scratch, &machine(), &["--checksum"], direct);
     managed.migrate(&["return-path"]);
@@ -191,7 +191,7 @@ fn guest_is_moved_whose_manager_begins_the_migration() {
 }
 
 #[test]
-fn guest_is_moved_hybrid_whose_manager_pauses_it_before_the_switchover() {
+fn guest_paused_by_its_manager_before_the_switchover_moves_hybrid() {
     let scratch = Scratch::new();
     let mut managed = Managed::start(&scratch, &machine(), &["-p", "--lanes", "2"], direct);
     managed.migrate(MANAGED);
@@ -219,7 +219,7 @@ fn stalled(scratch: &Scratch, options: &[&str]) -> (Managed, Cutter) {
 }
 
 #[test]
-fn guest_goes_on_whose_manager_cancels_the_migration() {
+fn guest_continues_at_the_source_when_its_manager_cancels() {
     let scratch = Scratch::new();
     let (mut managed, _cutter) = stalled(&scratch, &[]);
     managed.source.qmp.execute("migrate_cancel", json!({}));
@@ -229,7 +229,7 @@ fn guest_goes_on_whose_manager_cancels_the_migration() {
 }
 
 #[test]
-fn guest_goes_on_whose_umem_is_killed_in_a_pass() {
+fn guest_continues_at_the_source_when_its_umem_is_killed_in_a_pass() {
     let scratch = Scratch::new();
     let (mut managed, _cutter) = stalled(&scratch, &[]);
     managed.umem.kill();
@@ -237,7 +237,7 @@ fn guest_goes_on_whose_umem_is_killed_in_a_pass() {
 }
 
 #[test]
-fn guest_goes_on_whose_connection_is_lost_in_a_pass() {
+fn guest_continues_at_the_source_when_the_connection_is_lost_in_a_pass() {
     let scratch = Scratch::new();
     let (mut managed, cutter) = stalled(&scratch, &["-p"]);
     cutter.cut(Ends::Both, true);
@@ -248,7 +248,7 @@ fn guest_goes_on_whose_connection_is_lost_in_a_pass() {
 
 /// After the switchover, of which the manager knows: no page is lost, and the guest is not started twice.
 #[test]
-fn guest_is_whole_whose_connection_is_lost_after_the_switchover() {
+fn guest_is_whole_when_the_connection_is_lost_after_the_switchover() {
     let scratch = Scratch::new();
     let options = ["-p", "-n"];
     let (mut managed, cutter) = stalled(&scratch, &options);
@@ -261,7 +261,7 @@ fn guest_is_whole_whose_connection_is_lost_after_the_switchover() {
 }
 
 #[test]
-fn guest_is_whole_whose_umem_is_killed_after_the_switchover() {
+fn guest_is_whole_when_its_umem_is_killed_after_the_switchover() {
     let scratch = Scratch::new();
     let sessions = scratch.path("sessions").display().to_string();
     let options = ["-p", "-n", "--session-dir", &sessions];
@@ -279,7 +279,7 @@ fn guest_is_whole_whose_umem_is_killed_after_the_switchover() {
 
 /// The destination's QEMU has no such device.
 #[test]
-fn guest_goes_on_whose_destination_refuses_its_device_state() {
+fn guest_continues_at_the_source_when_the_destination_refuses_its_device_state() {
     let scratch = Scratch::new();
     let extra = ["-device", "virtio-rng-pci"].map(str::to_owned).to_vec();
     let source = boot(&Machine { extra, ..machine() }, &scratch);
@@ -313,7 +313,7 @@ fn refused(options: &[&str], capabilities: &[&str]) -> String {
 }
 
 #[test]
-fn stream_is_refused_by_the_name_of_what_umem_cannot_carry() {
+fn unsupported_stream_is_refused_by_its_capability() {
     let external = ["--switchover", "external"];
     says(&refused(&external, &[]), "its capability return-path off");
     says(&refused(&external, &["return-path", "multifd"]), "multifd");
@@ -322,7 +322,7 @@ fn stream_is_refused_by_the_name_of_what_umem_cannot_carry() {
 }
 
 #[test]
-fn switchover_that_only_one_side_leaves_to_a_manager_is_refused() {
+fn switchover_is_refused_when_only_one_side_leaves_it_to_a_manager() {
     let scratch = Scratch::new();
     let bare = Machine { source_ram: SourceRam::Default, ..Machine::bare(QemuVersion::V10_0) };
     let mut source = bare.start(&scratch);
@@ -346,7 +346,7 @@ fn switchover_that_only_one_side_leaves_to_a_manager_is_refused() {
 }
 
 #[test]
-fn options_that_do_not_say_who_lets_the_guest_run_are_misused() {
+fn ambiguous_switchover_options_are_a_usage_error() {
     let scratch = Scratch::new();
     let path = scratch.path("migration");
     let text = listen(&path, NOBODY, &[]).fails_as_misused();
@@ -368,7 +368,7 @@ fn options_that_do_not_say_who_lets_the_guest_run_are_misused() {
 
 /// umem uses the monitors of both sides; another program has told the source's QEMU to migrate.
 #[test]
-fn guest_is_let_run_by_umem_where_it_knows_the_sources_monitor() {
+fn guest_is_started_by_umem_when_it_has_the_sources_monitor() {
     for is_listening in [false, true] {
         let scratch = Scratch::new();
         let machine = machine();
@@ -395,7 +395,7 @@ fn moves_by_both_monitors(source: Qemu, destination: Destination, scratch: &Scra
 
 /// Only the manager starts the guest there, also with a umem that takes over.
 #[test]
-fn guest_is_whole_whose_destination_is_taken_over_and_runs_by_its_managers_word_alone() {
+fn guest_is_whole_after_a_takeover_and_started_by_its_manager_alone() {
     let scratch = Scratch::new();
     let options = ["-p", "-n"];
     let mut managed = Managed::start(&scratch, &machine(), &options, direct);
@@ -422,7 +422,7 @@ fn guest_is_whole_whose_destination_is_taken_over_and_runs_by_its_managers_word_
 
 /// A umem that was killed while it waited has left its socket.
 #[test]
-fn socket_is_made_in_the_place_of_a_deserted_one_and_of_no_other() {
+fn socket_replaces_a_deserted_one_and_no_other() {
     let scratch = Scratch::new();
     let bare = Machine { source_ram: SourceRam::Default, ..Machine::bare(QemuVersion::V10_0) };
     let (destination, _arriving) = external_destination(&bare, &scratch);

@@ -23,17 +23,17 @@ fn machine(source_ram: SourceRam) -> Machine {
 }
 
 #[test]
-fn default_ram_is_moved_in_rounds_before_the_switchover() {
+fn default_ram_moves_in_rounds_before_the_switchover() {
     moves(&machine(SourceRam::Default), &["--lanes", "2"]);
 }
 
 #[test]
-fn default_ram_is_moved_in_rounds_and_then_by_postcopy() {
+fn default_ram_moves_in_rounds_and_then_by_postcopy() {
     moves(&machine(SourceRam::Default), &["--precopy", "-p", "--downtime-limit", "0"]);
 }
 
 #[test]
-fn a_memory_file_and_a_private_file_are_moved_in_rounds() {
+fn memory_file_and_private_file_move_in_rounds() {
     moves(&machine(SourceRam::Memfd), &["--precopy", "-p"]);
     moves(&machine(SourceRam::PrivateFile), &["--precopy", "-p", "--lanes", "2"]);
 }
@@ -89,7 +89,7 @@ fn stalled(scratch: &Scratch) -> (Moving, Cutter, PathBuf) {
 }
 
 #[test]
-fn what_waits_is_bounded_while_the_guest_runs_and_its_lane_takes_nothing() {
+fn waiting_contents_are_bounded_while_the_guest_runs_and_its_lane_stalls() {
     let scratch = Scratch::new();
     let (mut moving, cutter, file) = stalled(&scratch);
     for _ in 0..3 {
@@ -105,7 +105,7 @@ fn what_waits_is_bounded_while_the_guest_runs_and_its_lane_takes_nothing() {
 
 /// QEMU then writes the rest, and may hold its main loop's lock meanwhile: umem reads the rest even without room.
 #[test]
-fn a_guest_that_its_user_pauses_while_nothing_is_taken_arrives_paused() {
+fn guest_paused_by_its_user_while_the_lane_stalls_arrives_paused() {
     let scratch = Scratch::new();
     let (mut moving, cutter, _) = stalled(&scratch);
     moving.source.qmp.execute("stop", json!({}));
@@ -125,7 +125,7 @@ fn a_guest_that_its_user_pauses_while_nothing_is_taken_arrives_paused() {
 
 /// The same for a guest with a file, whose stream is not read while a pass is sent.
 #[test]
-fn a_guest_that_somebody_else_stops_in_the_middle_of_a_pass_is_answered_for() {
+fn guest_stopped_by_another_client_in_a_pass_does_not_block_qemu() {
     let scratch = Scratch::new();
     let machine = machine(SourceRam::File);
     let mut source = boot(&machine, &scratch);
@@ -150,7 +150,7 @@ fn a_guest_that_somebody_else_stops_in_the_middle_of_a_pass_is_answered_for() {
 }
 
 #[test]
-fn a_guest_without_files_goes_on_whose_umem_is_killed_before_its_stop() {
+fn guest_without_files_continues_when_its_umem_is_killed_before_the_stop() {
     let scratch = Scratch::new();
     let (mut moving, _cutter, _) = stalled(&scratch);
     moving.umem.kill();
@@ -173,7 +173,7 @@ fn a_guest_without_files_goes_on_whose_umem_is_killed_before_its_stop() {
 
 /// Unsent contents are in a file that another process finds.
 #[test]
-fn a_guest_without_files_is_whole_although_its_umem_is_killed_after_the_switchover() {
+fn guest_without_files_is_whole_when_its_umem_is_killed_after_the_switchover() {
     let scratch = Scratch::new();
     let machine = machine(SourceRam::Default);
     let source = boot(&machine, &scratch);
@@ -199,7 +199,7 @@ fn a_guest_without_files_is_whole_although_its_umem_is_killed_after_the_switchov
 
 /// Each refusal names the option with which the guest can be moved.
 #[test]
-fn a_guest_without_files_is_refused_by_name_where_its_contents_cannot_come() {
+fn guest_without_files_is_refused_by_name_when_its_contents_cannot_be_sent() {
     let scratch = Scratch::new();
     let refused = |mut source: Qemu, options: &[&str], why: &str| {
         says(&migrate(&source, NOBODY, options).fails(), why);

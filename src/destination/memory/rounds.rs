@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_copies_count_and_what_remains_is_as_if_it_had_never_come() {
+    fn last_copies_count_and_remaining_pages_are_missing_again() {
         let guest = guest();
         guest.memory.emptied(range(0, PAGES)).unwrap();
         for (page, byte) in [(0, 1), (1, 2), (2, 3), (1, 4), (3, 5), (4, 6)] {
@@ -387,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_is_wrong_about_what_has_come_is_found_out() {
+    fn source_that_counts_a_missing_page_as_sent_is_refused() {
         let guest = guest();
         guest.memory.emptied(range(0, PAGES - 1)).unwrap();
         let error = guest.memory.settle(|_| {}).unwrap_err().to_string();
@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_remains_of_a_guest_that_does_not_write() {
+    fn no_page_remains_of_a_guest_that_does_not_write() {
         let guest = guest();
         guest.memory.emptied(range(0, PAGES)).unwrap();
         assert!(guest.memory.settle(|_| {}).unwrap(), "this was the last page");
@@ -486,7 +486,7 @@ mod tests {
     }
 
     #[test]
-    fn later_copies_overwrite_former_ones_in_memory_without_a_file() {
+    fn later_copies_overwrite_earlier_ones_in_memory_without_a_file() {
         let guest = Own::new();
         guest.memory.emptied(range(0, PAGES)).unwrap();
         guest.comes(0, &[1]);
@@ -527,7 +527,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_without_a_file_takes_pages_twice_where_its_side_can_drop_them() {
+    fn memory_without_a_file_accepts_pages_twice_if_its_side_can_drop_them() {
         let guest = Own::new();
         check(&guest.memory.regions, true).unwrap();
         let error = check(&guest.memory.regions, false).unwrap_err().to_string();

@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_session_file_lacks_of_the_switchover_is_in_the_memory_file() {
+    fn memory_file_has_the_switchover_that_the_session_file_lacks() {
         let mut guest = Guest::new();
         let state = State::new(guest.memory.extents(), 1).unwrap();
         guest.memory.share(&state);

@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_tell_pages_and_generations_apart() {
+    fn words_of_pages_and_generations_differ() {
         let pattern = Pattern { seed: 1, zero_percent: 0, hole_percent: 0 };
         let mut seen = std::collections::HashSet::new();
         for page in 0..50 {
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn fills_come_in_their_shares() {
+    fn fills_have_their_configured_shares() {
         let pattern = Pattern { seed: 7, zero_percent: 20, hole_percent: 10 };
         let count = |fill| (0..160_000).filter(|&page| pattern.fill(page) == fill).count();
         assert!((28_000..36_000).contains(&count(Fill::Zero)));

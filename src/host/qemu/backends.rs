@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn whose_pages_could_be_huge_and_are_not_is_named() {
+    fn backend_whose_alignment_prevents_huge_pages_is_named() {
         let (_file, path) = huge_file();
         let backend = |name: &str, path: &Path, align_bytes| Backend {
             name: name.into(),
@@ -505,7 +505,7 @@ mod tests {
     }
 
     #[test]
-    fn the_alignment_is_what_the_monitor_tells() {
+    fn alignment_is_read_from_the_monitor() {
         for (answer, align_bytes) in [
             (Some(json!(0)), Some(0)),
             (Some(json!(HUGE)), Some(HUGE)),

@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_address_is_found_by_the_guests() {
+    fn host_address_is_found_by_a_guest_address() {
         let tree = "\
             FlatView #0\n AS \"cpu-smm-1\", root: memory\n Root memory region: memory\n  \
             0000000000000000-00000000000bffff (prio 0, ram): other\n\n\

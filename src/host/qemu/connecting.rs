@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_return_path_ends_with_its_word_and_not_with_an_answer_to_a_ping() {
+    fn return_path_ends_with_shut_and_not_with_a_pong() {
         let pong = [0, 2, 0, 4, 0, 0, 0, 0];
         let ack = [0, 7, 0, 0];
         let well = [0, 1, 0, 4, 0, 0, 0, 0];

@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn devices_that_bypass_userfaultfd_are_known_by_type() {
+    fn devices_that_bypass_userfaultfd_are_identified_by_type() {
         for kind in [
             "vhost-user-fs-pci",
             "vhost-user-blk-pci",
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_client_is_known_by_its_type_and_not_by_its_name() {
+    fn network_client_is_identified_by_type_and_not_by_name() {
         for (line, expected) in [
             (
                 "vhost-user-x: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56",

@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn record_reads_as_it_was_written_with_a_path_that_is_no_text() {
+    fn record_with_a_path_that_is_not_utf8_reads_as_written() {
         let socket = PathBuf::from(OsStr::from_bytes(b"/run/\xff/qmp.sock"));
         let undo = Undo {
             was_live: true,

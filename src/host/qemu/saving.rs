@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_ends_with_its_whole_description_and_nowhere_before() {
+    fn stream_ends_only_with_its_whole_description() {
         let whole = stream("{\"devices\": [{\"name\": \"{}\"}]}");
         assert!(ends_with_description(&whole));
         for end in 0..whole.len() {
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_after_the_description_is_found() {
+    fn bytes_after_the_description_are_an_error() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(&stream("{}")).unwrap();
         let (state, has_ended) = read(&ours, true).unwrap();
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_comes_after_the_word() {
+    fn stream_ends_after_the_acknowledgement() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let qemu = std::thread::spawn(move || {
             let mut told = [0; 8];

@@ -239,7 +239,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_capability_that_nobody_knows_is_refused_only_when_it_is_on() {
+    fn unknown_capability_is_refused_only_when_it_is_on() {
         for role in [Role::Source { holds: true }, Role::Stream, Role::Destination] {
             assert_eq!(wanted("x-next-year", false, role).unwrap(), None);
             let error = wanted("x-next-year", true, role).unwrap_err().to_string();
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_is_read_as_a_log_has_all_ram_and_waits_for_a_word() {
+    fn stream_read_as_a_log_has_all_ram_and_waits_for_an_acknowledgement() {
         let stream = |name| wanted(name, true, Role::Stream).unwrap();
         assert_eq!(stream("x-ignore-shared"), Some(false));
         assert_eq!(stream("switchover-ack"), Some(true));

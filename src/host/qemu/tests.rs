@@ -13,7 +13,7 @@ const STATE: usize = 4 << 20;
 
 /// As with a QEMU whose migration has the main loop's lock before the command has been answered.
 #[test]
-fn a_device_state_is_read_before_the_command_is_answered() {
+fn device_state_is_read_before_the_command_is_answered() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
@@ -27,7 +27,7 @@ fn a_device_state_is_read_before_the_command_is_answered() {
 
 /// The guest stands still only for the steps that need it, and has its earlier settings afterwards.
 #[test]
-fn what_needs_answers_is_asked_before_the_guest_stops() {
+fn queries_are_made_before_the_guest_stops() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
@@ -47,7 +47,7 @@ fn what_needs_answers_is_asked_before_the_guest_stops() {
 
 /// The steps before the device state are made while the guest still runs.
 #[test]
-fn a_guest_is_stopped_by_the_saving_of_its_state() {
+fn guest_is_stopped_by_the_saving_of_its_state() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
@@ -64,7 +64,7 @@ fn a_guest_is_stopped_by_the_saving_of_its_state() {
 
 /// As with a guest that changes its video memory all the time.
 #[test]
-fn a_guest_that_its_qemu_does_not_stop_is_stopped() {
+fn guest_is_stopped_by_umem_when_qemu_does_not_stop_it() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer(&monitor, "stop"));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
@@ -78,7 +78,7 @@ fn a_guest_that_its_qemu_does_not_stop_is_stopped() {
 
 /// Otherwise the guest would run as soon as it is loaded, and the source might continue with it as well.
 #[test]
-fn a_destination_is_told_not_to_run_before_its_state_comes() {
+fn destination_is_stopped_before_its_state_comes() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
@@ -108,7 +108,7 @@ enum Meanwhile {
 }
 
 #[test]
-fn a_guest_that_another_client_lets_run_is_not_given_away() {
+fn guest_started_by_another_client_is_not_given_away() {
     use Meanwhile::*;
     for meanwhile in [Nothing, Runs, RanAndMovedAgain, Fails, GoesOn, LosesClaim] {
         let (monitor, ours) = UnixStream::pair().unwrap();
@@ -142,7 +142,7 @@ fn a_guest_that_another_client_lets_run_is_not_given_away() {
 
 /// A time that cannot be added to another one.
 #[test]
-fn an_event_of_a_wild_time_stops_nothing() {
+fn event_with_an_invalid_time_is_ignored() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || hold(&monitor, Meanwhile::Nothing, false));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());

@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn data_counts_where_it_is_and_holes_are_zeroes() {
+    fn digest_depends_on_the_place_of_data_and_counts_holes_as_zeroes() {
         let sum = |byte| checksum::page_sum(&[byte; 4096]);
         let memory = memory(&[&[(5, 1), (9000, 2), (77, 0)], &[]]);
         let zeroes = of_zeroes(0, 40 << 20);
@@ -136,7 +136,7 @@ mod tests {
 
     /// Freed pages are added before, and count as zeroes when the rest is read.
     #[test]
-    fn what_has_been_freed_counts_once() {
+    fn freed_pages_count_once() {
         let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
         file.write_all(&[[1; 4096], [2; 4096], [3; 4096]].concat()).unwrap();
         let ram = RamFile::open_source("ram", file.path(), true).unwrap();

@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_is_dirty_in_two_passes_running_is_left_out_until_it_has_cooled_off() {
+    fn page_dirty_in_two_consecutive_passes_is_left_out_until_it_has_cooled_off() {
         let (memory, _file) = memory(&[10, 11, 700]);
         let mut lane = RoundsWalk::new(0, 1);
         pass(&memory, &mut lane);
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_guest_wrote_in_the_last_pass_goes_first_after_the_switchover_and_each_page_once() {
+    fn pages_written_in_the_last_pass_are_sent_first_after_the_switchover_and_once() {
         for (lanes, most) in [(1, u64::MAX), (3, u64::MAX), (2, 4096)] {
             let (memory, _file) = memory(&[]);
             let mut lane = RoundsWalk::new(0, 1);
@@ -276,7 +276,7 @@ mod tests {
 
     /// A page that was not sent in a pass that was cut short is dirty, which gives no information about the guest.
     #[test]
-    fn a_page_that_no_pass_has_sent_goes_behind_those_that_were_written_since() {
+    fn page_not_sent_in_any_pass_goes_behind_pages_written_since() {
         let (memory, _file) = memory(&[]);
         let mut lane = RoundsWalk::new(0, 1);
         lane.begin_pass();
@@ -291,7 +291,7 @@ mod tests {
 
     /// These pages are in a staging file with limited room, and come again only when they are written again.
     #[test]
-    fn hot_pages_of_ram_without_a_file_go_in_each_pass_and_first_after_the_switchover() {
+    fn hot_pages_of_ram_without_a_file_are_sent_in_each_pass_and_first_after_the_switchover() {
         let file = StagedFile::create("ram0", 1024 << 12).unwrap();
         let ram = file.ram_file().unwrap();
         let staging = Arc::new(Staging::new(vec![Some(file)], false));

@@ -377,7 +377,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_block_is_one_lanes_in_every_pass() {
+    fn block_stays_with_one_lane_in_every_pass() {
         let (memory, _file) = memory(&[]);
         let mut lanes = [0, 1, 2].map(|index| RoundsWalk::new(index, 3));
         for _ in 0..2 {
@@ -397,7 +397,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_page_goes_as_what_it_is_when_its_pass_comes() {
+    fn page_is_sent_as_its_kind_at_the_time_of_its_pass() {
         let (memory, file) = memory(&[3, 4, 600]);
         let mut lane = RoundsWalk::new(0, 1);
         let all = pass(&memory, &mut lane);
@@ -418,7 +418,7 @@ pub(super) mod tests {
     /// The bits of a block are taken before its pages are read: a bit that is set afterwards belongs to a later write,
     /// and stays.
     #[test]
-    fn what_is_written_in_the_middle_of_a_block_goes_again() {
+    fn page_written_while_its_block_is_sent_is_sent_again() {
         let (memory, file) = memory(&[0, 1, 2]);
         let mut lane = RoundsWalk::new(0, 1);
         let mut runs = Vec::new();
@@ -435,7 +435,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_lane_waits_for_blocks_that_the_log_holds_back_and_goes_on_when_they_are_let_go() {
+    fn lane_waits_for_blocks_held_back_by_the_log_until_they_are_released() {
         let (memory, _file) = memory(&[0, 600]);
         let marks = memory.marks();
         marks.hold_back();
@@ -462,7 +462,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_pass_that_is_cut_short_ends_with_its_block_and_the_pages_of_the_others_stay_dirty() {
+    fn cut_pass_ends_with_its_block_and_other_pages_stay_dirty() {
         let (memory, _file) = memory(&[0, 1, 700]);
         let mut lane = RoundsWalk::new(0, 1);
         lane.begin_pass();
@@ -486,7 +486,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_is_dirty_at_the_end_remains_and_all_else_has_gone() {
+    fn dirty_pages_remain_after_the_rounds_and_all_others_count_as_sent() {
         let (memory, _file) = memory(&[0, 1, 2, 700]);
         let mut lane = RoundsWalk::new(0, 1);
         pass(&memory, &mut lane);

@@ -119,7 +119,7 @@ fn fault(uffd: &OwnedFd) -> u64 {
 }
 
 #[test]
-fn shards_have_a_userfaultfd_each_and_cover_the_memory_once() {
+fn each_shard_has_a_userfaultfd_and_shards_cover_the_memory_once() {
     let mut memory = HandedOver::new(7, 3);
     let mut offset = 0;
     for (index, (message, uffd)) in memory.messages.iter().enumerate() {
@@ -172,7 +172,7 @@ fn every_shard_has_a_block() {
 }
 
 #[test]
-fn commands_are_carried_out_in_their_order() {
+fn commands_are_carried_out_in_order() {
     let mut memory = HandedOver::new(2, 1);
     let start = memory.start.addr().get() as u64;
     let uffd = crate::fault::uffd::Uffd::new(memory.messages[0].1.try_clone().unwrap());
@@ -192,7 +192,7 @@ fn commands_are_carried_out_in_their_order() {
 }
 
 #[test]
-fn what_becomes_of_the_process_depends_on_keep() {
+fn process_survives_the_end_of_its_umem_only_after_keep() {
     for (lines, ended) in [
         ("", Ended::Forsaken),
         ("ping\n", Ended::Forsaken),
@@ -217,7 +217,7 @@ fn what_becomes_of_the_process_depends_on_keep() {
 
 /// Each umem that connects after the end of its predecessor gets the same descriptors, until the release.
 #[test]
-fn a_umem_that_takes_over_is_handed_everything_again() {
+fn memory_is_handed_over_again_to_a_umem_that_takes_over() {
     let mut memory = HandedOver::new(4, 2);
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("guest");
@@ -251,7 +251,7 @@ fn a_umem_that_takes_over_is_handed_everything_again() {
 }
 
 #[test]
-fn a_daemon_that_is_not_there_is_named() {
+fn missing_daemon_is_named_by_its_socket() {
     let memory = Memory {
         name: "ram0",
         start: NonNull::dangling(),

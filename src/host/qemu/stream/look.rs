@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_without_pages_behind_the_fence_ends_a_look() {
+    fn part_without_pages_behind_the_fence_ends_a_look() {
         let mut look = Look::new(100);
         assert!(!part(&mut look, 50, &[]));
         assert!(!part(&mut look, 99, &[]));
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn all_pages_have_passed_from_one_wrap_behind_the_fence_to_the_next() {
+    fn all_pages_pass_between_two_wraps_behind_the_fence() {
         let mut look = Look::new(100);
         // Wraps before the fence belong to a pass whose sync is unknown.
         assert!(!part(&mut look, 10, &[5, 4, 3, 2, 1]));

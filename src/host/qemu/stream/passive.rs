@@ -499,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn head_of_a_stream_names_the_guests_ram_and_is_kept_as_it_came() {
+    fn head_of_a_stream_names_the_guests_ram_and_is_kept_unchanged() {
         let stream = head(true);
         for piece in [1, 7, 100, stream.len()] {
             let opening = open(&stream, piece).unwrap();
@@ -558,7 +558,7 @@ mod tests {
     }
 
     #[test]
-    fn migration_is_complete_only_when_its_qemu_has_read_the_word() {
+    fn migration_is_complete_only_after_qemu_has_read_the_acknowledgement() {
         completed(|mut qemu| {
             let mut word = [0; 8];
             qemu.read_exact(&mut word).unwrap();

@@ -796,7 +796,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_without_pages_shows_that_qemu_waits_for_a_word() {
+    fn part_without_pages_shows_that_qemu_waits_for_an_acknowledgement() {
         assert!(!pace(&[&[0, 1], &[2, 3]]).waits_for_a_word);
         assert!(pace(&[&[0, 1], &[]]).waits_for_a_word);
         // Nothing has been written yet.
@@ -804,13 +804,13 @@ mod tests {
     }
 
     #[test]
-    fn a_pass_is_over_when_pages_begin_anew() {
+    fn pass_is_over_when_pages_begin_again() {
         assert_eq!(pace(&[&[0, 1, 5], &[7, 9]]).passes, 0);
         assert_eq!(pace(&[&[0, 1, 5], &[5], &[7, 9], &[1, 2]]).passes, 2);
     }
 
     #[test]
-    fn pages_are_let_go_as_the_first_walk_passes_them_and_all_at_its_end() {
+    fn pages_are_released_as_the_first_walk_passes_them_and_all_at_its_end() {
         let stream = whole();
         let let_go_after = |bytes: usize, is_looked: bool| {
             let marks = Arc::new(DirtyMap::new(&[(2, 12), (1, 12)]));
@@ -844,7 +844,7 @@ mod tests {
     }
 
     #[test]
-    fn first_walk_is_over_when_it_comes_back() {
+    fn first_walk_is_over_when_it_returns_to_an_earlier_page() {
         let walk = FirstWalk::Begins.with(0, 0).with(0, 4096).with(2, 0);
         assert_eq!(walk, FirstWalk::At(2, 0));
         for (block, offset) in [(2, 0), (1, 8192), (0, 0)] {
@@ -854,7 +854,7 @@ mod tests {
     }
 
     #[test]
-    fn each_page_has_what_came_last_whatever_the_pieces() {
+    fn each_page_has_its_last_contents_for_any_pieces() {
         let stream = whole();
         for piece in (1..200).chain(4000..4200).chain([stream.len()]) {
             assert_eq!(put(&stream, piece), ([3, 2], 0b11), "{piece}");

@@ -103,7 +103,7 @@ fn refused(stream: impl AsRef<[u8]>) -> String {
 }
 
 #[test]
-fn pieces_of_any_size_tell_the_same() {
+fn pieces_of_any_size_give_the_same_events() {
     let stream = whole();
     let expected = read(&stream, stream.len()).unwrap();
     for piece in (1..300).chain(4000..4200) {
@@ -117,7 +117,7 @@ fn pieces_of_any_size_tell_the_same() {
 }
 
 #[test]
-fn what_is_left_has_each_page_that_is_not_moved_once_as_it_came_last() {
+fn cut_has_the_last_contents_of_each_unmoved_page_once() {
     let (_, cut) = read(&whole(), 1000).unwrap();
     let begun = set_up(configured().with(OPEN_RETURN_PATH).with(PING));
     let begun = begun.with(SWITCHOVER_START).with(END).page(0, Some("vga"), 8).end().footer();
@@ -127,7 +127,7 @@ fn what_is_left_has_each_page_that_is_not_moved_once_as_it_came_last() {
 }
 
 #[test]
-fn what_is_left_is_bounded() {
+fn size_of_the_cut_is_bounded() {
     let mut cut = Cut::new(PAGE_BYTES + 10);
     let block = |name: &str| Block { name: name.into(), bytes: 1 << 20 };
     let blocks = [block("vga")];
@@ -144,7 +144,7 @@ fn what_is_left_is_bounded() {
 }
 
 #[test]
-fn the_configuration_names_capabilities() {
+fn configuration_names_capabilities() {
     let capabilities = b"\x05\x1aconfiguration/capabilities\0\0\0\x01\0\0\0\x01\x0fx-ignore-shared";
     let page_bits = b"\x05\x1econfiguration/target-page-bits\0\0\0\x01\0\0\0\x0c";
     let uuid = b"\x05\x12configuration/uuid\0\0\0\x01................";
@@ -166,7 +166,7 @@ fn the_configuration_names_capabilities() {
 }
 
 #[test]
-fn what_is_not_known_is_named() {
+fn unknown_element_is_named_in_the_error() {
     let part = || set_up(configured()).with(PART);
     let word = |flags| Word { offset: 0, flags }.bytes();
     for (stream, named) in [
