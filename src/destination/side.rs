@@ -89,8 +89,8 @@ impl GuestSide {
         }
     }
 
-    /// Becomes readable when the process ends that umem stays for: the started command, if the guest's process is
-    /// another.
+    /// Becomes readable when the process ends for which umem stays: the started command, if that is not the guest's
+    /// process.
     pub(crate) fn command_exited(&self) -> BorrowedFd<'_> {
         match self {
             GuestSide::Process(process) => process.monitor.command_exited(),
