@@ -7,8 +7,8 @@
 //!
 //! COMMAND leads a session of its own, as after setsid(2). The terminal's signals (Ctrl-C, Ctrl-\, a hang-up) reach
 //! umem and not COMMAND: umem decides about COMMAND's end. The terminal stays usable as COMMAND's standard input, for
-//! `-nographic` or `-serial mon:stdio`: job control does not apply to a process whose controlling terminal is another
-//! one, so reading from the terminal or setting its modes causes neither SIGTTIN nor SIGTTOU. A process group alone
+//! `-nographic` or `-serial mon:stdio`: job control applies to a process's controlling terminal only, and COMMAND has
+//! none. So reading from the terminal or setting its modes causes neither SIGTTIN nor SIGTTOU. A process group alone
 //! would not suffice: when umem ends, the kernel sends SIGHUP to an orphaned process group that has stopped processes,
 //! which would end the guest.
 

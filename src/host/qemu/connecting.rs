@@ -2,7 +2,7 @@
 //! `migrate-incoming`): umem is its source.
 //!
 //! ```text
-//! umem: connects       the device state, and the end       hears
+//! umem: connects       the device state, and the end       reads
 //! QEMU: listens        loads, asks for pages                SHUT 0: loaded; anything else: not
 //! ```
 //!

@@ -1,9 +1,9 @@
 //! A migration stream that another program begins: it has told QEMU to migrate into umem's socket.
 //!
 //! ```text
-//! manager: migrate unix:PATH                                      (goes on with both sides)
+//! manager: migrate unix:PATH                                      (continues with both sides)
 //! QEMU:    | head | all pages … what was written … | stops the guest, rest, state | completes
-//! umem:    | who? | reads as far as there is room   | reads on                    | SHUT
+//! umem:    | head | reads as far as there is room   | reads on                    | SHUT
 //! ```
 //!
 //! umem takes all information from the stream: its head ([`Opening`]) names the RAM blocks and shows whether there is a
