@@ -180,7 +180,7 @@ fn locked_memory_is_refused() {
 }
 
 #[test]
-fn shared_memory_whose_file_umem_cannot_see_is_refused() {
+fn shared_memory_without_a_visible_file_is_refused() {
     for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
         let scratch = Scratch::new();
         let machine = Machine::bare(version);
