@@ -285,7 +285,7 @@ fn gone(error: io::Error) -> Error {
     })
 }
 
-/// A connected pair of stream sockets: one end for the monitor, one for us.
+/// A connected pair of stream sockets: one end for the monitor, one for umem.
 pub(crate) fn socket_pair() -> Result<(UnixStream, OwnedFd)> {
     let (ours, theirs) = UnixStream::pair().context(|| "socketpair")?;
     Ok((ours, theirs.into()))

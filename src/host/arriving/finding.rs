@@ -67,7 +67,7 @@ struct Coming<'a> {
     keeps_sessions: bool,
     loaded: bool,
     is_qemu: bool,
-    /// Our end of the monitor socket that QEMU was given.
+    /// umem's end of the monitor socket that QEMU was given.
     qmp: Option<UnixStream>,
 }
 

@@ -122,7 +122,7 @@ impl Client {
             let count = received.bytes;
             for message in received.cmsgs()? {
                 if let ControlMessageOwned::ScmRights(fds) = message {
-                    // SAFETY: the kernel has just made these descriptors for us.
+                    // SAFETY: the kernel has just made these descriptors for this process.
                     self.descriptors
                         .extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
                 }

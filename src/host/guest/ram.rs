@@ -123,7 +123,7 @@ fn map_file(ram: &RamPath, bytes: u64, sharing: MapFlags, discard: MmapAdvise) -
     // SAFETY: a new mapping at an address of the kernel's choice.
     let start = unsafe { mmap(None, length, READ_WRITE, sharing, &file, 0) }
         .context(|| format!("mapping RAM {}", ram.name))?;
-    // SAFETY: advice on our own mapping; it changes no content.
+    // SAFETY: advice on this process's own mapping; it changes no content.
     let _ = unsafe { madvise(start, length.get(), MmapAdvise::MADV_HUGEPAGE) };
     Ok(GuestRam {
         start: start.cast(),
@@ -197,7 +197,7 @@ fn length(bytes: u64) -> Result<NonZeroUsize> {
 
 impl Drop for GuestRam {
     fn drop(&mut self) {
-        // SAFETY: our own mapping, and no thread of the machine is left.
+        // SAFETY: this process's own mapping, and no thread of the machine is left.
         let _ = unsafe { munmap(self.start.cast(), usize::try_from(self.bytes).unwrap_or(0)) };
     }
 }

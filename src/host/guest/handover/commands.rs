@@ -116,7 +116,7 @@ impl Lines<'_> {
         let count = received.bytes;
         for message in received.cmsgs().ok()? {
             if let ControlMessageOwned::ScmRights(fds) = message {
-                // SAFETY: the kernel has just made these descriptors for us.
+                // SAFETY: the kernel has just made these descriptors for this process.
                 let owned = fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
                 self.descriptors.extend(owned);
             }

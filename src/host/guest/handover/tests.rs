@@ -93,7 +93,7 @@ fn receive_all(stream: &UnixStream) -> (Value, Vec<OwnedFd>) {
         assert_eq!(received.bytes, 1);
         for message in received.cmsgs().unwrap() {
             if let ControlMessageOwned::ScmRights(fds) = message {
-                // SAFETY: the kernel has just made them for us.
+                // SAFETY: the kernel has just made them for this process.
                 descriptors.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
             }
         }
