@@ -212,10 +212,10 @@ fn kvm_guest_may_exit_right_after_its_last_page() {
     }
 }
 
-/// The monitor has umem inside, and says what the guest has written from KVM's dirty log. The guest writes all the
-/// while, also with faults at its destination.
+/// The monitor embeds umem, and reports the guest's writes from KVM's dirty log. The guest writes all the time, also
+/// with faults at its destination.
 #[test]
-fn kvm_guest_that_writes_in_every_pass_is_moved_by_the_dirty_log_of_its_monitor() {
+fn kvm_guest_that_writes_in_every_pass_moves_by_its_monitors_dirty_log() {
     for vcpus in ["1", "2"] {
         let scratch = Scratch::new();
         let [from, to] = ["source", "destination"].map(|name| scratch.ram(name));

@@ -1,7 +1,8 @@
-//! Pages that go while the guest runs, and again where it writes to them: live precopy, and hybrid (`--precopy -p`).
+//! Pages that are sent while the guest runs, and sent again after it has written to them: live precopy, and hybrid
+//! (`--precopy -p`).
 //!
-//! The guest is umem's own: it writes all the while, in every pass, and checks every word that it reads, and all of its
-//! memory at the end. A page whose last copy was not the guest's last write would be a wrong word.
+//! The guest is the demo's: it writes all the time, in every pass. It checks every word that it reads, and all of its
+//! memory at the end. A page whose last copy is older than the guest's last write would have a wrong word.
 
 #[path = "precopy/hot.rs"]
 mod hot;
@@ -17,14 +18,14 @@ use umem_wire::Capabilities;
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 
-/// Never little enough, so that there are several passes.
+/// The remainder is never small enough, so there are several passes.
 const RESTLESS: [&str; 3] = ["--precopy", "--downtime-limit", "0"];
 
 /// Moves a guest with these options for `umem migrate`, and returns the passes and both reports.
 fn moves(how: How) -> (Vec<Value>, Value, Value) {
     let mut moving = Move::start_through(how, Cutter::let_pages_go);
     let mut passes = vec![moving.migrate.event("pass")];
-    // The guest is stopped behind the last pass.
+    // The guest is stopped after the last pass.
     loop {
         let event = moving.migrate.next_event();
         match event["event"].as_str() {
@@ -45,13 +46,13 @@ fn moves(how: How) -> (Vec<Value>, Value, Value) {
     for name in ["dirty_bytes_per_s", "expected_downtime_ms"] {
         assert_eq!(source[name], last[name], "{name}: {source}");
     }
-    // With postcopy the guest does not wait for what is left.
+    // With postcopy the guest does not wait for the remaining pages.
     assert_eq!(last["expected_downtime_ms"].is_number(), how.without_postcopy, "{last}");
     assert_eq!(destination["passes"], 0);
     (passes, source, destination)
 }
 
-/// What a report says of time and bytes is of the same move: no more has crossed than there was.
+/// A report's times and bytes are consistent: no more bytes have crossed than there were.
 fn check_rates(report: &Value) {
     let number = |name: &str| report[name].as_f64().unwrap();
     assert!(number("precopy_s") > 0.0 && number("precopy_bytes") > 0.0, "{report}");
@@ -60,7 +61,7 @@ fn check_rates(report: &Value) {
     assert!((number("precopy_bytes")..=most).contains(&crossed.round()), "{crossed}: {report}");
 }
 
-/// The first pass has everything, and the last one has left what was asked for after the switchover.
+/// The first pass sends all pages, and the last one leaves those that are sent after the switchover.
 fn check_passes(passes: &[Value], how: How) {
     assert_eq!(passes[0]["pass"], 1);
     let sent = passes[0]["sent_bytes"].as_u64().unwrap();
@@ -76,18 +77,18 @@ fn hybrid(how: How) {
 }
 
 #[test]
-fn hybrid_over_one_lane() {
+fn hybrid_moves_a_guest_over_one_lane() {
     hybrid(How { mib: 96, threads: 2, migrate: &RESTLESS, ..How::default() });
 }
 
 #[test]
-fn hybrid_over_four_lanes_with_checksums() {
+fn hybrid_moves_a_guest_over_four_lanes_with_checksums() {
     let migrate = &["--precopy", "--downtime-limit", "0", "--checksum", "--lanes", "4"];
     hybrid(How { mib: 96, threads: 3, migrate, ..How::default() });
 }
 
 #[test]
-fn hybrid_behind_tls() {
+fn hybrid_moves_a_guest_over_tls() {
     let scratch = Scratch::new();
     let creds = Authority::new("ours").credentials(&scratch, "tls", "127.0.0.1");
     let creds: &'static str = creds.display().to_string().leak();
@@ -98,7 +99,7 @@ fn hybrid_behind_tls() {
 }
 
 #[test]
-fn hybrid_into_huge_pages() {
+fn hybrid_moves_a_guest_into_huge_pages() {
     for migrate in [&RESTLESS[..], &["--precopy", "--downtime-limit", "0", "--checksum"]] {
         let how = How { mib: 64, threads: 2, migrate, huge: true, ..How::default() };
         let (passes, _, destination) = moves(how);
@@ -108,7 +109,7 @@ fn hybrid_into_huge_pages() {
 }
 
 #[test]
-fn hybrid_into_private_memory() {
+fn hybrid_moves_a_guest_into_private_memory() {
     for incoming in [&[][..], &["--postcopy-flags", "1"]] {
         let (migrate, kind) = (&["--precopy", "--checksum"][..], Some("private"));
         let how = How { mib: 48, threads: 2, migrate, kind, incoming, ..How::default() };
@@ -118,7 +119,7 @@ fn hybrid_into_private_memory() {
 }
 
 #[test]
-fn everything_before_the_switchover() {
+fn all_pages_are_sent_before_the_switchover_without_postcopy() {
     for migrate in [&RESTLESS[..], &["--checksum", "--lanes", "4"]] {
         let how = How { mib: 64, threads: 2, migrate, without_postcopy: true, ..How::default() };
         let (passes, source, destination) = moves(how);
@@ -134,7 +135,7 @@ const SLOW_BYTES_PER_S: f64 = (2 << 20) as f64;
 /// At this limit the first pass alone would take half a minute. It ends when its time is over, and the rest is sent
 /// without the limit.
 #[test]
-fn a_pass_keeps_to_its_limit_and_ends_when_its_time_is_over() {
+fn pass_keeps_its_bandwidth_limit_and_ends_at_its_timeout() {
     for (without_postcopy, lanes) in [(false, 1.0), (true, 1.0), (true, 3.0)] {
         let migrate: &[&str] = match (without_postcopy, lanes > 1.0) {
             (false, _) => &["--precopy", "--timeout", "2", "--max-bandwidth", "2M", "--checksum"],
@@ -147,7 +148,7 @@ fn a_pass_keeps_to_its_limit_and_ends_when_its_time_is_over() {
         assert_eq!((&pass["pass"], &pass["cut"]), (&json!(1), &json!(true)));
         assert!(pass["remaining_bytes"].as_u64() > Some(32 << 20), "{pass}");
         assert_eq!(pass["dirty_bytes_per_s"], Value::Null, "no pass was a whole one");
-        // What each lane may begin with, what it may catch up on, and the block that it ends with.
+        // The bytes that each lane may begin with, and catch up on, and the block with which it ends.
         let sent = pass["sent_bytes"].as_f64().unwrap();
         let begun = lanes * f64::from((256 << 10) + (2 << 20));
         let most = SLOW_BYTES_PER_S * (pass["seconds"].as_f64().unwrap() + 0.005) + begun;
@@ -162,15 +163,15 @@ fn a_pass_keeps_to_its_limit_and_ends_when_its_time_is_over() {
     }
 }
 
-/// The source's memory is freed once the destination has it, whenever it came.
+/// The source's memory is freed once the destination has it, in rounds or later.
 #[test]
-fn memory_that_went_in_rounds_is_freed() {
+fn memory_sent_in_rounds_is_freed() {
     let migrate = &["--precopy", "--downtime-limit", "0", "--release-ram", "--checksum"];
     let (_, source, _) = moves(How { mib: 48, threads: 2, migrate, ..How::default() });
     assert!(source["release_bytes"].as_u64() > Some(24 << 20), "{source}");
 }
 
-/// After the switchover lanes may be lost as they may without rounds: what came in rounds is here.
+/// After the switchover lanes may be lost as without rounds: pages that were sent in rounds have arrived.
 #[test]
 fn lanes_lost_after_the_switchover_are_opened_again() {
     let migrate = &["--precopy", "--downtime-limit", "0", "--precopy-passes", "1", "--checksum"];
@@ -181,9 +182,9 @@ fn lanes_lost_after_the_switchover_are_opened_again() {
     moving.complete();
 }
 
-/// Nothing has been given away yet.
+/// The guest has not been given away yet.
 #[test]
-fn a_lane_lost_in_a_round_leaves_the_guest_at_the_source() {
+fn guest_continues_at_the_source_when_a_lane_is_lost_in_a_round() {
     for (bytes, ends) in [(5 << 20, Ends::Both), (30 << 20, Ends::Source)] {
         let how = How { mib: 64, threads: 2, migrate: &RESTLESS, ..How::default() };
         let moving = Move::start_through(how, |cutter| {
@@ -208,10 +209,10 @@ fn runs_here(scratch: &Scratch) {
 }
 
 #[test]
-fn a_umem_that_is_killed_in_a_round_leaves_the_guest_running() {
+fn guest_continues_at_the_source_when_a_umem_is_killed_in_a_round() {
     for side in ["source", "destination"] {
         let how = How { mib: 64, threads: 2, migrate: &RESTLESS, ..How::default() };
-        // The relay holds what comes on the bulk lane, so that the first pass does not end.
+        // The relay holds the bulk lane's data back, so that the first pass does not end.
         let Move { scratch, guest: _guest, mut incoming, mut migrate, cutter, .. } =
             Move::start(how);
         migrate.event("connected");
@@ -232,7 +233,7 @@ fn a_umem_that_is_killed_in_a_round_leaves_the_guest_running() {
     }
 }
 
-/// A guest that has arrived discards pages, too: what was data is a hole in the next pass, and data again.
+/// A guest that has arrived discards pages, too: data become a hole in the next pass, and data again.
 #[test]
 fn holes_become_data_and_data_holes() {
     const SHAPE: [&str; 6] = ["--size", "32", "--threads", "3", "--write-percent", "60"];
@@ -275,7 +276,7 @@ fn holes_become_data_and_data_holes() {
 }
 
 #[test]
-fn memory_that_cannot_take_a_page_twice_is_refused() {
+fn memory_unable_to_take_a_page_twice_is_refused() {
     let (migrate, kind) = (&RESTLESS, Some("anonymous"));
     let moving = Move::start(How { mib: 16, threads: 1, kind, migrate, ..How::default() });
     let Move { scratch, guest: _guest, incoming, migrate, cutter: _cutter, .. } = moving;
@@ -286,9 +287,9 @@ fn memory_that_cannot_take_a_page_twice_is_refused() {
     runs_here(&scratch);
 }
 
-/// A destination of before is told apart before anything has happened.
+/// A destination of an earlier version is detected before the guest or its memory is touched.
 #[test]
-fn an_older_destination_is_refused_by_name() {
+fn older_destination_is_refused_by_its_protocol() {
     let scratch = Scratch::new();
     let guests = Guests::quiet(&scratch, &["--json"]);
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -303,7 +304,7 @@ fn an_older_destination_is_refused_by_name() {
 }
 
 #[test]
-fn options_that_do_not_fit_are_refused() {
+fn conflicting_precopy_options_are_refused() {
     let ram = ["--ram", "ram0=/dev/shm/none"];
     let qmp = ["--qmp", "/nowhere"];
     let tcp = "tcp:127.0.0.1:1";

@@ -53,7 +53,7 @@ pub(crate) fn receive(
     embedder.answers(Box::new(move |answer| post.send(InboxMessage::Host(answer))));
     let output = embedder.clone().output();
     let mut prepared = Prepared::here(handed)?;
-    // The program is responsible for who may connect: it can give connections that it has secured.
+    // The program decides which peers may connect: it can give connections that it has secured.
     let guard = Arc::new(ServerAuth::default());
     let lanes = match entrance {
         Entrance::Listener(listener) => accept::Entrance::Listener(listener).accept(

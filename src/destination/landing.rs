@@ -10,8 +10,8 @@
 //!           from the socket         by way of                     into
 //! exact     a run                   --------------------------->  huge pages, or a page that a vCPU waits for
 //!           a run                   a staging buffer ---------->  other small pages
-//! ahead     whatever is there       a buffer in the cache ----->  small pages
-//! spliced   whatever is there       a buffer in the cache ----->  small pages of a file
+//! ahead     available bytes         a buffer in the cache ----->  small pages
+//! spliced   available bytes         a buffer in the cache ----->  small pages of a file
 //!           the rest of a long run  a pipe -------------------->  small pages of a file
 //! records   records                 the buffer, decrypted ----->  any pages
 //! ```

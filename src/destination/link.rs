@@ -56,7 +56,7 @@ impl Link {
         }
     }
 
-    /// A program beside both sides has the guest run.
+    /// An external switchover: a program beside both sides starts the guest.
     pub(super) fn is_external(&self) -> bool {
         self.hello.capabilities.contains(Capabilities::EXTERNAL)
     }

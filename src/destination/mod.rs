@@ -83,9 +83,9 @@ pub struct Options {
     pub handoff: Option<PathBuf>,
     /// The monitor's socket, if the monitor has one of its own.
     pub monitor: Option<MonitorSocket>,
-    /// Where QEMU listens for its migration; none to give it a socket of umem's.
+    /// The address where QEMU listens for its migration; None to give QEMU a socket of umem's.
     pub connect: Option<PathBuf>,
-    /// Who has the guest run here.
+    /// The side that starts the guest here.
     pub switchover: Switchover,
     /// The most bulk lanes that a source may open; none if the URI is a single connection.
     pub lanes_max: u16,
@@ -136,15 +136,15 @@ pub(crate) enum InboxMessage {
     Quiet,
     /// All messages of the threads that served lost lanes have been read.
     Settled,
-    /// Manual order: give up the lanes, and accept none until a resume.
+    /// Order of `umem control`: give up the lanes, and accept none until a resume.
     Pause,
-    /// Manual order: accept lanes again, at another address if one is named.
+    /// Order of `umem control`: accept lanes again, at another address if one is named.
     Resume(Option<Uri>),
-    /// The address of manual resume number `order` has been looked up.
+    /// The address of resume order number `order` has been looked up.
     Found { order: u64, uri: Uri, found: io::Result<Vec<SocketAddr>> },
-    /// Manual order: accept lanes here.
+    /// Order of `umem control`: accept lanes here.
     Listen(Listener),
-    /// Manual order: take lanes on these connections.
+    /// Order of `umem control`: take lanes on these connections.
     Reconnect(Vec<OwnedFd>),
 }
 
@@ -226,7 +226,7 @@ pub fn run(options: &Options) -> Result<i32> {
             prepared.side.outlive(&inbox, &output)
         }
     }?;
-    // The guest has run all the while; the user learns of the failure in any case.
+    // The guest has kept running; the error reports the failure in any case.
     damaged.map_or(Ok(status), Err)
 }
 
@@ -338,7 +338,7 @@ struct Plan<'a> {
 /// The lanes, and the parameters negotiated on them.
 struct Open {
     lanes: Lanes,
-    /// What lanes that replace these must present.
+    /// The credentials that replacement lanes must present.
     guard: Arc<ServerAuth>,
     receiver: Receiver,
     adopted: Adopted,

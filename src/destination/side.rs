@@ -25,8 +25,8 @@ use crate::runtime::process::{Standstill, standstill};
 /// unless the process is stopped, or maps a large guest with huge pages meanwhile.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How long the guest's process may take to drop pages that come once more. It takes milliseconds. The guest stands still
-/// meanwhile.
+/// How long the guest's process may take to drop pages that arrive once more. It takes milliseconds. The guest stands
+/// still meanwhile.
 const EMPTY_PATIENCE: Duration = Duration::from_secs(20);
 
 /// The process that runs the guest.
@@ -89,8 +89,8 @@ impl GuestSide {
         }
     }
 
-    /// Becomes readable when the process ends that umem stays for: the started command, if the guest's process is
-    /// another.
+    /// Becomes readable when the process ends for which umem stays: the started command, if that is not the guest's
+    /// process.
     pub(crate) fn command_exited(&self) -> BorrowedFd<'_> {
         match self {
             GuestSide::Process(process) => process.monitor.command_exited(),

@@ -1,16 +1,16 @@
 //! The monitor that `umem incoming URI -- COMMAND` starts.
 //!
-//! COMMAND runs with the preload object, which is part of this executable and reaches the child as
-//! an open memory file, so that nothing has to be installed and nothing is left behind. In a QEMU, however COMMAND
-//! comes to start it, the object adds the options that it needs: it waits for an incoming migration and has a monitor
-//! on a socket whose other end is sent to us.
+//! COMMAND runs with the preload object. The object is part of this executable and reaches the child as an open memory
+//! file: nothing has to be installed, and no file is left behind. In a QEMU, started by COMMAND directly or through a
+//! wrapper, the object adds the options that QEMU needs: QEMU waits for an incoming migration and has a monitor on a
+//! socket whose other end is sent to umem.
 //!
-//! COMMAND leads a session of its own, as after setsid(2). The terminal's signals (Ctrl-C, Ctrl-\, a
-//! hang-up) reach umem and not COMMAND: what becomes of them is umem's to decide. The terminal stays usable
-//! as COMMAND's standard input, for `-nographic` or `-serial mon:stdio`: to a process whose terminal it does
-//! not control, reading from it or setting its modes is no matter of job control, so that neither SIGTTIN nor
-//! SIGTTOU comes. A process group alone would not do: when umem ends the kernel sends SIGHUP to one whose
-//! processes are stopped, and with it ends the guest.
+//! COMMAND leads a session of its own, as after setsid(2). The terminal's signals (Ctrl-C, Ctrl-\, a hang-up) reach
+//! umem and not COMMAND: umem decides about COMMAND's end. The terminal stays usable as COMMAND's standard input, for
+//! `-nographic` or `-serial mon:stdio`: job control applies to a process's controlling terminal only, and COMMAND has
+//! none. So reading from the terminal or setting its modes causes neither SIGTTIN nor SIGTTOU. A process group alone
+//! would not suffice: when umem ends, the kernel sends SIGHUP to an orphaned process group that has stopped processes,
+//! which would end the guest.
 
 mod options;
 mod terminal;
@@ -62,25 +62,24 @@ impl std::str::FromStr for RamPath {
     }
 }
 
-/// The guest's process: a monitor that we have started, or one that has come to us. Unless it is
-/// [released](MonitorProcess::release), dropping this ends the process and removes the RAM files that it
-/// created.
+/// The guest's process: a monitor that umem has started, or a process that has connected to umem. Unless it is
+/// [released](MonitorProcess::release), dropping this ends the process and removes the RAM files that it created.
 pub(crate) struct MonitorProcess {
     pid: u32,
-    /// None for a process that came to us.
+    /// None for a process that has connected to umem.
     child: Option<Child>,
     handle: ProcessHandle,
-    /// What umem's standard input was set to before a child could change it.
+    /// The settings of umem's standard input before a child could change them.
     terminal: Option<Terminal>,
-    /// Whose memory it is, where that is not the process itself but one that it has started.
+    /// The process that has the memory, if that is not the process itself but one that it has started.
     owner: Option<ProcessHandle>,
     created: Vec<Created>,
     released: bool,
-    /// It waits for a umem that takes over should this one panic: nobody has decided that it is to end then.
+    /// The process waits for a umem that takes over if this one panics: a panic is no decision to end the guest.
     survives_panics: bool,
 }
 
-/// The sockets that a started monitor talks to us on.
+/// The sockets between a started monitor and umem.
 pub(crate) struct Sockets {
     /// The preload object's; none without it.
     pub(crate) handoff: Option<UnixStream>,
@@ -92,13 +91,13 @@ pub(crate) struct Sockets {
 pub(crate) struct Start<'a> {
     pub(crate) command: &'a [String],
     pub(crate) ram: &'a [RamPath],
-    /// How the guest is to map its RAM files.
+    /// How the guest maps its RAM files.
     pub(crate) kind: Kind,
     /// The preload object to use in place of the built-in one.
     pub(crate) preload: Option<&'a Path>,
-    /// Without the preload object: the guest hands its memory over itself.
+    /// Without the preload object: the guest hands its memory over by itself.
     pub(crate) hands_over: bool,
-    /// Give a QEMU a monitor for us: there is no `--qmp`.
+    /// Give a QEMU a monitor for umem, as there is no `--qmp`.
     pub(crate) add_qmp: bool,
 }
 
@@ -138,7 +137,7 @@ pub(crate) fn start(start: &Start<'_>) -> Result<(MonitorProcess, Sockets)> {
     let raw: Vec<i32> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
     let terminal = Terminal::of_stdin();
     if terminal::is_in_background() {
-        // Without job control nothing would keep it from what is typed for somebody else.
+        // The terminal is not its controlling one: without job control it would read input meant for other processes.
         command.stdin(Stdio::null());
     }
     // SAFETY: between fork and exec only setsid, fcntl, sigaction and sigprocmask run, all
@@ -231,7 +230,7 @@ fn ram_list(ram: &[RamPath]) -> OsString {
 }
 
 impl MonitorProcess {
-    /// A process that has connected to us. It is released until it hands over its memory.
+    /// A process that has connected to umem. It stays released until it hands over its memory.
     pub(crate) fn follow(pid: u32) -> Result<MonitorProcess> {
         let handle = ProcessHandle::open(pid)?;
         Ok(MonitorProcess {
@@ -246,9 +245,9 @@ impl MonitorProcess {
         })
     }
 
-    /// One that a umem before this has started, or that had come to it. `owner` is the process whose
-    /// memory it is, where that is another one. With `created` the RAM files that umem has made go, too,
-    /// if this ends the process.
+    /// A process that an earlier umem has started, or that had connected to it. `owner` is the process that has the
+    /// memory, if that is another one. The RAM files that umem has made are in `created`: they are removed if this ends
+    /// the process.
     pub(crate) fn taken_over(
         pid: u32,
         owner: Option<u32>,
@@ -269,25 +268,25 @@ impl MonitorProcess {
         })
     }
 
-    /// A RAM file that is there because of us.
+    /// Notes a RAM file that umem has created.
     pub(crate) fn note_created(&mut self, file: Created) {
         if !self.created.contains(&file) {
             self.created.push(file);
         }
     }
 
-    /// RAM files that umem has made for it.
+    /// RAM files that umem has created for it.
     pub(crate) fn created(&self) -> &[Created] {
         &self.created
     }
 
-    /// The process whose memory it is, where that is another one.
+    /// The process that has the memory, if that is another one.
     pub(crate) fn owner(&self) -> Option<u32> {
         self.owner.as_ref().map(ProcessHandle::pid)
     }
 
-    /// A process has handed over its memory, this one or one that it has started: without us its faults
-    /// would not be answered any more.
+    /// A process has handed over its memory: this one or one that it has started. Without umem its faults would not be
+    /// answered any more.
     pub(crate) fn hold(&mut self, pid: u32) -> Result<()> {
         if pid != self.pid {
             self.owner = Some(ProcessHandle::open(pid)?);
@@ -296,12 +295,12 @@ impl MonitorProcess {
         Ok(())
     }
 
-    /// Becomes readable when the process ends whose memory it is. What has started it may go on, as a script does.
+    /// Becomes readable when the process that has the memory ends. Its parent, such as a script, may continue.
     pub(crate) fn exited(&self) -> BorrowedFd<'_> {
         self.owner.as_ref().unwrap_or(&self.handle).exited()
     }
 
-    /// Becomes readable when the process ends that we have started, or that has come to us.
+    /// Becomes readable when the process ends that umem has started, or that has connected to umem.
     pub(crate) fn command_exited(&self) -> BorrowedFd<'_> {
         self.handle.exited()
     }
@@ -310,25 +309,25 @@ impl MonitorProcess {
         self.pid
     }
 
-    /// We have started it.
+    /// umem has started it.
     pub(crate) fn is_child(&self) -> bool {
         self.child.is_some()
     }
 
-    /// Its memory is safe without us: whatever happens to umem, its process stays.
+    /// Its memory is complete without umem: its process stays when umem ends.
     pub(crate) fn release(&mut self) {
         self.released = true;
     }
 
-    /// Asks the process to end, and all that it has started in its process group.
+    /// Asks the process, and its process group, to end.
     pub(crate) fn terminate(&mut self) {
         self.signal_all(libc::SIGTERM);
     }
 
-    /// Ends the process, unless it stays whatever happens to umem.
+    /// Ends the process, unless it was released.
     ///
-    /// Its vCPUs have never run here, or would read zeroes from now on: there is nothing to shut down gently. A
-    /// thread that waits in a page fault can be killed; the userfaultfd dies with the process.
+    /// Its vCPUs have never run here, or would read zeroes from now on: a shutdown by the guest is impossible. A thread
+    /// that waits in a page fault can be killed; the userfaultfd is closed with the process.
     pub(crate) fn end(&mut self) {
         if self.released {
             return;
@@ -339,10 +338,10 @@ impl MonitorProcess {
         }
     }
 
-    /// Sends a signal to the process; where we have started it, to its whole process group.
+    /// Sends a signal to the process; if umem has started it, to its whole process group.
     ///
-    /// The group comes first: the process may end by the signal at once, and from the moment at which it is
-    /// waited for the group's number may be another's.
+    /// The signal goes to the group first: the process may end by the signal at once, and once it has been waited for,
+    /// the group's number may belong to another group.
     fn signal_all(&mut self, signal: i32) {
         let mut leads_the_group = false;
         if let (Some(child), Ok(group)) = (&mut self.child, i32::try_from(self.pid))
@@ -353,7 +352,7 @@ impl MonitorProcess {
                 // SAFETY: as above.
                 && unsafe { libc::getpgid(group) } == group;
         }
-        // Once only: to many programs a second signal means more than the first.
+        // Sent once only: many programs treat a second signal differently.
         if !leads_the_group {
             self.handle.signal(signal);
         }
@@ -363,18 +362,18 @@ impl MonitorProcess {
         self.released
     }
 
-    /// Its side has been told to wait for whoever takes over, and there is a record for that one.
+    /// The guest's process has been told to wait for a takeover, and a session record exists.
     pub(crate) fn survive_panics(&mut self) {
         self.survives_panics = true;
     }
 
-    /// Waits until the process ends, which must be a child; its exit status.
+    /// Waits until the process ends, and returns its exit status. The process must be a child.
     pub(crate) fn wait(&mut self) -> Result<Option<ExitStatus>> {
         let wait = |child: &mut Child| child.wait().context(|| "waiting for the guest's monitor");
         self.child.as_mut().map(wait).transpose()
     }
 
-    /// Its exit status when it is a child and has ended by itself.
+    /// Its exit status if it is a child and has ended by itself.
     pub(crate) fn status(&mut self) -> Result<Option<ExitStatus>> {
         let Some(child) = &mut self.child else { return Ok(None) };
         child.try_wait().context(|| "waiting for the guest's monitor")
@@ -397,8 +396,8 @@ impl Drop for MonitorProcess {
     }
 }
 
-/// Makes a RAM file that is its owner's alone, before COMMAND opens it: a QEMU would make one that
-/// everybody may read. None if there is one, which is somebody's; where it cannot be made COMMAND says why.
+/// Creates a RAM file with access for its owner alone, before COMMAND opens it: a QEMU would create one that every user
+/// can read. None if the file exists; if it cannot be created, COMMAND reports why.
 fn make_private(path: &Path) -> Option<Created> {
     let file = File::options().write(true).create_new(true).mode(0o600).open(path).ok()?;
     Some(Created::of(path, &file.metadata().ok()?))
@@ -437,9 +436,9 @@ mod tests {
         started(command, survives_panics)
     }
 
-    /// A guest that somebody can take over is not ended by a panic, which nobody has decided.
+    /// A panic is no decision to end a guest that another umem can take over.
     #[test]
-    fn a_panic_ends_no_guest_that_waits_for_another_umem() {
+    fn guest_that_waits_for_another_umem_survives_a_panic() {
         for survives in [true, false] {
             let mut monitor = monitor(false);
             if survives {
@@ -456,9 +455,9 @@ mod tests {
         }
     }
 
-    /// However soon the first of a process group ends by a signal, the others get it, too.
+    /// The whole group gets the signal, even if its leader ends by the signal at once.
     #[test]
-    fn signals_reach_the_whole_group() {
+    fn signal_reaches_the_whole_group_after_its_leader_ended() {
         for signal in [libc::SIGTERM, libc::SIGKILL] {
             for _ in 0..50 {
                 let script = "sleep 1000 & echo $!; wait";
@@ -478,9 +477,9 @@ mod tests {
         }
     }
 
-    /// A decision to give up does.
+    /// A decision to give up ends the guest.
     #[test]
-    fn a_guest_that_nobody_has_released_ends_with_its_umem() {
+    fn unreleased_guest_ends_with_its_umem() {
         let monitor = monitor(true);
         let pid = monitor.pid();
         drop(monitor);

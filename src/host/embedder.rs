@@ -1,5 +1,5 @@
-//! The program that umem is a part of, as either side of a migration sees it: events one way, answers and orders the
-//! other. `embed` implements it.
+//! The interface between a migration's control thread and the program that embeds umem: events to the program, answers
+//! and orders from it. `embed` implements it.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -13,50 +13,50 @@ use crate::statistics::Counters;
 use crate::transport::lane::{Listener, ShutdownHandle};
 use crate::transport::uri::Uri;
 
-/// Where answers go.
+/// The function that receives the program's answers.
 pub(crate) type Answers = Box<dyn Fn(Answer) + Send + Sync>;
 
-/// Where orders go.
+/// The function that receives the program's orders.
 pub(crate) type Orders = Box<dyn Fn(LinkOrder) -> Result<()> + Send + Sync>;
 
-/// What the control thread tells the program around it, and asks it.
+/// The control thread's events and questions to the program around it.
 pub(crate) trait Embedder: Send + Sync {
-    /// How the program ends the migration.
+    /// The handle by which the program cancels the migration.
     fn canceller(&self) -> Canceller;
-    /// Where answers go from here on.
+    /// Sets the receiver of answers.
     fn answers(&self, post: Answers);
     /// Every lane is open.
     fn connected(&self, lanes: ShutdownHandle);
-    /// The lanes that may have to be ended from here on are these.
+    /// Replaces the lanes that a cancellation shuts down.
     fn connected_by(&self, lanes: ShutdownHandle);
     /// Lanes can be given up and opened again, on as many `connections`.
     fn takes_orders(&self, connections: u16, post: Orders);
-    /// What is counted from here on, and the size of the guest's memory in bytes.
+    /// Gives the counters of the migration, and the size of the guest's memory in bytes.
     fn watch(&self, counters: Arc<Counters>, total_bytes: u64);
-    /// Asks the program's monitor something. The answer follows, perhaps at once.
+    /// Asks the program's monitor a question. The answer follows, possibly before this returns.
     fn ask(&self, question: Question);
-    /// Where events go that are neither questions nor the end.
+    /// The output for events that are neither questions nor the end.
     fn output(self: Arc<Self>) -> Output;
 }
 
-/// What is to be done with the lanes.
+/// An order for the lanes.
 pub(crate) enum LinkOrder {
-    /// Give them up, and open none until another order.
+    /// Give the lanes up, and open none until another order.
     Pause,
     /// Open them again as before.
     Resume,
-    /// A source: open them at this address.
+    /// Source: open them at this address.
     Dial(Uri),
-    /// A destination: take them here.
+    /// Destination: accept them here.
     Listen(Listener),
-    /// Open them on these, the demand lane's first.
+    /// Open them on these descriptors, the demand lane's first.
     Reconnect(Vec<OwnedFd>),
 }
 
 /// Whether orders are followed now.
 ///
 /// # Errors
-/// [`Error::Usage`], why not.
+/// [`Error::Usage`] with the reason.
 pub(crate) fn check(recovers: bool, watch: &Watch) -> Result<()> {
     if !recovers {
         return Err(Error::Usage(

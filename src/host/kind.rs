@@ -1,5 +1,5 @@
-//! A kind of monitor, as the sides of a migration see it: how its guests are found, and how another process goes on with
-//! one. A new kind implements [`MonitorKind`] in a folder of its own, and has a line in
+//! A kind of monitor, as the sides of a migration see it: how its guests are found, and how another process takes over
+//! from this one. A new kind implements [`MonitorKind`] in a folder of its own, and has a line in
 //! [`registry`](super::registry).
 
 use std::fmt::Debug;
@@ -27,7 +27,7 @@ pub struct MonitorSocket {
     pub(crate) path: PathBuf,
 }
 
-/// What a source wants of the guest that leaves.
+/// A source's requirements of the guest that leaves.
 pub(crate) struct Leaving<'a> {
     /// The RAM files that the user has named; empty to ask the monitor.
     pub(crate) ram: &'a [RamPath],
@@ -37,7 +37,7 @@ pub(crate) struct Leaving<'a> {
     pub(crate) follows: bool,
     /// The RAM files are freed as their pages leave.
     pub(crate) releases: bool,
-    /// Contents have checksums.
+    /// Page contents have checksums.
     pub(crate) is_checked: bool,
 }
 
@@ -47,9 +47,9 @@ pub(crate) struct LeavingGuest {
     /// The paths by which its files can be opened again.
     pub(crate) ram: Vec<RamPath>,
     pub(crate) files: Vec<RamFile>,
-    /// Where the contents come of RAM that has no file.
+    /// The files that receive the contents of RAM without a file.
     pub(crate) staging: Option<Arc<Staging>>,
-    /// For the user: how the guest would move faster, and which of its RAM no pass sends.
+    /// For the user: how the guest would move faster, and which of its RAM is not sent in any pass.
     pub(crate) remarks: Vec<String>,
 }
 
@@ -60,18 +60,18 @@ pub(crate) struct Connection {
     pub(crate) path: Option<PathBuf>,
 }
 
-/// Where a monitor listens for the device state by itself, and who has the guest run then.
+/// The address at which a monitor itself listens for the device state, and the side that starts the guest then.
 #[derive(Clone, Debug)]
 pub(crate) struct Listening {
     pub(crate) path: PathBuf,
     pub(crate) switchover: Switchover,
 }
 
-/// What a destination wants of the process into which a guest arrives.
+/// A destination's requirements of the process into which a guest arrives.
 #[derive(Clone)]
 pub(crate) struct Arriving {
     pub(crate) kind: Kind,
-    /// None for a monitor that is told by umem to take the device state.
+    /// None for a monitor that takes the device state by umem's command.
     pub(crate) listening: Option<Listening>,
     /// The process hands its memory over itself; otherwise the preload object does.
     pub(crate) hands_over: bool,
@@ -82,25 +82,25 @@ pub(crate) struct ArrivingGuest {
     pub(crate) monitor: Box<dyn Monitor>,
     /// The RAM that a source fills.
     pub(crate) ram: Vec<GuestRam>,
-    /// The process that has made the monitor's socket, if this process sees it.
+    /// The process that has made the monitor's socket, if it is visible from this process.
     pub(crate) pid: Option<u32>,
-    /// How a guest would move faster, for the user.
+    /// Advice for the user: how a guest would move faster.
     pub(crate) advice: Option<String>,
 }
 
 /// RAM of a guest that is to arrive, as its monitor describes it.
 pub(crate) struct GuestRam {
     pub(crate) name: String,
-    /// The file that the monitor was told to open; empty where the RAM has none with a name.
+    /// The file that the monitor was told to open; empty if the RAM has no file with a name.
     pub(crate) path: PathBuf,
     pub(crate) bytes: u64,
-    /// In the address space of the monitor's process. None where the monitor does not say.
+    /// In the address space of the monitor's process. None if the monitor does not report it.
     pub(crate) address: Option<u64>,
     pub(crate) is_shared: bool,
 }
 
 impl GuestRam {
-    /// Whether it has no file: the monitor's own private memory.
+    /// Whether it has no file: it is the monitor's own private memory.
     pub(crate) fn is_anonymous(&self) -> bool {
         self.path.as_os_str().is_empty() && !self.is_shared
     }
@@ -118,28 +118,28 @@ pub(crate) fn check_ram_name(name: &str) -> Result<()> {
     )))
 }
 
-/// A kind of monitor. Its functions may block, as a monitor need not answer.
+/// A kind of monitor. Its functions may block: a monitor may not answer.
 pub(crate) trait MonitorKind: Debug + Sync {
-    /// The kind, in the records of sessions.
+    /// The kind's name in session records.
     fn name(&self) -> &'static str;
 
     /// Source: connects to a monitor, checks that its guest can be moved, and opens the guest's RAM.
     fn leaving(&self, socket: &Path, wanted: &Leaving<'_>) -> Result<LeavingGuest>;
 
-    /// Source: the monitor of a guest that a process before this may have given away, from that one's record. Asked when
-    /// there is something to ask, not before.
+    /// Source: the monitor of a guest that an earlier umem process may have given away, from that process's record. The
+    /// monitor is contacted when there is a question, not before.
     fn departed(&self, state: &Value) -> Result<Box<dyn Monitor>>;
 
-    /// Source: has a guest run that a process before this has stopped and not given away, and puts back what that process
-    /// has changed.
+    /// Source: starts a guest that an earlier umem process has stopped and not given away, and undoes that process's
+    /// changes.
     fn undo(&self, state: &Value) -> Result<Undone>;
 
     /// Destination: checks that this monitor waits for a guest which can arrive, and asks it for its RAM.
     fn arriving(&self, connection: Connection, wanted: Arriving) -> Result<ArrivingGuest>;
 
-    /// Destination: the monitor of a guest that a process before this has had loaded, from that one's record. `kept` is
-    /// the connection that the guest's process has kept; `runs` says whether the guest ran at the source. Asked when there
-    /// is something to ask, not before.
+    /// Destination: the monitor of a guest that an earlier umem process has had loaded, from that process's record.
+    /// `kept` is the connection that the guest's process has kept; `runs` is true if the guest ran at the source. The
+    /// monitor is contacted when there is a question, not before.
     fn loaded(
         &self,
         state: &Value,
@@ -147,6 +147,6 @@ pub(crate) trait MonitorKind: Debug + Sync {
         runs: bool,
     ) -> Result<Box<dyn Monitor>>;
 
-    /// Why a socket of this kind could not be connected to, and what to do.
+    /// The error for a socket of this kind that could not be connected to, with the next command.
     fn cannot_connect(&self, socket: &Path, error: &io::Error) -> Error;
 }

@@ -1,4 +1,4 @@
-//! How a source finds the guest that leaves, whatever its monitor is.
+//! How a source finds the guest that leaves, for every kind of monitor.
 
 use super::command::RamPath;
 use super::kind::{Leaving, LeavingGuest, MonitorSocket};
@@ -9,10 +9,10 @@ use crate::events::Undone;
 use crate::memory::claim;
 use crate::memory::region::RamFile;
 
-/// Finds the guest: its monitor, checked, and its RAM files. May block, as a monitor need not answer.
+/// Finds the guest: its monitor, checked, and its RAM files. May block: a monitor may not answer.
 ///
 /// # Errors
-/// There is no such guest, or it cannot be moved: the monitor is as before.
+/// The guest does not exist, or cannot be moved. The monitor is unchanged.
 pub(crate) fn open(socket: Option<&MonitorSocket>, wanted: &Leaving<'_>) -> Result<LeavingGuest> {
     match socket {
         Some(socket) => socket.kind.leaving(&socket.path, wanted),
@@ -38,8 +38,8 @@ fn files_alone(wanted: &Leaving<'_>) -> Result<LeavingGuest> {
     Ok(LeavingGuest { monitor, ram, files, staging: None, remarks: Vec::new() })
 }
 
-/// The monitor of a guest that a process before this may have given away, from that one's record; None for a guest
-/// without a monitor.
+/// The monitor of a guest that an earlier umem process may have given away, from that process's record; None for a
+/// guest without a monitor.
 pub(crate) fn departed(record: Option<&MonitorRecord>) -> Result<Box<dyn Monitor>> {
     match record {
         Some(record) => kind_of(record)?.departed(&record.state),
@@ -47,7 +47,7 @@ pub(crate) fn departed(record: Option<&MonitorRecord>) -> Result<Box<dyn Monitor
     }
 }
 
-/// Has a guest run that a process before this has stopped and not given away. May block.
+/// Starts a guest that an earlier umem process has stopped and not given away. May block.
 pub(crate) fn undo(record: Option<&MonitorRecord>) -> Result<Undone> {
     match record {
         Some(record) => kind_of(record)?.undo(&record.state),

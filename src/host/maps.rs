@@ -1,7 +1,7 @@
-//! What a process maps, as proc(5) tells it: which file, and the very file.
+//! The mappings of a process, from proc(5): which file is mapped where, and access to that very file.
 //!
-//! A name says little of a file: another mount namespace has another file there, and whoever renames a file over
-//! it leaves the process with the one that it had. Device and inode say which file it is, and the process's own
+//! A path does not identify a file: the same path leads to another file in another mount namespace, and after a rename
+//! over it the process still maps the earlier file. Device and inode identify the file, and the process's own
 //! descriptors open it.
 
 use std::fs::File;
@@ -29,17 +29,17 @@ struct Mapping {
 pub(crate) struct MappedFile {
     pub(crate) device: u64,
     pub(crate) inode: u64,
-    /// Where in the file the range begins.
+    /// Offset in the file at which the range begins.
     pub(crate) offset: u64,
     pub(crate) is_shared: bool,
     pub(crate) is_writable: bool,
-    /// What the process's kernel calls it: for people.
+    /// The path in the process's maps, for messages.
     pub(crate) path: PathBuf,
     /// The first mapping of the range, as `map_files` names it.
     first: (u64, u64),
 }
 
-/// What a process maps.
+/// The mappings of a process.
 pub(crate) struct Maps {
     pid: u32,
     mappings: Vec<Mapping>,
@@ -47,11 +47,11 @@ pub(crate) struct Maps {
 
 impl Maps {
     pub(crate) fn of(pid: u32) -> io::Result<Maps> {
-        // Names may be of any bytes.
+        // Paths may contain any bytes.
         Ok(Maps::read(pid, &std::fs::read(format!("/proc/{pid}/maps"))?))
     }
 
-    /// What its file in /proc says.
+    /// Parses the contents of its maps file in /proc.
     pub(crate) fn read(pid: u32, bytes: &[u8]) -> Maps {
         let text = String::from_utf8_lossy(bytes);
         Maps { pid, mappings: text.lines().filter_map(mapping).collect() }
@@ -61,7 +61,7 @@ impl Maps {
         self.pid
     }
 
-    /// The one file that all of a range is mapped from, from front to end.
+    /// The file that the whole range is mapped from, contiguously; None if there is no such file.
     pub(crate) fn file(&self, address: u64, bytes: u64) -> Option<MappedFile> {
         let end = address.checked_add(bytes).filter(|_| bytes > 0)?;
         let first = self.at(address).filter(|mapping| mapping.inode != 0)?;
@@ -92,9 +92,9 @@ impl Maps {
         self.mappings.iter().find(|mapping| mapping.start <= address && address < mapping.end)
     }
 
-    /// Opens the file that is mapped, wherever its name leads by now, and a path that leads to it for as long as
-    /// the process lives at least. `told` is the path that the process itself names, used only if it leads to that
-    /// very file.
+    /// Opens the file that is mapped, even if its path leads elsewhere by now, and returns a path that leads to the
+    /// file for at least as long as the process lives. `told` is the path that the process itself names; it is used
+    /// only if it leads to that very file.
     pub(crate) fn open(
         &self,
         file: &MappedFile,
@@ -119,7 +119,7 @@ impl Maps {
             PathBuf::from(format!("/proc/{}/map_files/{start:x}-{end:x}", self.pid))
         };
         let told = || Some(told.to_path_buf()).filter(|path| is_it(path));
-        // The last needs capabilities that an ordinary user does not have.
+        // The last of these needs capabilities that an ordinary user does not have.
         let way = held.or_else(|| named.clone()).or_else(told).unwrap_or_else(mapped);
         let opened = File::options().read(true).write(to_write).open(&way).map_err(|error| {
             failed(match error.kind() {
@@ -140,7 +140,7 @@ impl Maps {
 }
 
 impl Mapping {
-    /// Where in its file this address is.
+    /// The offset of this address in its file.
     fn offset_of(&self, address: u64) -> Option<u64> {
         self.offset.checked_add(address.checked_sub(self.start)?)
     }
@@ -174,17 +174,17 @@ fn mapping(line: &str) -> Option<Mapping> {
     })
 }
 
-/// Who else has a file mapped.
+/// Other processes that have a file mapped.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Others {
-    /// Processes that have.
+    /// Processes that have it mapped.
     pub(crate) mapping: Vec<u32>,
-    /// QEMUs of this user, by their names, of which may not be seen what they map.
+    /// Processes of this user with a QEMU's name whose mappings cannot be read.
     pub(crate) unseen: Vec<u32>,
 }
 
-/// Looks whether any process but this one, and the one that has the file mapped at this address of its own, has it
-/// mapped. A process of another user's could only if that is root, or was given it.
+/// Checks whether any process has the file mapped, besides this process and the process that has it mapped at this
+/// address. A process of another user could have it only if that user is root or was given the file.
 pub(crate) fn others_with(file: &std::fs::Metadata, guests_address: u64) -> Others {
     let (device, inode) = (file.dev(), file.ino());
     let (mut others, mut guests) = (Others::default(), Vec::new());
@@ -201,18 +201,18 @@ pub(crate) fn others_with(file: &std::fs::Metadata, guests_address: u64) -> Othe
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied && may_be_qemu(pid) => {
                 others.unseen.push(pid);
             }
-            // It has ended, or is another user's.
+            // The process has ended, or belongs to another user.
             Err(_) => {}
         }
     }
-    // Without address space randomisation two may have it at the same place.
+    // Without address space randomisation two processes may have it at the same address.
     if guests.len() > 1 {
         others.mapping.extend(guests);
     }
     others
 }
 
-/// Whether a process is this user's and is called as a QEMU, whatever else of it can be seen.
+/// Whether a process belongs to this user and has a QEMU's name. That is visible even if its mappings are not.
 fn may_be_qemu(pid: u32) -> bool {
     let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     if !name.starts_with("qemu") && name.trim_end() != "kvm" {
@@ -220,12 +220,12 @@ fn may_be_qemu(pid: u32) -> bool {
     }
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("Uid:"));
-    // The real, then the effective one.
+    // The real uid, then the effective one.
     let effective = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
     effective == Some(nix::unistd::geteuid().as_raw())
 }
 
-/// The threads of a process, by the numbers that it knows them by itself (`NSpid`).
+/// The threads of a process, numbered as in its own pid namespace (`NSpid`).
 pub(crate) fn own_threads(pid: u32) -> io::Result<Vec<u64>> {
     let number = |task: io::Result<std::fs::DirEntry>| {
         let status = std::fs::read_to_string(task.ok()?.path().join("status")).ok()?;
@@ -235,7 +235,7 @@ pub(crate) fn own_threads(pid: u32) -> io::Result<Vec<u64>> {
     Ok(std::fs::read_dir(format!("/proc/{pid}/task"))?.filter_map(number).collect())
 }
 
-/// All processes that can be seen from here.
+/// All processes that are visible from here.
 pub(crate) fn processes() -> Vec<u32> {
     let listed = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     listed.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
@@ -246,7 +246,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_is_of_one_file_or_of_none() {
+    fn range_has_a_file_only_if_one_file_backs_all_of_it() {
         let text = "\
             1000-3000 rw-s 00001000 00:1b 16                         /dev/shm/with space (deleted)\n\
             3000-4000 rw-s 00003000 00:1b 16                         /dev/shm/with space (deleted)\n\
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn the_very_file_is_opened_whatever_its_name_leads_to() {
+    fn mapped_file_is_opened_although_its_path_leads_elsewhere() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("ram");
         std::fs::write(&path, [0xa5; 4096]).unwrap();

@@ -1,19 +1,19 @@
-//! The guest's host process: whoever runs the vCPUs (QEMU, the demo's own guest, a program that umem is a part of).
+//! The guest's host process: the process that runs the vCPUs (QEMU, the demo's own guest, a program that embeds umem).
 //!
-//! umem never touches a vCPU itself. It asks the monitor. All that depends on what kind of monitor that is is here; both
-//! sides see only the trait and what has been found:
-//! - [`monitor`]: what can be asked, and the answers
+//! umem does not control a vCPU itself: it asks the monitor. Everything that depends on the kind of monitor is here;
+//! both sides see only the trait and the guest that was found:
+//! - [`monitor`]: the questions to a monitor, and their answers
 //! - [`kind`]: what a kind of monitor implements; [`registry`]: the kinds
 //! - [`leaving`], [`arriving`]: how a guest is found, at the source and at the destination
-//! - [`thread`]: the thread that waits for the monitor, so that nobody else has to
-//! - [`embedder`]: a program that umem is a part of, in the monitor's place
+//! - [`thread`]: the thread that waits for the monitor, so that the control thread does not
+//! - [`embedder`]: a program that embeds umem, in the monitor's place
 //! - [`qmp`]: the QMP client
-//! - [`qemu`]: what is asked of a QEMU, and what its configuration must look like
-//! - [`maps`]: what its process has mapped, and the very files
+//! - [`qemu`]: the commands to a QEMU, and the requirements on its configuration
+//! - [`maps`]: the mappings of its process, and the mapped files
 //! - [`command`]: the monitor that `umem incoming … -- COMMAND` starts, with the preload object
-//! - [`pieces`]: some of these one by one, for tests
-//! - [`switchover`]: who has the guest run
-//! - [`guest`]: the demo's guest, which speaks the same QMP
+//! - [`pieces`]: single pieces of a move, for tests
+//! - [`switchover`]: which side starts the guest
+//! - [`guest`]: the demo's guest, which implements the same QMP commands
 
 pub(crate) mod arriving;
 pub(crate) mod command;

@@ -1,8 +1,8 @@
-//! What can be asked of a guest's monitor, and what it may answer. umem never touches a vCPU itself: a monitor stops the
-//! guest, saves its device state, loads it on the other side and has it run.
+//! The questions to a guest's monitor, and its answers. umem does not control a vCPU itself: a monitor stops the guest,
+//! saves its device state, loads it on the other side and starts the guest there.
 //!
-//! A kind of monitor has two parts: a [`Monitor`], which is here, and a [`MonitorKind`](super::kind::MonitorKind), which
-//! finds its guests. Both sides use the same trait, and each asks its own part of it:
+//! A kind of monitor has two parts: a [`Monitor`], defined here, and a [`MonitorKind`](super::kind::MonitorKind), which
+//! finds its guests. Both sides use the same trait, and each asks its own questions:
 //!
 //! ```text
 //! source:       before_stop, dirty_log | stop  save_state  stands_still+ | put_back
@@ -11,11 +11,11 @@
 //! takeover:     source: stands_still*, then put_back or resume    destination: run
 //! ```
 //!
-//! - The questions come one at a time, in this order; each waits for the answer to the one before.
-//! - An error is an answer: the monitor is as before, and can be asked to undo what was done (`resume`).
+//! - The questions come one at a time, in this order; each waits for the answer to its predecessor.
+//! - An error is an answer: the monitor is unchanged, and can be asked to undo earlier questions (`resume`).
 //! - A question that a kind of monitor cannot answer is answered with an error that names the kind. Nothing panics.
-//! - [`Question`] and [`Answer`] are the same as data, for a monitor that answers when it likes: a program that umem is a
-//!   part of. [`Question::put`] asks a [`Monitor`].
+//! - [`Question`] and [`Answer`] are the same as data, for a monitor that answers asynchronously: a program that embeds
+//!   umem. [`Question::put`] asks a [`Monitor`].
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -26,10 +26,10 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::memory::dirty::{DirtyLog, DirtyMap};
 
-/// Writes down what another process needs to undo a stop, and what comes after the stop.
+/// Records what another process needs to undo a stop, and to complete the steps after the stop.
 pub(crate) type BeforeStop = Box<dyn Fn(&MonitorRecord) -> Result<()> + Send>;
 
-/// What a kind of monitor keeps in the record of a session. Only that kind reads the state.
+/// The part of a session's record that belongs to the kind of monitor. Only that kind reads the state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct MonitorRecord {
     /// The name of the kind.
@@ -37,14 +37,14 @@ pub(crate) struct MonitorRecord {
     pub(crate) state: serde_json::Value,
 }
 
-/// What another process needs to go on with a monitor, should this process be killed.
+/// What another process needs to take over a monitor if this process is killed.
 pub(crate) struct Handle {
     pub(crate) record: MonitorRecord,
-    /// A descriptor of the connection, where another process could not open a connection of its own.
+    /// A descriptor of the connection, if another process could not open a connection of its own.
     pub(crate) connection: Option<OwnedFd>,
 }
 
-/// What a device state was of.
+/// The guest of a loaded device state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Loaded {
     /// The guest ran when it was stopped; otherwise it arrives paused.
@@ -53,25 +53,25 @@ pub(crate) struct Loaded {
 
 /// The monitor of one guest.
 pub(crate) trait Monitor: Send {
-    /// The kind of monitor, for errors: the subject of a sentence.
+    /// The kind of monitor: the subject of a sentence in errors.
     fn name(&self) -> &str;
 
-    /// What another process needs to go on with this monitor; None where there is nothing to go on with.
+    /// What another process needs to take over this monitor; None if a takeover needs nothing.
     fn handle(&self) -> Result<Option<Handle>> {
         Ok(None)
     }
 
-    /// Source: has `note` called before every stop. The stop fails if `note` does.
+    /// Source: calls `note` before every stop. The stop fails if `note` does.
     fn before_stop(&mut self, _note: BeforeStop) {}
 
-    /// Source: the log of the pages that the guest writes while it runs; None where nobody has one.
+    /// Source: the log of the pages that the guest writes while it runs; None if no log exists.
     fn dirty_log(&mut self) -> Option<Box<dyn DirtyLog>> {
         None
     }
 
-    /// Source: stops every vCPU, after whatever can be done while they still run, and saves the device state. From here
-    /// on neither that nor the guest's memory changes. Says since when the guest stands still, where that is later than
-    /// this call.
+    /// Source: stops every vCPU, after all work that is possible while they still run, and saves the device state. From
+    /// here on neither the device state nor the guest's memory changes. Returns the moment at which the guest stopped,
+    /// if that is later than this call.
     fn stop(&mut self) -> Result<Option<Instant>> {
         Err(self.cannot("stop a guest"))
     }
@@ -81,52 +81,52 @@ pub(crate) trait Monitor: Send {
         Err(self.cannot("save a guest's device state"))
     }
 
-    /// Source: makes sure that the guest stands still, has done so since the stop, and goes on only if somebody tells it
-    /// to. Asked right before the guest is given away, and again before the switchover is sent once more.
+    /// Source: ensures that the guest has stood still since the stop, and cannot continue without a command. Asked
+    /// right before the guest is given away, and again before the switchover is sent once more.
     fn stands_still(&mut self) -> Result<()> {
         Err(self.cannot("say whether its guest stands still"))
     }
 
-    /// Source: undoes stop and save. The guest goes on here as if nothing had happened.
+    /// Source: undoes stop and save. The guest continues here, unchanged.
     fn resume(&mut self) -> Result<()> {
         Err(self.cannot("have a guest go on that it has stopped"))
     }
 
-    /// Source: puts back what was changed beside the guest, which has been given away.
+    /// Source: restores the settings that were changed for the move. The guest has been given away.
     fn put_back(&mut self) -> Result<()> {
         Ok(())
     }
 
-    /// Destination: does what can be done before the device state is there. The guest still runs at the source.
+    /// Destination: prepares for the device state before it arrives. The guest still runs at the source.
     fn prepare(&mut self) -> Result<()> {
         Ok(())
     }
 
-    /// Destination: loads the device state. May touch guest memory, so faults are served meanwhile.
+    /// Destination: loads the device state. This may touch guest memory, so faults are served meanwhile.
     fn load_state(&mut self, _state: Vec<u8>) -> Result<Loaded> {
         Err(self.cannot("load a device state"))
     }
 
-    /// Destination: starts the vCPUs, of a guest that ran when it was stopped.
+    /// Destination: starts the vCPUs of a guest that ran when it was stopped.
     fn run(&mut self) -> Result<()> {
         Err(self.cannot("have a guest run that has come"))
     }
 
-    /// The error of a question that this kind of monitor has no answer to.
+    /// The error for a question that this kind of monitor cannot answer.
     fn cannot(&self, what: &str) -> Error {
         Error::Host(format!("{} cannot {what}", self.name()))
     }
 }
 
-/// What the monitor is asked to do.
+/// A question to the monitor.
 pub(crate) enum Question {
     /// Mark the pages that the guest writes from now on.
     Track(Arc<DirtyMap>),
-    /// Whether all is marked that has been written so far.
+    /// Mark all pages that have been written so far.
     Look,
     Stop,
     Save,
-    /// Whether the guest may be given away.
+    /// Ensure that the guest may be given away.
     StandsStill,
     PutBack,
     Resume,
@@ -140,18 +140,19 @@ pub(crate) enum Question {
 pub(crate) enum Answer {
     /// The guest's writes are tracked from now on.
     Tracking(Result<()>),
-    /// What had been written when that was asked is marked.
+    /// All pages that had been written at the time of the question are marked.
     Looked(Result<()>),
-    /// Not all of it is: what is marked has to leave first, and then the question is to be asked again.
+    /// Some of those pages are not marked yet: the marked pages have to be sent first, and then the question is
+    /// repeated.
     LookedInPart,
-    /// All of it is, and the guest has stopped by itself: nothing is written any more.
+    /// All pages are marked, and the guest has stopped by itself: it writes no more pages.
     LookedLast,
-    /// Since when the guest stands still, where that is later than the question.
+    /// The moment at which the guest stopped, if that is later than the question.
     Stopped(Result<Option<Instant>>),
     Saved(Result<Vec<u8>>),
     /// The guest may be given away.
     StandsStill(Result<()>),
-    /// What was changed in the source's monitor is as before.
+    /// The changes in the source's monitor are undone.
     PutBack(Result<()>),
     Resumed(Result<()>),
     Prepared(Result<()>),
@@ -160,7 +161,7 @@ pub(crate) enum Answer {
 }
 
 impl Question {
-    /// Asks this of a monitor, and of the log of its guest's writes. A guest that goes on is no longer tracked.
+    /// Asks a monitor, or the log of its guest's writes. Tracking ends when the guest continues.
     pub(crate) fn put(
         self,
         monitor: &mut dyn Monitor,
@@ -196,7 +197,7 @@ impl Question {
         }
     }
 
-    /// The answer that says why there is no other one.
+    /// The answer to this question that carries an error.
     pub(crate) fn failed(&self) -> fn(Error) -> Answer {
         match self {
             Question::Track(_) => |error| Answer::Tracking(Err(error)),
@@ -213,8 +214,8 @@ impl Question {
     }
 }
 
-/// A guest without a monitor: only its memory, such as a snapshot's RAM file at a source, and at a destination a process
-/// that hands its memory over and runs its guest by itself.
+/// A guest without a monitor, which has only its memory: at a source, for example, a snapshot's RAM file; at a
+/// destination, a process that hands its memory over and runs its guest by itself.
 pub(crate) struct NoMonitor;
 
 impl Monitor for NoMonitor {
@@ -258,7 +259,7 @@ impl Monitor for NoMonitor {
 mod tests {
     use super::*;
 
-    /// A monitor of one role, as a new kind begins.
+    /// A monitor of one role, as in a new kind's first version.
     struct Bare;
 
     impl Monitor for Bare {
@@ -268,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn question_that_a_kind_cannot_answer_is_an_error_that_names_the_kind() {
+    fn unanswerable_question_gives_an_error_that_names_the_kind() {
         let marks = Arc::new(DirtyMap::new(&[]));
         let ask = |question: Question| match question.put(&mut Bare, &mut None) {
             Answer::Tracking(Err(error))

@@ -1,5 +1,5 @@
-//! Pieces of a move, for tests that drive them one by one: QEMU's stream as a log of written pages, the parser of
-//! such streams, and a QEMU that loads one.
+//! Single pieces of a move, for tests: QEMU's stream as a log of written pages, the parser of such streams, and a QEMU
+//! that loads one.
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -21,10 +21,10 @@ use crate::memory::dirty::{DirtyLog, DirtyMap};
 /// log2 of the landing units here: small pages.
 const UNIT_SHIFT: u8 = 12;
 
-/// Bytes of what is left of a stream here at most.
+/// Bytes of the remaining stream at most.
 const CUT_BYTES_MAX: usize = 256 << 20;
 
-/// A QEMU whose guest is on its way.
+/// A QEMU whose guest is being moved away.
 pub struct Source {
     host: SharedQemu,
     log: Box<dyn DirtyLog>,
@@ -32,10 +32,10 @@ pub struct Source {
 }
 
 impl Source {
-    /// Claims the guest of the QEMU at this QMP socket. Its RAM is of these backends, with so many bytes each.
+    /// Claims the guest of the QEMU at this QMP socket. `backends` are its RAM backends with their sizes in bytes.
     ///
     /// # Errors
-    /// QEMU is not there, or somebody else has its guest.
+    /// QEMU does not answer, or another umem has claimed its guest.
     pub fn connect(qmp: &Path, backends: &[(&str, u64)]) -> Result<Source> {
         let mut qemu = Qemu::new(Qmp::connect(qmp)?);
         qemu.claim()?;
@@ -47,10 +47,10 @@ impl Source {
         Ok(Source { host, log, marks: Arc::new(marks) })
     }
 
-    /// Has QEMU migrate.
+    /// Starts QEMU's migration.
     ///
     /// # Errors
-    /// It must not, or refuses.
+    /// The guest cannot be moved, or QEMU refuses.
     pub fn start(&mut self) -> Result<()> {
         self.log.start(self.marks.clone())
     }
@@ -63,14 +63,14 @@ impl Source {
         self.log.next()
     }
 
-    /// The pages of a region that have been marked since this was asked before.
+    /// The pages of a region that have been marked since the previous call.
     #[must_use]
     pub fn marked(&self, region: u16) -> Vec<u64> {
         let bits = self.marks.region(RegionId(region));
         (0..bits.pages()).filter(|&page| bits.take_word(page, 1) != 0).collect()
     }
 
-    /// Has the guest stop, and marks what is left. Says since when it stands still.
+    /// Stops the guest, and marks the remaining pages. Returns the moment at which the guest stopped.
     ///
     /// # Errors
     /// As of [`Source::look`].
@@ -88,7 +88,7 @@ impl Source {
         self.host.save_state()
     }
 
-    /// Has QEMU complete its migration.
+    /// Completes QEMU's migration.
     ///
     /// # Errors
     /// The guest has run.
@@ -97,7 +97,7 @@ impl Source {
         self.host.put_back()
     }
 
-    /// Has the guest go on, and all as it was.
+    /// Resumes the guest, and undoes all changes.
     ///
     /// # Errors
     /// QEMU does not answer.
@@ -110,7 +110,7 @@ impl Source {
 pub struct Destination(Qemu);
 
 impl Destination {
-    /// Has the QEMU at this QMP socket wait for a device state, load it, and not run yet.
+    /// Has the QEMU at this QMP socket wait for a device state and load it. The guest does not run yet.
     ///
     /// # Errors
     /// QEMU's own.
@@ -121,7 +121,7 @@ impl Destination {
         Ok(Destination(qemu))
     }
 
-    /// Has the guest run, if it ran at the source.
+    /// Starts the guest, if it ran at the source.
     ///
     /// # Errors
     /// QEMU's own.
@@ -130,27 +130,27 @@ impl Destination {
     }
 }
 
-/// What a stream of QEMU's was.
+/// The contents of a QEMU's stream.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Parsed {
-    /// RAM blocks, with their bytes.
+    /// RAM blocks, with their sizes in bytes.
     pub blocks: Vec<(String, u64)>,
-    /// Of the configuration.
+    /// The capabilities that the configuration names.
     pub capabilities: Vec<String>,
-    /// Pages in their order: block, offset, whether it is zero, and a sum of all before and of its bytes.
+    /// Pages in their order: block, offset, whether the page is zero, and a sum over its bytes and all earlier ones.
     pub pages: Vec<(usize, u64, bool, u64)>,
-    /// Parts of RAM.
+    /// Number of RAM's parts.
     pub parts: usize,
-    /// RAM's end has come.
+    /// RAM's end has come: the rest is device state.
     pub is_device_state: bool,
-    /// The stream without pages of the blocks that are moved.
+    /// The stream without the pages of the blocks that are moved.
     pub cut: Vec<u8>,
 }
 
-/// Parses a stream that comes in these pieces, of which blocks of these names are moved.
+/// Parses a stream in these pieces. The blocks of these names are moved.
 ///
 /// # Errors
-/// What it is that is not understood.
+/// Names the part of the stream that is not understood.
 pub fn parse<'a>(
     pieces: impl IntoIterator<Item = &'a [u8]>,
     is_moved: impl Fn(&str) -> bool,
@@ -164,7 +164,7 @@ pub fn parse<'a>(
                     at.hash(&mut sum);
                     parsed.pages.push((block, offset, is_zero, sum.finish()));
                 }
-                // Byte by byte, so that pieces do not matter.
+                // Byte by byte, so that the result does not depend on the pieces.
                 Event::Content(bytes) => {
                     bytes.iter().for_each(|&byte| sum.write_u8(byte));
                     parsed.pages.last_mut().expect("a page").3 = sum.finish();

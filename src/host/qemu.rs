@@ -1,10 +1,10 @@
-//! What umem asks of a QEMU over QMP, and what its configuration must look like.
+//! umem's QMP commands to a QEMU, and its requirements on QEMU's configuration.
 //!
-//! The device state travels by QEMU's own migration with the capability `x-ignore-shared`, which
-//! leaves out RAM that is both shared and backed by a named file; that RAM is what umem moves. So
-//! every RAM backend must be a `memory-backend-file` with `share=on`: a memfd would be sent whole
-//! inside the device state, and private memory cannot be read from outside of QEMU. With rounds before
-//! the stop QEMU's whole stream is read, and the contents of such RAM come with it ([`stream`]).
+//! The device state travels by QEMU's own migration with the capability `x-ignore-shared`. That leaves out RAM that is
+//! both shared and backed by a named file; umem moves this RAM. So every RAM backend must be a `memory-backend-file`
+//! with `share=on`: a memfd would be sent whole inside the device state, and private memory cannot be read from outside
+//! of QEMU. With rounds before the stop QEMU's whole stream is read, and the contents of such RAM come with it
+//! ([`stream`]).
 
 mod backends;
 mod blocks;
@@ -47,25 +47,25 @@ use stream::reading::Reading;
 
 pub(crate) use finding::QEMU;
 
-/// The options that give a guest RAM umem can move; quoted in errors.
+/// The options that give a guest RAM which umem can move; quoted in errors.
 pub(crate) const HOW_TO_START: &str = "start QEMU with `-object memory-backend-file,id=ram0,\
     size=SIZE,share=on,mem-path=/dev/shm/FILE -machine memory-backend=ram0`";
 
-/// What `getfd` calls the socket that carries the device state.
+/// The name given with `getfd` to the socket that carries the device state.
 const STATE_SOCKET: &str = "umem-state";
 
-/// How often a migration's status is asked for while it ends, at first and then.
+/// Intervals of `query-migrate` while a migration ends: the first one and the longest.
 const STATUS_INTERVAL_MIN: Duration = Duration::from_micros(50);
 const STATUS_INTERVAL: Duration = Duration::from_millis(1);
 
-/// How long a migration that fails may take to end.
+/// Time limit for the end of a migration that fails.
 const FAILS_WITHIN: Duration = Duration::from_secs(10);
 
-/// How long a QEMU may take to answer one that goes.
+/// Time limit for QEMU's answers while a connection is dropped.
 const DROP_PATIENCE: Duration = Duration::from_secs(1);
 
-/// First byte of what we carry as device state, before QEMU's own stream: whether the guest was
-/// running when it was stopped, as one that its user had paused arrives paused.
+/// First byte of the device state in transit, before QEMU's own stream: 1 if the guest was running when it was stopped.
+/// A guest that its user had paused arrives paused.
 const GUEST_RUNS: u8 = 1;
 const GUEST_IS_PAUSED: u8 = 0;
 
@@ -75,28 +75,28 @@ pub(crate) struct Qemu {
     /// The path of its socket; None for a connection that another process could not open.
     socket: Option<PathBuf>,
     process: Option<Process>,
-    /// The guest went on by itself before it was stopped, or does so at its destination.
+    /// At the source: the guest was live before it was stopped. At the destination: it is live there.
     is_live: bool,
-    /// It may have been stopped by umem.
+    /// umem may have stopped the guest.
     may_be_stopped: bool,
-    /// What is changed in its settings.
+    /// The changes of its settings.
     changes: Option<Changes>,
     claim: Option<Claim>,
-    /// The claim of a process before this, whose changes are ours to undo.
+    /// The claim of an earlier umem process, whose changes this one undoes.
     left_claim: Option<String>,
     before_stop: Option<BeforeStop>,
-    /// Our end of the socket for the device state, whose other end QEMU has.
+    /// umem's end of the socket for the device state; QEMU has the other end.
     state_socket: Option<UnixStream>,
     saving: Saving,
-    /// Its stream, where that is read from before the guest stops.
+    /// The reader of its stream, if the stream is read from before the guest's stop on.
     stream: Option<Arc<Reading>>,
-    /// The device state, where it was saved in the act of stopping.
+    /// The device state, if the stop has saved it.
     state: Option<Vec<u8>>,
-    /// Its RAM blocks, when it was asked which memory the guest has.
+    /// Its RAM blocks, from the query for the guest's memory.
     block_names: Option<BTreeSet<String>>,
-    /// The guest has run since it was stopped, as an event has said.
+    /// An event has reported that the guest has run since its stop.
     has_run: bool,
-    /// What the monitor said when the migration had been completed: its status, and the migration's.
+    /// The states after the completed migration: of the guest, and of the migration.
     given_away: Option<(String, Value)>,
 }
 
@@ -122,7 +122,7 @@ impl Qemu {
         }
     }
 
-    /// One that a process before this has changed, and perhaps stopped: [`Monitor::resume`] undoes that,
+    /// A QEMU that an earlier umem process has changed, and may have stopped: [`Monitor::resume`] undoes both,
     /// [`Monitor::put_back`] the changes alone.
     pub(crate) fn left(qmp: Qmp, undo: &Undo) -> Qemu {
         let mut qemu = Qemu::new(qmp);
@@ -133,21 +133,21 @@ impl Qemu {
         qemu
     }
 
-    /// One that a process before this has given its device state: [`Monitor::run`] lets it run,
-    /// if it ran at the source.
+    /// A QEMU into which an earlier umem process has loaded a device state: [`Monitor::run`] starts the guest, if it
+    /// ran at the source.
     pub(crate) fn loaded(qmp: Qmp, runs: bool) -> Qemu {
         let mut qemu = Qemu::new(qmp);
         qemu.is_live = runs;
         qemu
     }
 
-    /// Checks that this guest can be moved, its RAM mapped as `kind` says, and returns its RAM
-    /// backends. Changes nothing.
+    /// Checks that this guest can be moved, with its RAM mapped as `kind` states, and returns its RAM backends. Changes
+    /// nothing.
     pub(crate) fn check(&mut self, kind: Kind) -> Result<Vec<Backend>> {
         self.check_with(kind, Contents::Files)
     }
 
-    /// Likewise at a source, whose RAM's contents may be had elsewhere, too.
+    /// The same at a source, where the contents of RAM may also come with the stream.
     pub(crate) fn check_source(&mut self, has_rounds: bool) -> Result<Vec<Backend>> {
         let contents = if has_rounds { Contents::Streamed } else { Contents::FilesUnstreamed };
         self.check_with(Kind::Shared, contents)
@@ -159,19 +159,19 @@ impl Qemu {
         Ok(backends)
     }
 
-    /// Makes this process the one that moves the guest away, if that can be moved as it is now. Who fails to
-    /// move it, or has moved it, has the claim put back with the rest, or dropped. What a umem has left here that was
-    /// killed is undone first: its settings are not the user's.
+    /// Makes this process the only one that moves the guest away, if the guest can be moved now. After a failed or
+    /// completed move the claim is put back with the other changes, or dropped. The state that a killed umem has left
+    /// here is undone first: its settings are not the user's.
     pub(crate) fn claim(&mut self) -> Result<()> {
         let left = claim::look(&mut self.qmp)?;
         if left.is_some() {
-            // Without its umem it fails.
+            // Without its umem, that migration fails.
             self.wait_migration_ended()?;
         }
         run_state::check(&mut self.qmp)?;
         self.claim = Claim::take(&mut self.qmp)?;
         if let Some(left) = left {
-            // Until that is done it stays there.
+            // The changes stay recorded in QEMU until they are undone.
             self.changes = Some(left.changes);
             self.undo_changes()?;
             if left.stops && run_state::status(&mut self.qmp)? == "paused" {
@@ -182,7 +182,7 @@ impl Qemu {
         Changes::needed(&mut self.qmp, Role::Source { holds: true }).map(drop)
     }
 
-    /// Waits until the migration has been completed, and returns what QEMU says of it; an error tells QEMU's own
+    /// Waits until the migration has been completed, and returns QEMU's report of it. An error contains QEMU's own
     /// reason.
     fn wait_migrated(&mut self) -> Result<Value> {
         let mut interval = STATUS_INTERVAL_MIN;
@@ -200,7 +200,7 @@ impl Qemu {
         }
     }
 
-    /// Changes what a stream depends on, and has what it was written down before.
+    /// Changes the settings on which a stream depends. Their earlier values are recorded first.
     fn change_settings(&mut self, role: Role) -> Result<()> {
         let status = run_state::check(&mut self.qmp)?;
         self.is_live = run_state::is_live(&status);
@@ -213,7 +213,7 @@ impl Qemu {
         changes.make(&mut self.qmp)
     }
 
-    /// Has written down what would have to be undone.
+    /// Records what a later process would have to undo.
     fn note_undo(&mut self) -> Result<()> {
         let Some(note) = &self.before_stop else { return Ok(()) };
         let claim = self.claim.as_ref().map(|claim| claim.name.clone());
@@ -230,7 +230,7 @@ impl Qemu {
         Ok(())
     }
 
-    /// Takes back a descriptor that was not used. One that QEMU has closed already it does not know any more.
+    /// Takes back a descriptor that was not used. QEMU does not know one any more that it has closed.
     fn take_back_state_socket(&mut self) -> Result<()> {
         if self.state_socket.take().is_some() {
             let _ = self.qmp.try_execute("closefd", json!({ "fdname": STATE_SOCKET }))?;
@@ -238,8 +238,8 @@ impl Qemu {
         Ok(())
     }
 
-    /// Whether what was changed here is this umem's to undo: one before it may be gone, and so may be what it
-    /// has changed.
+    /// Whether this umem still has to undo the changes: the umem that made them may be gone, and another one may have
+    /// undone them.
     pub(crate) fn is_ours(&mut self) -> Result<bool> {
         match &self.left_claim {
             Some(name) => claim::was_left(&mut self.qmp, name),
@@ -247,7 +247,7 @@ impl Qemu {
         }
     }
 
-    /// Has the migration that was begun here fail, and waits for its end. No other one is touched.
+    /// Makes the migration fail that was begun here, and waits for its end. Other migrations are not touched.
     fn end_migration(&mut self) -> Result<()> {
         let was_begun = match std::mem::take(&mut self.saving) {
             Saving::Over => self.left_claim.is_some(),
@@ -273,7 +273,7 @@ impl Qemu {
         loop {
             let migration = self.qmp.execute("query-migrate", json!({}))?;
             let migration = migration["status"].as_str().unwrap_or("none");
-            // QEMU has the guest run again, or be what it was, after it has said that.
+            // QEMU resumes the guest, or restores its earlier run state, after it has reported the failure.
             let is_over = !run_state::is_under_way(migration)
                 && run_state::status(&mut self.qmp)? != "finish-migrate";
             if is_over {
@@ -289,24 +289,24 @@ impl Qemu {
         }
     }
 
-    /// Has the guest go on that umem has stopped. QEMU has often done so itself by now, or somebody else has.
+    /// Resumes the guest that umem has stopped. QEMU itself or another client has often done so by now.
     fn go_on(&mut self) -> Result<()> {
         if !self.is_live || !std::mem::take(&mut self.may_be_stopped) {
             return Ok(());
         }
         match run_state::status(&mut self.qmp)?.as_str() {
             "paused" | "postmigrate" => self.qmp.execute("cont", json!({})).map(drop),
-            // It goes on, or something has happened to it that `cont` would not undo.
+            // The guest runs, or is in a state that `cont` would not undo.
             _ => Ok(()),
         }
     }
 }
 
 impl Drop for Qemu {
-    /// A claim that was not put back comes to nothing with its socket. QEMU would keep its device, though.
+    /// A claim that was not put back ends with its socket. QEMU would keep its device, though.
     fn drop(&mut self) {
         if let Some(claim) = self.claim.take()
-            // What it has changed is known there to whoever comes next.
+            // The changes stay recorded in QEMU, for the next umem.
             && self.changes.is_none()
         {
             self.qmp.answer_within(DROP_PATIENCE);
@@ -333,15 +333,15 @@ impl Monitor for Qemu {
         self.before_stop = Some(note);
     }
 
-    /// QEMU's migration stops the guest: what of it takes time is done by then. It first looks for what the guest
-    /// writes, for which TCG goes through every vCPU's address cache (2 ms each, and more than the rest of the
-    /// saving), and sends what is not the guest's own memory.
+    /// QEMU's migration stops the guest after all slow work is done. Before that it collects the guest's writes, for
+    /// which TCG walks every vCPU's address cache (2 ms each, longer than the rest of the saving), and sends what does
+    /// not belong to the guest's own memory.
     fn stop(&mut self) -> Result<Option<Instant>> {
         let stream = self.stream.take();
         let holds = stream.is_some() || self.can_hold()?;
         if stream.is_none() {
             self.change_settings(Role::Source { holds })?;
-            // Each answer takes a while, during which the guest had better run.
+            // Each answer takes time, so the questions are asked while the guest runs.
             self.give_state_socket()?;
         } else {
             self.look_for_a_pause()?;
@@ -357,7 +357,7 @@ impl Monitor for Qemu {
             None => self.save(holds)?,
         };
         self.state = Some(state);
-        // Its last answer came after the event.
+        // The last answer came after the STOP event.
         let stopped = self.qmp.stopped_at().and_then(|at| at.elapsed().ok());
         let stopped = stopped.and_then(|ago| Instant::now().checked_sub(ago));
         Ok(Some(stopped.map_or(asked, |at| at.max(asked))))
@@ -367,8 +367,8 @@ impl Monitor for Qemu {
         self.state.take().ok_or_else(|| Error::Internal("the device state was taken before".into()))
     }
 
-    /// A QEMU that has ended runs no guest. As it ends it may let it run once more, as its migration fails then; the
-    /// event of that comes before its socket's end.
+    /// A QEMU that has ended runs no guest. While it ends its migration fails, which may start the guest once more; the
+    /// event of that comes before the end of QEMU's socket.
     fn stands_still(&mut self) -> Result<()> {
         let answer = self.is_given_away();
         self.has_run |= self.qmp.has_run();
@@ -390,7 +390,7 @@ impl Monitor for Qemu {
                     .into(),
             ));
         }
-        // One after the other, whatever becomes of the one before.
+        // All steps are carried out, even if one of them fails.
         let ended = self.end_migration();
         let taken_back = self.take_back_state_socket();
         let gone_on = self.go_on();
@@ -410,9 +410,9 @@ impl Monitor for Qemu {
         }
     }
 
-    /// QEMU waits at the socket for its device state, which need not wait for QEMU then. It would let a guest
-    /// run that ran at the source as soon as that is loaded, and before the source has given it up; a `stop`
-    /// while it waits has it leave that to a `cont` (`qmp_stop` in its monitor/qmp-cmds.c).
+    /// QEMU waits at the socket for its device state, so that the state does not wait for QEMU later. QEMU would start
+    /// a guest that ran at the source as soon as the state is loaded, before the source has given the guest up; with a
+    /// `stop` during the wait QEMU leaves the start to a `cont` (`qmp_stop` in its monitor/qmp-cmds.c).
     fn prepare(&mut self) -> Result<()> {
         self.qmp.execute("stop", json!({}))?;
         let changes = Changes::needed(&mut self.qmp, Role::Destination)?;
@@ -439,10 +439,10 @@ impl Monitor for Qemu {
         }
         let mut ours = self.state_socket.take().expect("it has been prepared");
         self.qmp.has_run();
-        // QEMU reads in its main loop and may refuse half-way: its own reason comes from the
-        // status then, so a broken pipe here is not yet the answer.
+        // QEMU reads in its main loop and may refuse half-way: then the status has its own reason, and a broken pipe
+        // here is not the final error.
         let written = ours.write_all(state);
-        // It may have to say something on its return path, so that the other direction stays.
+        // QEMU may write to its return path, so the other direction stays open.
         let _ = ours.shutdown(Shutdown::Write);
         self.wait_migrated()?;
         written.context(|| "giving QEMU its device state")?;
@@ -454,8 +454,8 @@ impl Monitor for Qemu {
                     .into(),
             ));
         }
-        // Before it is the source's turn to give the guest up: whoever takes over from here on has nothing to
-        // put back.
+        // The settings are put back before the source gives the guest up: a process that takes over from here on has
+        // nothing to put back.
         self.changes.take().map_or(Ok(()), |made| made.put_back(&mut self.qmp))?;
         Ok(Loaded { runs: self.is_live })
     }

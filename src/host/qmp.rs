@@ -1,4 +1,4 @@
-//! A QMP client: one JSON object a line, as `docs/interop/qmp-spec` of QEMU describes it.
+//! A QMP client: one JSON object a line, as QEMU's `docs/interop/qmp-spec` describes it.
 
 use std::io::{self, BufRead, BufReader, IoSlice, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -14,22 +14,22 @@ use serde_json::{Value, json};
 use crate::error::{Context, Error, Result};
 use crate::runtime::process::began;
 
-/// A QMP socket greets as soon as it accepts; one that is held by another client never does.
+/// A QMP socket greets as soon as it accepts. A socket that another client has in use never greets.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Bytes of an answer at most. Those to what umem asks have a few thousand.
+/// Bytes of an answer at most. Answers to umem's commands have a few thousand.
 const LINE_BYTES_MAX: usize = 1 << 20;
 
-/// A process that listens on a QMP socket, or has made it for a monitor.
+/// The process that listens on a QMP socket, or has made the socket for a monitor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Process {
     pid: u32,
-    /// When it began, in the kernel's ticks: another process with that pid began later.
+    /// The time of its start, in the kernel's ticks: a later process with the same pid has another one.
     began: u64,
 }
 
 impl Process {
-    /// Whether it is known to have ended.
+    /// True if it has certainly ended.
     pub(crate) fn has_ended(self) -> bool {
         began(self.pid) != Some(self.began)
     }
@@ -38,13 +38,14 @@ impl Process {
 /// A connected client in command mode.
 pub(crate) struct Qmp {
     reader: BufReader<UnixStream>,
-    /// What was read last.
+    /// The last line that was read.
     line: Vec<u8>,
-    /// The most that an answer may take, with all events before it. Without a limit whoever asks is interrupted.
+    /// The time limit of an answer, with all events before it. Without a limit the waiting thread must be
+    /// interruptible.
     patience: Option<Duration>,
-    /// Of the last STOP event: since when its guest stands still.
+    /// The time of the last STOP event, unless the guest has been resumed since.
     stopped_at: Option<SystemTime>,
-    /// A RESUME event has come: the guest has run, by whomever it was let run.
+    /// A RESUME event has come: the guest has run, started by umem or by another client.
     has_run: bool,
 }
 
@@ -56,7 +57,7 @@ impl Qmp {
         Qmp::open(stream, &path.display().to_string())
     }
 
-    /// What an error of connecting to this socket means.
+    /// The meaning of an error of a connect to this socket.
     pub(crate) fn cannot_connect(path: &Path, error: &io::Error) -> Error {
         Error::Host(format!(
             "cannot connect to the QMP socket {}: {error}; start QEMU with \
@@ -90,11 +91,11 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// A socket on which another process was in command mode, and was killed. What it had asked may be
-    /// answered, in part, before our first answer comes.
+    /// A socket on which another process was in command mode, and was killed. The answer to that process's last command
+    /// may come, in whole or in part, before this client's first answer.
     pub(crate) fn go_on(stream: UnixStream) -> Result<Qmp> {
         let mut qmp = Qmp::on(stream);
-        // No id of the process before this, which had none.
+        // Differs from the ids of the earlier process, which used none.
         let id = format!("umem-{}", std::process::id());
         let text = format!("{}\n", json!({ "execute": "query-status", "id": id }));
         qmp.reader.get_mut().write_all(text.as_bytes()).map_err(gone)?;
@@ -108,19 +109,19 @@ impl Qmp {
         }
     }
 
-    /// An answer that takes longer is an error from now on.
+    /// From now on an answer that takes longer is an error.
     pub(crate) fn answer_within(&mut self, patience: Duration) {
         self.patience = Some(patience);
     }
 
-    /// The process at the other end, if it is seen from here.
+    /// The process at the other end, if it is visible from here.
     pub(crate) fn process(&self) -> Option<Process> {
         let peer = getsockopt(self.reader.get_ref(), PeerCredentials).ok()?;
         let pid = u32::try_from(peer.pid()).ok()?;
         Some(Process { pid, began: began(pid)? })
     }
 
-    /// Where its socket is, if it has a name.
+    /// The path of its socket, if it has one.
     pub(crate) fn path(&self) -> Option<PathBuf> {
         let peer = self.reader.get_ref().peer_addr().ok()?;
         peer.as_pathname().map(Path::to_owned)
@@ -131,8 +132,8 @@ impl Qmp {
         Ok(self.reader.get_ref().try_clone().context(|| "the QMP socket")?.into())
     }
 
-    /// The process that made the listening socket which this was connected to: mostly the monitor's. None where that
-    /// process has no number here.
+    /// The process that made the listening socket behind this connection: usually the monitor. None if that process has
+    /// no number in this pid namespace.
     pub(crate) fn peer(&self) -> Option<u32> {
         let peer = getsockopt(self.reader.get_ref(), PeerCredentials).ok()?;
         u32::try_from(peer.pid()).ok().filter(|&pid| pid != 0)
@@ -155,7 +156,7 @@ impl Qmp {
         self.answer()
     }
 
-    /// `getfd`: gives the monitor a descriptor that later commands call `fd:NAME`.
+    /// `getfd`: gives the monitor a descriptor, which later commands name as `fd:NAME`.
     pub(crate) fn give_descriptor(&mut self, name: &str, descriptor: BorrowedFd<'_>) -> Result<()> {
         let text = format!("{}\n", json!({ "execute": "getfd", "arguments": { "fdname": name } }));
         let raw = [descriptor.as_raw_fd()];
@@ -168,12 +169,12 @@ impl Qmp {
         self.answer()?.map(drop).map_err(|error| Error::Host(format!("getfd: {error}")))
     }
 
-    /// A property of an object in QEMU's object tree, or `None` where it has none such.
+    /// A property of an object in QEMU's object tree; None if the object has no such property.
     pub(crate) fn property(&mut self, path: &str, property: &str) -> Result<Option<Value>> {
         Ok(self.try_execute("qom-get", json!({ "path": path, "property": property }))?.ok())
     }
 
-    /// Name and type of each child of an object; empty where there is no such object.
+    /// Name and type of each child of an object; empty if the object does not exist.
     pub(crate) fn children(&mut self, path: &str) -> Result<Vec<(String, String)>> {
         let list = self.try_execute("qom-list", json!({ "path": path }))?.unwrap_or_default();
         let text = |item: &Value, key: &str| item[key].as_str().unwrap_or_default().to_owned();
@@ -188,19 +189,19 @@ impl Qmp {
             .collect())
     }
 
-    /// When the guest stopped, as the last event of that said which has come before an answer since this was
-    /// asked before; none where it has been let run since.
+    /// The time of the guest's last stop, from the last STOP event that came before an answer since the previous call;
+    /// None if the guest has been resumed since.
     pub(crate) fn stopped_at(&mut self) -> Option<SystemTime> {
         self.stopped_at.take()
     }
 
-    /// Whether the guest was let run, as an event said that came before the last answer, since this was asked
-    /// before.
+    /// Whether a RESUME event came before the last answer, since the previous call.
     pub(crate) fn has_run(&mut self) -> bool {
         std::mem::take(&mut self.has_run)
     }
 
-    /// Nothing is kept of events but what [`Qmp::stopped_at`] and [`Qmp::has_run`] tell, however many come.
+    /// Events leave only the values of [`Qmp::stopped_at`] and [`Qmp::has_run`]: memory does not grow with their
+    /// number.
     fn answer(&mut self) -> Result<std::result::Result<Value, String>> {
         let until = self.patience.map(|patience| Instant::now() + patience);
         loop {
@@ -227,7 +228,8 @@ impl Qmp {
             .map_err(|error| Error::Host(format!("its QMP answer is not JSON: {error}")))
     }
 
-    /// Reads a line, or what there is before the end, until then: pieces of it do not make that later.
+    /// Reads a line, or the bytes before the end of the stream. The deadline covers the whole line: pieces do not
+    /// extend it.
     fn read_line(&mut self, until: Option<Instant>) -> Result<()> {
         self.line.clear();
         loop {
@@ -264,7 +266,7 @@ impl Qmp {
     }
 }
 
-/// The time that an event carries, if there can be such a time.
+/// The time that an event carries; None if the numbers are no valid time.
 fn happened(timestamp: &Value) -> Option<SystemTime> {
     let part = |name: &str| timestamp[name].as_u64();
     let since_epoch = Duration::from_secs(part("seconds")?)
@@ -283,7 +285,7 @@ fn gone(error: io::Error) -> Error {
     })
 }
 
-/// A connected pair of stream sockets: one end for the monitor, one for us.
+/// A connected pair of stream sockets: one end for the monitor, one for umem.
 pub(crate) fn socket_pair() -> Result<(UnixStream, OwnedFd)> {
     let (ours, theirs) = UnixStream::pair().context(|| "socketpair")?;
     Ok((ours, theirs.into()))
@@ -294,7 +296,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_may_carry_any_time() {
+    fn event_may_carry_any_time() {
         let most = u64::MAX;
         for (timestamp, is_a_time) in [
             (json!({ "seconds": 1, "microseconds": 1 }), true),
@@ -309,7 +311,7 @@ mod tests {
         }
     }
 
-    /// Greets, answers the first command, and then writes this for as long as somebody listens.
+    /// Greets, answers the first command, and then writes `what` until the client closes the connection.
     fn floods(mut monitor: UnixStream, what: &'static [u8]) -> std::thread::JoinHandle<()> {
         std::thread::spawn(move || {
             monitor.write_all(b"{\"QMP\":{}}\n{\"return\":{}}\n").unwrap();
@@ -318,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn events_without_an_end_do_not_make_an_answer_later_than_it_may_be() {
+    fn endless_events_do_not_extend_the_limit_of_an_answer() {
         let (monitor, ours) = UnixStream::pair().unwrap();
         let writer = floods(monitor, b"{\"event\":\"RESUME\"}\n");
         let mut qmp = Qmp::open(ours, "it").unwrap();
@@ -331,19 +333,19 @@ mod tests {
     }
 
     #[test]
-    fn a_greeting_in_pieces_has_the_time_of_one() {
+    fn greeting_in_pieces_has_one_deadline() {
         let (mut monitor, ours) = UnixStream::pair().unwrap();
         let writer = std::thread::spawn(move || while monitor.write_all(b" ").is_ok() {});
         let mut qmp = Qmp::on(ours);
         let until = Instant::now() + Duration::from_millis(50);
-        // It is over by then, or has no end.
+        // The read ends by its deadline, or not at all.
         assert!(qmp.read(Some(until)).is_err());
         drop(qmp);
         writer.join().unwrap();
     }
 
     #[test]
-    fn an_answer_without_an_end_is_not_collected_for_ever() {
+    fn endless_answer_is_an_error_at_the_length_limit() {
         let (monitor, ours) = UnixStream::pair().unwrap();
         let writer = floods(monitor, &[b'x'; 4096]);
         let mut qmp = Qmp::open(ours, "it").unwrap();

@@ -14,7 +14,7 @@ const KINDS: [&dyn MonitorKind; 1] = [&QEMU];
 pub(super) const PRELOADED: &dyn MonitorKind = &QEMU;
 
 impl MonitorSocket {
-    /// The socket of a monitor that speaks QMP.
+    /// The socket of a monitor with QMP.
     #[must_use]
     pub fn qmp(path: PathBuf) -> MonitorSocket {
         MonitorSocket { kind: &QEMU, path }
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn record_of_a_kind_finds_that_kind_and_of_no_kind_is_refused_with_its_name() {
+    fn kind_is_found_by_its_record_and_an_unknown_kind_is_refused_by_name() {
         let record =
             |kind: &str| MonitorRecord { kind: kind.into(), state: serde_json::Value::Null };
         for kind in KINDS {

@@ -1,14 +1,14 @@
-//! Who has the guest run at the destination.
+//! The side that starts the guest at the destination.
 
 use std::str::FromStr;
 
-/// Who decides that the guest stops at the source, and has it run at the destination.
+/// The decision that the guest stops at the source and runs at the destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Switchover {
-    /// Umem, by the monitors of both sides.
+    /// umem stops and starts the guest, through the monitors of both sides.
     #[default]
     Umem,
-    /// A program that manages both monitors: umem tells neither of them to run the guest.
+    /// A program that manages both monitors decides: umem starts the guest on neither side.
     External,
 }
 

@@ -1,5 +1,5 @@
-//! The way to the monitor: through a thread, as talking to it may block, which the control thread never
-//! does; or, where umem is a part of the monitor, through whatever that listens to.
+//! The path to the monitor: a thread, as a monitor's answers may block, which the control thread never does; or, if
+//! umem is embedded in the monitor's program, that program's own event loop.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Sender, channel};
@@ -16,15 +16,15 @@ pub(crate) struct HostThread {
 }
 
 impl HostThread {
-    /// Questions go to `ask`, which does not block; whoever takes them there posts the answers.
+    /// Questions go to `ask`, which does not block; the receiver of the questions posts the answers.
     pub(crate) fn elsewhere(ask: impl Fn(Question) + Send + 'static) -> HostThread {
         HostThread { ask: Box::new(ask) }
     }
 
-    /// Questions are answered on a thread of their own. The thread ends when this is dropped and its
-    /// question is answered; a monitor that never answers keeps the thread, not the process.
+    /// Questions are answered on a thread of their own. The thread ends when this is dropped and the current question
+    /// is answered. A monitor that never answers keeps the thread; the process can still end.
     ///
-    /// A panic is an answer, too: the monitor is there as before, and may be asked to undo what was done.
+    /// A panic is an answer, too: the monitor is unchanged, and may be asked to undo earlier questions.
     fn with(
         mut answer: impl FnMut(Question) -> Answer + Send + 'static,
         post: Post<impl From<Answer> + Send + 'static>,
@@ -69,7 +69,7 @@ impl HostThread {
         HostThread::with(move |question| question.put(&mut *monitor, &mut log), post)
     }
 
-    /// Asks this. The answer comes as a post.
+    /// Asks a question. The answer comes as a post.
     pub(crate) fn ask(&self, question: Question) {
         (self.ask)(question);
     }
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_an_answer_and_the_guest_can_be_resumed_after_it() {
+    fn guest_can_be_resumed_after_a_panic_which_is_an_answer() {
         let inbox = Inbox::<Answer>::new().unwrap();
         let host = HostThread::start(Box::new(Panics), inbox.post()).unwrap();
         host.ask(Question::Stop);

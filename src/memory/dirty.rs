@@ -48,7 +48,7 @@ pub(crate) struct DirtyMap {
     regions: Box<[Bits]>,
     /// log2 of the bytes of each region's pages.
     shifts: Box<[u8]>,
-    /// Regions of whose pages the log does not know all writes.
+    /// Regions to whose pages the log may lose writes.
     unlogged: Box<[AtomicBool]>,
     /// Bytes that have been written and are not marked yet.
     elsewhere: AtomicU64,
@@ -83,14 +83,14 @@ impl DirtyMap {
         !self.unlogged[usize::from(id.0)].load(Relaxed)
     }
 
-    /// No page may be read before it is [let go](DirtyMap::let_go).
+    /// No page may be read before [`let_go`](DirtyMap::let_go) releases it.
     pub(crate) fn hold_back(&self) {
         self.ready.iter().for_each(|ready| ready.store(0, Relaxed));
     }
 
-    /// The first `bytes` of a region may be read. What has been let go is not held back again.
+    /// Releases the first `bytes` of a region for reading. Released pages are not held back again.
     pub(crate) fn let_go(&self, id: RegionId, bytes: u64) {
-        // Marks that were made before are seen with it.
+        // A reader of the value sees the marks that were made before.
         self.ready[usize::from(id.0)].fetch_max(bytes, Release);
     }
 
@@ -99,7 +99,7 @@ impl DirtyMap {
         self.ready.iter().for_each(|ready| ready.store(u64::MAX, Release));
     }
 
-    /// Whether the pages of a region before this one, in landing units, may be read. Ask before taking their bits.
+    /// Whether the pages of a region before `end`, in landing units, may be read. Call this before taking their bits.
     pub(crate) fn is_ready(&self, id: RegionId, end: u64) -> bool {
         let index = usize::from(id.0);
         end << self.shifts[index] <= self.ready[index].load(Acquire)
@@ -147,7 +147,7 @@ impl DirtyMap {
         self.elsewhere.load(Relaxed)
     }
 
-    /// Bytes of all dirty pages, those elsewhere included.
+    /// Bytes of all dirty pages, including those elsewhere.
     #[cfg(test)]
     pub(crate) fn bytes(&self) -> u64 {
         let regions = self.regions.iter().zip(&self.shifts);
@@ -156,20 +156,21 @@ impl DirtyMap {
     }
 }
 
-/// The first pass that leaves out hot pages, which are those that have been found dirty in two passes running. The first
-/// one sends every page, so that a dirty page of the second one has been found dirty once.
+/// The first pass that leaves out hot pages, which are pages found dirty in two consecutive passes. The first pass
+/// sends every page, so that a dirty page of the second one has been found dirty once.
 pub(crate) const LEAVES_OUT_FROM: u32 = 3;
 
-/// What is left of the guest's memory to be sent while it runs, in bytes of pages.
+/// The part of the guest's memory that is still to be sent while the guest runs, in bytes of pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct LeftToSend {
     /// Pages that have been written since they were sent, as far as the dirty log knows.
     pub(crate) dirty_bytes: u64,
-    /// Those of them that the guest writes all the while, so that another pass would leave them out.
+    /// Dirty pages that the guest writes in every pass, so that another pass would leave them out.
     pub(crate) hot_bytes: u64,
-    /// Those of them that the last pass has left out, and that have not been written since.
+    /// Dirty pages that the last pass has left out, and that have not been written since.
     pub(crate) cooled_bytes: u64,
-    /// Beside all of these, pages of regions that no pass sends, as the log may lose writes to them.
+    /// Pages of regions that are not sent in any pass, as the log may lose writes to them. They are not in the other
+    /// counts.
     pub(crate) unlogged_bytes: u64,
 }
 
@@ -178,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_lie_in_units() {
+    fn marked_bytes_mark_their_units() {
         let map = DirtyMap::new(&[(8, 12), (4, 21)]);
         assert!(map.mark_bytes(RegionId(0), 4095, 2));
         assert!(map.mark_bytes(RegionId(1), (2 << 20) - 1, 1));
@@ -195,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_are_held_back_are_let_go_from_the_beginning_on() {
+    fn pages_held_back_are_released_in_order_from_the_beginning() {
         let [first, second] = [RegionId(0), RegionId(1)];
         let map = DirtyMap::new(&[(8, 12), (4, 21)]);
         assert!(map.is_ready(first, 8) && map.is_ready(second, 4));

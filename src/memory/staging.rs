@@ -1,5 +1,5 @@
-//! Contents of guest memory without a file: they come page by page, and wait in a file of umem's own until they have
-//! been sent.
+//! Staging files for contents of guest memory without a file: they come page by page, and wait in a file of umem's own
+//! until they have been sent.
 //!
 //! ```text
 //! writer (one thread)            put, put_zeroes: the page's bytes, then its mark; both under the lock
@@ -100,11 +100,11 @@ impl StagedFile {
 
 /// The files of a migration whose guest has RAM without files.
 pub(crate) struct Staging {
-    /// By region; none if the guest has a file.
+    /// By region; None if the guest has a file for the region.
     files: Vec<Option<StagedFile>>,
     /// Whether pages are summed before they are freed.
     is_checked: bool,
-    /// Who fills the files decides when the guest stops, by how much room there is.
+    /// The writer of the files stops the guest depending on the room in them.
     is_paced: bool,
     state: Mutex<State>,
     /// Notified when there is room, or enough to send.
@@ -124,7 +124,7 @@ struct State {
 }
 
 impl Staging {
-    /// With these files, in the order of the regions.
+    /// A staging of these files, in the order of the regions.
     pub(crate) fn new(files: Vec<Option<StagedFile>>, is_checked: bool) -> Staging {
         let pages = || files.iter().map(|file| file.as_ref().map_or(0, |file| file.pages));
         let summed = |pages: u64| if is_checked { pages } else { 0 };
@@ -141,12 +141,12 @@ impl Staging {
         Staging { files, is_checked, is_paced, state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    /// The same for a writer that stops the guest when it comes to an end, which it does sooner without a limit.
+    /// The same for a writer that stops the guest when the passes converge, which is sooner without a limit.
     pub(crate) fn paced(self) -> Staging {
         Staging { is_paced: true, ..self }
     }
 
-    /// By hand: the passes are to end. Such a writer has no limit from here on.
+    /// By `umem control`: the passes are to end. A paced writer has no limit from here on.
     pub(crate) fn end_passes(&self) {
         if self.is_paced {
             self.keep_all();
@@ -509,7 +509,7 @@ mod tests {
     }
 
     #[test]
-    fn file_has_its_name_from_name_until_remove() {
+    fn file_is_named_from_name_until_remove() {
         let (staging, marks, ram) = staging(false);
         put(&staging, &marks, 3, &[5]);
         let path = staging.files[0].as_ref().unwrap().path().to_owned();

@@ -1,7 +1,7 @@
 //! The guest's memory at the source: read only, its guest stopped, every page sent once.
 //!
-//! Pages here are landing units, which the destination names when it is ready: a page of the file,
-//! or several where the destination's pages are larger.
+//! Pages here are landing units, which the destination's ready frame determines: a page of the file, or several if the
+//! destination's pages are larger.
 
 pub(in crate::source) mod digest;
 mod holes;
@@ -40,17 +40,17 @@ use crate::memory::zero;
 use crate::runtime::bandwidth::Bandwidth;
 use crate::statistics::Counters;
 
-/// The largest page that is answered from a copy: for more a copy costs more than what it saves.
+/// The largest page that is answered from a copy: for a larger one the copy costs more than it saves.
 const ANSWER_BYTES_MAX: u64 = 64 << 10;
 
-/// One region: its file and what of it has been claimed.
+/// One region: its file and the claims of its pages.
 pub(crate) struct SourceRegion {
     pub(crate) ram: RamFile,
-    /// Known from the destination's ready on, long before any page leaves.
+    /// Known from the destination's ready frame on, long before any page is sent.
     landing: OnceLock<Landing>,
 }
 
-/// What is known of a region once its landing unit is.
+/// The state of a region once its landing unit is known.
 struct Landing {
     unit: PageSize,
     claims: Claims,
@@ -61,13 +61,13 @@ struct Landing {
 /// All regions, in the order of the table that went to the destination.
 pub(crate) struct SourceMemory {
     pub(crate) regions: Vec<SourceRegion>,
-    /// The landing table: what page numbers refer to.
+    /// The landing table, whose units page numbers count.
     landing: OnceLock<RegionTable>,
-    /// Pages go while the guest runs.
+    /// Pages are sent while the guest runs.
     has_rounds: bool,
     /// With rounds, once pages can be counted.
     tracked: OnceLock<Tracked>,
-    /// Where the guest has RAM without files: what of it waits to be sent.
+    /// The staging files, if the guest has RAM without files: contents that wait to be sent.
     staging: Option<Arc<Staging>>,
     pub(crate) counters: Arc<Counters>,
     /// The limit of the background.
@@ -80,16 +80,15 @@ pub(crate) struct SourceMemory {
     pub(crate) sequences: Sequences,
     /// The guest has stopped: only from then on are its pages what the destination must get.
     pub(crate) stopped: AtomicBool,
-    /// A zero-copy send was copied by the kernel, or refused for want of locked memory: plain sends are
-    /// cheaper then.
+    /// A zero-copy send was copied by the kernel, or refused for lack of locked memory: plain sends are cheaper then.
     pub(crate) zero_copy_is_copied: AtomicBool,
     /// The destination acknowledges pages, which are freed here.
     pub(crate) releases: bool,
-    /// What leaves has checksums, and runs are short enough for them.
+    /// Sent frames have checksums, and runs are short enough for them.
     pub(crate) is_checked: bool,
-    /// With checksums: what has been freed comes to, and at the end everything.
+    /// With checksums: the digests of freed pages, and at the end those of all pages.
     pub(crate) digests: Digests,
-    /// Something was freed that is not in there, or is not known to be.
+    /// Pages were freed, or may have been freed, without an entry in the digests.
     pub(crate) digest_is_lost: AtomicBool,
     /// Wakes the thread that frees pages, from the switchover on.
     pub(crate) releaser: OnceLock<Waker>,
@@ -124,42 +123,42 @@ impl SourceMemory {
         }
     }
 
-    /// With a limit of the background.
+    /// Sets the limit of the background.
     pub(crate) fn limited(self, bandwidth: Arc<Bandwidth>) -> SourceMemory {
         SourceMemory { bandwidth, ..self }
     }
 
-    /// With checksums or without.
+    /// Sets whether there are checksums.
     pub(crate) fn checked(self, is_checked: bool) -> SourceMemory {
         SourceMemory { is_checked, ..self }
     }
 
-    /// With rounds or without.
+    /// Sets whether there are rounds.
     pub(crate) fn in_rounds(self, has_rounds: bool) -> SourceMemory {
         SourceMemory { has_rounds, ..self }
     }
 
-    /// With regions whose contents come from elsewhere.
+    /// Sets the staging files of regions whose contents come with a stream.
     pub(crate) fn staged(self, staging: Option<Arc<Staging>>) -> SourceMemory {
         SourceMemory { staging, ..self }
     }
 
-    /// What a region's pages wait in, where they come from elsewhere.
+    /// The staging files of a region, if its contents come with a stream.
     fn staging_of(&self, id: RegionId) -> Option<&Staging> {
         self.staging.as_deref().filter(|staging| staging.has(id))
     }
 
-    /// By hand: the passes are to end, also those whose end is another program's to decide.
+    /// By `umem control`: the passes are to end, including passes whose end another program decides.
     pub(crate) fn end_passes(&self) {
         self.staging.iter().for_each(|staging| staging.end_passes());
     }
 
-    /// Whether a region's file is umem's own.
+    /// Whether a region's file is a staging file of umem's own.
     pub(crate) fn is_own(&self, id: RegionId) -> bool {
         self.staging_of(id).is_some()
     }
 
-    /// Where files of umem's own have the guest's memory, another process finds them from here on.
+    /// Names the staging files: from here on another process finds the guest's memory in them.
     pub(crate) fn name_files(&self) -> Result<()> {
         self.staging.as_ref().map_or(Ok(()), |staging| staging.name())
     }
@@ -186,14 +185,14 @@ impl SourceMemory {
         RegionTable::new(regions).map_err(|error| Error::Usage(error.to_string()))
     }
 
-    /// The destination is ready and has named the units: pages can be counted from here on. It says
-    /// so once, which the wire's receiver has checked.
+    /// The destination is ready and has named the units: from here on pages can be counted. The wire's receiver has
+    /// checked that this happens once.
     pub(crate) fn land(&self, landing: RegionTable) {
         self.land_keeping(landing, |_, _| Ok(None)).expect("nothing that could fail is asked for");
     }
 
-    /// The same. `freed` gives words that keep what has been acknowledged of each region, where another
-    /// process may take over.
+    /// The same. `freed` provides the words that record the acknowledged pages of each region, if another process may
+    /// take over.
     pub(crate) fn land_keeping(
         &self,
         landing: RegionTable,
@@ -225,8 +224,8 @@ impl SourceMemory {
         Ok(())
     }
 
-    /// The guest has gone, and a process before this has sent its pages: what the destination misses of
-    /// them it will say.
+    /// The guest has left, and an earlier umem process has sent its pages: the destination reports the pages that it
+    /// misses.
     pub(crate) fn has_left(&self) {
         self.regions.iter().for_each(|region| region.claims().claim_all());
         self.stopped.store(true, Release);
@@ -244,18 +243,17 @@ impl SourceMemory {
         &self.regions[usize::from(id.0)]
     }
 
-    /// Claims a page that somebody waits for; false when it has left already.
+    /// Claims a demanded page; false if the page has been sent already.
     pub(crate) fn claim_demanded(&self, id: RegionId, page: u64) -> bool {
         self.region(id).claims().claim(page)
     }
 
-    /// A page that has been claimed, as it is sent: header and contents are appended to `answer`.
-    /// Only what is larger than [`ANSWER_BYTES_MAX`] comes back, to be sent from the mapping. `holes` is
-    /// room for the answer to what a page is, and remembers nothing.
+    /// Sends a claimed page: appends header and contents to `answer`. Returns only contents larger than
+    /// [`ANSWER_BYTES_MAX`], to be sent from the mapping. `holes` is a buffer for the query of the page's kind, without
+    /// state of its own.
     ///
-    /// A small page is read from its file and not through the mapping: that takes one system call in
-    /// place of two (a hole must not be touched) and the mapping's page fault, and leaves one piece to
-    /// send.
+    /// A small page is read from its file and not through the mapping: that takes one system call instead of two (a
+    /// hole must not be touched) and the mapping's page fault, and leaves one piece to send.
     pub(crate) fn answer(
         &self,
         page: PageRange,
@@ -278,7 +276,7 @@ impl SourceMemory {
         let contents = start + HEADER_BYTES;
         answer.resize(contents + usize::try_from(unit).expect("64-bit Linux"), 0);
         region.ram.read_into(&mut answer[contents..], offset)?;
-        // What has been read is the guest's only if the file was still whole then.
+        // The bytes read are the guest's only if the file was still whole at that time.
         region.ram.check()?;
         if !zero::slice_is_zero(&answer[contents..]) {
             let header = sealer.page(page, &answer[contents..]);
@@ -289,7 +287,7 @@ impl SourceMemory {
         holes.look_at(&region.ram, offset, unit)?;
         let kind = match holes.kind(&region.ram, offset, unit)? {
             RunKind::Hole => RunKind::Hole,
-            // The guest has stopped: what was zero is zero.
+            // The guest has stopped, so zero pages stay zero.
             RunKind::Data | RunKind::Zero => RunKind::Zero,
         };
         let run = Run { kind, range: page };
@@ -298,7 +296,7 @@ impl SourceMemory {
         Ok((run, None))
     }
 
-    /// Notes that a run has been handed to the kernel, and whether it was asked for.
+    /// Notes that a run has been handed to the kernel, and whether it was demanded.
     pub(crate) fn count(&self, run: &Run, demanded: bool) {
         let bytes = self.bytes(run.range);
         Counters::add(
@@ -319,13 +317,13 @@ impl SourceMemory {
         range.pages * self.region(range.region).unit().bytes()
     }
 
-    /// What came on a lane cannot be read; called once for each lane.
+    /// The error for undecodable bytes of a lane; called once for each lane.
     pub(crate) fn received(&self, lane: &str, error: &ReceiveError) -> Error {
         Counters::add(&self.counters.checksum_errors, error.is_corruption().into());
         Error::received("destination", lane, error)
     }
 
-    /// The destination has made these pages its own: they may be freed once the guest is.
+    /// The destination has cached these pages: they may be freed once the guest has been given away.
     pub(crate) fn acknowledged(&self, range: PageRange, lane: &str) -> Result<()> {
         if !self.stopped.load(Acquire) {
             return Err(Error::protocol(lane, "an acknowledgement before the guest had stopped"));
@@ -347,8 +345,8 @@ impl SourceMemory {
         Ok(())
     }
 
-    /// New lanes: what the destination has of these pages, a bit each, and so what is still to be sent.
-    /// Nothing is sent meanwhile.
+    /// New lanes: records which of these pages the destination has, a bit each; the others are still to be sent. Pages
+    /// are not sent meanwhile.
     pub(crate) fn account(&self, range: PageRange, words: &[u64], lane: &str) -> Result<()> {
         let region = self.region(range.region);
         let strange = |page: u64, what: &str| {
@@ -368,14 +366,14 @@ impl SourceMemory {
         Ok(())
     }
 
-    /// Every page has been accounted for: they may be claimed again, beside what has come in all.
+    /// Every page has been accounted for: pages may be claimed again. `totals` counts all pages that have arrived.
     pub(crate) fn accounted(&self, totals: &Totals) {
         self.regions.iter().for_each(|region| region.claims().free_blocks());
         self.counters.set(totals);
         self.releaser.get().into_iter().for_each(Waker::wake);
     }
 
-    /// A run as it is sent, at once: its header, and its pages if they go with it.
+    /// A run to be sent now: its header, and its pages if they are sent with it.
     pub(crate) fn pieces(
         &self,
         run: &Run,
@@ -390,7 +388,7 @@ impl SourceMemory {
         Ok((header.map_err(|Gone| self.region(run.range.region).ram.gone())?, contents))
     }
 
-    /// Takes the files for this migration: none of them may be another one's, nor any byte of them here twice.
+    /// Claims the files for this migration: a file of another migration is refused, and so is a byte in two regions.
     pub(crate) fn claim(&self, after_a_dead: bool) -> Result<()> {
         for (index, region) in self.regions.iter().enumerate() {
             let identity = region.ram.identity()?;
@@ -409,14 +407,14 @@ impl SourceMemory {
         Ok(())
     }
 
-    /// The guest has stopped, or there is none and these are snapshots: from here on the files change no more,
-    /// but for what is freed here.
+    /// The guest has stopped, or these are snapshots without a guest: from here on the files change only by pages that
+    /// are freed here.
     pub(crate) fn fix(&self, are_snapshots: bool) -> Result<()> {
         self.regions.iter().try_for_each(|region| region.ram.fix(are_snapshots))
     }
 
-    /// Fails where a file of these runs, which are about to leave, is not as it was: what was looked for in it
-    /// may not have been there any more.
+    /// Fails if a file of these runs, which are about to be sent, has changed: pages that were read from it may have
+    /// been gone by then.
     pub(crate) fn check_runs(&self, runs: &[Run]) -> Result<()> {
         let mut last = None;
         for run in runs {
@@ -428,8 +426,8 @@ impl SourceMemory {
         Ok(())
     }
 
-    /// Fails where any file is not as it was. With `sums` its contents have been compared, which says more than
-    /// when it was modified: only its length counts then.
+    /// Fails if any file has changed. With `sums` the contents have been compared, which is stronger evidence than the
+    /// time of modification: only the length is checked then.
     pub(crate) fn check_files(&self, sums: bool) -> Result<()> {
         self.regions.iter().try_for_each(|region| match sums {
             true => region.ram.check_length(),
@@ -437,7 +435,7 @@ impl SourceMemory {
         })
     }
 
-    /// A send that came to nothing: where that is for the memory and not for the connection, why.
+    /// The reason of a failed send, if the reason is the memory and not the connection.
     pub(crate) fn why_unsent(&self, runs: &[Run], errno: Option<i32>) -> Result<()> {
         self.check_files(false)?;
         match runs.first() {
@@ -460,9 +458,8 @@ impl SourceMemory {
         if run.kind == RunKind::Data { self.bytes(run.range) } else { 0 }
     }
 
-    /// The pages of a data run, to be sent: from the mapping, but where one landing unit holds holes
-    /// of the file from a copy, as a send would allocate them. A unit over [`RUN_BYTES_MAX`] is not
-    /// copied, and its holes are allocated.
+    /// The pages of a data run, to be sent: from the mapping, or from a copy if one landing unit holds holes of the
+    /// file, which a send would allocate. A unit over [`RUN_BYTES_MAX`] is not copied, and its holes are allocated.
     fn contents(&self, range: PageRange) -> Result<Memory> {
         let region = self.region(range.region);
         let (offset, len) = (range.first * region.unit().bytes(), self.bytes(range));
@@ -473,14 +470,14 @@ impl SourceMemory {
         Ok(Memory::from(region.ram.span(offset, len)))
     }
 
-    /// What the files hold in memory.
+    /// Bytes of memory that the files hold.
     pub(crate) fn allocated_bytes(&self) -> Result<u64> {
         let mut files = BTreeMap::new();
         for SourceRegion { ram, .. } in &self.regions {
             let (bytes, _) = files.entry(ram.identity()?).or_insert((0, ram));
             *bytes += ram.bytes;
         }
-        // Of a file that is longer than its regions there may be more.
+        // A file that is longer than its regions may hold more.
         files.values().map(|(bytes, ram)| Ok(ram.file_bytes()?.min(*bytes))).sum()
     }
 
@@ -498,7 +495,7 @@ impl SourceRegion {
         &self.landing().claims
     }
 
-    /// Takes some of what was acknowledged, as ranges of bytes (offset and length): the caller frees it.
+    /// Takes some of the acknowledged pages, as ranges of bytes (offset and length); the caller frees them.
     pub(crate) fn take_acknowledged(&self, mut range: impl FnMut(u64, u64)) {
         if let Some(acks) = &self.landing().acks {
             let unit = self.unit().bytes();
@@ -550,7 +547,7 @@ mod tests {
         runs.iter().map(|run| (run.kind, run.range.first, run.range.pages)).collect()
     }
 
-    /// What a demand for a page brings, if it brings anything.
+    /// The result of a demand for a page, if there is one.
     fn demanded(memory: &SourceMemory, page: u64) -> Option<RunKind> {
         let region = RegionId(0);
         let unit = memory.region(region).unit().bytes() as usize;
@@ -569,7 +566,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_a_header_and_the_page() {
+    fn answer_is_a_header_and_the_page() {
         let memory = memory();
         let mut answer = Vec::new();
         for page in [5, 7] {
@@ -584,7 +581,7 @@ mod tests {
     }
 
     #[test]
-    fn holes_and_zeroes_are_told_from_data() {
+    fn holes_and_zeroes_are_distinguished_from_data() {
         let expected = [
             (RunKind::Hole, 0, 5),
             (RunKind::Data, 5, 2),
@@ -601,7 +598,7 @@ mod tests {
     }
 
     #[test]
-    fn larger_units_are_data_if_any_of_their_pages_is() {
+    fn large_unit_is_data_if_any_of_its_pages_is() {
         let small = PageSize::from_shift(14).unwrap();
         let memory = memory_in(small);
         let expected = [
@@ -631,7 +628,7 @@ mod tests {
     }
 
     #[test]
-    fn a_unit_with_holes_is_sent_from_a_copy() {
+    fn unit_with_holes_is_sent_from_a_copy() {
         let memory = memory_in(PageSize::SIZE_2M);
         let first = PageRange { region: RegionId(0), first: 0, pages: 1 };
         let Memory::Bytes(bytes) = memory.contents(first).unwrap() else { panic!("no copy") };
@@ -648,7 +645,7 @@ mod tests {
     }
 
     #[test]
-    fn a_demanded_page_leaves_once() {
+    fn demanded_page_is_sent_once() {
         let memory = memory();
         let demand = |page| demanded(&memory, page);
         assert_eq!(demand(6), Some(RunKind::Data));
@@ -661,7 +658,7 @@ mod tests {
     }
 
     #[test]
-    fn the_walk_goes_on_from_the_last_demand() {
+    fn walk_continues_from_the_last_demand() {
         let memory = memory();
         let mut walk = Walk::new(&memory, 0, 1);
         let mut runs = Vec::new();

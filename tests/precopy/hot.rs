@@ -1,5 +1,5 @@
-//! Pages that the guest writes in each pass. Both sides run in this process, and the test relays the bulk lane: it sees
-//! which pages leave, and in which order.
+//! Pages that the guest writes in each pass. Both sides run in this process. The test relays the bulk lane, which shows
+//! which pages are sent, and in which order.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -22,21 +22,22 @@ const PAGE: u64 = 4096;
 const PAGES: u64 = 4096;
 const BYTES: u64 = PAGES * PAGE;
 
-/// Written in each pass: here and there, behind what is written once.
+/// Written in each pass, spread among and behind the pages that are written once.
 const HOT: [u64; 16] =
     [700, 701, 702, 900, 1500, 1501, 2047, 2048, 2500, 3000, 3001, 3100, 3333, 3500, 3800, 4095];
 
-/// Pages before these are written once, during this many passes and the stop: half of those that are left each time.
+/// Pages before these are written once, in one of this many passes or at the stop: each time half of the remaining
+/// ones.
 const COLD: u64 = 512;
 
-/// Pages that have left on the bulk lane, in their order.
+/// Pages that were sent on the bulk lane, in order.
 #[derive(Default)]
 struct Left {
     in_rounds: Vec<u64>,
     after: Vec<u64>,
 }
 
-/// Relays a bulk lane to the destination, and reads what crosses.
+/// Relays a bulk lane to the destination, and parses its frames.
 fn relay(mut source: UnixStream, mut destination: UnixStream) -> JoinHandle<Left> {
     let clone = |socket: &UnixStream| socket.try_clone().expect("a descriptor");
     let (mut back, mut to) = (clone(&destination), clone(&source));
@@ -79,7 +80,7 @@ fn relay(mut source: UnixStream, mut destination: UnixStream) -> JoinHandle<Left
     })
 }
 
-/// The guest's memory at the source, and how often each page has been written.
+/// The guest's memory at the source, and the number of writes of each page.
 struct Guest {
     file: File,
     generations: BTreeMap<u64, u64>,
@@ -102,7 +103,7 @@ impl Guest {
     }
 }
 
-/// Moves the guest. Returns what left on the bulk lane, and the number of passes.
+/// Moves the guest. Returns the pages sent on the bulk lane, and the number of passes.
 fn moved(postcopy: bool) -> (Left, u64) {
     let mut guest = Guest::new();
     let ram = File::from(memfd_create(c"there", MFdFlags::MFD_CLOEXEC).expect("a memfd"));
@@ -171,15 +172,15 @@ fn moved(postcopy: bool) -> (Left, u64) {
     let wrong: Vec<_> =
         (0..).zip(pages).filter(|(_, (a, b))| a != b).map(|(page, _)| page).collect();
     assert_eq!(wrong, Vec::<u64>::new(), "pages are wrong");
-    // SAFETY: our own mapping, which has no user any more.
+    // SAFETY: this process's own mapping, which has no other user any more.
     unsafe { munmap(start, BYTES as usize) }.expect("it is mapped");
     (left, passes)
 }
 
-/// Pages that are written once go once more. Hot ones go in the first two passes, in none of the later ones, and then
-/// first.
+/// Pages that are written once are sent once more. Hot pages are sent in the first two passes, in none of the later
+/// ones, and first after the switchover.
 #[test]
-fn pages_that_are_written_in_each_pass_are_sent_in_two_passes_and_first_after_the_switchover() {
+fn pages_written_in_each_pass_are_sent_in_two_passes_and_first_after_the_switchover() {
     for postcopy in [true, false] {
         let (left, passes) = moved(postcopy);
         // 4 pages and the 16 hot ones: more than 0.7 of these are hot.

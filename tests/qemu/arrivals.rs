@@ -33,7 +33,7 @@ fn moves_by_postcopy(version: QemuVersion) {
 }
 
 #[test]
-fn remaining_pages_come_after_an_interrupt_without_background() {
+fn remaining_pages_arrive_after_an_interrupt_without_background() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V10_0);
     let source = boot(&machine, &scratch);
@@ -53,7 +53,7 @@ fn remaining_pages_come_after_an_interrupt_without_background() {
 }
 
 #[test]
-fn all_pages_come_before_the_switchover_with_stop_first() {
+fn all_pages_arrive_before_the_switchover_with_stop_first() {
     let scratch = Scratch::new();
     let machine = Machine::linux(QemuVersion::V7_2);
     let source = boot(&machine, &scratch);

@@ -22,8 +22,8 @@ fn ballooned_pages_of_private_memory_read_as_zeroes() {
     gives_back(QemuVersion::V10_0, true, "zeroes", POSTCOPY);
 }
 
-/// What the host has of a guest's pages may read as anything, as virtio leaves it undefined: a page that was given back after a
-/// pass had sent it has its old contents. All other pages are as the guest wrote them.
+/// A guest's pages in its balloon may read as any bytes, as virtio leaves their contents undefined: a page that was
+/// given back after a pass had sent it has its old contents. All other pages are as the guest wrote them.
 #[test]
 fn ballooned_pages_leave_others_whole_in_passes_while_the_guest_runs() {
     let slowly = ["--max-bandwidth", "64M", "--max-postcopy-bandwidth", "32M"];
@@ -34,8 +34,8 @@ fn ballooned_pages_leave_others_whole_in_passes_while_the_guest_runs() {
     gives_back(QemuVersion::V10_0, false, "any", &[]);
 }
 
-/// The guest puts pages into its balloon, and reports others as free, all the while. It checks that they read as zeroes
-/// then, unless they read as anything, and other pages as written.
+/// The guest puts pages into its balloon, and reports others as free, all the time. It checks that these pages read as
+/// zeroes, unless any contents are allowed, and other pages as written.
 fn gives_back(version: QemuVersion, becomes_private: bool, given: &str, options: &[&str]) {
     let scratch = Scratch::new();
     let machine = Machine {

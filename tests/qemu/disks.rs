@@ -1,5 +1,5 @@
-//! Guests that read a slow disk past QEMU's page cache (cache=none) all the while: QEMU, or the kernel, writes into
-//! pages of the guest's that were chosen long before.
+//! Guests that read a slow disk past QEMU's page cache (cache=none) all the time: QEMU, or the kernel, writes into
+//! guest pages that were chosen long before.
 
 use crate::boot;
 use crate::destination::Destination;
@@ -32,17 +32,17 @@ fn reads_a_slow_disk(aio: &str, options: &[&str]) {
 const HYBRID: [&str; 4] = ["--precopy", "-p", "--downtime-limit", "0"];
 
 #[test]
-fn guest_that_reads_a_slow_disk_by_threads_is_moved_in_rounds() {
+fn guest_reading_a_slow_disk_by_threads_moves_in_rounds() {
     reads_a_slow_disk("threads", &HYBRID);
 }
 
 #[test]
-fn guest_that_reads_a_slow_disk_by_native_aio_is_moved_in_rounds() {
+fn guest_reading_a_slow_disk_by_native_aio_moves_in_rounds() {
     reads_a_slow_disk("native", &HYBRID);
 }
 
 #[test]
-fn guest_that_reads_a_slow_disk_by_io_uring_is_moved_in_rounds() {
+fn guest_reading_a_slow_disk_by_io_uring_moves_in_rounds() {
     reads_a_slow_disk("io_uring", &HYBRID);
     reads_a_slow_disk("io_uring", &["--downtime-limit", "0"]);
 }

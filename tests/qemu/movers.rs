@@ -493,7 +493,7 @@ fn run_state_is_carried_and_restored_after_a_failure() {
 
 /// Asleep (S3), from which a guest is woken.
 #[test]
-fn suspended_guest_stays_suspended_where_qemu_supports_it() {
+fn suspended_guest_stays_suspended_if_qemu_supports_it() {
     let scratch = Scratch::new();
     let machine = Machine::bare(QemuVersion::V10_0);
     let mut source = machine.start(&scratch);

@@ -1,4 +1,4 @@
-//! Guests that arrive in QEMU's own memory: nothing is said of their RAM on QEMU's command line but its size.
+//! Guests that arrive in QEMU's own memory: QEMU's command line gives only the size of their RAM.
 
 use std::fs::{self, File};
 
@@ -9,7 +9,7 @@ use crate::support::{
 };
 use crate::{boot, booted, incoming, migrate, says};
 
-/// The options of a machine with its main memory in the backend of a name.
+/// The options of a machine with its main memory in the backend of this name.
 fn named(words: Vec<String>, name: &str) -> Vec<String> {
     let backend = format!("id={name},");
     let main = format!("memory-backend={name}");
@@ -27,7 +27,7 @@ fn source(machine: &Machine, scratch: &Scratch) -> Qemu {
     source
 }
 
-/// The words of a destination whose main memory is QEMU's own, and whose DIMMs and nodes are without files.
+/// The words of a destination with its main memory in QEMU's own RAM, and with DIMMs and nodes without files.
 fn own(machine: &Machine, scratch: &Scratch) -> Vec<String> {
     let words = machine.command_line(scratch, Side::Destination);
     let is_main = |word: &String| word.starts_with("memory-backend-file,id=ram0,");
@@ -48,7 +48,7 @@ fn own(machine: &Machine, scratch: &Scratch) -> Vec<String> {
     own
 }
 
-/// One with the backend of its main memory given these properties.
+/// The words with these properties for the backend of the main memory.
 fn with_backend(words: &[String], backend: &str) -> Vec<String> {
     let words = words.iter().map(|word| match word.starts_with("q35") {
         true => format!("{word},memory-backend=pc.ram"),
@@ -64,7 +64,7 @@ fn destination(
     options: &[&str],
 ) -> Destination {
     let mut destination = Destination::by(words, machine, scratch, options, "tcp:127.0.0.1:0");
-    // As long as the guest's memory is.
+    // The file's length is the guest's memory.
     let file = |ram: &Ram| machine.ram_file(scratch, Side::Source, ram.id);
     destination.ram_files = machine.ram.iter().map(file).collect();
     destination
@@ -81,7 +81,7 @@ fn arrives(machine: &Machine, options: &[&str]) {
     moved.end();
 }
 
-/// As QEMU has it: its RAM is in no child that it forks.
+/// As QEMU requests: its RAM is in no child that it forks.
 fn is_kept_from_children(pid: u32, ram: &[Ram]) {
     let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the guest runs");
     let (mut kib, mut found) = (0, 0);
@@ -115,7 +115,7 @@ fn guest_moves_into_default_ram_with_the_source_stopped_first() {
 }
 
 #[test]
-fn memory_of_dimms_and_of_nodes_moves_into_backends_without_files() {
+fn memory_of_dimms_and_nodes_moves_into_backends_without_files() {
     let [main, dimm] = [Ram { id: "ram0", mib: 256 }, Ram { id: "ram1", mib: 256 }];
     let guest = "umem.mib=288 memhp_default_state=online".into();
     arrives(
@@ -128,7 +128,7 @@ fn memory_of_dimms_and_of_nodes_moves_into_backends_without_files() {
 
 /// The default memory beside a DIMM that is in a file.
 #[test]
-fn kinds_of_memory_may_differ() {
+fn guest_moves_between_different_kinds_of_memory() {
     let scratch = Scratch::new();
     let [main, dimm] = [Ram { id: "ram0", mib: 256 }, Ram { id: "ram1", mib: 256 }];
     let machine = Machine {
@@ -154,7 +154,7 @@ fn kinds_of_memory_may_differ() {
     moved.end();
 }
 
-/// What QEMU has allocated before it is asked where its memory is would never be missing.
+/// Memory that QEMU has allocated before it reports its addresses would never be missing.
 #[test]
 fn preallocated_memory_is_emptied_before_the_guest_arrives() {
     for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
@@ -180,7 +180,7 @@ fn locked_memory_is_refused() {
 }
 
 #[test]
-fn shared_memory_whose_file_umem_cannot_see_is_refused() {
+fn shared_memory_without_a_visible_file_is_refused() {
     for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
         let scratch = Scratch::new();
         let machine = Machine::bare(version);
@@ -192,7 +192,7 @@ fn shared_memory_whose_file_umem_cannot_see_is_refused() {
 }
 
 #[test]
-fn pages_of_default_ram_that_go_into_the_balloon_read_as_zeroes() {
+fn ballooned_pages_of_default_ram_read_as_zeroes() {
     for version in [QemuVersion::V7_2, QemuVersion::V10_0] {
         let scratch = Scratch::new();
         let machine = Machine {
@@ -205,7 +205,7 @@ fn pages_of_default_ram_that_go_into_the_balloon_read_as_zeroes() {
         let mut source = source(&machine, &scratch);
         source.serial.beat("pages given to the host", |beat| beat.given > 100);
         let destination = destination(&machine, &scratch, &own(&machine, &scratch), &[]);
-        // Slowly, so that most pages are given back before they come.
+        // Slowly, so that most pages are given back before they arrive.
         let umem = migrate(&source, &destination.uri, &["-p", "--max-postcopy-bandwidth", "32M"]);
         let mut moving = Moving { source, umem, destination };
         moving.umem.event("running");
@@ -260,7 +260,7 @@ fn survives_the_death_of_its_umems(words: impl Fn(&Machine, &Scratch) -> Vec<Str
         Umem::start([command, "--json", "--session-dir", &sessions, "--resume", &session])
     };
     moving.destination.umem.kill();
-    // The relay's lanes begin anew.
+    // The relay's lanes begin again.
     cutter.cut(Ends::Both, false);
     moving.destination.umem = resume("incoming");
     moving.umem.event("running");
@@ -280,23 +280,23 @@ fn survives_the_death_of_its_umems(words: impl Fn(&Machine, &Scratch) -> Vec<Str
         }
     }
     let mut moved = moving.complete();
-    // Who has taken over is not the QEMU's parent, and has ended.
+    // The umem that has taken over is not the QEMU's parent, and has ended.
     assert!(moved.destination.umem.wait().success());
     Qmp::connect(&moved.destination.qmp).quit();
     moved.source.qmp.quit();
     assert_eq!(fs::read_dir(&sessions).expect("it is there").count(), 0);
 }
 
-/// QEMU's log is right for TCG from 9.0 on.
+/// QEMU's log is complete for TCG from 9.0 on.
 #[test]
 fn guest_moves_into_default_ram_while_it_runs_at_its_source() {
     let machine = Machine { guest: "umem.mib=64".into(), ..Machine::linux(QemuVersion::V10_0) };
     arrives(&machine, &["--precopy", "--checksum"]);
 }
 
-/// The rest comes after the switchover: pages that came before and were written since are missing until then.
+/// The rest is sent after the switchover: pages that were sent before and written since are missing until then.
 #[test]
-fn pages_that_remain_of_rounds_are_missing_in_default_ram() {
+fn pages_remaining_after_rounds_are_missing_in_default_ram() {
     let guest = "umem.mib=64 umem.write=90".into();
     let machine = Machine { guest, ..Machine::linux(QemuVersion::V10_0) };
     for options in [["--lanes", "1"], ["--lanes", "2"]] {
@@ -313,7 +313,7 @@ fn pages_that_remain_of_rounds_are_missing_in_default_ram() {
     }
 }
 
-/// Neither command line has more about RAM than its size.
+/// Neither command line specifies more about RAM than its size.
 #[test]
 fn guest_moves_from_default_ram_into_default_ram() {
     let machine = |source_ram| Machine {
@@ -327,7 +327,7 @@ fn guest_moves_from_default_ram_into_default_ram() {
         let words = own(&machine(SourceRam::File), &scratch);
         let mut destination =
             Destination::by(&words, &machine(SourceRam::File), &scratch, &[], "tcp:127.0.0.1:0");
-        // As long as the guest's memory is.
+        // The file's length is the guest's memory.
         let length = scratch.path("length");
         fs::File::create(&length).and_then(|file| file.set_len(256 << 20)).expect("a file");
         destination.ram_files = vec![length];
@@ -387,7 +387,7 @@ fn default_ram_moves_into_default_ram() {
 }
 
 #[test]
-fn a_memory_file_moves_into_a_memory_file() {
+fn memory_file_moves_into_a_memory_file() {
     let memfd = |machine: &Machine, scratch: &Scratch| {
         let words = with_backend(&own(machine, scratch), "memory-backend-memfd,share=on");
         words.iter().map(|word| word.replace("pc.ram", "ram0")).collect()
@@ -395,9 +395,9 @@ fn a_memory_file_moves_into_a_memory_file() {
     moves_without_files(SourceRam::Memfd, memfd, &["--precopy", "-p"], "shared");
 }
 
-/// The device discards what is not plugged as its state is loaded, when the guest's pages may be there already.
+/// The device discards its unplugged memory when its state is loaded; the guest's pages may have landed there by then.
 #[test]
-fn a_guest_with_virtio_mem_moves_into_memory_without_files() {
+fn guest_with_virtio_mem_moves_into_memory_without_files() {
     for (version, options) in [
         (QemuVersion::V7_2, &["-p"][..]),
         (QemuVersion::V10_0, &["-p"]),
@@ -414,7 +414,7 @@ fn a_guest_with_virtio_mem_moves_into_memory_without_files() {
             let device = "virtio-mem-pci,id=vmem,memdev=mem1,requested-size=64M";
             let words = ["-m", "256M,maxmem=1G", "-object", &backend, "-device", device];
             let extra = words.map(str::to_owned).into();
-            // Room for what may be plugged takes some of its memory.
+            // The pluggable range takes some of its memory.
             Machine { guest: "umem.mib=64".into(), extra, ..Machine::linux(version) }
         };
         let source = source(&machine(Side::Source), &scratch);

@@ -1,5 +1,6 @@
-//! Migrations that another program begins: it tells both QEMUs what to do, umem carries the stream between them, and
-//! the program lets the guest run at the destination when the source's QEMU has completed its migration.
+//! Migrations that another program begins: this manager sends the commands to both QEMUs, umem carries the stream
+//! between them, and the manager starts the guest at the destination when the source's QEMU has completed its
+//! migration.
 
 use std::path::{Path, PathBuf};
 
@@ -13,10 +14,10 @@ use crate::support::{
 };
 use crate::{NOBODY, boot, says};
 
-/// What a management tool switches on, at the source.
+/// The capabilities that a management tool switches on at the source.
 const MANAGED: &[&str] = &["return-path", "switchover-ack", "pause-before-switchover"];
 
-/// Our Linux guest, whose memory is QEMU's own.
+/// The tests' Linux guest, whose memory is QEMU's own.
 fn machine() -> Machine {
     let guest = "umem.mib=96".into();
     Machine { source_ram: SourceRam::Default, guest, ..Machine::linux(QemuVersion::V10_0) }
@@ -37,7 +38,7 @@ fn unix(path: &Path) -> String {
     format!("unix:{}", path.display())
 }
 
-/// A migration under external management, up to both umems.
+/// A migration under external management, with both umems started.
 struct Managed {
     source: Qemu,
     umem: Umem,
@@ -48,7 +49,7 @@ struct Managed {
 }
 
 impl Managed {
-    /// Umems with these options, through a relay where one is given.
+    /// Starts umems with these options, through a relay if one is given.
     fn start(
         scratch: &Scratch,
         machine: &Machine,
@@ -63,14 +64,14 @@ impl Managed {
         Managed { source, umem, destination, arriving, socket }
     }
 
-    /// The manager has the source migrate, once umem waits for that.
+    /// The manager tells the source to migrate, once umem waits for that.
     fn migrate(&mut self, capabilities: &[&str]) {
         self.umem.event("listening");
         self.begin(capabilities);
     }
 
     fn begin(&mut self, capabilities: &[&str]) {
-        // A guest that writes all the while stops in the end, also on a slow machine.
+        // A guest that writes all the time stops in the end, also on a slow machine.
         let fast = json!({ "max-bandwidth": 1_u64 << 40, "downtime-limit": 3000 });
         self.source.qmp.execute("migrate-set-parameters", fast);
         set(&mut self.source.qmp, capabilities);
@@ -82,7 +83,7 @@ impl Managed {
         }
     }
 
-    /// With `-n` what the guest does not touch waits for a signal: there is something left until then.
+    /// With `-n` pages that the guest does not touch wait for a signal: some pages are left until then.
     fn send_the_rest(&mut self) {
         wait_for("the rest to be sent", || {
             let is_sent = self.umem.stderr().contains("sending the remaining pages");
@@ -101,7 +102,7 @@ impl Managed {
         });
     }
 
-    /// The source has completed: the manager lets the guest run at the destination, where all of its memory comes.
+    /// The source has completed: the manager starts the guest at the destination, where all of its memory arrives.
     fn completes(mut self) {
         wait_for("the source's migration to complete", || {
             let status = migration(&mut self.source.qmp);
@@ -136,7 +137,7 @@ impl Managed {
         assert_eq!(self.source.serial.last_beat().number, last.number, "both guests run");
     }
 
-    /// The migration has come to nothing: the source's QEMU has its guest go on by itself.
+    /// The migration has failed: the source's QEMU itself resumes its guest.
     fn goes_on_at_the_source(mut self, status: &str) {
         wait_for(format!("the source's migration to have {status}"), || {
             (migration(&mut self.source.qmp) == status).then_some(())
@@ -152,7 +153,7 @@ fn external_destination(machine: &Machine, scratch: &Scratch) -> (Destination, Q
     listening_destination(machine, scratch, &["--switchover", "external"])
 }
 
-/// A `umem incoming` whose QEMU listens by its manager's word.
+/// A `umem incoming` whose QEMU listens by its manager's command.
 fn listening_destination(
     machine: &Machine,
     scratch: &Scratch,
@@ -182,7 +183,7 @@ fn direct(_: &str) -> Option<String> {
 }
 
 #[test]
-fn guest_is_moved_whose_manager_begins_the_migration() {
+fn guest_moves_when_its_manager_begins_the_migration() {
     let scratch = Scratch::new();
     let mut managed = Managed::start(&scratch, &machine(), &["--checksum"], direct);
     managed.migrate(&["return-path"]);
@@ -190,7 +191,7 @@ fn guest_is_moved_whose_manager_begins_the_migration() {
 }
 
 #[test]
-fn guest_is_moved_hybrid_whose_manager_pauses_it_before_the_switchover() {
+fn guest_paused_by_its_manager_before_the_switchover_moves_hybrid() {
     let scratch = Scratch::new();
     let mut managed = Managed::start(&scratch, &machine(), &["-p", "--lanes", "2"], direct);
     managed.migrate(MANAGED);
@@ -208,7 +209,7 @@ fn stalled(scratch: &Scratch, options: &[&str]) -> (Managed, Cutter) {
     });
     let cutter = cutter.expect("a relay");
     managed.umem.event("listening");
-    // The lane by which umem has tried the destination is none of the move's.
+    // The lane with which umem has checked the destination is not one of the move's.
     cutter.cut(Ends::Both, false);
     managed.begin(&["return-path"]);
     managed.umem.event("connected");
@@ -218,7 +219,7 @@ fn stalled(scratch: &Scratch, options: &[&str]) -> (Managed, Cutter) {
 }
 
 #[test]
-fn guest_goes_on_whose_manager_cancels_the_migration() {
+fn guest_continues_at_the_source_when_its_manager_cancels() {
     let scratch = Scratch::new();
     let (mut managed, _cutter) = stalled(&scratch, &[]);
     managed.source.qmp.execute("migrate_cancel", json!({}));
@@ -228,7 +229,7 @@ fn guest_goes_on_whose_manager_cancels_the_migration() {
 }
 
 #[test]
-fn guest_goes_on_whose_umem_is_killed_in_a_pass() {
+fn guest_continues_at_the_source_when_its_umem_is_killed_in_a_pass() {
     let scratch = Scratch::new();
     let (mut managed, _cutter) = stalled(&scratch, &[]);
     managed.umem.kill();
@@ -236,7 +237,7 @@ fn guest_goes_on_whose_umem_is_killed_in_a_pass() {
 }
 
 #[test]
-fn guest_goes_on_whose_connection_is_lost_in_a_pass() {
+fn guest_continues_at_the_source_when_the_connection_is_lost_in_a_pass() {
     let scratch = Scratch::new();
     let (mut managed, cutter) = stalled(&scratch, &["-p"]);
     cutter.cut(Ends::Both, true);
@@ -245,9 +246,9 @@ fn guest_goes_on_whose_connection_is_lost_in_a_pass() {
     managed.goes_on_at_the_source("failed");
 }
 
-/// After the switchover, which its manager knows of: nothing is lost, and nobody lets the guest run twice.
+/// After the switchover, of which the manager knows: no page is lost, and the guest is not started twice.
 #[test]
-fn guest_is_whole_whose_connection_is_lost_after_the_switchover() {
+fn guest_is_whole_when_the_connection_is_lost_after_the_switchover() {
     let scratch = Scratch::new();
     let options = ["-p", "-n"];
     let (mut managed, cutter) = stalled(&scratch, &options);
@@ -260,7 +261,7 @@ fn guest_is_whole_whose_connection_is_lost_after_the_switchover() {
 }
 
 #[test]
-fn guest_is_whole_whose_umem_is_killed_after_the_switchover() {
+fn guest_is_whole_when_its_umem_is_killed_after_the_switchover() {
     let scratch = Scratch::new();
     let sessions = scratch.path("sessions").display().to_string();
     let options = ["-p", "-n", "--session-dir", &sessions];
@@ -278,7 +279,7 @@ fn guest_is_whole_whose_umem_is_killed_after_the_switchover() {
 
 /// The destination's QEMU has no such device.
 #[test]
-fn guest_goes_on_whose_destination_refuses_its_device_state() {
+fn guest_continues_at_the_source_when_the_destination_refuses_its_device_state() {
     let scratch = Scratch::new();
     let extra = ["-device", "virtio-rng-pci"].map(str::to_owned).to_vec();
     let source = boot(&Machine { extra, ..machine() }, &scratch);
@@ -288,12 +289,12 @@ fn guest_goes_on_whose_destination_refuses_its_device_state() {
     let mut managed = Managed { source, umem, destination, arriving, socket };
     managed.migrate(&["return-path"]);
     let umem = std::mem::replace(&mut managed.umem, Umem::start(["--version"]));
-    // It has said itself what it lacks.
+    // The destination's QEMU itself has reported the missing device.
     says(&umem.fails(), "the destination gave up: the guest's monitor");
     managed.goes_on_at_the_source("failed");
 }
 
-/// A QEMU that listens, told to migrate to a umem with these options; what umem says as it refuses.
+/// A QEMU that listens and is told to migrate to a umem with these options; the output of umem's refusal.
 fn refused(options: &[&str], capabilities: &[&str]) -> String {
     let scratch = Scratch::new();
     let bare = Machine { source_ram: SourceRam::Default, ..Machine::bare(QemuVersion::V10_0) };
@@ -312,7 +313,7 @@ fn refused(options: &[&str], capabilities: &[&str]) -> String {
 }
 
 #[test]
-fn stream_is_refused_by_the_name_of_what_umem_cannot_carry() {
+fn unsupported_stream_is_refused_by_its_capability() {
     let external = ["--switchover", "external"];
     says(&refused(&external, &[]), "its capability return-path off");
     says(&refused(&external, &["return-path", "multifd"]), "multifd");
@@ -321,7 +322,7 @@ fn stream_is_refused_by_the_name_of_what_umem_cannot_carry() {
 }
 
 #[test]
-fn switchover_that_only_one_side_leaves_to_a_manager_is_refused() {
+fn switchover_is_refused_when_only_one_side_leaves_it_to_a_manager() {
     let scratch = Scratch::new();
     let bare = Machine { source_ram: SourceRam::Default, ..Machine::bare(QemuVersion::V10_0) };
     let mut source = bare.start(&scratch);
@@ -345,7 +346,7 @@ fn switchover_that_only_one_side_leaves_to_a_manager_is_refused() {
 }
 
 #[test]
-fn options_that_do_not_say_who_lets_the_guest_run_are_misused() {
+fn ambiguous_switchover_options_are_a_usage_error() {
     let scratch = Scratch::new();
     let path = scratch.path("migration");
     let text = listen(&path, NOBODY, &[]).fails_as_misused();
@@ -359,15 +360,15 @@ fn options_that_do_not_say_who_lets_the_guest_run_are_misused() {
     says(&listen(&path, NOBODY, &limit).fails_as_misused(), "leave out --downtime-limit");
     let alone = ["incoming", "--json", "--switchover", "external", "tcp:127.0.0.1:0", "--", "true"];
     says(&Umem::start(alone).fails_as_misused(), "say with --connect");
-    // A destination that is not there is found before QEMU is told anything.
+    // A missing destination is detected before QEMU gets a command.
     let text = listen(&path, NOBODY, &["--switchover", "external"]).fails();
     says(&text, "cannot connect to");
     assert!(!path.exists());
 }
 
-/// By the monitors of both sides, one of which has been told to migrate by another program.
+/// umem uses the monitors of both sides; another program has told the source's QEMU to migrate.
 #[test]
-fn guest_is_let_run_by_umem_where_it_knows_the_sources_monitor() {
+fn guest_is_started_by_umem_when_it_has_the_sources_monitor() {
     for is_listening in [false, true] {
         let scratch = Scratch::new();
         let machine = machine();
@@ -392,9 +393,9 @@ fn moves_by_both_monitors(source: Qemu, destination: Destination, scratch: &Scra
     moving.complete().end();
 }
 
-/// The guest is its manager's to run there, also for a umem that takes over.
+/// Only the manager starts the guest there, also with a umem that takes over.
 #[test]
-fn guest_is_whole_whose_destination_is_taken_over_and_runs_by_its_managers_word_alone() {
+fn guest_is_whole_after_a_takeover_and_started_by_its_manager_alone() {
     let scratch = Scratch::new();
     let options = ["-p", "-n"];
     let mut managed = Managed::start(&scratch, &machine(), &options, direct);
@@ -421,7 +422,7 @@ fn guest_is_whole_whose_destination_is_taken_over_and_runs_by_its_managers_word_
 
 /// A umem that was killed while it waited has left its socket.
 #[test]
-fn socket_is_made_in_the_place_of_a_deserted_one_and_of_no_other() {
+fn socket_replaces_a_deserted_one_and_no_other() {
     let scratch = Scratch::new();
     let bare = Machine { source_ram: SourceRam::Default, ..Machine::bare(QemuVersion::V10_0) };
     let (destination, _arriving) = external_destination(&bare, &scratch);

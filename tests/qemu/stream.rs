@@ -368,7 +368,7 @@ fn nodes() -> Machine {
 
 /// Without KVM QEMU 10.0 loses writes to all RAM blocks but its first one: the guest writes to both, in every pass.
 #[test]
-fn ram_whose_log_loses_writes_follows_a_guest_that_is_moved_in_rounds() {
+fn ram_whose_log_loses_writes_is_sent_after_the_switchover_in_rounds() {
     let dimm = [Ram { id: "ram0", mib: 192 }, Ram { id: "ram1", mib: 128 }];
     let guest = "umem.mib=176 memhp_default_state=online".into();
     let dimm = Machine { ram: dimm.into(), guest, ..Machine::linux(QemuVersion::V10_0) };
@@ -405,9 +405,9 @@ fn passes_are_refused_when_the_log_loses_writes() {
     }
 }
 
-/// What its log loses never comes with QEMU's stream either, and there is no file that has it.
+/// Writes that QEMU's log loses are missing in its stream as well, and no file has them.
 #[test]
-fn ram_without_a_file_is_refused_where_the_log_loses_writes() {
+fn ram_without_a_file_is_refused_when_the_log_loses_writes() {
     let scratch = Scratch::new();
     let mut machine = Machine { ram: Vec::new(), ..machine(QemuVersion::V10_0) };
     let node = |id| format!("-object memory-backend-ram,id={id},size=128M -numa node,memdev={id}");

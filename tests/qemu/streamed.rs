@@ -1,5 +1,5 @@
-//! Guests whose memory is no file that umem could open: its contents come with QEMU's migration stream. The guest checks
-//! at the destination that each of its words is there.
+//! Guests whose memory is not in a file that umem could open: its contents come with QEMU's migration stream. The guest
+//! checks every word at the destination.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -13,27 +13,27 @@ use crate::stream::moves;
 use crate::support::{Cutter, Machine, Qemu, QemuVersion, Qmp, Scratch, SourceRam, Umem, wait_for};
 use crate::{NOBODY, boot, migrate, says};
 
-/// What waits to be sent at most while the guest runs (`STAGED_BYTES_MAX`), and what one read of the stream adds.
+/// The limit of waiting contents while the guest runs (`STAGED_BYTES_MAX`), with the surplus of one read of the stream.
 const STAGED_BYTES_MAX: u64 = (64 << 20) + (1 << 20);
 
-/// Our Linux guest, whose memory is QEMU's own.
+/// The tests' Linux guest, whose memory is QEMU's own.
 fn machine(source_ram: SourceRam) -> Machine {
     let guest = "umem.mib=96".into();
     Machine { source_ram, guest, ..Machine::linux(QemuVersion::V10_0) }
 }
 
 #[test]
-fn default_ram_is_moved_in_rounds_before_the_switchover() {
+fn default_ram_moves_in_rounds_before_the_switchover() {
     moves(&machine(SourceRam::Default), &["--lanes", "2"]);
 }
 
 #[test]
-fn default_ram_is_moved_in_rounds_and_then_by_postcopy() {
+fn default_ram_moves_in_rounds_and_then_by_postcopy() {
     moves(&machine(SourceRam::Default), &["--precopy", "-p", "--downtime-limit", "0"]);
 }
 
 #[test]
-fn a_memory_file_and_a_private_file_are_moved_in_rounds() {
+fn memory_file_and_private_file_move_in_rounds() {
     moves(&machine(SourceRam::Memfd), &["--precopy", "-p"]);
     moves(&machine(SourceRam::PrivateFile), &["--precopy", "-p", "--lanes", "2"]);
 }
@@ -53,7 +53,7 @@ fn bytes_in(file: &Path) -> u64 {
     fs::metadata(file).map_or(0, |metadata| metadata.blocks() * 512)
 }
 
-/// Bytes of memory of a process that are no file's.
+/// Bytes of a process's memory that are in no file.
 fn private_bytes(umem: &Umem) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", umem.pid())).expect("it runs");
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("it is told");
@@ -61,14 +61,14 @@ fn private_bytes(umem: &Umem) -> u64 {
     kib << 10
 }
 
-/// Files with names of umem's own.
+/// Files of umem's own that have names.
 fn named_files() -> Vec<PathBuf> {
     let entries = fs::read_dir("/dev/shm").expect("it can be listed").flatten();
     let names = entries.map(|entry| entry.path());
     names.filter(|path| path.extension().is_some_and(|end| end == "ram")).collect()
 }
 
-/// A move whose bulk lane takes nothing more in the middle of the first pass, once as much waits as may.
+/// A move whose bulk lane stalls in the middle of the first pass, once the waiting contents have reached their limit.
 fn stalled(scratch: &Scratch) -> (Moving, Cutter, PathBuf) {
     let machine = machine(SourceRam::Default);
     let source = boot(&machine, scratch);
@@ -89,7 +89,7 @@ fn stalled(scratch: &Scratch) -> (Moving, Cutter, PathBuf) {
 }
 
 #[test]
-fn what_waits_is_bounded_while_the_guest_runs_and_its_lane_takes_nothing() {
+fn waiting_contents_are_bounded_while_the_guest_runs_and_its_lane_stalls() {
     let scratch = Scratch::new();
     let (mut moving, cutter, file) = stalled(&scratch);
     for _ in 0..3 {
@@ -103,9 +103,9 @@ fn what_waits_is_bounded_while_the_guest_runs_and_its_lane_takes_nothing() {
     moving.complete().end();
 }
 
-/// QEMU then writes what is left, and may hold its main loop's lock meanwhile: umem reads it whether there is room or not.
+/// QEMU then writes the rest, and may hold its main loop's lock meanwhile: umem reads the rest even without room.
 #[test]
-fn a_guest_that_its_user_pauses_while_nothing_is_taken_arrives_paused() {
+fn guest_paused_by_its_user_while_the_lane_stalls_arrives_paused() {
     let scratch = Scratch::new();
     let (mut moving, cutter, _) = stalled(&scratch);
     moving.source.qmp.execute("stop", json!({}));
@@ -123,16 +123,16 @@ fn a_guest_that_its_user_pauses_while_nothing_is_taken_arrives_paused() {
     moving.umem.succeeds();
 }
 
-/// The same of a guest with a file, whose stream nobody reads while a pass is sent.
+/// The same for a guest with a file, whose stream is not read while a pass is sent.
 #[test]
-fn a_guest_that_somebody_else_stops_in_the_middle_of_a_pass_is_answered_for() {
+fn guest_stopped_by_another_client_in_a_pass_does_not_block_qemu() {
     let scratch = Scratch::new();
     let machine = machine(SourceRam::File);
     let mut source = boot(&machine, &scratch);
     let destination = Destination::start(&machine, &scratch);
     let cutter = Cutter::to(&destination.uri);
     let mut umem = migrate(&source, cutter.uri(), &["--precopy", "-p"]);
-    // QEMU syncs anew when its first pass has been read, which is before umem sends anything.
+    // QEMU syncs again when its first pass has been read, which is before umem sends anything.
     wait_for("the first pass", || {
         let migration = source.qmp.execute("query-migrate", json!({}));
         (migration["ram"]["dirty-sync-count"].as_u64() >= Some(2)).then_some(())
@@ -142,7 +142,7 @@ fn a_guest_that_somebody_else_stops_in_the_middle_of_a_pass_is_answered_for() {
         let migration = source.qmp.execute("query-migrate", json!({}));
         (migration["ram"]["remaining"] == 0).then_some(())
     });
-    // Nor is it let run when the move comes to nothing.
+    // Nor is it resumed when the move fails.
     umem.kill();
     wait_for("the end of the migration", || (source.qmp.status() == "paused").then_some(()));
     source.qmp.execute("cont", json!({}));
@@ -150,7 +150,7 @@ fn a_guest_that_somebody_else_stops_in_the_middle_of_a_pass_is_answered_for() {
 }
 
 #[test]
-fn a_guest_without_files_goes_on_whose_umem_is_killed_before_its_stop() {
+fn guest_without_files_continues_when_its_umem_is_killed_before_the_stop() {
     let scratch = Scratch::new();
     let (mut moving, _cutter, _) = stalled(&scratch);
     moving.umem.kill();
@@ -158,7 +158,7 @@ fn a_guest_without_files_goes_on_whose_umem_is_killed_before_its_stop() {
     assert_eq!(moving.source.qmp.status(), "running");
     assert_eq!(named_files(), Vec::<PathBuf>::new());
     moving.destination.umem.kill();
-    // The session says how to put back what was changed.
+    // The session records how to undo the changes.
     let sessions = scratch.path("sessions");
     let session = fs::read_dir(&sessions)
         .expect("sessions")
@@ -171,9 +171,9 @@ fn a_guest_without_files_goes_on_whose_umem_is_killed_before_its_stop() {
     moving.source.serial.goes_on();
 }
 
-/// What was not sent is in a file that another process finds.
+/// Unsent contents are in a file that another process finds.
 #[test]
-fn a_guest_without_files_is_whole_although_its_umem_is_killed_after_the_switchover() {
+fn guest_without_files_is_whole_when_its_umem_is_killed_after_the_switchover() {
     let scratch = Scratch::new();
     let machine = machine(SourceRam::Default);
     let source = boot(&machine, &scratch);
@@ -197,9 +197,9 @@ fn a_guest_without_files_is_whole_although_its_umem_is_killed_after_the_switchov
     assert_eq!(fs::read_dir(&sessions).expect("sessions").count(), 0);
 }
 
-/// Each says which option moves the guest.
+/// Each refusal names the option with which the guest can be moved.
 #[test]
-fn a_guest_without_files_is_refused_by_name_where_its_contents_cannot_come() {
+fn guest_without_files_is_refused_by_name_when_its_contents_cannot_be_sent() {
     let scratch = Scratch::new();
     let refused = |mut source: Qemu, options: &[&str], why: &str| {
         says(&migrate(&source, NOBODY, options).fails(), why);

@@ -1,5 +1,5 @@
-//! A guest that is moved by hybrid again and again: umems are killed, and connections break, at any moment of any
-//! phase. Wherever it is then, each of its words is right.
+//! A guest that is moved by hybrid repeatedly. umems are killed, and connections break, at any moment of any phase.
+//! Every word of the guest is right on the side where it ends up.
 //!
 //! `UMEM_SOAK_MOVES=N` for more moves, `UMEM_SEED=N` for others.
 
@@ -12,10 +12,10 @@ use crate::support::{Ends, Qmp, Random, seed, wait_for};
 
 const MOVES: u64 = 4;
 
-/// Of the demo's guest, which writes all the while.
+/// Size of the demo's guest, which writes all the time.
 const MIB: u64 = 24;
 
-/// What happens to a move.
+/// The event during a move.
 #[derive(Clone, Copy, Debug)]
 enum Deed {
     None,
@@ -23,7 +23,7 @@ enum Deed {
     Cut(Ends),
 }
 
-/// Options of `umem migrate`. With few passes more is left for after the switchover.
+/// Options of `umem migrate`. With few passes more pages are left for after the switchover.
 const OPTIONS: [&[&str]; 4] = [
     &["--precopy", "--downtime-limit", "0"],
     &["--precopy", "--downtime-limit", "0", "--precopy-passes", "1", "--lanes", "3"],
@@ -39,21 +39,20 @@ fn deed(random: &mut Random) -> Deed {
     }
 }
 
-/// Where the guest is after a move.
+/// The guest's side after a move.
 enum End {
     Arrived(Value),
     Stayed,
 }
 
 impl Move {
-    /// The session that one side has left, if it has any.
+    /// The session that one side has left, if any.
     fn left_session(&self, side: &str) -> Option<String> {
         let names = self.session_files();
         names.iter().find_map(|name| name.strip_suffix(side)).map(str::to_owned)
     }
 
-    /// Takes over from a killed process, where there is something to take over: a source has a record before it stops
-    /// its guest.
+    /// Takes over from a killed process if a session is left: a source has a record before it stops its guest.
     fn take_over(&mut self, side: Side) {
         if side != Side::Source
             && let Some(session) = self.left_session(".destination")
@@ -69,13 +68,13 @@ impl Move {
         }
     }
 
-    /// Whether the move is over on both sides, and where the guest is.
+    /// The guest's side, once the move is over on both sides.
     fn end(&mut self) -> Option<End> {
         if let Some(report) = self.incoming.said("completed") {
             return Some(End::Arrived(report));
         }
         let is_over = !self.incoming.is_running() && !self.migrate.is_running();
-        // What it said last may have come since.
+        // The last event may have come since.
         is_over.then(|| self.incoming.said("completed").map_or(End::Stayed, End::Arrived))
     }
 
@@ -115,7 +114,7 @@ fn is_whole(qmp: &mut Qmp) {
     wait_for("the guest to run", || (status(qmp) == "running").then_some(()));
     let verdict = qmp.execute("umem-verify", json!({}));
     assert_eq!(verdict["bad_pages"], 0, "{verdict}");
-    // It stands still for that.
+    // It stands still for the check.
     qmp.execute("cont", json!({}));
 }
 
@@ -135,7 +134,7 @@ fn hybrid_moves_with_kills_and_cuts_lose_no_word() {
     let (mut arrived, mut stayed) = (0, 0);
     for number in 0..moves {
         let deed = deed(&mut random);
-        // Most moves carry a little more than the guest's memory. Some moments are before its first page.
+        // Most moves carry slightly more than the guest's memory. Some moments are before its first page.
         let at = match random.below(4) {
             0 => random.magnitude(17),
             _ => random.below((MIB * 5 / 4) << 20),
@@ -158,7 +157,7 @@ fn hybrid_moves_with_kills_and_cuts_lose_no_word() {
                 let arrived = moving.scratch.path(&format!("{}.qmp", moving.names[1]));
                 Qmp::connect(&arrived).execute("cont", json!({}));
                 println!("  arrived");
-                // A source that was killed after its guest was complete may have nothing to say.
+                // A source that was killed after its guest was complete may print nothing.
                 wait_for("the end of the source", || (!moving.migrate.is_running()).then_some(()));
                 Qmp::connect(&source).quit();
                 let Move { scratch, guest, incoming, names, .. } = moving;
@@ -173,7 +172,7 @@ fn hybrid_moves_with_kills_and_cuts_lose_no_word() {
                 is_whole(&mut Qmp::connect(&source));
                 let Move { scratch, guest, names, .. } = moving;
                 scratch.wait_until_gone(&format!("{}.qmp", names[1]));
-                // Of a umem that was killed before it had opened the lanes.
+                // The file of a umem that was killed before it had opened the lanes.
                 let _ = fs::remove_file(scratch.ram(names[1]));
                 (scratch, guest, names[0])
             }

@@ -70,7 +70,7 @@ pub(in crate::destination) struct AdmissionPolicy {
     pub(in crate::destination) recovers: bool,
     /// Sessions without checksums are refused.
     pub(in crate::destination) checksum: bool,
-    /// A program beside umem has the guest run, on both sides.
+    /// An external switchover: a program beside umem starts the guest, on both sides.
     pub(in crate::destination) is_external: bool,
 }
 

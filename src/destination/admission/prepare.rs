@@ -1,4 +1,4 @@
-//! Before any lane: the guest's process and its memory, and whether they can receive a guest.
+//! The guest's process and its memory before any lane is open, and the check that they can receive a guest.
 
 mod adopting;
 
@@ -21,13 +21,13 @@ pub(crate) struct Prepared {
     pub(crate) side: GuestSide,
     pub(crate) monitor: Option<Box<dyn Monitor>>,
     handed: Vec<Handed>,
-    /// There must be room for all of the guest's memory from the start.
+    /// Space for all of the guest's memory is required from the start.
     wants_room: bool,
-    /// Nobody but the guest may have its files mapped.
+    /// Only the guest may have its files mapped.
     wants_alone: bool,
 }
 
-/// What the user has asked for of the guest's process.
+/// The user's requirements of the guest's process.
 pub(crate) fn wanted(options: &Options) -> Wanted<'_> {
     Wanted {
         ram: &options.ram,
@@ -44,7 +44,7 @@ pub(crate) fn wanted(options: &Options) -> Wanted<'_> {
 }
 
 impl Prepared {
-    /// A guest's process that has come.
+    /// A guest's process that has handed its memory over.
     pub(crate) fn new(options: &Options, arrived: Arrived) -> Result<Prepared> {
         let Arrived { process, handoff, handed, wants_alone, .. } = arrived;
         let process =
@@ -65,15 +65,16 @@ impl Prepared {
         Ok(Prepared { side, monitor: None, handed, wants_room: true, wants_alone: false })
     }
 
-    /// Memory that was handed over to a process before this, which looked whether there is room: some of
-    /// it is taken now.
+    /// Memory that was handed over to an earlier umem process. That process has checked the available space, of which a
+    /// part is in use now.
     pub(crate) fn again(side: GuestSide, handed: Vec<Handed>) -> Prepared {
         Prepared { side, monitor: None, handed, wants_room: false, wants_alone: false }
     }
 }
 
-/// No lock keeps a QEMU that umem has not started from a file that is still empty. The kernel says who has it mapped:
-/// looked at now, and again when the source has come. Says where that could not be seen.
+/// Checks that no other process has a RAM file mapped. A lock does not keep a QEMU that umem has not started from a
+/// file that is still empty, so the check uses the kernel's maps: now, and again when the source has connected. Returns
+/// a remark if the mappings of some process cannot be read.
 ///
 /// # Errors
 /// Another process has one of the files mapped.

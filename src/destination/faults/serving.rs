@@ -1,7 +1,7 @@
 //! Serves userfaultfds: reads the guest's faults, requests missing pages, and makes arrived pages visible to waiting
 //! vCPUs.
 //!
-//! One userfaultfd takes a few hundred thousand faults a second, whatever reads it, so a guest with many vCPUs is
+//! One userfaultfd takes a few hundred thousand faults a second with any reader, so a guest with many vCPUs is
 //! handed over in shards with a userfaultfd each. The demand thread serves the faults of a guest without shards, which
 //! saves a hop between threads. Shards are served by threads of their own, each with a ring on its own core; these send
 //! the demand thread the pages to request.

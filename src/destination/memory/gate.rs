@@ -67,8 +67,8 @@ impl FaultSource {
                 iov_base: std::ptr::without_provenance_mut(at as usize),
                 iov_len: rest.len(),
             };
-            // SAFETY: our bytes are borrowed for the call and only read; the other address is the guest side's, which the
-            // kernel checks, and nothing of Rust's lies in a guest's memory.
+            // SAFETY: this process's bytes are borrowed for the call and only read. The other address is in the guest's
+            // process: the kernel checks it, and a guest's memory holds no Rust object.
             let count =
                 unsafe { libc::process_vm_writev(pid, &raw const from, 1, &raw const to, 1, 0) };
             match usize::try_from(count) {

@@ -10,14 +10,14 @@ use crate::fault::uffd::Placed;
 use crate::memory::pages::PageState;
 
 impl GuestMemory {
-    /// Shared memory of small pages: puts an arrived page that a vCPU waits for into its file and before the guest,
-    /// wakes the waiting threads and marks the page cached; UFFDIO_COPY does that at once. Only for the thread that
-    /// reads the guest's events, so that the page cannot be discarded meanwhile.
+    /// Shared memory of small pages: puts an arrived page that a vCPU waits for into its file, makes the page visible
+    /// to the guest, wakes the waiting threads and marks the page cached. UFFDIO_COPY does this in one call. Only for
+    /// the thread that reads the guest's events, so that the page cannot be discarded meanwhile.
     ///
     /// Returns the start time. None if nothing has been done: the caller then writes the page and
-    /// [marks](GuestMemory::mark) it, as for a page without a waiting vCPU. That is so for pages that the file has
-    /// already (EEXIST), while the guest changes its mappings (EAGAIN), and for other errors, which the fallback meets
-    /// too and reports.
+    /// [marks](GuestMemory::mark) it, as for a page without a waiting vCPU. The result is None for pages that the file
+    /// has already (EEXIST), while the guest changes its mappings (EAGAIN), and for other errors, which the fallback
+    /// meets too and reports.
     pub(crate) fn give(&self, id: PageId, bytes: &[u8]) -> Result<Option<Instant>> {
         let region = self.region(id.region);
         let is_plain = || region.is_plain(id.page) && region.pages.is_wanted(id.page);
@@ -60,7 +60,7 @@ impl GuestMemory {
     }
 
     /// A page that was being given and is in the file has arrived: the file did not have it before, and the kernel puts
-    /// it there whole. The guest may have changed it since.
+    /// the page there whole. The guest may have changed it since.
     pub(super) fn keep_given(&self) -> Result<()> {
         let Some(giving) = self.told.as_ref().map(|told| &told[SharedCounter::Giving as usize])
         else {

@@ -59,8 +59,8 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Anonymous memory in rounds: copies what has come of a run into place, over the copies that are there of the same
-    /// pages. `done` as for [`place`](GuestMemory::place).
+    /// Anonymous memory in rounds: copies the arrived bytes of a run into place, over earlier copies of the same pages.
+    /// `done` as for [`place`](GuestMemory::place).
     pub(crate) fn place_again(
         &self,
         range: PageRange,
@@ -93,7 +93,7 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Anonymous memory in rounds: these pages, of which there are copies, are zeroes.
+    /// Anonymous memory in rounds: overwrites earlier copies of these pages with zeroes.
     pub(super) fn write_zeroes(&self, range: PageRange) -> Result<()> {
         let region = self.region(range.region);
         let start = region.byte_offset(range.first);
@@ -219,12 +219,12 @@ fn copy(region: &GuestRegion, source: &FaultSource, address: u64, bytes: &[u8]) 
     source.copy(address, bytes, region.page_bytes()).map_err(|error| failed(region, error))
 }
 
-/// What becomes of a page that is there already.
+/// The treatment of a page that is present already.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum There {
-    /// It is the guest's own by now, or the same.
+    /// The page is the guest's own by now, or has the same contents.
     Stays,
-    /// It is a former copy, of a guest that does not run.
+    /// The page is an earlier copy, of a guest that does not run.
     IsOverwritten,
 }
 
@@ -271,7 +271,7 @@ fn copy_in(
     Ok(true)
 }
 
-/// Writes over former copies of pages.
+/// Overwrites earlier copies of pages.
 fn overwrite(region: &GuestRegion, source: &FaultSource, address: u64, bytes: &[u8]) -> Result<()> {
     source.overwrite(address, bytes).map_err(|error| match error.raw_os_error() {
         Some(libc::EPERM) => Error::Host(format!(

@@ -1,8 +1,9 @@
-//! Pages that come while the source's guest runs, and come again where it writes to them.
+//! Rounds: pages that arrive while the source's guest runs, and arrive again after the guest has written to them.
 //!
-//! They land in the file, the last copy of each counts, and nobody sees them: here the guest does not run, and no page
-//! is asked for. When the source's guest has stopped it names the pages that are still to come. They are taken out of
-//! the file and are Missing, as they were; all others become Cached, as if they had come once.
+//! The pages land in the file, and the last copy of each counts. No thread accesses them: the guest does not run here,
+//! and pages are not requested. When the source's guest has stopped, the source names the pages that are still to be
+//! sent. They are removed from the file and are Missing, as before; all others become Cached, as if they had arrived
+//! once.
 //!
 //! ```text
 //! rounds   data, zeroes, holes --> file, again and again          every page Missing
@@ -10,11 +11,12 @@
 //!          all others          --> counted, digested              Cached; complete blocks leave the userfaultfd
 //! ```
 //!
-//! Anonymous memory has the guest's own pages in the file's place. The first copy of a page is copied in, each later one
-//! is written over it. What remains is dropped by the guest side, before [`GuestMemory::settle`]: nobody else can. A
-//! remaining page that were still present would never fault, so that the guest side looks, and says so.
+//! With anonymous memory the guest's own pages take the place of the file's. The first copy of a page is copied in, and
+//! each later one overwrites it. The guest side drops the remaining pages before [`GuestMemory::settle`]: only that
+//! process can. A remaining page that is still present would never fault, so the guest side checks this and reports it.
 //!
-//! All copies of a page come on one lane, in order. A lane that does otherwise spoils its own pages, and nothing else.
+//! All copies of a page arrive on one lane, in order. A source that violates this damages its own pages, and nothing
+//! else.
 
 use std::ops::Range;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -30,21 +32,21 @@ use crate::memory::claims::RunKind;
 use crate::memory::sums;
 use crate::statistics::Counters;
 
-/// What has come in rounds.
+/// The state of pages that arrive in rounds.
 pub(super) struct Rounds {
     regions: Vec<RegionRounds>,
-    /// What remains is settled: pages come once from now on.
+    /// The remaining pages are settled: from now on each page arrives once.
     are_over: AtomicBool,
 }
 
 struct RegionRounds {
-    /// Pages that have come at least once.
+    /// Pages that have arrived at least once.
     came: Bits,
-    /// Pages that the file has, or the guest: the last copy was data.
+    /// Pages that the file or the guest has: the last copy was data.
     data: Bits,
-    /// Pages that are to come again.
+    /// Pages that will arrive again.
     remaining: Bits,
-    /// With checksums: of each 4 KiB that has come.
+    /// With checksums: the sum of each 4 KiB that has arrived.
     sums: Option<Box<[AtomicU32]>>,
 }
 
@@ -62,8 +64,8 @@ impl RegionRounds {
     }
 }
 
-/// Why memory cannot take pages in rounds. `can_empty`: the guest side drops what remains. Its answers come on the socket
-/// at which private memory's toucher listens for its own.
+/// Checks that memory can take pages in rounds. `can_empty`: the guest side can drop the remaining pages. Its answers
+/// come on the hand-over socket, on which private memory's touch thread listens for its own.
 pub(crate) fn check(regions: &[GuestRegion], can_empty: bool) -> Result<()> {
     let has_no_file = |region: &&GuestRegion| !region.memory.kind.lands_in_file();
     let Some(region) = regions.iter().find(has_no_file) else { return Ok(()) };
@@ -87,7 +89,7 @@ pub(crate) fn check(regions: &[GuestRegion], can_empty: bool) -> Result<()> {
 }
 
 impl GuestMemory {
-    /// Pages come in rounds, before any has come. The regions are fit for that ([`check`]).
+    /// Begins the rounds, before any page has arrived. The regions have passed [`check`].
     pub(crate) fn begin_rounds(&mut self, is_checked: bool) {
         let regions = self.regions.iter().map(|region| RegionRounds::new(region, is_checked));
         self.rounds = Some(Rounds { regions: regions.collect(), are_over: AtomicBool::new(false) });
@@ -103,7 +105,7 @@ impl GuestMemory {
         &rounds.regions[usize::from(region.0)]
     }
 
-    /// A copy of these pages has landed in the file, with these sums where there are checksums.
+    /// A copy of these pages has landed in the file. With checksums these are its sums.
     pub(crate) fn copied(&self, range: PageRange, page_sums: &[u32]) {
         let rounds = self.of_rounds(range.region);
         self.sum_anew(rounds, range, |index| page_sums[index]);
@@ -113,7 +115,7 @@ impl GuestMemory {
         Counters::add(&self.counters.rounds_bytes, self.bytes(range));
     }
 
-    /// These pages are zeroes, or holes: what the file has of them goes.
+    /// These pages are zeroes, or holes: the file's copies of them are removed.
     pub(crate) fn emptied(&self, range: PageRange) -> Result<()> {
         let rounds = self.of_rounds(range.region);
         self.sum_anew(rounds, range, |_| ZERO_SUM);
@@ -124,7 +126,7 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Takes the pages' former sums out of the digest, and these in.
+    /// Replaces the pages' earlier sums in the digest by these.
     fn sum_anew(&self, rounds: &RegionRounds, range: PageRange, sum: impl Fn(usize) -> u32) {
         let Some(all) = &rounds.sums else { return };
         let shift = self.region(range.region).unit_shift();
@@ -142,15 +144,15 @@ impl GuestMemory {
         self.digests.add_digest(range.region, change);
     }
 
-    /// Whether there is a copy of a page, and up to which page that is so.
+    /// Whether a page has a copy, and the end of the pages from there on for which this is the same.
     pub(super) fn copies_alike(&self, region: RegionId, page: u64) -> (bool, u64) {
         let data = &self.of_rounds(region).data;
         let is_there = data.get(page);
         (is_there, data.next(page, !is_there))
     }
 
-    /// What the guest side has to drop before [`settle`](GuestMemory::settle): where each region without a file begins,
-    /// and those of its addresses at which a copy may be that comes once more.
+    /// The pages that the guest side drops before [`settle`](GuestMemory::settle): for each region without a file its
+    /// address, and the address ranges that may have copies of remaining pages.
     pub(crate) fn stale(&self) -> Vec<(u64, Vec<Range<u64>>)> {
         let mut all = Vec::new();
         for (index, region) in self.regions.iter().enumerate() {
@@ -178,7 +180,7 @@ impl GuestMemory {
         all
     }
 
-    /// Takes those pages of a range out of the file for which this is so. Without a file they become zeroes.
+    /// Removes from the file those pages of a range for which `is_there` is true. Without a file they become zeroes.
     fn take_out(&self, range: PageRange, is_there: impl Fn(u64) -> bool) -> Result<()> {
         let region = self.region(range.region);
         let (mut page, end) = (range.first, range.first + range.pages);
@@ -201,7 +203,7 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// The source names pages that are still to come.
+    /// The source names pages that are still to be sent.
     pub(crate) fn remains(&self, runs: &[PageRange]) -> Result<()> {
         if !self.is_in_rounds() {
             return Err(violated("pages that remain of no rounds"));
@@ -212,9 +214,9 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Every copy has landed, and all that remains has been named: the rest is here for good. Calls `wake` with each
-    /// page of it that a vCPU waits for. True when this was the last page of all. The guest side has dropped what is
-    /// [stale](GuestMemory::stale).
+    /// Ends the rounds: every copy has landed, the source has named all remaining pages, and the guest side has dropped
+    /// the [stale](GuestMemory::stale) ones. All other pages become Cached; calls `wake` with each of them that a vCPU
+    /// waits for. True if this completed the guest.
     pub(crate) fn settle(&self, mut wake: impl FnMut(PageId)) -> Result<bool> {
         let (mut is_last, lane) = (false, demand_lane());
         for (index, region) in self.regions.iter().enumerate() {
@@ -235,7 +237,7 @@ impl GuestMemory {
         Ok(is_last)
     }
 
-    /// These pages come once more: what has come of them is as if it had not.
+    /// These pages arrive once more: undoes their earlier arrival.
     fn take_back(&self, region: &GuestRegion, range: PageRange) -> Result<()> {
         let rounds = self.of_rounds(range.region);
         if let Some(all) = &rounds.sums {
@@ -252,12 +254,12 @@ impl GuestMemory {
         }
         match region.file {
             Some(_) => self.take_out(range, |page| rounds.data.get(page)),
-            // The guest side has dropped it.
+            // The guest side has dropped the page.
             None => Ok(()),
         }
     }
 
-    /// The last copies of these pages count.
+    /// Makes the last copies of these pages count.
     fn keep_copies(
         &self,
         rounds: &RegionRounds,
@@ -329,7 +331,7 @@ mod tests {
         guest
     }
 
-    /// A copy of a page comes, as a lane brings it.
+    /// A copy of a page arrives, as on a lane.
     fn comes(guest: &Guest, page: u64, byte: u8) {
         let bytes = [byte; 4096];
         guest.region().file().write_at(&bytes, page << 12).unwrap();
@@ -342,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_copies_count_and_what_remains_is_as_if_it_had_never_come() {
+    fn last_copies_count_and_remaining_pages_are_missing_again() {
         let guest = guest();
         guest.memory.emptied(range(0, PAGES)).unwrap();
         for (page, byte) in [(0, 1), (1, 2), (2, 3), (1, 4), (3, 5), (4, 6)] {
@@ -377,7 +379,7 @@ mod tests {
         assert_eq!((totals.data_bytes, totals.hole_bytes), (3 << 12, 3 << 12));
         assert_eq!(guest.memory.pages_missing(), 2);
 
-        // From here on each page comes once.
+        // From here on each page arrives once.
         assert!(guest.memory.begin(range(0, 1), "a lane").is_err());
         for last in [4, 5] {
             guest.memory.begin(range(last, 1), "a lane").unwrap();
@@ -387,12 +389,12 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_is_wrong_about_what_has_come_is_found_out() {
+    fn source_that_counts_a_missing_page_as_sent_is_refused() {
         let guest = guest();
         guest.memory.emptied(range(0, PAGES - 1)).unwrap();
         let error = guest.memory.settle(|_| {}).unwrap_err().to_string();
         assert!(error.contains(&format!("page {} of RAM ram has not come", PAGES - 1)), "{error}");
-        // Nor may it send a page that comes once before that is settled.
+        // Nor may the source send a page of the second phase before the rounds are settled.
         let guest = self::guest();
         guest.memory.emptied(range(0, PAGES)).unwrap();
         guest.memory.begin(range(3, 1), "a lane").unwrap();
@@ -401,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_remains_of_a_guest_that_does_not_write() {
+    fn no_page_remains_of_a_guest_that_does_not_write() {
         let guest = guest();
         guest.memory.emptied(range(0, PAGES)).unwrap();
         assert!(guest.memory.settle(|_| {}).unwrap(), "this was the last page");
@@ -463,14 +465,14 @@ mod tests {
                     let at = std::ptr::with_exposed_provenance_mut(range.start as usize);
                     let length = (range.end - range.start) as usize;
                     let at = std::ptr::NonNull::new(at).unwrap();
-                    // SAFETY: a part of our own mapping, in which nothing of Rust's lies.
+                    // SAFETY: a part of this guest's mapping, which holds no Rust object.
                     unsafe { madvise(at, length, MmapAdvise::MADV_DONTNEED) }.unwrap();
                 }
                 self.uffd.register(block, BYTES as u64, Kind::Anonymous).unwrap();
             }
         }
 
-        /// Of a page that is there.
+        /// The contents of a page that is present.
         fn contents(&self, page: u64) -> Vec<u8> {
             let at = self.start.as_ptr().cast::<u8>().wrapping_add((page as usize) << 12);
             // SAFETY: each byte lies in the mapping.
@@ -480,17 +482,17 @@ mod tests {
 
     impl Drop for Own {
         fn drop(&mut self) {
-            // SAFETY: our own mapping, to which nothing refers.
+            // SAFETY: this guest's mapping, without references into it.
             let _ = unsafe { munmap(self.start, BYTES) };
         }
     }
 
     #[test]
-    fn later_copies_overwrite_former_ones_in_memory_without_a_file() {
+    fn later_copies_overwrite_earlier_ones_in_memory_without_a_file() {
         let guest = Own::new();
         guest.memory.emptied(range(0, PAGES)).unwrap();
         guest.comes(0, &[1]);
-        // Some of these are there, and others are not.
+        // Some of these pages are present, and others are not.
         guest.comes(0, &[2, 3, 4, 5]);
         guest.comes(2, &[6, 7, 8]);
         guest.memory.emptied(range(3, 3)).unwrap();
@@ -515,7 +517,7 @@ mod tests {
         let zeroes = digest_of_zeroes(4, 2);
         let expected = digest_of(&[(0, 2), (2, 6), (3, 9)]).wrapping_add(zeroes);
         assert_eq!(guest.memory.digests.get(), [expected]);
-        // What remains comes once, where nothing is.
+        // The remaining pages arrive once, where no page is present.
         for (page, byte) in [(1, 11), (6, 12), (7, 13)] {
             guest.memory.begin(range(page, 1), "a lane").unwrap();
             let mut done = 0;
@@ -527,7 +529,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_without_a_file_takes_pages_twice_where_its_side_can_drop_them() {
+    fn memory_without_a_file_accepts_pages_twice_if_its_side_can_drop_them() {
         let guest = Own::new();
         check(&guest.memory.regions, true).unwrap();
         let error = check(&guest.memory.regions, false).unwrap_err().to_string();

@@ -23,7 +23,7 @@ pub(super) enum SharedCounter {
     PagesDemand = 2,
     /// No count: the page that is being [given](GuestMemory::give), packed, plus 1; 0 for none.
     Giving = 3,
-    /// Not counted: how far the switchover has come. 0 before it, 1 from *switched* on, 2 from *running* on.
+    /// Not a count: the progress of the switchover. 0 before it, 1 from *switched* on, 2 from *running* on.
     Standing = 4,
     /// From the guest's stop at the source until the source sent the switchover, in microseconds. Valid from
     /// *switched* on.
@@ -66,9 +66,9 @@ impl GuestMemory {
         self.told = Some(state.counters());
     }
 
-    /// Notes in the memory file that the guest belongs to this side, or runs. This cannot fail, unlike the session
-    /// file, which a full disk keeps from being written. A process that takes over relies on it: a guest that runs
-    /// must not be reported as one that was never switched over.
+    /// Notes in the memory file that the guest belongs to this side, or runs. This cannot fail, unlike a write of the
+    /// session file, which fails on a full disk. A process that takes over relies on the note: a guest that runs must
+    /// not be reported as one that was never switched over.
     pub(crate) fn note_standing(&self, record: &Record) {
         let Some(told) = &self.told else { return };
         let store = |word: SharedCounter, value| told[word as usize].store(value, SeqCst);
@@ -86,7 +86,7 @@ impl GuestMemory {
         }
     }
 
-    /// How far the process before this had come: the later of what its session file says and what
+    /// The progress of the earlier process: the later one of its session file's state and the state that
     /// [`GuestMemory::note_standing`] has noted.
     pub(crate) fn noted_standing(&self, recalled: Recalled) -> Recalled {
         let Some(told) = &self.told else { return recalled };
@@ -167,7 +167,7 @@ impl GuestMemory {
         }
     }
 
-    /// Private memory that has arrived is touched and released again, whatever the previous process had done. The touch
+    /// Touches and releases all private memory that has arrived, even if the earlier process had done so. The touch
     /// thread runs.
     pub(crate) fn touch_again(&self) -> Result<()> {
         for (index, region) in self.regions.iter().enumerate() {
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_session_file_lacks_of_the_switchover_is_in_the_memory_file() {
+    fn memory_file_has_the_switchover_that_the_session_file_lacks() {
         let mut guest = Guest::new();
         let state = State::new(guest.memory.extents(), 1).unwrap();
         guest.memory.share(&state);
@@ -247,7 +247,7 @@ mod tests {
         let running = noted(&guest);
         assert_eq!(running.state, DestinationState::Running);
         assert!(running.ran_after() <= Duration::from_millis(3), "{:?}", running.ran_after());
-        // A session file that has more is right.
+        // A later state in the session file takes precedence.
         let complete = recalled(DestinationState::Complete);
         assert_eq!(guest.memory.noted_standing(complete).state, DestinationState::Complete);
     }

@@ -1,10 +1,12 @@
-//! Which memory a started QEMU has: it is asked, and the preload object has handed over what may be RAM.
+//! The memory of a started QEMU. QEMU's monitor names the guest's RAM; the preload object has handed over all mappings
+//! that can be RAM.
 //!
-//! At the moment when a mapping is made nobody can be asked what it is for, and it has to be caught at that moment. So
-//! the preload object hands over whatever a QEMU maps in the way in which it maps its RAM; once QEMU answers, its RAM
-//! blocks say by their addresses which of that a migration brings, and under which names. The rest is let go. Memory
-//! without a file looks like any other of QEMU's as it is mapped: the preload object registers it when QEMU has said
-//! where it is. All of this is before the source is asked for anything, and whatever does not fit ends it.
+//! A mapping must be caught at the moment when it is made, and QEMU cannot be asked about its purpose then. So the
+//! preload object hands over every mapping that QEMU makes in the way in which it maps RAM. Once QEMU answers, the
+//! addresses of its RAM blocks identify the mappings that a migration fills, and their names. The other mappings are
+//! released. Memory without a file is mapped like QEMU's other private memory: the preload object registers it after
+//! QEMU has reported its address. All of this happens before the source is asked for anything. A mapping that does not
+//! fit ends the destination.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd};
@@ -24,7 +26,8 @@ use crate::host::kind::{Arriving, ArrivingGuest, GuestRam, check_ram_name};
 use crate::memory::claim::{self, User};
 use crate::runtime::inbox::{Inbox, Wake};
 
-/// Waits until COMMAND has mapped the guest's memory, and asks it which that is, where it is a QEMU or has a QMP socket.
+/// Waits until COMMAND has mapped the guest's memory. A QEMU, or a process with a QMP socket, is then asked for its
+/// RAM.
 pub(super) fn find<N>(
     wanted: &Wanted<'_>,
     monitor: &mut MonitorProcess,
@@ -39,9 +42,9 @@ pub(super) fn find<N>(
         coming.register(backends, monitor, handoff, inbox)?;
         Ok(asked)
     });
-    // Why QEMU has failed to start, if that is why it does not answer.
+    // QEMU may not answer because it has failed to start: then this has the reason.
     let drained = coming.drain(handoff, inbox);
-    // Those go if the guest does not come.
+    // These files are removed if the guest does not arrive.
     handoff.created().iter().for_each(|file| monitor.note_created(file.clone()));
     drained?;
     let asked = asked?;
@@ -49,22 +52,22 @@ pub(super) fn find<N>(
     if let Some(asked) = &asked {
         handed = assign(wanted, handoff, handed, &asked.ram)?;
     }
-    // What QEMU maps from now on, as it plugs in memory, nobody would fill.
+    // Memory that is plugged in from now on would not be filled.
     handoff.settled()?;
     let memory = Memory { handed, knows_umem: true, keeps_sessions: coming.keeps_sessions };
     Ok((memory, asked))
 }
 
-/// What has come so far of a process that was started.
+/// The state of a process that was started and is handing over its memory.
 struct Coming<'a> {
     wanted: &'a Wanted<'a>,
-    /// The names that the user has given, of what has not been handed over.
+    /// The names given by the user whose memory has not been handed over.
     missing: HashMap<&'a str, ()>,
     handed: Vec<Handed>,
     keeps_sessions: bool,
     loaded: bool,
     is_qemu: bool,
-    /// Our end of the monitor that QEMU was given.
+    /// umem's end of the monitor socket that QEMU was given.
     qmp: Option<UnixStream>,
 }
 
@@ -81,7 +84,7 @@ impl<'a> Coming<'a> {
         }
     }
 
-    /// There is nothing to wait for but QEMU's answers.
+    /// Only QEMU's answers are left to wait for.
     fn is_there(&mut self) -> bool {
         if self.is_qemu && self.wanted.monitor.is_none() {
             return self.missing.is_empty() && self.greets();
@@ -95,8 +98,8 @@ impl<'a> Coming<'a> {
         }
     }
 
-    /// Whether the monitor has said something. One of a process that has ended, which was only asked for its version,
-    /// is let go.
+    /// Whether the monitor has sent its greeting. The socket of a process that has ended is dropped: such a process was
+    /// only asked for its version.
     fn greets(&mut self) -> bool {
         let Some(qmp) = &self.qmp else { return false };
         match recv(qmp.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT) {
@@ -129,11 +132,11 @@ impl<'a> Coming<'a> {
                     None => return Err(self.never_came()),
                 },
                 Wake::Ready(1) => {
-                    // What it has said before.
+                    // Messages that the process sent before its end.
                     self.drain(handoff, inbox)?;
                     return Err(self.ended());
                 }
-                // It greets, or has ended.
+                // The monitor has greeted, or the process has ended.
                 Wake::Ready(_) | Wake::Message(_) => {}
             }
         }
@@ -164,14 +167,14 @@ impl<'a> Coming<'a> {
         Ok(())
     }
 
-    /// Whoever may have put a file there, or may put another one in its place.
+    /// Checks the file itself: another process may have created it, or may replace it at its path.
     fn check(&self, piece: &Handed) -> Result<()> {
         let (Some(name), Some(file)) = (&piece.name, &piece.file) else { return Ok(()) };
         match self.wanted.ram.iter().find(|ram| ram.name == *name) {
             Some(ram) => claim::check_file(name, &ram.path, file, User::Destination),
-            // A memory file has no name that leads to it.
+            // A memory file has no path.
             None if file.metadata().is_ok_and(|metadata| metadata.nlink() == 0) => Ok(()),
-            // Its name is its path, as the process knows it.
+            // The region's name is the file's path, as the process knows it.
             None => {
                 claim::check_path(name, Path::new(name), User::Destination)?;
                 claim::check_file(name, Path::new(name), file, User::Destination)
@@ -179,7 +182,7 @@ impl<'a> Coming<'a> {
         }
     }
 
-    /// Takes what is there by now: a process that has answered has handed over what it had mapped before.
+    /// Receives what is pending: a process that has answered has handed over everything that it had mapped before.
     fn drain<N>(&mut self, handoff: &mut HandoffSocket, inbox: &Inbox<N>) -> Result<()> {
         loop {
             match inbox.wait(&[handoff.stream().as_fd()], Some(Duration::ZERO))? {
@@ -211,14 +214,14 @@ impl<'a> Coming<'a> {
         // A monitor need not answer.
         let asked =
             inbox.wait_for_work(NO_GUEST, None, move || kind.arriving(connection, arriving))?;
-        // QEMU has made the socket. It may be the child of what we have started.
+        // QEMU has made the socket. QEMU may be a child of the process that umem has started.
         if let Some(pid) = asked.pid.filter(|&pid| is_ours && pid != monitor.pid()) {
             monitor.hold(pid)?;
         }
         Ok(Some(asked))
     }
 
-    /// Has memory without a file handed over, which has not been as it was mapped.
+    /// Has memory without a file handed over: it was not handed over when it was mapped.
     fn register<N>(
         &mut self,
         backends: &[GuestRam],
@@ -227,7 +230,7 @@ impl<'a> Coming<'a> {
         inbox: &Inbox<N>,
     ) -> Result<()> {
         for backend in backends.iter().filter(|backend| backend.is_anonymous()) {
-            // With names given there is no RAM beside those.
+            // If the user gives names, the guest has no RAM besides those.
             let Some(address) = backend.address.filter(|_| self.wanted.ram.is_empty()) else {
                 continue;
             };
@@ -298,8 +301,8 @@ fn no_qemu(what: &str) -> Error {
     ))
 }
 
-/// Gives what was handed over its names, by the addresses that QEMU tells, and lets go what is no RAM. What the user has
-/// named is named already; that has to be all of the guest's RAM and nothing else.
+/// Names the mappings that were handed over, by the addresses that QEMU reports, and releases those that are not RAM.
+/// The mappings that the user has named have their names: they must be all of the guest's RAM and nothing else.
 fn assign(
     wanted: &Wanted<'_>,
     handoff: &mut HandoffSocket,
@@ -329,13 +332,13 @@ fn assign(
                 piece.name.unwrap_or_default()
             )));
         }
-        // Our userfaultfd goes with the piece.
+        // umem's userfaultfd of the piece is closed with it.
         handoff.forget(piece.address)?;
     }
     Ok(memory)
 }
 
-/// An early QEMU with offset= maps what lies behind a file's end, and would be ended by a signal as it is touched.
+/// An early QEMU with offset= maps pages beyond a file's end: touching those raises SIGBUS.
 fn check_length(piece: &Handed, backend: &GuestRam) -> Result<()> {
     let Some(length) = piece.file.as_ref().and_then(|file| file.metadata().ok()) else {
         return Ok(());

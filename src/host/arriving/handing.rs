@@ -17,10 +17,10 @@ pub(super) const HANDOFF_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long after its sockets have closed a process may take to end.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Pieces that all hand-over messages together may have, and userfaultfds that may come with them.
+/// Pieces at most in all hand-over messages together, and the limit of userfaultfds that come with them.
 const PIECES_MAX: usize = 4096;
 
-/// Refuses more than a guest's process has.
+/// Refuses more pieces than a guest's process can have.
 pub(crate) fn check_pieces(count: usize) -> Result<()> {
     if count <= PIECES_MAX {
         return Ok(());
@@ -28,30 +28,30 @@ pub(crate) fn check_pieces(count: usize) -> Result<()> {
     Err(Error::Preload(format!("more than {PIECES_MAX} pieces of memory were handed over")))
 }
 
-/// What has been handed over.
+/// The memory that has been handed over.
 pub(super) struct Memory {
     pub(super) handed: Vec<Handed>,
     pub(super) knows_umem: bool,
     pub(super) keeps_sessions: bool,
 }
 
-/// Connections to the hand-over socket that may wait to hand something over. When there are more the oldest is
-/// dropped: a guest's process says it at once.
+/// Connections to the hand-over socket that may be open without a message. Beyond this the oldest is dropped: a guest's
+/// process sends its message at once.
 const CALLERS_MAX: usize = 8;
 
-/// Reads of one of them, of 4 KiB at most: a message may come in pieces, with others before it. Whoever talks without
-/// end would be listened to before everybody else.
+/// Reads of one such connection, of 4 KiB at most: a message may come in pieces, with others before it. The limit keeps
+/// a connection that sends without end from delaying the others.
 const READS_MAX: usize = 64;
 
-/// How long such a connection may stay.
+/// How long such a connection may stay open.
 const CALLER_TIMEOUT: Duration = HANDOFF_TIMEOUT;
 
-/// Who has connected to the hand-over socket, and has handed nothing over yet. None of them keeps another from it.
+/// Connections to the hand-over socket that have handed nothing over yet. None of them blocks another one.
 pub(super) struct Callers<'a> {
     listener: &'a HandoffListener,
     /// The oldest first.
     waiting: Vec<Caller>,
-    /// What the last one that was dropped had done.
+    /// What the last dropped connection had sent.
     complaint: Option<String>,
     room: Room,
 }
@@ -60,7 +60,7 @@ struct Caller {
     handoff: HandoffSocket,
     pid: u32,
     deadline: Instant,
-    /// How often it has said something that hands nothing over.
+    /// Reads of messages that hand nothing over.
     reads: usize,
 }
 
@@ -68,7 +68,7 @@ struct Caller {
 pub(super) struct First {
     pub(super) handoff: HandoffSocket,
     pub(super) pid: u32,
-    /// What it has said.
+    /// The messages that it has sent.
     messages: Vec<Message>,
 }
 
@@ -78,15 +78,15 @@ impl<'a> Callers<'a> {
         Callers { listener, waiting, complaint, room: Room::default() }
     }
 
-    /// Whom to listen to; when one of these is ready [`answer`](Callers::answer) takes its index.
+    /// The descriptors to wait for. When one is ready, [`answer`](Callers::answer) takes its index.
     pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
         let waiting = self.waiting.iter().map(|caller| caller.handoff.stream().as_fd());
-        // The last, so that nobody else's index depends on whether it is listened to.
+        // The listener is last, so that its absence does not change another descriptor's index.
         let listener = self.room.deadline(Instant::now()).is_none().then(|| self.listener.as_fd());
         waiting.chain(listener).collect()
     }
 
-    /// When [`forget_late`](Callers::forget_late) has something to do.
+    /// The time at which [`forget_late`](Callers::forget_late) has to be called.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let caller = self.waiting.first().map(|caller| caller.deadline);
         caller.into_iter().chain(self.room.deadline(Instant::now())).min()
@@ -99,7 +99,7 @@ impl<'a> Callers<'a> {
         }
     }
 
-    /// The first that hands something over.
+    /// Handles a ready descriptor. Returns the first process that hands its memory over.
     pub(super) fn answer(&mut self, index: usize) -> Result<Option<First>> {
         if index >= self.waiting.len() {
             self.accept()?;
@@ -127,7 +127,7 @@ impl<'a> Callers<'a> {
             Err(error) if caller.handoff.is_flooded() => {
                 self.drop_caller(&caller, &error.to_string());
             }
-            // A guest's process that umem does not understand: nobody waits for it to say it better.
+            // A guest's process sends what umem does not understand: this is final, as it will not send anything else.
             Err(error) => return Err(error),
         }
         Ok(None)
@@ -171,13 +171,13 @@ impl<'a> Callers<'a> {
         self.complaint = Some(why);
     }
 
-    /// Behind a sentence that says that nothing has been handed over.
+    /// The detail that follows the statement that nothing has been handed over.
     fn complaint(&self) -> String {
         self.complaint.as_ref().map_or_else(String::new, |why| format!(" (ignored: {why})"))
     }
 }
 
-/// Waits until the process that we have started, or one that it has started, hands over its memory.
+/// Waits until the process that umem has started, or a child of that process, hands over its memory.
 pub(super) fn accept_memory<N>(
     listener: &HandoffListener,
     monitor: &mut MonitorProcess,
@@ -255,7 +255,8 @@ pub(super) fn receive_memory<N>(
     }
 }
 
-/// The hand-over socket was closed: mostly because the process is ending, which shows a moment later. Whether it has.
+/// Whether the process has ended. Its hand-over socket was closed, mostly because the process is ending; the end shows
+/// a moment later.
 pub(super) fn closed<N>(monitor: &MonitorProcess, inbox: &Inbox<N>) -> Result<bool> {
     let deadline = Instant::now() + EXIT_TIMEOUT;
     loop {

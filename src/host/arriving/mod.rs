@@ -1,5 +1,5 @@
-//! How a destination finds the process into which a guest arrives, whatever its monitor is: starts it or waits for it to
-//! come, takes over its memory, and checks that its monitor waits for a guest.
+//! How a destination finds the process into which a guest arrives, for every kind of monitor. The destination starts
+//! the process or waits for its connection, takes over its memory, and checks that its monitor waits for a guest.
 
 mod finding;
 mod handing;
@@ -26,10 +26,10 @@ use handing::{Callers, HANDOFF_TIMEOUT, Memory, accept_memory, receive_memory};
 /// The outcome of an interrupt before a source has connected.
 pub(crate) const NO_GUEST: &str = "no guest had arrived";
 
-/// How often the monitor's socket is tried that is not there yet.
+/// The interval between attempts to connect to a monitor's socket that does not exist yet.
 const CONNECT_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What a destination wants of the process into which a guest arrives.
+/// A destination's requirements of the process into which a guest arrives.
 pub(crate) struct Wanted<'a> {
     /// The guest's RAM files; empty to ask the monitor.
     pub(crate) ram: &'a [RamPath],
@@ -47,10 +47,10 @@ pub(crate) struct Wanted<'a> {
     pub(crate) command: &'a [String],
 }
 
-/// A process that is to come, or has been started and is to hand over its memory.
+/// A process that will connect, or was started and will hand over its memory.
 pub(crate) struct Expected<'a> {
     wanted: Wanted<'a>,
-    /// Where a process that is not given the preload object hands over.
+    /// The socket where a process without the preload object hands its memory over.
     listener: Option<HandoffListener>,
 }
 
@@ -63,14 +63,14 @@ pub(crate) struct Arrived {
     pub(crate) keeps_sessions: bool,
     /// None for a guest that runs by itself.
     pub(crate) monitor: Option<Box<dyn Monitor>>,
-    /// How a guest would move faster, for the user.
+    /// Advice for the user: how a guest would move faster.
     pub(crate) advice: Option<String>,
-    /// Nobody but the guest may have its files mapped.
+    /// Only the guest may have its files mapped.
     pub(crate) wants_alone: bool,
 }
 
 impl<'a> Expected<'a> {
-    /// Makes what the guest's process needs to be there before it.
+    /// Makes what must exist before the guest's process does.
     pub(crate) fn new(wanted: Wanted<'a>) -> Result<Expected<'a>> {
         if wanted.command.is_empty() && wanted.handoff.is_none() {
             return Err(Error::Usage(
@@ -83,12 +83,12 @@ impl<'a> Expected<'a> {
         Ok(Expected { wanted, listener })
     }
 
-    /// Nobody has started the guest's process yet.
+    /// The guest's process has not been started yet.
     pub(crate) fn is_to_come(&self) -> bool {
         self.wanted.command.is_empty()
     }
 
-    /// Starts the process, if that is ours to do, and waits for its memory.
+    /// Starts the process, if umem is to start it, and waits for its memory.
     pub(crate) fn arrive<N>(self, inbox: &Inbox<N>) -> Result<Arrived> {
         let wanted = self.wanted;
         if wanted.command.is_empty() {
@@ -111,7 +111,7 @@ impl<'a> Expected<'a> {
         };
         let (mut process, sockets) = command::start(&start)?;
         let Sockets { handoff, qmp } = sockets;
-        // What a process hands over by itself it may share with whom it likes.
+        // A process that hands its memory over by itself may share that memory with any process.
         let wants_alone = self.listener.is_none();
         let (handoff, memory, found) = match (self.listener, handoff) {
             (Some(listener), _) => {
@@ -153,8 +153,9 @@ impl Arrived {
     }
 }
 
-/// The monitor of a guest that a process before this has had loaded, from that one's record. `kept` is the connection
-/// that the guest's process has kept; `runs` says whether the guest ran at the source. None for a guest without a monitor.
+/// The monitor of a guest that an earlier umem process has had loaded, from that process's record. `kept` is the
+/// connection that the guest's process has kept; `runs` is true if the guest ran at the source. None for a guest
+/// without a monitor.
 pub(crate) fn loaded(
     record: Option<&MonitorRecord>,
     kept: Option<UnixStream>,
@@ -166,7 +167,7 @@ pub(crate) fn loaded(
     }
 }
 
-/// Waits for a process of whomever, and its memory.
+/// Waits for a process that another program has started, and for its memory.
 fn take_over_stranger<N>(
     wanted: &Wanted<'_>,
     listener: &HandoffListener,
@@ -174,7 +175,7 @@ fn take_over_stranger<N>(
 ) -> Result<Arrived> {
     let mut callers = Callers::new(listener);
     loop {
-        // Before their descriptors are counted.
+        // Late connections are closed before the descriptors are counted.
         callers.forget_late(Instant::now());
         let left = callers.deadline().map(|at| at.saturating_duration_since(Instant::now()));
         let index = match inbox.wait(&callers.fds(), left)? {
@@ -190,7 +191,7 @@ fn take_over_stranger<N>(
     }
 }
 
-/// Asks the monitor of a process that hands its memory over itself, where it has a socket.
+/// Asks the monitor of a process that hands its memory over itself, if the monitor has a socket.
 fn ask<N>(
     wanted: &Wanted<'_>,
     inherited: Option<UnixStream>,
@@ -205,7 +206,7 @@ fn ask<N>(
     inbox.wait_for_work(NO_GUEST, None, move || kind.arriving(connection, arriving)).map(Some)
 }
 
-/// The monitor's kind and a connection to it: the one that its process was started with, or a new one.
+/// The monitor's kind and a connection to it: the connection that its process was started with, or a new one.
 fn connect<N>(
     wanted: &Wanted<'_>,
     inherited: Option<UnixStream>,
@@ -222,7 +223,7 @@ fn connect<N>(
     })
 }
 
-/// Waits until the monitor has made its socket: it may not be there yet, or be there and not listen yet.
+/// Waits until the monitor listens: its socket may not exist yet, or exist without a listener.
 fn dial<N>(
     socket: &MonitorSocket,
     process: &MonitorProcess,
@@ -232,7 +233,7 @@ fn dial<N>(
     loop {
         let is_late = Instant::now() >= deadline;
         let MonitorSocket { kind, path } = socket.clone();
-        // One whose queue is full keeps us waiting.
+        // A connect to a socket with a full queue blocks.
         let tried =
             inbox.wait_for_work(NO_GUEST, None, move || match UnixStream::connect(&path) {
                 Err(error) if is_late => Err(kind.cannot_connect(&path, &error)),

@@ -1,10 +1,10 @@
-//! What umem adds to the command line of a QEMU that hands over its memory itself. To others the preload object adds it
-//! (`src/preload/src/qemu.rs`).
+//! The options that umem adds to the command line of a QEMU that hands over its memory itself. For other QEMUs the
+//! preload object adds them (`src/preload/src/qemu.rs`).
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
-/// True for `qemu-system-x86_64`, `/usr/bin/qemu-kvm` and their like.
+/// True for `qemu-system-x86_64`, `/usr/bin/qemu-kvm` and similar names.
 pub(super) fn is_qemu(program: &str) -> bool {
     Path::new(program)
         .file_name()
@@ -12,7 +12,7 @@ pub(super) fn is_qemu(program: &str) -> bool {
         .is_some_and(|name| name.starts_with("qemu") || name == "kvm")
 }
 
-/// What a QEMU needs beyond what its user wrote.
+/// The arguments that a QEMU needs in addition to those of its user.
 pub(super) fn qemu_arguments(given: &[String], qmp_fd: i32) -> Vec<OsString> {
     let mut added: Vec<OsString> = vec![
         "-chardev".into(),

@@ -2,11 +2,11 @@
 
 use std::io::{IsTerminal, stdin};
 
-/// How a terminal is set.
+/// A terminal's settings.
 pub(super) struct Terminal(libc::termios);
 
 impl Terminal {
-    /// Of the standard input, where that is a terminal.
+    /// The settings of the standard input, if that is a terminal.
     pub(super) fn of_stdin() -> Option<Terminal> {
         if !stdin().is_terminal() {
             return None;
@@ -18,10 +18,10 @@ impl Terminal {
         (result == 0).then_some(Terminal(settings))
     }
 
-    /// After the end of a COMMAND that had no chance to do so itself: a QEMU with `-nographic` has switched
-    /// off echo and signals.
+    /// Restores the settings after the end of a COMMAND that could not do so itself: a QEMU with `-nographic` has
+    /// switched off echo and signals.
     pub(super) fn restore(&self) {
-        // Setting it from the background would stop umem.
+        // Setting them from the background would stop umem.
         if !is_in_background() {
             // SAFETY: the settings are whole, as tcgetattr has made them.
             let _ =
@@ -30,10 +30,10 @@ impl Terminal {
     }
 }
 
-/// Whether the standard input is the terminal that controls this process, and another process group has it.
+/// Whether the standard input is this process's controlling terminal, and another process group has it.
 pub(super) fn is_in_background() -> bool {
     // SAFETY: numbers only; both fail, or answer, without any other effect.
     let (foreground, own) = unsafe { (libc::tcgetpgrp(libc::STDIN_FILENO), libc::getpgrp()) };
-    // None where it is no terminal, or does not control this process.
+    // None if it is not a terminal, or not the controlling terminal of this process.
     foreground >= 0 && foreground != own
 }

@@ -1,14 +1,13 @@
-//! Handing anonymous memory over to `umem incoming --handoff SOCKET`, from the process whose memory it
-//! is.
+//! Hand-over of anonymous memory to `umem incoming --handoff SOCKET`, by the process that has the memory.
 //!
-//! Nobody else can map anonymous memory, so that the process itself makes the userfaultfd, registers
-//! its memory and sends the descriptor away, as Firecracker does. The message is Firecracker's with a
-//! name and `"umem":2`, which says that the commands of the preload object are understood here as well
-//! (`src/preload/src/lib.rs` has the table): a thread of its own carries them out.
+//! Another process cannot map anonymous memory. So the process itself makes the userfaultfd, registers its memory and
+//! sends the descriptor, as Firecracker does. The message is Firecracker's with a name and `"umem":2`, which states
+//! that this process carries out the commands of the preload object (`src/preload/src/lib.rs` has the table), on a
+//! thread of its own.
 //!
-//! What must hold is what holds there: our userfaultfds stay open until `release`, so that a page that
-//! never comes is waited for and not read as zeroes; no forked child has the memory before; and if the
-//! socket closes before `keep`, no guest will come and the process ends.
+//! The preload object's rules hold here too: the userfaultfds stay open until `release`, so that a thread waits for a
+//! missing page and does not read zeroes; no forked child has the memory before `release`; and if the socket closes
+//! before `keep`, no guest will arrive and the process ends.
 
 mod commands;
 #[cfg(test)]
@@ -34,29 +33,28 @@ use crate::runtime::accepting::{Accepted, ROOM_INTERVAL};
 
 use commands::serve;
 
-/// Shards begin at multiples of this, so that no huge page is in two of them.
+/// Shards begin at multiples of this, so that no huge page is in two shards.
 const SHARD_ALIGNMENT: u64 = 2 << 20;
 
-/// Anonymous memory of this process that nobody has touched yet. It must stay mapped until the process
-/// ends.
+/// Anonymous memory of this process that has not been touched yet. It must stay mapped until the process ends.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory<'a> {
     /// The region's name, the same as at the source.
     pub name: &'a str,
-    /// Where it is mapped.
+    /// Its address.
     pub start: NonNull<c_void>,
     /// Its size, whole pages.
     pub bytes: u64,
     /// 4 KiB, or 2 MiB if it was mapped with MAP_HUGETLB.
     pub page_bytes: u64,
-    /// How many parts of it get a userfaultfd of their own, each with its own message.
+    /// Number of parts with a userfaultfd of their own, each handed over in its own message.
     pub shards: usize,
 }
 
-/// Registers the memory and hands it over. From here on whoever touches a missing page of it waits.
+/// Registers the memory and hands it over. From here on a thread that touches a missing page of it waits.
 ///
 /// # Errors
-/// No userfaultfd for this user or of this kernel, or nobody who listens at `socket`.
+/// This user may not make a userfaultfd, the kernel lacks a feature, or no process listens at `socket`.
 pub fn hand_over(socket: &Path, memory: &Memory<'_>) -> Result<()> {
     let shards = shards(memory)?;
     let stream = UnixStream::connect(socket).map_err(|error| {
@@ -86,7 +84,7 @@ pub fn hand_over(socket: &Path, memory: &Memory<'_>) -> Result<()> {
 }
 
 impl Memory<'_> {
-    /// Its addresses.
+    /// The range of its addresses.
     fn area(&self) -> Range<u64> {
         let start = self.start.as_ptr().expose_provenance() as u64;
         start..start + self.bytes
@@ -130,18 +128,18 @@ fn hand_over_pieces(stream: &UnixStream, pieces: &[(Value, OwnedFd)]) -> std::io
     pieces.iter().try_for_each(|(message, uffd)| send(stream, message, &[uffd.as_raw_fd()]))
 }
 
-/// A line with descriptors.
+/// Sends a line with descriptors.
 fn send(stream: &UnixStream, message: &Value, descriptors: &[i32]) -> std::io::Result<()> {
     let line = format!("{message}\n");
     let rights = [ControlMessage::ScmRights(descriptors)];
     let (socket, bytes) = (stream.as_raw_fd(), [IoSlice::new(line.as_bytes())]);
     let sent = sendmsg::<()>(socket, &bytes, &rights, MsgFlags::MSG_NOSIGNAL, None)?;
-    // The descriptors have gone with the first byte.
+    // The descriptors went with the first byte.
     let mut stream = stream;
     stream.write_all(&line.as_bytes()[sent..])
 }
 
-/// A userfaultfd with which this part of the memory is registered.
+/// Registers this part of the memory with a new userfaultfd.
 fn protect(memory: &Memory<'_>, shard: &Range<u64>) -> Result<OwnedFd> {
     let huge = memory.page_bytes > crate::memory::small_page_bytes();
     let features =
@@ -156,7 +154,7 @@ fn protect(memory: &Memory<'_>, shard: &Range<u64>) -> Result<OwnedFd> {
     Ok(uffd)
 }
 
-/// Never for faults of user mode only, as system calls and KVM reach the guest's memory too.
+/// Not for faults of user mode only: system calls and KVM access the guest's memory too.
 fn create() -> Result<OwnedFd> {
     match open::open(Faults::All) {
         Ok((uffd, _)) => Ok(uffd),
@@ -167,28 +165,27 @@ fn create() -> Result<OwnedFd> {
     }
 }
 
-/// What has been handed over.
+/// The memory that has been handed over.
 struct Held {
     name: String,
     area: Range<u64>,
-    /// Each message with its userfaultfd; none any more once they are released.
+    /// Each message with its userfaultfd; empty after the release.
     pieces: Mutex<Vec<(Value, OwnedFd)>>,
     /// The guest may run here.
     keeps: AtomicBool,
     session: Mutex<Option<Arc<Session>>>,
 }
 
-/// What is kept for a umem that takes over.
+/// The state that is kept for a umem that takes over.
 struct Session {
-    /// Where it connects.
+    /// The socket to which that umem connects.
     listener: UnixListener,
-    /// The state of the guest's pages, and perhaps the monitor's socket: never looked at.
+    /// The state of the guest's pages, and possibly the monitor's socket. This process does not read them.
     kept: Vec<OwnedFd>,
 }
 
 impl Held {
-    /// What a session consists of has come: from now on another umem may take over. One session is all
-    /// that there can be.
+    /// The descriptors of a session have come: from now on another umem may take over. There is one session at most.
     fn keep_session(self: &Arc<Held>, descriptors: Vec<OwnedFd>) {
         let mut descriptors = descriptors.into_iter();
         let Some(listener) = descriptors.next() else { return };
@@ -198,20 +195,20 @@ impl Held {
             return;
         }
         let (held, accepting) = (self.clone(), session.clone());
-        // Without the thread nobody can take over, and the guest waits.
+        // Without the thread a takeover is impossible, and the guest waits.
         if super::thread("umem-session", move || held.accept(&accepting)).is_ok() {
             *slot = Some(session);
         }
     }
 
-    /// Hands over again to each umem that connects: the one before it is gone then.
+    /// Hands over again to each umem that connects: its predecessor has ended then.
     fn accept(self: &Arc<Held>, session: &Session) {
         loop {
             let accepted = session.listener.accept().map(|(stream, _)| stream);
             let stream = match Accepted::of(accepted) {
                 Ok(Accepted::One(stream)) => stream,
                 Ok(Accepted::Gone) => continue,
-                // Who takes over waits meanwhile.
+                // The umem that connects waits meanwhile.
                 Ok(Accepted::NoRoom(_)) => {
                     std::thread::sleep(ROOM_INTERVAL);
                     continue;
@@ -230,15 +227,15 @@ impl Held {
         }
     }
 
-    /// Everything has come: closes the userfaultfds, and says how many there were.
+    /// All memory has arrived: closes the userfaultfds, and returns their number.
     fn release(&self) -> usize {
         let pieces = std::mem::take(&mut *lock(&self.pieces));
         let count = pieces.len();
         drop(pieces);
-        // Fails where the process has unmapped some of it meanwhile, which is its own affair.
+        // Fails if the process has unmapped some of it meanwhile, which is allowed.
         let _ = advise(&self.area, libc::MADV_DOFORK);
         if let Some(session) = lock(&self.session).take() {
-            // SAFETY: no memory is involved; who waits for connections there gives up.
+            // SAFETY: no memory is involved; the thread that accepts connections there ends.
             unsafe { libc::shutdown(session.listener.as_raw_fd(), libc::SHUT_RDWR) };
         }
         count
@@ -249,12 +246,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// `madvise` with advice that leaves the contents as they are.
+/// `madvise` with advice that leaves the contents unchanged.
 fn advise(range: &Range<u64>, advice: i32) -> std::io::Result<()> {
     let start =
         std::ptr::with_exposed_provenance_mut(usize::try_from(range.start).expect("64 bits"));
     let length = usize::try_from(range.end - range.start).expect("64 bits");
-    // SAFETY: the caller's promise; where nothing is mapped any more the kernel says so.
+    // SAFETY: the caller's promise; for unmapped addresses the kernel returns an error.
     match unsafe { libc::madvise(start, length, advice) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),

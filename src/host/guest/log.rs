@@ -1,4 +1,4 @@
-//! The dirty log of the demo's guest: its monitor is asked which pages it has written.
+//! The dirty log of the demo's guest: its monitor reports the written pages.
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -11,16 +11,16 @@ use crate::error::{Error, Result};
 use crate::host::qmp::Qmp;
 use crate::memory::dirty::{DirtyLog, DirtyMap};
 
-/// The command by which its monitor tells, and forgets, what has been written since it was given last.
+/// The command that returns the pages written since the previous call, and clears the list.
 pub(super) const COMMAND: &str = "umem-dirty";
 
-/// What its monitor knows, over a connection of its own.
+/// The log of a demo guest's monitor, over a connection of its own.
 struct GuestLog {
     qmp: Qmp,
     marks: Option<Arc<DirtyMap>>,
 }
 
-/// The log of the guest whose monitor this is; none of one that is not the demo's.
+/// The log of the guest behind this monitor; None if the guest is not the demo's.
 pub(crate) fn of(qmp: &mut Qmp) -> Option<Box<dyn DirtyLog>> {
     qmp.try_execute(COMMAND, json!({})).ok()?.ok()?;
     let path = qmp.path()?;

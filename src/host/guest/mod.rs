@@ -1,10 +1,9 @@
 //! The demo's guest: threads that read and write memory and check every word, behind a QMP socket.
 //!
-//! It stands where a QEMU would: at the source its RAM is a shared file, it answers the QMP commands
-//! that umem sends (and `umem-verify`, for the demo), its device state is what its threads must know of
-//! their memory. On the destination it gets its memory by the preload object, or hands anonymous memory
-//! over itself ([`handover`]). It takes no other part in the transport, so what it finds in its memory
-//! is evidence.
+//! It takes the place of a QEMU. At the source its RAM is a shared file. It answers the QMP commands that umem sends
+//! (and `umem-verify`, for the demo). Its device state holds what its threads must know of their memory. At the
+//! destination it gets its memory through the preload object, or hands anonymous memory over itself ([`handover`]). It
+//! has no other part in the transport: the contents that it finds in its memory are independent evidence.
 
 pub mod handover;
 pub(crate) mod log;
@@ -33,13 +32,13 @@ use threads::Machine;
 pub struct Options {
     /// Where its monitor listens.
     pub qmp: PathBuf,
-    /// Its RAM; a file is created with `size_mib`, or as large already.
+    /// Its RAM; a file is created with `size_mib`, or has that size already.
     pub memory: Memory,
     /// MiB of RAM.
     pub size_mib: u64,
-    /// It waits for a guest to come rather than filling its memory.
+    /// It waits for a guest to arrive and does not fill its memory.
     pub incoming: bool,
-    /// A guest that has come discards pages, too, as one with a balloon does.
+    /// A guest that has arrived also discards pages, as a guest with a balloon does.
     pub discard: bool,
     /// Threads that access memory.
     pub threads: usize,
@@ -49,48 +48,48 @@ pub struct Options {
     pub zero_percent: u32,
     /// Pages that are never written, percent.
     pub hole_percent: u32,
-    /// What the contents of its memory are derived from.
+    /// The seed from which the contents of its memory are derived.
     pub seed: u64,
 }
 
-/// What is behind the guest's RAM. A guest that does not wait for another one has a shared file,
-/// because that is what the source's umem reads.
+/// The memory behind the guest's RAM. A guest that does not wait for another one has a shared file, because the
+/// source's umem reads that.
 #[derive(Clone, Debug)]
 pub enum Memory {
     /// A file, mapped MAP_SHARED.
     Shared(RamPath),
-    /// A file, mapped MAP_PRIVATE: what the guest writes is its own.
+    /// A file, mapped MAP_PRIVATE: the guest's writes go to its own copies.
     Private(RamPath),
     /// Anonymous memory that is handed over to umem here.
     Anonymous {
         /// The region's name, the same as at the source.
         name: String,
-        /// Where umem waits for it.
+        /// The socket at which umem waits for it.
         handoff: PathBuf,
-        /// Parts that are handed over on their own.
+        /// Number of parts that are handed over separately.
         shards: usize,
         /// It has pages of 2 MiB, from the kernel's hugetlb pool.
         huge: bool,
     },
 }
 
-/// What the guest found in its memory.
+/// The results of the guest's checks.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Verdict {
     /// Pages whose every word is right.
     pub verified_pages: u64,
-    /// Pages in which a word was wrong, at the end or at any access before.
+    /// Pages in which a word was wrong, at the end or at any earlier access.
     pub bad_pages: u64,
-    /// Pages that the guest had written and that do not hold what it wrote last.
+    /// Pages that the guest had written and that do not hold the last written contents.
     pub guest_writes_lost: u64,
     /// Pages read and checked while memory was arriving.
     pub reads: u64,
     /// Pages written while memory was arriving.
     pub writes: u64,
-    /// Times that it discarded a page (or several that only go together) while memory was arriving or
-    /// after that; such a page must read as zeroes until it is written again.
+    /// Number of times that it discarded a page, or several pages that can only be discarded together, while memory was
+    /// arriving or later. Such a page must read as zeroes until it is written again.
     pub discards: u64,
-    /// What an access took, as the guest saw it.
+    /// Latency of an access, as the guest measured it.
     pub access_latency_us: Latency,
     /// Bytes of its memory that the kernel maps with huge pages.
     pub huge_bytes: u64,
@@ -98,7 +97,7 @@ pub struct Verdict {
     pub registered: bool,
 }
 
-/// Runs the guest until its monitor is told to quit.
+/// Runs the guest until its monitor receives `quit`.
 ///
 /// # Errors
 /// RAM that cannot be mapped or a socket that cannot be made.

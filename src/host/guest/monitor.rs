@@ -15,7 +15,7 @@ use super::threads::Machine;
 use super::{Options, log};
 use crate::error::{Context, Result};
 
-/// Accepts clients, each on a thread of its own, until one says quit.
+/// Accepts clients, each on a thread of its own, until one sends `quit`.
 pub(crate) fn serve(
     listener: &UnixListener,
     machine: &Arc<Machine>,
@@ -53,7 +53,7 @@ struct Client {
     incoming: bool,
 }
 
-/// How far a migration of this guest has come, as `query-migrate` tells.
+/// The state of this guest's migration, as `query-migrate` returns it.
 enum Migration {
     None,
     Loading(JoinHandle<bool>),
@@ -79,14 +79,14 @@ impl Migration {
     }
 }
 
-/// A command is shorter.
+/// Longer than any command.
 const LINE_BYTES_MAX: usize = 1 << 20;
 
-/// Descriptors that wait for a command which takes them: one at a time.
+/// Descriptors that wait for the command that takes them: one at a time.
 const DESCRIPTORS_MAX: usize = 16;
 
 impl Client {
-    /// Answers until the client goes or says quit, which is `true`.
+    /// Answers a client. Returns true after `quit`, and false when the client has gone.
     fn talk(&mut self) -> io::Result<bool> {
         self.say(&json!({ "QMP": { "version": {}, "capabilities": [] } }))?;
         while let Some(line) = self.read_line()? {
@@ -122,7 +122,7 @@ impl Client {
             let count = received.bytes;
             for message in received.cmsgs()? {
                 if let ControlMessageOwned::ScmRights(fds) = message {
-                    // SAFETY: the kernel has just made these descriptors for us.
+                    // SAFETY: the kernel has just made these descriptors for this process.
                     self.descriptors
                         .extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
                 }
@@ -193,7 +193,7 @@ impl Client {
             }
             "migrate" => {
                 let mut socket = self.socket(arguments)?;
-                // As QEMU's, which stops the guest itself once it has sent what it can before.
+                // As a QEMU does: it stops the guest itself after it has sent all that can be sent before.
                 machine.stop();
                 socket.write_all(&machine.save()).map_err(|error| error.to_string())?;
                 self.migration = Migration::Completed;
@@ -204,7 +204,7 @@ impl Client {
                 let load = move || {
                     let mut state = Vec::new();
                     let read = socket.read_to_end(&mut state).is_ok();
-                    // A device's state points into memory, and loading it reads there.
+                    // A device's state refers to memory, and loading it reads there.
                     machine.ram.touch(0);
                     read && machine.load(&state).is_ok()
                 };

@@ -1,5 +1,5 @@
-//! What a page of the demo's guest must hold: words derived from a seed, the page and how often it
-//! has been written.
+//! The expected contents of a page of the demo's guest: words derived from a seed, the page's number and the number of
+//! times that the page has been written.
 
 /// Words of 8 bytes in a page of 4 KiB.
 pub(crate) const PAGE_WORDS: usize = 512;
@@ -12,19 +12,19 @@ pub(crate) struct Pattern {
     pub(crate) hole_percent: u32,
 }
 
-/// What a page is filled with at first.
+/// The first contents of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fill {
     /// Words that differ everywhere.
     Data,
     /// Zeroes, written.
     Zero,
-    /// Nothing: never written.
+    /// Never written.
     Hole,
 }
 
 impl Pattern {
-    /// Zero pages and holes come in groups of 16 pages, data in between, as freed memory does.
+    /// Zero pages and holes come in groups of 16 pages, with data between, as freed memory does.
     pub(crate) fn fill(&self, page: u64) -> Fill {
         let draw = mix(self.seed ^ mix(page / 16)) % 100;
         if draw < u64::from(self.zero_percent) {
@@ -54,14 +54,14 @@ pub(crate) struct Words {
 }
 
 impl Words {
-    /// Of a page without contents.
+    /// The words of a page without contents.
     pub(crate) const ZEROES: Words = Words { base: None };
 
     pub(crate) fn word(self, word: usize) -> u64 {
         match self.base {
             None => 0,
-            // One multiplication a word; it is a bijection of `base + word`, so that neighbours and
-            // neighbouring generations differ.
+            // One multiplication a word. It is a bijection of `base + word`, so that neighbouring words and generations
+            // differ.
             Some(base) => (base ^ word as u64).wrapping_mul(0xbf58_476d_1ce4_e5b9) | 1,
         }
     }
@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_tell_pages_and_generations_apart() {
+    fn words_of_pages_and_generations_differ() {
         let pattern = Pattern { seed: 1, zero_percent: 0, hole_percent: 0 };
         let mut seen = std::collections::HashSet::new();
         for page in 0..50 {
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn fills_come_in_their_shares() {
+    fn fills_have_their_configured_shares() {
         let pattern = Pattern { seed: 7, zero_percent: 20, hole_percent: 10 };
         let count = |fill| (0..160_000).filter(|&page| pattern.fill(page) == fill).count();
         assert!((28_000..36_000).contains(&count(Fill::Zero)));

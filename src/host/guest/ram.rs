@@ -15,7 +15,7 @@ use crate::error::{Context, Error, Result};
 use crate::host::command::RamPath;
 use crate::memory::small_page_bytes;
 
-/// Bytes of a page here; what the transport's pages are does not matter to the guest.
+/// Bytes of a page here, independent of the transport's page size.
 pub(crate) const PAGE_BYTES: u64 = 4096;
 
 /// Bytes of a page of hugetlb memory.
@@ -26,29 +26,28 @@ pub(crate) struct GuestRam {
     start: NonNull<u64>,
     pub(crate) bytes: u64,
     pub(crate) name: String,
-    /// The file that is mapped; none for anonymous memory.
+    /// The file that is mapped; None for anonymous memory.
     pub(crate) path: Option<PathBuf>,
-    /// What makes a page read as zeroes: how it is discarded.
+    /// The advice that makes a page read as zeroes.
     discard: MmapAdvise,
-    /// Pages that can only be discarded together.
+    /// Number of pages that can only be discarded together.
     pub(crate) discard_pages: u64,
 }
 
-// SAFETY: plain memory; threads keep out of each other's pages by the machine's page locks, and
-// every access is volatile.
+// SAFETY: plain memory. The machine's page locks keep threads out of each other's pages, and every access is volatile.
 unsafe impl Send for GuestRam {}
 // SAFETY: as above.
 unsafe impl Sync for GuestRam {}
 
 impl GuestRam {
-    /// Maps `bytes`, from a file that is opened or created, or anonymously. Where the preload object is
-    /// loaded it takes a file's mapping over; anonymous memory is handed over here.
+    /// Maps `bytes` from a file that is opened or created, or anonymously. A loaded preload object takes over a file's
+    /// mapping; anonymous memory is handed over here.
     pub(crate) fn map(memory: &Memory, bytes: u64) -> Result<GuestRam> {
         match memory {
             Memory::Shared(ram) => {
                 map_file(ram, bytes, MapFlags::MAP_SHARED, MmapAdvise::MADV_REMOVE)
             }
-            // Without its own copy the page is the file's again, which umem empties.
+            // Without its own copy the page shows the file again, which umem empties.
             Memory::Private(ram) => {
                 map_file(ram, bytes, MapFlags::MAP_PRIVATE, MmapAdvise::MADV_DONTNEED)
             }
@@ -67,7 +66,7 @@ impl GuestRam {
         self.bytes / PAGE_BYTES
     }
 
-    /// Where it is in this process.
+    /// Its address in this process.
     pub(crate) fn address(&self) -> usize {
         self.start.addr().get()
     }
@@ -79,13 +78,13 @@ impl GuestRam {
         unsafe { self.start.as_ptr().add(index) }
     }
 
-    /// Reads the first word of a page, which is where a missing page is waited for.
+    /// Reads the first word of a page. If the page is missing, the read waits for it.
     pub(crate) fn touch(&self, page: u64) -> u64 {
         // SAFETY: mapped and aligned; volatile, as other threads and the daemon write there.
         unsafe { self.word(page, 0).read_volatile() }
     }
 
-    /// The first wrong word: its index, what it must be, what it is.
+    /// The first wrong word: its index, the expected value and the value found.
     pub(crate) fn check(&self, page: u64, words: Words) -> Option<(usize, u64, u64)> {
         let start = self.word(page, 0);
         for word in 0..PAGE_WORDS {
@@ -107,8 +106,8 @@ impl GuestRam {
         }
     }
 
-    /// Gives [`discard_pages`](Self::discard_pages) pages back to the kernel: they read as zeroes from
-    /// here on, as after a balloon.
+    /// Gives [`discard_pages`](Self::discard_pages) pages back to the kernel: they read as zeroes from here on, as
+    /// after a balloon.
     pub(crate) fn discard(&self, first: u64) -> nix::Result<()> {
         assert!(first + self.discard_pages <= self.pages());
         let bytes = usize::try_from(self.discard_pages * PAGE_BYTES).expect("64-bit Linux");
@@ -124,7 +123,7 @@ fn map_file(ram: &RamPath, bytes: u64, sharing: MapFlags, discard: MmapAdvise) -
     // SAFETY: a new mapping at an address of the kernel's choice.
     let start = unsafe { mmap(None, length, READ_WRITE, sharing, &file, 0) }
         .context(|| format!("mapping RAM {}", ram.name))?;
-    // SAFETY: advice on our own mapping; it changes no content.
+    // SAFETY: advice on this process's own mapping; it changes no content.
     let _ = unsafe { madvise(start, length.get(), MmapAdvise::MADV_HUGEPAGE) };
     Ok(GuestRam {
         start: start.cast(),
@@ -136,7 +135,7 @@ fn map_file(ram: &RamPath, bytes: u64, sharing: MapFlags, discard: MmapAdvise) -
     })
 }
 
-/// Opens or creates the file and gives it `bytes`, which it may have already.
+/// Opens or creates the file and sizes it to `bytes`, if it does not have that size already.
 fn open(ram: &RamPath, bytes: u64) -> Result<File> {
     let failed = |what: String| Error::Ram { name: ram.name.clone(), path: ram.path.clone(), what };
     let file = OpenOptions::new()
@@ -198,7 +197,7 @@ fn length(bytes: u64) -> Result<NonZeroUsize> {
 
 impl Drop for GuestRam {
     fn drop(&mut self) {
-        // SAFETY: our own mapping, and no thread of the machine is left.
+        // SAFETY: this process's own mapping, and no thread of the machine is left.
         let _ = unsafe { munmap(self.start.cast(), usize::try_from(self.bytes).unwrap_or(0)) };
     }
 }

@@ -15,40 +15,39 @@ use crate::memory::bits::Bits;
 use crate::runtime::print;
 use crate::statistics::{Latency, latency_histogram, record};
 
-/// Somebody is at work in the page.
+/// A thread has locked the page.
 const LOCKED: u32 = 1 << 31;
 /// A wrong word has been found in the page.
 const BAD: u32 = 1 << 30;
-/// The page has been discarded since it was written last.
+/// The page has been discarded since its last write.
 const DISCARDED: u32 = 1 << 29;
-/// How often the page has been written.
+/// Number of writes of the page.
 const GENERATION: u32 = DISCARDED - 1;
-/// What a guest has to know of the page when it moves.
+/// The bits of a page that move with the guest.
 const MOVES: u32 = DISCARDED | GENERATION;
 
-/// Before it is moved, the guest writes to this many pages only, so that what it must remember of
-/// them, its device state, stays small.
+/// Before the move the guest writes to this many pages only, so that its device state, which records them, stays small.
 const HOT_PAGES: u64 = 4096;
 
-/// Runs of written pages that are told at once: an answer is a line.
+/// Runs of written pages in one answer at most: an answer is one line.
 const RUNS_TOLD: usize = 4096;
 
-/// Accesses that discard their page where the guest does that, percent.
+/// Accesses that discard their page, if the guest discards, percent.
 const DISCARD_PERCENT: u64 = 5;
 
-/// What a page must hold.
+/// The expected contents of a page.
 fn words(pattern: Pattern, page: u64, cell: u32) -> Words {
     if cell & DISCARDED != 0 { Words::ZEROES } else { pattern.words(page, cell & GENERATION) }
 }
 
-/// The guest's memory, what it must hold, and the threads' common state.
+/// The guest's memory, its expected contents, and the threads' common state.
 pub(crate) struct Machine {
     pub(crate) ram: GuestRam,
     pattern: Mutex<Pattern>,
     write_percent: u32,
     discard: bool,
     pages: Box<[AtomicU32]>,
-    /// Pages that have been written, or discarded, since somebody was told.
+    /// Pages that have been written or discarded since they were last reported.
     dirty: Bits,
     arrived: AtomicBool,
     reads: AtomicU64,
@@ -66,7 +65,7 @@ struct Run {
     active: usize,
 }
 
-/// Something wrong in the device state that came.
+/// An error in a device state that arrived.
 pub(crate) struct StateError;
 
 impl Machine {
@@ -135,7 +134,7 @@ impl Machine {
         self.run.lock().expect("no vCPU panics").running
     }
 
-    /// What the threads must know of their memory to go on elsewhere.
+    /// The state that the threads need to continue elsewhere.
     pub(crate) fn save(&self) -> Vec<u8> {
         let pattern = self.pattern();
         let mut state = Vec::new();
@@ -173,8 +172,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Runs of pages from this one on, first and count, that have been written since they were told; and where the
-    /// next call goes on, unless this was all.
+    /// Runs of pages from `from` on, as first page and count, that have been written since they were last reported; and
+    /// the page at which the next call continues, unless these were all.
     pub(crate) fn take_dirty(&self, from: u64) -> (Vec<(u64, u64)>, Option<u64>) {
         let mut runs: Vec<(u64, u64)> = Vec::new();
         for word in (from / 64 * 64..self.ram.pages()).step_by(64) {
@@ -205,7 +204,7 @@ impl Machine {
         loop {
             self.park(&mut seen_running, &mut latency);
             let (pattern, arrived) = (self.pattern(), self.arrived.load(Ordering::Relaxed));
-            // Between two looks at the common state.
+            // Accesses between two checks of the common state.
             for _ in 0..64 {
                 random = mix(random);
                 self.access(pattern, arrived, random, &mut latency);
@@ -238,12 +237,12 @@ impl Machine {
         let page = random % self.ram.pages();
         let cell = self.cell(page);
         let read_only = self.is_read_only(page);
-        // The page may be anywhere on its way: it is not looked at before.
+        // The page's state of arrival does not matter: it is not read before.
         if self.discard && arrived && !read_only && (random >> 48) % 100 < DISCARD_PERCENT {
             return self.discard(page);
         }
         if !read_only && cell.fetch_or(LOCKED, Ordering::Acquire) & LOCKED != 0 {
-            // Another thread is at this page; there are enough others.
+            // Another thread has this page; enough other pages are left.
             return;
         }
         let began = Instant::now();
@@ -260,7 +259,7 @@ impl Machine {
         let may_write = arrived || page < HOT_PAGES;
         if may_write && (random >> 32) % 100 < u64::from(self.write_percent) {
             self.ram.write(page, pattern.words(page, (state & GENERATION) + 1));
-            // After the write, so that whoever takes the mark finds it.
+            // Set after the write, so that a thread that takes the mark finds the write.
             self.dirty.set(page, 1);
             cell.fetch_add(1, Ordering::Relaxed);
             cell.fetch_and(!DISCARDED, Ordering::Relaxed);
@@ -273,13 +272,13 @@ impl Machine {
         &self.pages[usize::try_from(page).expect("64-bit Linux")]
     }
 
-    /// One page in 16 (or of what is discarded together) is only ever read, by any number of threads
-    /// at once: several of them wait for the same missing page.
+    /// One page in 16 (or one of the pages that are discarded together) is only read, by any number of threads at once:
+    /// several of them wait for the same missing page.
     fn is_read_only(&self, page: u64) -> bool {
         (page / self.ram.discard_pages).is_multiple_of(16)
     }
 
-    /// Discards the page, with those that only go together with it; unless somebody is at one of them.
+    /// Discards the page, and the pages that can only be discarded with it, unless another thread has one of them.
     fn discard(&self, page: u64) {
         let first = page - page % self.ram.discard_pages;
         let pages = first..first + self.ram.discard_pages;
@@ -339,7 +338,7 @@ impl Machine {
     }
 }
 
-/// What this process maps with huge pages: of files, anonymous, and of hugetlb (proc(5)).
+/// Bytes that this process maps with huge pages: of files, anonymous, and of hugetlb (proc(5)).
 fn huge_bytes() -> u64 {
     const FIELDS: [&str; 3] = ["ShmemPmdMapped", "AnonHugePages", "Private_Hugetlb"];
     let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap_or_default();

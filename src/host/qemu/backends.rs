@@ -1,13 +1,13 @@
-//! The RAM backends of a QEMU, as it tells of them itself, and the files that it has mapped for them.
+//! The RAM backends of a QEMU, as QEMU reports them, and the files that it has mapped for them.
 //!
-//! What a migration of QEMU's would carry is asked block by block; a backend whose block has no name is used by no
-//! device, and stays out of it. A file's name is what QEMU was told when it opened it, and may lead elsewhere by now:
-//! which file it is says the kernel ([`crate::host::maps`]).
+//! QEMU reports block by block whether its migration carries a block. A backend whose block has no name is used by no
+//! device, and is not migrated. QEMU reports the path with which it opened a file; that path may lead elsewhere by now,
+//! so the kernel's maps identify the file ([`crate::host::maps`]).
 //!
-//! It maps a file of tmpfs at a multiple of 4 KiB, unless its property `align` asks for more; of hugetlbfs it
-//! knows the size of the pages (`qemu_fd_getpagesize` in its util/mmap-alloc.c). The kernel makes and maps a huge
-//! page only where offset and address agree (`thp_vma_suitable_order`), so that without `align` a source's file
-//! comes to consist of small pages, and a destination's is mapped with them.
+//! QEMU maps a tmpfs file at a multiple of 4 KiB, unless its property `align` asks for more. For hugetlbfs it uses the
+//! page size (`qemu_fd_getpagesize` in its util/mmap-alloc.c). The kernel makes and maps a huge page only where offset
+//! and address agree (`thp_vma_suitable_order`). So without `align` a source's file consists of small pages, and a
+//! destination's file is mapped with them.
 
 mod arriving;
 
@@ -32,21 +32,20 @@ use crate::memory::region::{is_in_huge_tmpfs, is_memory};
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Backend {
     pub(crate) name: String,
-    /// What QEMU was told to open: for people, and advice.
+    /// The path that QEMU was told to open: for messages and advice.
     pub(crate) path: PathBuf,
     pub(crate) bytes: u64,
-    /// Where QEMU has mapped it, in its own address space. None where it does not say.
+    /// Its address in QEMU's own address space. None if QEMU does not report it.
     pub(crate) address: Option<u64>,
     pub(crate) is_shared: bool,
     /// It has no file that umem could map: its contents come with QEMU's stream.
     pub(crate) is_streamed: bool,
-    /// What its address is a multiple of, bytes; 0 where that is left to QEMU, None where the monitor does not
-    /// tell.
+    /// The alignment of its address, bytes; 0 if QEMU chooses, None if the monitor does not report it.
     align_bytes: Option<u64>,
 }
 
-/// What has a guest use the huge pages that its RAM could have, if QEMU keeps it from them: a sentence for whoever
-/// started it. `elsewhere` is the other side.
+/// The advice for a guest whose RAM could have huge pages, if QEMU's alignment prevents them: a sentence for the user
+/// who started the guest. `elsewhere` is the other side.
 pub(crate) fn advice(backends: &[Backend], elsewhere: &str) -> Option<String> {
     let names: Vec<_> =
         backends.iter().filter(|b| b.misses_huge_pages()).map(|b| b.name.as_str()).collect();
@@ -61,19 +60,19 @@ pub(crate) fn advice(backends: &[Backend], elsewhere: &str) -> Option<String> {
     ))
 }
 
-/// Where the contents of a guest's RAM are to be had.
+/// The places from which the contents of a guest's RAM can be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Contents {
     /// In files alone: at a destination.
     Files,
-    /// In files, as nothing is sent while the guest runs at this source.
+    /// In files, as the source sends no page while the guest runs.
     FilesUnstreamed,
     /// In QEMU's stream as well.
     Streamed,
 }
 
 impl Backend {
-    /// One without a file.
+    /// A backend without a file.
     fn streamed(name: String, bytes: u64) -> Backend {
         Backend {
             name,
@@ -91,19 +90,19 @@ impl Backend {
     }
 }
 
-/// The file of a guest's RAM, open, as its QEMU has mapped it.
+/// The open file of a guest's RAM, as its QEMU has mapped it.
 pub(crate) struct RamOfQemu {
     pub(crate) name: String,
-    /// What of the file it is.
+    /// The part of the file that is this RAM.
     pub(crate) part: Range<u64>,
-    /// One open file for all that are of the same.
+    /// One open file for all RAM in the same file.
     pub(crate) file: File,
-    /// A way to the same file, for as long as QEMU lives at least.
+    /// A path to the same file, valid for at least as long as QEMU lives.
     pub(crate) path: PathBuf,
 }
 
 impl Qemu {
-    /// Its RAM backends that a migration has to bring, if each of them can be moved.
+    /// The RAM backends that a migration fills, if each of them can be moved.
     pub(super) fn backends(&mut self, wanted: Kind, contents: Contents) -> Result<Vec<Backend>> {
         let blocks = self.blocks()?;
         let mut backends = Vec::new();
@@ -122,18 +121,17 @@ impl Qemu {
         Ok(backends)
     }
 
-    /// Whether the guest's main memory is among these backends, of which there is one at least; otherwise the main
-    /// memory's backend.
+    /// Whether the guest's main memory is among these backends (at least one); if not, the main memory's backend.
     fn has_main_ram(&mut self, backends: &[Backend]) -> Result<std::result::Result<(), String>> {
         let main = self.qmp.property("/machine", "memory-backend")?;
-        // QEMU gives the backend's path in its object tree; none for a machine whose nodes have one each.
+        // QEMU reports the backend's path in its object tree; nothing for a machine whose nodes have a backend each.
         let main = main.as_ref().and_then(Value::as_str).unwrap_or_default();
         let main = main.strip_prefix("/objects/").unwrap_or(main);
         let has_main = main.is_empty() || backends.iter().any(|backend| backend.name == main);
         Ok(if backends.is_empty() || !has_main { Err(main.to_owned()) } else { Ok(()) })
     }
 
-    /// Whether it has been started for a guest that comes.
+    /// Checks that QEMU was started for an incoming guest.
     pub(crate) fn awaits_a_guest(&mut self) -> Result<()> {
         let status = self.qmp.execute("query-status", json!({}))?;
         match status["status"].as_str() {
@@ -146,7 +144,7 @@ impl Qemu {
         }
     }
 
-    /// None for one that holds the same on both sides.
+    /// None for a backend with the same contents on both sides.
     fn backend(
         &mut self,
         name: String,
@@ -200,7 +198,7 @@ impl Qemu {
             let why = "has share=off, so that its file does not hold what the guest writes";
             return streamed(name, why, "add share=on to its -object option");
         }
-        // Of private memory the preload object has seen that it is mapped so.
+        // For private memory the preload object has checked the mapping.
         if wanted.is_mapped_shared() && !is_shared {
             return Err(Error::Unsupported(format!(
                 "RAM backend {name} has share=off: its file does not hold what the guest writes; \
@@ -222,8 +220,8 @@ impl Qemu {
         Ok(Some(Backend { name, path, bytes, address, is_shared, is_streamed, align_bytes }))
     }
 
-    /// Opens the files that QEMU has mapped for these backends, which has to be on this host. Those that the user
-    /// has named must be the same ones; a region has the name that he gives it. All of them have files.
+    /// Opens the files that QEMU has mapped for these backends; QEMU must run on this host. The files that the user has
+    /// named must be the same ones, and name their regions. All of these backends have files.
     pub(crate) fn open_ram(
         &mut self,
         backends: &[Backend],
@@ -268,7 +266,7 @@ impl Qemu {
         Ok(opened)
     }
 
-    /// The backends whose contents are a disk's, to the guest.
+    /// The backends that are a disk's contents for the guest.
     fn disks(&mut self) -> Result<Vec<String>> {
         let devices = self.qmp.try_execute("query-memory-devices", json!({}))?.unwrap_or_default();
         let devices = devices.as_array().map(Vec::as_slice).unwrap_or_default();
@@ -281,7 +279,7 @@ impl Qemu {
         Ok(devices.iter().filter(is_disk).filter_map(backend).collect())
     }
 
-    /// The process that has the guest's memory, and what it maps for each backend.
+    /// The process that has the guest's memory, and its mapping for each backend.
     fn mapped_files(&mut self, backends: &[Backend]) -> Result<(Maps, Vec<MappedFile>)> {
         let mut ranges = Vec::new();
         for backend in backends {
@@ -303,7 +301,7 @@ impl Qemu {
         search.anywhere(peer)
     }
 
-    /// The vCPUs' threads, as QEMU numbers them; empty where it does not tell.
+    /// The vCPUs' threads, by QEMU's numbers; empty if QEMU does not report them.
     fn vcpu_threads(&mut self) -> Result<Vec<u64>> {
         let answer = self.qmp.try_execute("query-cpus-fast", json!({}))?.unwrap_or_default();
         let cpus = answer.as_array().map(Vec::as_slice).unwrap_or_default();
@@ -311,8 +309,9 @@ impl Qemu {
     }
 }
 
-/// Which process is the one behind a QMP socket: it has what QEMU says that it has. The kernel's word on who listens
-/// there is where to look first; that may be a proxy, or whoever has made the socket for QEMU.
+/// The search for the process behind a QMP socket: the one with the memory and threads that QEMU reports. The search
+/// begins at the process that the kernel names as the listener, which may be a proxy or a parent that made the socket
+/// for QEMU.
 struct Search {
     /// The guest's memory: addresses and bytes.
     ranges: Vec<(u64, u64)>,
@@ -320,7 +319,7 @@ struct Search {
 }
 
 impl Search {
-    /// What this process maps, if it is the one.
+    /// The mappings of this process, if it is the QEMU.
     fn maps(&self, pid: u32) -> Option<Maps> {
         let maps = Maps::of(pid).ok()?;
         self.files(&maps)?;
@@ -332,7 +331,7 @@ impl Search {
         self.ranges.iter().map(|&(address, bytes)| maps.file(address, bytes)).collect()
     }
 
-    /// Looks at every process, for the only one.
+    /// Searches all processes for the only match.
     fn anywhere(&self, peer: Option<u32>) -> Result<(Maps, Vec<MappedFile>)> {
         let mut found: Vec<Maps> =
             maps::processes().into_iter().filter_map(|pid| self.maps(pid)).collect();
@@ -368,7 +367,7 @@ impl Search {
 }
 
 impl MappedFile {
-    /// Whether this file can be the guest's memory for umem.
+    /// Checks that umem can use this file as the guest's memory.
     fn check(&self, backend: &Backend, file: &File, is_disk: bool) -> Result<()> {
         let refuse = |what: String| {
             let path = self.path.display();
@@ -403,7 +402,7 @@ impl MappedFile {
     }
 }
 
-/// Gives regions the names that the user gives their files.
+/// Names the regions as the user names their files.
 fn rename(opened: &mut [RamOfQemu], named: &[RamPath]) -> Result<()> {
     let is_same = |path: &Path, ram: &RamOfQemu| {
         let (Ok(there), Ok(here)) = (std::fs::metadata(path), ram.file.metadata()) else {
@@ -463,7 +462,7 @@ mod tests {
 
     const HUGE: u64 = 2 << 20;
 
-    /// A file in a tmpfs with huge pages, where it can be opened as long as this is there.
+    /// A file in a tmpfs with huge pages; its path is valid while the descriptor is open.
     fn huge_file() -> (std::os::fd::OwnedFd, PathBuf) {
         let file =
             crate::programs::demo::huge_tmpfs_file(4).expect("a tmpfs; run the tests as root");
@@ -472,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn whose_pages_could_be_huge_and_are_not_is_named() {
+    fn backend_whose_alignment_prevents_huge_pages_is_named() {
         let (_file, path) = huge_file();
         let backend = |name: &str, path: &Path, align_bytes| Backend {
             name: name.into(),
@@ -488,7 +487,7 @@ mod tests {
             (Some(4096), true),
             (Some(HUGE), false),
             (Some(1 << 30), false),
-            // An old QEMU has no such property, and who is no QEMU need not.
+            // An old QEMU, or a monitor that is not a QEMU, has no such property.
             (None, false),
         ] {
             let advice = advice(&[backend("ram0", &path, align_bytes)], "source");
@@ -506,7 +505,7 @@ mod tests {
     }
 
     #[test]
-    fn the_alignment_is_what_the_monitor_tells() {
+    fn alignment_is_read_from_the_monitor() {
         for (answer, align_bytes) in [
             (Some(json!(0)), Some(0)),
             (Some(json!(HUGE)), Some(HUGE)),
@@ -537,7 +536,7 @@ mod tests {
         }
     }
 
-    /// The monitor of a guest with one backend, whose `align` is this, or is not known.
+    /// The monitor of a guest with one backend, with this `align`, or with an unknown one.
     fn tell_of_ram(monitor: &UnixStream, align: Option<&Value>) {
         let mut out = monitor;
         out.write_all(b"{\"QMP\":{}}\n").unwrap();

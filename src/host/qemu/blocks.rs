@@ -1,8 +1,8 @@
-//! Where a QEMU has its RAM blocks, as it tells of them itself.
+//! The addresses of a QEMU's RAM blocks, as QEMU reports them.
 //!
-//! `x-query-ramblock` lists them; the name is empty where QEMU's migration leaves a block out, such as a backend that
-//! no device uses. A later QEMU says as well at which address of its own it has each block (`HVA`); of an earlier one
-//! that is found by way of the guest's addresses, from `info mtree -f` and `gpa2hva`.
+//! `x-query-ramblock` lists the blocks. The name is empty if QEMU's migration leaves a block out, such as a backend
+//! that no device uses. Later QEMUs also report the address of each block in their own address space (`HVA`). With an
+//! earlier one the address is derived from the guest's addresses, with `info mtree -f` and `gpa2hva`.
 
 use std::collections::BTreeSet;
 
@@ -11,20 +11,20 @@ use serde_json::json;
 use super::Qemu;
 use crate::error::{Error, Result};
 
-/// A RAM block that a migration of QEMU's carries, or leaves to others.
+/// A RAM block that QEMU's migration carries or leaves out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Block {
     pub(super) name: String,
     pub(super) bytes: u64,
-    /// Among the addresses that QEMU has for all of its RAM.
+    /// Its offset in QEMU's address space of all RAM.
     pub(super) offset: u64,
-    /// In QEMU's own address space. None where it does not say.
+    /// In QEMU's own address space. None if QEMU does not report it.
     pub(super) address: Option<u64>,
 }
 
 impl Block {
-    /// Whether it is the memory of the backend of this id. A block's name is the id, with the path of a device that
-    /// lies on a bus in front, or the backend's path in QEMU's tree of objects.
+    /// Whether it is the memory of the backend with this id. A block's name is the id, or the backend's path in QEMU's
+    /// object tree; a device on a bus puts its own path in front of the name.
     pub(super) fn is_of(&self, id: &str) -> bool {
         self.name.rsplit_once('/').map_or(self.name.as_str(), |(_, last)| last) == id
     }
@@ -44,7 +44,7 @@ impl Qemu {
         Ok(blocks)
     }
 
-    /// Fails where memory was plugged in or taken out since its blocks were asked for.
+    /// Fails if memory was plugged in or taken out since QEMU was asked for its blocks.
     pub(super) fn check_blocks(&mut self) -> Result<()> {
         let Some(before) = self.block_names.clone() else { return Ok(()) };
         let now = names_of(&self.listed_blocks()?);
@@ -66,7 +66,7 @@ impl Qemu {
         })
     }
 
-    /// By one of the guest's addresses at which it has this block.
+    /// The host address, found by a guest address at which the block is mapped.
     fn address_of(&mut self, block: &Block, ranges: &[Range]) -> Result<Option<u64>> {
         for range in ranges.iter().filter(|range| block.is_of(&range.region)) {
             let answer = self.human(&format!("gpa2hva {:#x}", range.guest_address))?;
@@ -89,21 +89,21 @@ fn names_of(blocks: &[Block]) -> BTreeSet<String> {
     blocks.iter().map(|block| block.name.clone()).collect()
 }
 
-/// The table of `info ramblock`: name, page size, offset, used and total size, and perhaps the address. None where
-/// it is none.
+/// Parses the table of `info ramblock`: name, page size, offset, used and total size, and possibly the address. None if
+/// the text is not such a table.
 fn blocks_in(text: &str) -> Option<Vec<Block>> {
     let mut lines = text.lines().skip_while(|line| !line.contains("Block Name"));
     let has_address = lines.next()?.contains("HVA");
     let block = |line: &str| {
         let words: Vec<&str> = line.split_whitespace().collect();
         let first = words.iter().position(|word| word.starts_with("0x"))?;
-        // Before the numbers come two words for the page size.
+        // Two words for the page size come before the numbers.
         let name = words.get(..first.checked_sub(2)?)?.join(" ");
         let number = |index: usize| {
             u64::from_str_radix(words.get(first + index)?.strip_prefix("0x")?, 16).ok()
         };
         let address = if has_address { Some(number(3)?) } else { None };
-        // What is used is what QEMU migrates; the rest is room to grow.
+        // QEMU migrates the used bytes; the others are room to grow.
         Some(Block { name, bytes: number(1)?, offset: number(0)?, address })
     };
     let blocks: Option<Vec<Block>> =
@@ -111,17 +111,16 @@ fn blocks_in(text: &str) -> Option<Vec<Block>> {
     Some(blocks?.into_iter().filter(|block| !block.name.is_empty()).collect())
 }
 
-/// A range of the guest's addresses that is RAM.
+/// A range of guest addresses that is RAM.
 #[derive(Debug, PartialEq, Eq)]
 struct Range {
     guest_address: u64,
     region: String,
-    /// Where in the region that begins.
+    /// The offset in the region at which the range begins.
     offset: u64,
 }
 
-/// The ranges of RAM in what `info mtree -f` says of the address space `memory`, which is the one that `gpa2hva` looks
-/// into.
+/// The ranges of RAM that `info mtree -f` lists for the address space `memory`, which is the one that `gpa2hva` uses.
 fn ranges_in(text: &str) -> Vec<Range> {
     let hexadecimal = |text: &str| u64::from_str_radix(text, 16).ok();
     let range = |line: &str| {
@@ -132,7 +131,7 @@ fn ranges_in(text: &str) -> Vec<Range> {
             None => (rest, 0),
         };
         let guest_address = hexadecimal(addresses.split_once('-')?.0)?;
-        // The accelerator, where it knows the range.
+        // The accelerator follows, if it has registered the range.
         let region = region.strip_suffix(" KVM").unwrap_or(region).to_owned();
         Some(Range { guest_address, region, offset })
     };
@@ -176,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_address_is_found_by_the_guests() {
+    fn host_address_is_found_by_a_guest_address() {
         let tree = "\
             FlatView #0\n AS \"cpu-smm-1\", root: memory\n Root memory region: memory\n  \
             0000000000000000-00000000000bffff (prio 0, ram): other\n\n\

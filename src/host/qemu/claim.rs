@@ -1,13 +1,13 @@
 //! One guest, one mover: the claim that a umem has on a QEMU while it moves its guest away.
 //!
-//! It is a character device in the QEMU, whose name QEMU gives once. Behind it is a socket whose other end the
-//! umem has: when that ends, however it ends, QEMU says that the device is disconnected, and of which claim it
-//! was. So it is QEMU that says who may move its guest, and whether a claim is still somebody's; no pid has to
-//! mean the same here and there.
+//! The claim is a character device in the QEMU; QEMU accepts its name only once. Behind the device is a socket whose
+//! other end umem has. When that end closes, for any reason, QEMU reports the device as disconnected, with the name of
+//! the claim. So QEMU itself decides which process may move its guest, and reports whether a claim's process still
+//! lives; pids need not mean the same in both processes.
 //!
-//! Beside it, in devices of the same kind whose sockets' names say it, stands what the umem changes in the QEMU: its
-//! settings, before they are changed, and that it has the guest stop, before it says so. A umem that is killed leaves
-//! that there, for the next one that claims the guest.
+//! Devices of the same kind beside it record umem's changes in the QEMU in the names of their sockets: the settings,
+//! before they are changed, and the stop of the guest, before umem commands it. A killed umem leaves these devices for
+//! the next umem that claims the guest.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -23,17 +23,17 @@ use crate::error::{Context, Error, Result};
 use crate::host::qmp::{Qmp, socket_pair};
 use crate::runtime::hex::hex;
 
-/// What the device is called.
+/// The claim's device.
 const DEVICE: &str = "umem-mover";
 
-/// Before whose name there are the changed settings, and one that is there once umem stops the guest.
+/// The device whose socket's name holds the changed settings; and the device that exists once umem stops the guest.
 const SETTINGS: &str = "umem-settings";
 const STOPS: &str = "umem-stops";
 
-/// Not in the text of the settings.
+/// A character that the settings' text does not contain.
 const SETTINGS_BEFORE: char = '=';
 
-/// How long QEMU may take to notice that the umem of a claim has ended, in tries and the time between them.
+/// Time limit for QEMU to notice the end of a claim's umem: number of tries, and the interval between them.
 const NOTICED_WITHIN: u32 = 25;
 const NOTICED_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -41,11 +41,11 @@ const NOTICED_INTERVAL: Duration = Duration::from_millis(20);
 pub(super) struct Claim {
     socket: UnixStream,
     pub(super) name: String,
-    /// Of the other devices.
+    /// The sockets of the other devices.
     others: Vec<UnixStream>,
 }
 
-/// What a umem has left that has ended before it had put everything back.
+/// The changes of a umem that has ended before it had undone everything.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Left {
     pub(super) changes: Changes,
@@ -53,22 +53,22 @@ pub(super) struct Left {
     pub(super) stops: bool,
 }
 
-/// What a QEMU says of claims.
+/// QEMU's report of claims.
 #[derive(Debug, PartialEq, Eq)]
 enum Found {
-    /// The monitor has no devices of that kind: it is no QEMU.
+    /// The monitor has no devices of that kind: it is not a QEMU.
     Unknown,
     None,
-    /// Of a umem that lives.
+    /// A claim of a umem that lives.
     Held,
-    /// Of one that has ended, with its name.
+    /// A claim of a umem that has ended, with the claim's name.
     Left(String),
 }
 
-/// What a umem has left that has ended; none where everything is as it was.
+/// The changes of a umem that has ended; None if no changes are left.
 ///
 /// # Errors
-/// Another one has the guest, and lives.
+/// Another umem has the guest, and lives.
 pub(super) fn look(qmp: &mut Qmp) -> Result<Option<Left>> {
     if find_settled(qmp)? == Found::Held {
         return Err(is_taken());
@@ -82,7 +82,7 @@ pub(super) fn look(qmp: &mut Qmp) -> Result<Option<Left>> {
 }
 
 impl Claim {
-    /// Claims a QEMU's guest; none where the monitor knows no such thing.
+    /// Claims a QEMU's guest; None if the monitor has no claims.
     ///
     /// # Errors
     /// Another umem has it.
@@ -107,14 +107,14 @@ impl Claim {
         Err(Error::Host(format!("chardev-add {DEVICE}: {refused}")))
     }
 
-    /// Leaves in QEMU what is about to be changed of its settings.
+    /// Records in QEMU the settings that are about to be changed.
     pub(super) fn note_settings(&mut self, qmp: &mut Qmp, changes: &Changes) -> Result<()> {
         let text = serde_json::to_string(changes).expect("they are plain data");
         let name = format!("{SETTINGS}{SETTINGS_BEFORE}{text}");
         self.note(qmp, SETTINGS, &name)
     }
 
-    /// Leaves in QEMU that the guest is about to be stopped.
+    /// Records in QEMU that the guest is about to be stopped.
     pub(super) fn note_stop(&mut self, qmp: &mut Qmp) -> Result<()> {
         self.note(qmp, STOPS, STOPS)
     }
@@ -126,19 +126,19 @@ impl Claim {
         Ok(())
     }
 
-    /// Whether QEMU still has it.
+    /// Whether QEMU still has the claim.
     pub(super) fn is_held(&self) -> bool {
         let mut byte = [0];
         (&self.socket).read(&mut byte).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
     }
 
-    /// Gives it up. One that QEMU has no more is given up already.
+    /// Gives the claim up. If QEMU does not have it any more, that is success.
     pub(super) fn release(self, qmp: &mut Qmp) -> Result<()> {
         if self.is_held() { remove(qmp) } else { Ok(()) }
     }
 }
 
-/// Adds a device, a socket of that name with nobody's bytes in it, and gives its other end, or QEMU's reason.
+/// Adds a device with a socket of that name, which carries no data. Returns the socket's other end, or QEMU's reason.
 fn add(qmp: &mut Qmp, device: &str, name: &str) -> Result<std::result::Result<UnixStream, String>> {
     let (socket, theirs) = socket_pair()?;
     socket.set_nonblocking(true).context(|| "a socket")?;
@@ -152,12 +152,12 @@ fn add(qmp: &mut Qmp, device: &str, name: &str) -> Result<std::result::Result<Un
     Ok(added.map(|_| socket))
 }
 
-/// Whether the claim of that name is there, and its umem has ended.
+/// Whether the claim of that name exists, and its umem has ended.
 pub(super) fn was_left(qmp: &mut Qmp, name: &str) -> Result<bool> {
     Ok(find_settled(qmp)? == Found::Left(name.into()))
 }
 
-/// Whether there is a claim, of another name or of a umem that lives.
+/// Whether a claim exists that has another name, or whose umem lives.
 pub(super) fn is_anothers(qmp: &mut Qmp, name: &str) -> Result<bool> {
     Ok(match find_settled(qmp)? {
         Found::Unknown | Found::None => false,
@@ -166,13 +166,13 @@ pub(super) fn is_anothers(qmp: &mut Qmp, name: &str) -> Result<bool> {
     })
 }
 
-/// Removes one that is this process's, or was left, and what stands beside it.
+/// Removes a claim that is this process's or was left, and the devices beside it.
 pub(super) fn remove(qmp: &mut Qmp) -> Result<()> {
     remove_notes(qmp)?;
     remove_one(qmp, DEVICE)
 }
 
-/// Removes what was left beside a claim, which has been undone.
+/// Removes the devices beside a claim, after their changes have been undone.
 pub(super) fn remove_notes(qmp: &mut Qmp) -> Result<()> {
     let names = names(qmp)?.unwrap_or_default();
     for device in [STOPS, SETTINGS] {
@@ -187,7 +187,7 @@ fn remove_one(qmp: &mut Qmp, device: &str) -> Result<()> {
     qmp.execute("chardev-remove", json!({ "id": device })).map(drop)
 }
 
-/// Looks until QEMU has had the time to notice that a umem has just ended.
+/// Repeats the query for as long as QEMU may need to notice that a umem has just ended.
 fn find_settled(qmp: &mut Qmp) -> Result<Found> {
     for _ in 0..NOTICED_WITHIN {
         let found = find(qmp)?;
@@ -208,8 +208,8 @@ fn find(qmp: &mut Qmp) -> Result<Found> {
     })
 }
 
-/// The devices by what they are called, each with its socket's name if that is disconnected; none where the monitor
-/// knows no such thing.
+/// The devices by label, each with its socket's name if the socket is disconnected; None if the monitor has no such
+/// devices.
 fn names(qmp: &mut Qmp) -> Result<Option<BTreeMap<String, Option<String>>>> {
     let Ok(list) = qmp.try_execute("query-chardev", json!({}))? else { return Ok(None) };
     let list = list.as_array().map(Vec::as_slice).unwrap_or_default();

@@ -1,14 +1,14 @@
-//! A QEMU that listens for a migration by itself, or by its manager's word (`-incoming unix:PATH`, `migrate-incoming`):
-//! umem is its source.
+//! A QEMU that itself listens for a migration, or does so by its manager's command (`-incoming unix:PATH`,
+//! `migrate-incoming`): umem is its source.
 //!
 //! ```text
-//! umem: connects       the device state, and the end       hears
+//! umem: connects       the device state, and the end       reads
 //! QEMU: listens        loads, asks for pages                SHUT 0: loaded; anything else: not
 //! ```
 //!
-//! Its monitor is asked for its RAM, as that of any QEMU. It is told one thing in any case, a `stop` before the state
-//! is loaded: QEMU would otherwise run a guest that ran at the source as soon as it has loaded it, and the source may
-//! still keep its guest then. Who lets it run afterwards is [`Switchover`]'s to say.
+//! umem asks its monitor for its RAM, as with any QEMU, and always sends it a `stop` before the state is loaded:
+//! without it QEMU would start a guest that ran at the source as soon as the state is loaded, and the source may still
+//! keep its guest then. [`Switchover`] determines which side starts the guest afterwards.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -22,7 +22,8 @@ use crate::host::kind::Listening;
 use crate::host::monitor::{Handle, Loaded, Monitor};
 use crate::host::switchover::Switchover;
 
-/// The message `MIG_RP_MSG_SHUT` of QEMU's migration/migration.h: the destination is done, with 4 bytes, 0 for well.
+/// The message `MIG_RP_MSG_SHUT` of QEMU's migration/migration.h: the destination is done. Its 4 bytes are 0 on
+/// success.
 const SHUT: u16 = 1;
 
 /// Bytes of a message's data at most (`max_len` of `source_return_path_thread` in QEMU's migration/migration.c).
@@ -36,12 +37,12 @@ pub(super) struct Connected {
 }
 
 impl Connected {
-    /// One that listens there.
+    /// A QEMU that listens at this address.
     pub(super) fn new(qemu: Qemu, listening: Listening) -> Connected {
         Connected { qemu, listening, socket: None }
     }
 
-    /// QEMU's own reason, if it still tells one.
+    /// QEMU's own reason, if it still reports one.
     fn why(&mut self, otherwise: &str) -> Error {
         let migration = self.qemu.qmp.execute("query-migrate", json!({}));
         let reason = migration.ok().and_then(|it| it["error-desc"].as_str().map(str::to_owned));
@@ -59,7 +60,7 @@ impl Monitor for Connected {
         self.qemu.handle()
     }
 
-    /// QEMU waits for its stream from here on, which comes when the guest has stopped.
+    /// From here on QEMU waits for its stream, which comes when the guest has stopped.
     fn prepare(&mut self) -> Result<()> {
         self.qemu.qmp.execute("stop", json!({}))?;
         let socket = UnixStream::connect(&self.listening.path).map_err(|error| {
@@ -88,7 +89,7 @@ impl Monitor for Connected {
         }
         let mut socket = self.socket.take().expect("it has been connected");
         self.qemu.qmp.has_run();
-        // QEMU may refuse it half-way, and say why in its status.
+        // QEMU may refuse it half-way; then its status has the reason.
         let written = socket.write_all(state);
         let _ = socket.shutdown(Shutdown::Write);
         let heard = hear_the_end(&socket)?;
@@ -122,7 +123,8 @@ impl Monitor for Connected {
     }
 }
 
-/// Reads a destination's return path to its last message: what that says, or none where it has not come.
+/// Reads a destination's return path up to its last message, and returns that message's value; None if the message has
+/// not come.
 fn hear_the_end(mut socket: &UnixStream) -> Result<Option<u32>> {
     let what = || "reading the return path of QEMU's migration";
     loop {
@@ -141,7 +143,7 @@ fn hear_the_end(mut socket: &UnixStream) -> Result<Option<u32>> {
         if !fill(&mut socket, &mut data).context(what)? {
             return Ok(None);
         }
-        // Answers to pings, and what a source would wait for before it stops its guest, come before.
+        // Answers to pings, and the acknowledgement that lets a source stop its guest, come before.
         if kind == SHUT
             && let Ok(value) = <[u8; 4]>::try_from(&data[..])
         {
@@ -150,7 +152,7 @@ fn hear_the_end(mut socket: &UnixStream) -> Result<Option<u32>> {
     }
 }
 
-/// Reads so many bytes. False where the other end has closed before.
+/// Fills `bytes`. False if the other end has closed before.
 fn fill(socket: &mut &UnixStream, mut bytes: &mut [u8]) -> std::io::Result<bool> {
     while !bytes.is_empty() {
         match socket.read(bytes) {
@@ -168,7 +170,7 @@ fn fill(socket: &mut &UnixStream, mut bytes: &mut [u8]) -> std::io::Result<bool>
 mod tests {
     use super::*;
 
-    /// What is heard of these bytes, which come in pieces.
+    /// The result of a return path that comes in these pieces.
     fn heard(pieces: &[&[u8]]) -> Result<Option<u32>> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         std::thread::scope(|scope| {
@@ -178,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_return_path_ends_with_its_word_and_not_with_an_answer_to_a_ping() {
+    fn return_path_ends_with_shut_and_not_with_a_pong() {
         let pong = [0, 2, 0, 4, 0, 0, 0, 0];
         let ack = [0, 7, 0, 0];
         let well = [0, 1, 0, 4, 0, 0, 0, 0];

@@ -1,16 +1,16 @@
-//! Which devices keep a QEMU's guest from being moved.
+//! The devices that prevent a QEMU's guest from being moved.
 
 use serde_json::json;
 
 use super::Qemu;
 use crate::error::{Error, Result};
 
-/// Where QEMU has its devices, and what works for them in other processes.
+/// The folders of QEMU's object tree that have its devices, and those objects that other processes implement.
 const DEVICES: [&str; 4] =
     ["/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached", "/objects"];
 
 impl Qemu {
-    /// Devices and network backends are asked for by what they are: a user's names mean nothing.
+    /// Devices and network backends are identified by their type: names are the user's choice.
     pub(super) fn check_devices(&mut self) -> Result<()> {
         for place in DEVICES {
             for (name, kind) in self.qmp.children(place)? {
@@ -32,7 +32,7 @@ impl Qemu {
     }
 }
 
-/// Why a device keeps its guest from being moved, judged by its type's name, or that of a network backend.
+/// The reason why a device prevents a move, from the name of its type or of a network backend's type.
 fn unsupported_device(kind: &str) -> Option<&'static str> {
     let begins = |with: &[&str]| with.iter().any(|with| kind.starts_with(with));
     if begins(&["vhost-user", "cryptodev-vhost-user", "x-remote", "x-pci-proxy"]) {
@@ -55,8 +55,7 @@ fn unsupported_device(kind: &str) -> Option<&'static str> {
     }
 }
 
-/// Name and type in a line of `info network`: `n0: index=0,type=user,net=10.0.2.0,…`, which are followed by what the
-/// user chose.
+/// Name and type in a line of `info network`: `n0: index=0,type=user,net=10.0.2.0,…`. The user's own text follows them.
 fn network_client(line: &str) -> Option<(&str, &str)> {
     let (name, rest) = line.trim_start_matches([' ', '\\']).split_once(": index=")?;
     let (_, kind) = rest.split_once(",type=")?;
@@ -68,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn devices_that_bypass_userfaultfd_are_known_by_type() {
+    fn devices_that_bypass_userfaultfd_are_identified_by_type() {
         for kind in [
             "vhost-user-fs-pci",
             "vhost-user-blk-pci",
@@ -89,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_client_is_known_by_its_type_and_not_by_its_name() {
+    fn network_client_is_identified_by_type_and_not_by_name() {
         for (line, expected) in [
             (
                 "vhost-user-x: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56",

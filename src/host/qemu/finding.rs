@@ -25,14 +25,14 @@ use crate::memory::region::RamFile;
 use crate::memory::staging::{StagedFile, Staging};
 use crate::runtime::os_text::absolute;
 
-/// QEMU, and whatever else speaks its QMP, as the demo's guest does.
+/// QEMU, and other monitors with the same QMP commands, such as the demo's guest.
 #[derive(Debug)]
 pub(crate) struct QemuKind;
 
 /// The one value of the kind.
 pub(crate) const QEMU: QemuKind = QemuKind;
 
-/// The monitor that umem gives a QEMU which it starts.
+/// The name of the monitor that umem adds to a QEMU which it starts.
 const OWN_SOCKET: &str = "QEMU's monitor";
 
 impl MonitorKind for QemuKind {
@@ -102,7 +102,7 @@ impl MonitorKind for QemuKind {
             true => qemu.check(wanted.kind)?,
             false => qemu.check_arriving(wanted.kind)?,
         };
-        // What becomes QEMU's own memory is copied there in small pages.
+        // Memory that becomes QEMU's own is copied there in small pages.
         let advice = wanted.kind.is_mapped_shared().then(|| advice(&found, "source")).flatten();
         let ram = found.into_iter().map(GuestRam::from).collect();
         let monitor: Box<dyn Monitor> = match wanted.listening {
@@ -133,7 +133,7 @@ impl From<Backend> for GuestRam {
     }
 }
 
-/// Adds a file of umem's own for each of the guest's RAM backends that has none.
+/// Adds a file of umem's own for each of the guest's RAM backends without a file.
 fn stage(
     wanted: &Leaving<'_>,
     streamed: &[Backend],
@@ -166,7 +166,7 @@ fn stage(
 }
 
 impl Qemu {
-    /// With the path of its socket, by which another process finds it again.
+    /// Sets the path of its socket, by which another process finds the QEMU again.
     pub(super) fn at(mut self, socket: PathBuf) -> Qemu {
         self.socket = Some(socket);
         self

@@ -1,4 +1,4 @@
-//! Whether a QEMU's guest has stood still since umem stopped it, which is asked before the guest is given away.
+//! The check that a QEMU's guest has stood still since umem stopped it, made before the guest is given away.
 
 use std::time::{Duration, Instant};
 
@@ -8,11 +8,11 @@ use super::saving::{self, Saving};
 use super::{Qemu, STATUS_INTERVAL, claim, run_state};
 use crate::error::{Error, Result};
 
-/// How long a guest's run state may be behind the end of its migration: that takes the main loop's lock once.
+/// Time limit for a guest's run state to follow the end of its migration: that takes the main loop's lock once.
 const SETTLES_WITHIN: Duration = Duration::from_secs(10);
 
 impl Qemu {
-    /// Has QEMU complete the migration, if that has not been, and asks whether the guest stands still since then.
+    /// Completes QEMU's migration, if it is not complete, and checks that the guest has stood still since then.
     pub(super) fn is_given_away(&mut self) -> Result<()> {
         let is_taken = match (&self.claim, &self.left_claim) {
             (Some(claim), _) => !claim.is_held(),
@@ -43,13 +43,13 @@ impl Qemu {
                 self.qmp.execute("query-migrate", json!({}))?
             }
         };
-        // The last question: a guest that was let run after the migration's end shows in its status, or in the
-        // event that came before the answer.
+        // The last check: a guest that was resumed after the migration's end shows in its status, or in the event that
+        // came before the answer.
         let status = run_state::status(&mut self.qmp)?;
         self.has_run |= self.qmp.has_run();
         let is_as_before = match &before {
             Some((before, of)) => *before == status && figures(of) == figures(&migration),
-            // A monitor without claims is no QEMU, and knows no such state.
+            // A monitor without claims is not a QEMU, and has no such run state.
             None if !was_held && self.left_claim.is_none() => !run_state::is_live(&status),
             None => status == "postmigrate" && migration["status"] == "completed",
         };
@@ -60,7 +60,7 @@ impl Qemu {
         Ok(())
     }
 
-    /// Why a migration cannot be completed: perhaps somebody else has ended it.
+    /// The reason why a migration cannot be completed: another client may have ended it.
     fn why_unfinished(&mut self, error: Error) -> Result<Error> {
         let migration = self.qmp.execute("query-migrate", json!({}))?;
         let status = migration["status"].as_str().unwrap_or("none");
@@ -73,8 +73,8 @@ impl Qemu {
         })
     }
 
-    /// QEMU says that a migration has completed before it has written down what it came to, and before the guest's
-    /// run state says so, too.
+    /// QEMU reports a migration as completed before it has recorded its figures, and before the guest's run state
+    /// changes.
     fn wait_settled(&mut self) -> Result<()> {
         let started = Instant::now();
         while run_state::status(&mut self.qmp)? == "finish-migrate" {
@@ -90,13 +90,13 @@ impl Qemu {
     }
 }
 
-/// What tells a migration that has completed from another one: written once, at its end. What was transferred still
-/// grows as QEMU closes its stream.
+/// The figures that identify a completed migration: QEMU writes them once, at its end. The transferred bytes still grow
+/// as QEMU closes its stream.
 fn figures(migration: &Value) -> [&Value; 4] {
     ["status", "total-time", "setup-time", "downtime"].map(|name| &migration[name])
 }
 
-/// Its state and its migration's, as the monitor says them, are not what umem has left.
+/// The error for a guest or migration whose reported state differs from the one that umem has left.
 pub(super) fn is_not_ours((status, migration): (&str, &Value)) -> Error {
     let migration = migration["status"].as_str().unwrap_or("none");
     Error::Host(format!(

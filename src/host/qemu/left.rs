@@ -1,4 +1,4 @@
-//! The QEMU of a session that a process before this has left. It is spoken to when there is something to say, and not
+//! The QEMU that an earlier umem process of the session has left. It is contacted when there is a question, and not
 //! before.
 
 use std::os::unix::net::UnixStream;
@@ -21,7 +21,7 @@ impl Departed {
         Departed { record, qemu: None }
     }
 
-    /// None where there is none, or none that could run the guest.
+    /// None if there is no QEMU, or none that could run the guest.
     fn qemu(&mut self) -> Result<Option<&mut Qemu>> {
         let (Some(path), Some(undo)) = (&self.record.socket, &self.record.undo) else {
             return Ok(None);
@@ -56,9 +56,10 @@ impl Monitor for Departed {
     }
 }
 
-/// Destination: the QEMU of a guest that has been loaded. It may wait for a page itself, and answer nobody until then.
+/// Destination: the QEMU of a guest that has been loaded. QEMU may itself wait for a page, and answers no client until
+/// then.
 pub(super) struct Waiting {
-    /// Where it listens; otherwise `kept` leads there.
+    /// The path of its socket; without one, `kept` is the connection.
     pub(super) path: Option<PathBuf>,
     pub(super) kept: Option<UnixStream>,
     /// The guest ran at the source.

@@ -1,4 +1,4 @@
-//! What a session's record keeps of a QEMU.
+//! QEMU's part of a session's record.
 
 use std::path::PathBuf;
 
@@ -14,20 +14,20 @@ use crate::runtime::os_text;
 /// The name of this kind of monitor in records.
 pub(super) const KIND: &str = "qemu";
 
-/// What umem has changed in the source's monitor.
+/// umem's changes in the source's monitor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Undo {
-    /// The guest went on by itself when it was stopped.
+    /// The guest was live when it was stopped.
     pub(crate) was_live: bool,
-    /// The name by which the monitor knows the session's changes; None where it has no claims.
+    /// The name of the session's claim in the monitor; None if the monitor has no claims.
     pub(crate) claim: Option<String>,
     /// The changes of its settings.
     pub(crate) changes: Changes,
-    /// The process at its socket, if that is seen: without it the guest cannot run here.
+    /// The process at its socket, if it is visible: when it has ended, the guest cannot run here.
     pub(crate) process: Option<Process>,
 }
 
-/// What another process needs to go on with a QEMU.
+/// What another process needs to take over a QEMU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Record {
     /// None for a connection that the guest's process keeps.
@@ -36,7 +36,7 @@ pub(super) struct Record {
     pub(super) undo: Option<Undo>,
 }
 
-/// The same in the file.
+/// The same, as in the file.
 #[derive(Serialize, Deserialize)]
 struct Written {
     socket: Option<String>,
@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn record_reads_as_it_was_written_with_a_path_that_is_no_text() {
+    fn record_with_a_path_that_is_not_utf8_reads_as_written() {
         let socket = PathBuf::from(OsStr::from_bytes(b"/run/\xff/qmp.sock"));
         let undo = Undo {
             was_live: true,

@@ -1,15 +1,15 @@
-//! The states a QEMU's guest can be in, and what a move makes of them.
+//! The states of a QEMU's guest, and how a move treats them.
 //!
-//! QEMU carries the state in its stream, so that a guest arrives as what it was: paused, panicked, shut down. It
-//! is let run there if it was *live*: it ran, or it slept (S3), from which QEMU goes back to sleep by `cont`.
+//! QEMU carries the state in its stream, so a guest arrives in its earlier state: paused, panicked, shut down. umem
+//! starts a guest at the destination if it was *live*: it ran, or it slept (S3), to which QEMU returns on `cont`.
 
 use serde_json::json;
 
 use crate::error::{Error, Result};
 use crate::host::qmp::Qmp;
 
-/// The first QEMU that carries a guest which sleeps. Those before it wake it as they save its device state, and
-/// its device state is that of one which sleeps.
+/// The first QEMU that carries a sleeping guest. Earlier ones wake the guest when they save its device state, and that
+/// device state is a sleeping guest's.
 const CARRIES_SUSPENDED: (u64, u64) = (9, 0);
 
 /// `query-status`.
@@ -18,17 +18,17 @@ pub(super) fn status(qmp: &mut Qmp) -> Result<String> {
     Ok(status["status"].as_str().unwrap_or_default().to_owned())
 }
 
-/// Whether it goes on by itself.
+/// Whether the guest continues by itself.
 pub(super) fn is_live(status: &str) -> bool {
     matches!(status, "running" | "suspended")
 }
 
-/// The status of a migration, as `query-migrate` has it, while there is one.
+/// Whether a migration with this status in `query-migrate` is under way.
 pub(super) fn is_under_way(migration: &str) -> bool {
     !matches!(migration, "none" | "completed" | "failed" | "cancelled")
 }
 
-/// Checks that a guest in that state can be moved away, and its QEMU is not about to move it itself.
+/// Checks that a guest in that state can be moved away, and that QEMU is not migrating it already.
 pub(super) fn check(qmp: &mut Qmp) -> Result<String> {
     let migration = qmp.execute("query-migrate", json!({}))?;
     let migration = migration["status"].as_str().unwrap_or("none");
@@ -42,7 +42,7 @@ pub(super) fn check(qmp: &mut Qmp) -> Result<String> {
     match status.as_str() {
         "running" | "paused" | "prelaunch" | "shutdown" | "guest-panicked" | "io-error"
         | "internal-error" | "watchdog" => Ok(status),
-        // A migration that failed has left it in this state, where QEMU does not go back to the one before.
+        // A failed migration has left the guest in this state, with a QEMU that does not restore the earlier one.
         "postmigrate" if migration != "completed" => Ok(status),
         "postmigrate" => Err(Error::Unsupported(
             "its guest has been migrated away (query-status says postmigrate), and may run elsewhere: if it \

@@ -1,10 +1,10 @@
-//! The saving of a device state, and how its QEMU is kept from going on before umem says so.
+//! The saving of a device state, and how QEMU is kept from continuing before umem's acknowledgement.
 //!
-//! With a return path (a socket has two directions) QEMU's migration is not completed when it has written
-//! everything: it waits for the destination's word, which umem says in its place. Until then the guest is in
-//! QEMU's state `finish-migrate`, in which QEMU refuses `cont` and a further migration, whoever asks for them.
-//! When the socket closes instead, as it does when umem ends in whatever way, the migration has failed, and QEMU
-//! has the guest run again by itself, or be what it was.
+//! With a return path (a socket has two directions) QEMU's migration is not complete when QEMU has written everything:
+//! it waits for the destination's acknowledgement, which umem sends in the destination's place. Until then the guest is
+//! in QEMU's state `finish-migrate`, in which QEMU refuses `cont` and a further migration from every client. When the
+//! socket closes instead, as it does when umem ends for any reason, the migration has failed, and QEMU itself resumes
+//! the guest or restores its earlier run state.
 //!
 //! ```text
 //! umem: migrate            umem: reads to the description      umem: SHUT 0        umem: the end, completed
@@ -12,9 +12,9 @@
 //!                                                       the socket closes: fails: runs
 //! ```
 //!
-//! The stream does not say how long it is, and does not end while QEMU waits. Its last part is a description of
-//! all others with its length in front, which is how its end is found. That nothing came after it is known
-//! before the guest is given away: the stream's end must follow.
+//! The stream has no length, and does not end while QEMU waits. Its last part is a description of all others, with its
+//! length in front: this marks its end. That no byte follows is known before the guest is given away, because the
+//! stream's end must follow.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -32,13 +32,13 @@ const DESCRIPTION: u8 = 6;
 /// The message `MIG_RP_MSG_SHUT` of QEMU's migration/migration.h, four bytes long, with 0: all is well.
 pub(super) const SHUT: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
 
-/// How long QEMU may write nothing while it saves. It may have disks to flush.
+/// Limit of QEMU's silence while it saves. QEMU may have disks to flush.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
 
-/// How long QEMU may take to end its migration once it has been told that all is well.
+/// Time limit for QEMU to end its migration after the acknowledgement.
 const END_PATIENCE: Duration = Duration::from_secs(30);
 
-/// Whether a migration that was begun can still do something.
+/// The state of a migration that was begun.
 #[derive(Debug, Default)]
 pub(super) enum Saving {
     /// None was begun, or it is known to have ended.
@@ -46,12 +46,12 @@ pub(super) enum Saving {
     Over,
     /// It was begun, and QEMU ends it by itself.
     Begun,
-    /// QEMU waits for a word on this socket.
+    /// QEMU waits for an acknowledgement on this socket.
     Held(UnixStream),
 }
 
-/// Reads a stream: to its end, or with a return path to its description. Says whether it has ended. A byte over
-/// what is allowed is read at most.
+/// Reads a stream: to its end, or with a return path to its description. The flag is true if the stream has ended.
+/// Reads at most one byte beyond the limit.
 pub(super) fn read(mut socket: &UnixStream, is_held: bool) -> Result<(Vec<u8>, bool)> {
     let what = || "reading QEMU's device state";
     socket.set_read_timeout(Some(SILENCE_MAX)).context(what)?;
@@ -92,7 +92,7 @@ pub(super) fn ends_with_description(state: &[u8]) -> bool {
     })
 }
 
-/// Tells QEMU that all is well, and waits for the stream's end.
+/// Sends QEMU the acknowledgement, and waits for the stream's end.
 pub(super) fn finish(mut socket: &UnixStream) -> Result<()> {
     let what = || "ending QEMU's migration";
     socket.set_read_timeout(Some(END_PATIENCE)).context(what)?;
@@ -108,7 +108,7 @@ pub(super) fn finish(mut socket: &UnixStream) -> Result<()> {
     }
 }
 
-/// Has QEMU's migration fail, if it has not ended.
+/// Makes QEMU's migration fail, if it has not ended.
 pub(super) fn abandon(socket: &UnixStream) {
     let _ = socket.shutdown(Shutdown::Both);
 }
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_ends_with_its_whole_description_and_nowhere_before() {
+    fn stream_ends_only_with_its_whole_description() {
         let whole = stream("{\"devices\": [{\"name\": \"{}\"}]}");
         assert!(ends_with_description(&whole));
         for end in 0..whole.len() {
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_after_the_description_is_found() {
+    fn bytes_after_the_description_are_an_error() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(&stream("{}")).unwrap();
         let (state, has_ended) = read(&ours, true).unwrap();
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_comes_after_the_word() {
+    fn stream_ends_after_the_acknowledgement() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let qemu = std::thread::spawn(move || {
             let mut told = [0; 8];

@@ -1,9 +1,8 @@
-//! What of a QEMU's migration settings umem changes for the time of a move, and puts back.
+//! The migration settings of a QEMU that umem changes for the time of a move, and restores afterwards.
 //!
-//! A migration does what the capabilities and parameters of its QEMU say, and some of them would have it write
-//! another stream, wait for somebody, or let the guest run on. For the time of the move those have the value
-//! that the stream needs. What is put back is what still has the value that umem gave it: whatever somebody
-//! else has set meanwhile stays.
+//! QEMU's capabilities and parameters determine its migration. Some of them would change the stream, make it wait for a
+//! client, or let the guest continue. For the time of the move those have the value that the stream needs. A setting is
+//! restored only if it still has the value that umem gave it: another client's later changes stay.
 
 use std::collections::BTreeMap;
 
@@ -13,29 +12,29 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result};
 use crate::host::qmp::Qmp;
 
-/// QEMU's default of 128 MiB/s would hold back a guest with video memory; the device state goes
-/// through a local socket, so nothing is won by a limit. Bytes a second.
+/// QEMU's default of 128 MiB/s would slow down a guest with video memory. The device state goes through a local socket,
+/// so a limit has no use. Bytes a second.
 const STATE_BANDWIDTH: u64 = 1 << 40;
 
 /// Leaves RAM that is shared and in a file out of the stream.
 const IGNORE_SHARED: &str = "x-ignore-shared";
 
-/// Has the source wait for the destination's word before its migration is completed.
+/// The source waits for the destination's acknowledgement before its migration is completed.
 pub(super) const RETURN_PATH: &str = "return-path";
 
-/// Has the source wait for the destination's word before it stops the guest.
+/// The source waits for the destination's acknowledgement before it stops the guest.
 pub(super) const SWITCHOVER_ACK: &str = "switchover-ack";
 
-/// Milliseconds that QEMU may take for what is left when it stops the guest by itself. What is left then is looked for
-/// as often as that much is left: with more QEMU syncs more often than a pass is done, with less it never stops a busy
-/// guest by itself.
+/// QEMU's estimate of the remaining milliseconds at which it stops the guest by itself. QEMU also syncs whenever no
+/// more than that is left: with a higher value it syncs more often than a pass is done, with a lower one it never stops
+/// a busy guest by itself.
 const DOWNTIME_LIMIT_MS: u64 = 50;
 
-/// The same for a QEMU that waits for no word: it is to go on for as long as it can.
+/// The same for a QEMU without `switchover-ack`: it is to continue for as long as possible.
 const DOWNTIME_LIMIT_MIN_MS: u64 = 1;
 
-/// Off for the time of a move: with these the stream is another one, is loaded by another protocol, waits for
-/// an answer or a command, or does not stop the guest.
+/// Off for the time of a move: these change the stream or its protocol, wait for an answer or a command, or do not stop
+/// the guest.
 const OFF: &[&str] = &[
     "background-snapshot",
     "compress",
@@ -51,8 +50,8 @@ const OFF: &[&str] = &[
     "zero-copy-send",
 ];
 
-/// Left as they are: these do nothing to a stream over a socket that leaves the guest's RAM out, or what their
-/// user wants of it.
+/// Left unchanged: these do not affect a stream over a socket without the guest's RAM, or affect it as their user
+/// intends.
 const LEFT: &[&str] = &[
     "auto-converge",
     "dirty-bitmaps",
@@ -65,11 +64,11 @@ const LEFT: &[&str] = &[
     "zero-blocks",
 ];
 
-/// Off as well while QEMU's stream is read as a log: these slow the guest down when QEMU does not get ahead, which is
-/// as umem reads.
+/// Also off while QEMU's stream is read as a log: these slow the guest down when QEMU makes no progress, and QEMU's
+/// progress depends on umem's reading.
 const OFF_WHILE_LOGGING: &[&str] = &["auto-converge", "dirty-limit"];
 
-/// Which QEMU of a move.
+/// A QEMU's role in a move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
     /// With or without a return path.
@@ -89,14 +88,14 @@ struct Change<T> {
     is: T,
 }
 
-/// What a move changes in a QEMU's settings.
+/// A move's changes of a QEMU's settings.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Changes {
     capabilities: Vec<Change<bool>>,
     parameters: Vec<Change<Value>>,
 }
 
-/// The capabilities that a monitor knows, and which of them are on.
+/// The capabilities of a monitor, and whether each is on.
 pub(super) fn capabilities(qmp: &mut Qmp) -> Result<BTreeMap<String, bool>> {
     let answer = qmp.execute("query-migrate-capabilities", json!({}))?;
     let list = answer.as_array().map(Vec::as_slice).unwrap_or_default();
@@ -107,10 +106,10 @@ pub(super) fn capabilities(qmp: &mut Qmp) -> Result<BTreeMap<String, bool>> {
 }
 
 impl Changes {
-    /// Looks what a move needs. Changes nothing.
+    /// Determines the changes that a move needs. Changes nothing.
     ///
     /// # Errors
-    /// A capability that umem neither may switch off nor can leave on.
+    /// A capability that umem may neither switch off nor leave on.
     pub(super) fn needed(qmp: &mut Qmp, role: Role) -> Result<Changes> {
         let mut capabilities = capabilities(qmp)?;
         capabilities.entry(IGNORE_SHARED.into()).or_insert(false);
@@ -123,7 +122,7 @@ impl Changes {
         }
         let parameters = qmp.execute("query-migrate-parameters", json!({}))?;
         let mut want = |name: &str, is: Value| {
-            // A parameter that is not there, or is no text where it is none, needs nothing.
+            // A parameter that does not exist, or whose value is not text where text is needed, needs no change.
             let was = parameters.get(name).filter(|was| !was.is_null() && **was != is);
             let change = was.map(|was| Change { name: name.into(), was: was.clone(), is });
             changes.parameters.extend(change);
@@ -141,17 +140,17 @@ impl Changes {
         Ok(changes)
     }
 
-    /// Capabilities first, there and back: with some that are on QEMU takes no parameters while it has TLS.
+    /// Capabilities are first in both directions: with some of them on, QEMU accepts no parameters while it has TLS.
     pub(super) fn make(&self, qmp: &mut Qmp) -> Result<()> {
         set_capabilities(qmp, self.capabilities.iter().map(|change| (&change.name, change.is)))?;
         set_parameters(qmp, self.parameters.iter().map(|change| (&change.name, &change.is)))
     }
 
-    /// Has a destination leave shared RAM out, or not, as the stream does that comes.
+    /// Has a destination leave shared RAM out or not, to match the stream that arrives.
     pub(super) fn ignore_shared(&mut self, qmp: &mut Qmp, is: bool) -> Result<()> {
         let name = IGNORE_SHARED.to_owned();
         let made = self.capabilities.iter_mut().find(|change| change.name == name);
-        // What was not changed was on.
+        // A capability without a change was on.
         if made.as_ref().is_none_or(|change| change.is) == is {
             return Ok(());
         }
@@ -163,12 +162,12 @@ impl Changes {
         Ok(())
     }
 
-    /// Undoes that, as far as it still stands.
+    /// Undoes the changes that still stand.
     pub(super) fn put_back(&self, qmp: &mut Qmp) -> Result<()> {
         if !self.capabilities.is_empty() {
             let now = capabilities(qmp)?;
             let stands = |change: &&Change<bool>| {
-                // A monitor that does not list its capabilities has them all the same.
+                // A monitor that does not list its capabilities may still have them.
                 now.get(&change.name).is_none_or(|state| *state == change.is)
             };
             let ours = self.capabilities.iter().filter(stands);
@@ -183,7 +182,7 @@ impl Changes {
     }
 }
 
-/// What a capability has to be; none if it may stay as it is.
+/// The required value of a capability; None if it may stay unchanged.
 fn wanted(name: &str, is_on: bool, role: Role) -> Result<Option<bool>> {
     match (name, role) {
         (IGNORE_SHARED, _) => Ok(Some(role != Role::Stream)),
@@ -210,7 +209,7 @@ fn wanted(name: &str, is_on: bool, role: Role) -> Result<Option<bool>> {
     }
 }
 
-/// All at once, as some need each other.
+/// All in one command, as some need each other.
 fn set_capabilities<'a>(
     qmp: &mut Qmp,
     states: impl Iterator<Item = (&'a String, bool)>,
@@ -240,7 +239,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_capability_that_nobody_knows_is_refused_only_when_it_is_on() {
+    fn unknown_capability_is_refused_only_when_it_is_on() {
         for role in [Role::Source { holds: true }, Role::Stream, Role::Destination] {
             assert_eq!(wanted("x-next-year", false, role).unwrap(), None);
             let error = wanted("x-next-year", true, role).unwrap_err().to_string();
@@ -252,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_is_read_as_a_log_has_all_ram_and_waits_for_a_word() {
+    fn stream_read_as_a_log_has_all_ram_and_waits_for_an_acknowledgement() {
         let stream = |name| wanted(name, true, Role::Stream).unwrap();
         assert_eq!(stream("x-ignore-shared"), Some(false));
         assert_eq!(stream("switchover-ack"), Some(true));

@@ -1,4 +1,4 @@
-//! How a QEMU stops its guest and saves its device state, which is one.
+//! How a QEMU stops its guest and saves its device state, which is one step.
 
 use std::convert::Infallible;
 use std::net::Shutdown;
@@ -16,14 +16,14 @@ use super::{GUEST_IS_PAUSED, GUEST_RUNS, HOW_TO_START, Qemu, STATE_SOCKET, run_s
 use crate::error::{Error, Result};
 use crate::runtime::panics;
 
-/// How long a guest may go on while its device state is being saved: QEMU has a look at the rate every 100 ms
-/// only (`BUFFER_DELAY` in its migration/options.h), and what is sent until then is loaded while the guest stands
-/// still.
+/// Time limit for the guest to run while its device state is saved. QEMU evaluates its rate every 100 ms only
+/// (`BUFFER_DELAY` in its migration/options.h), and everything that it sends until then is loaded while the guest
+/// stands still.
 const STOPS_ITSELF_WITHIN: Duration = Duration::from_millis(50);
 
 impl Qemu {
-    /// Whether QEMU can be kept from completing its migration: it has to have a return path, and to describe its
-    /// stream, which machines older than QEMU 2.3 do not.
+    /// Whether QEMU can be kept from completing its migration: it must have a return path, and describe its stream,
+    /// which machines older than QEMU 2.3 do not.
     pub(super) fn can_hold(&mut self) -> Result<bool> {
         let has_return_path =
             settings::capabilities(&mut self.qmp)?.contains_key(settings::RETURN_PATH);
@@ -31,14 +31,13 @@ impl Qemu {
         Ok(has_return_path && undescribed != Some(json!(true)))
     }
 
-    /// Has QEMU write its device state to the other end of a socket, and returns it: no more than a byte
-    /// over what is allowed.
+    /// Has QEMU write its device state to the other end of a socket, and returns it: at most one byte beyond the limit.
     ///
-    /// A guest that runs is stopped by that, sooner or later: QEMU goes on for as long as the guest changes what
-    /// belongs to the state, such as video memory. After a while it is told to.
+    /// The migration stops a running guest eventually: QEMU continues while the guest changes memory that belongs to
+    /// the state, such as video memory. After a time limit umem commands the stop.
     ///
-    /// It is read by a thread of its own, from before the command on: QEMU's migration holds the lock of its
-    /// main loop while it writes, so that QEMU can answer the command only after all has been read.
+    /// A thread of its own reads the state, from before the command on: QEMU's migration holds the main loop's lock
+    /// while it writes, so QEMU can answer the command only after everything has been read.
     fn migrate_into(&mut self, ours: UnixStream, is_held: bool) -> Result<Vec<u8>> {
         let (has_ended, ended) = channel::<Infallible>();
         let read = std::thread::scope(|scope| {
@@ -46,7 +45,7 @@ impl Qemu {
                 let _has_ended = has_ended;
                 let read = saving::read(&ours, is_held);
                 if !matches!(read, Ok((_, false))) {
-                    // What is left of too much makes QEMU's migration fail, and not wait.
+                    // The unread rest of a state that is too large makes QEMU's migration fail, and not wait.
                     let _ = ours.shutdown(Shutdown::Both);
                 }
                 read
@@ -101,11 +100,11 @@ impl Qemu {
             }
             self.given_away = Some((status, migration));
         } else {
-            // Its answer comes after the event that says when the guest stopped.
+            // The answer comes after the event with the time of the guest's stop.
             run_state::status(&mut self.qmp)?;
         }
-        // From when it was told to migrate QEMU has let nobody plug in memory or take it out. What it leaves out of its
-        // stream has to be what umem moves.
+        // Since the `migrate` command QEMU has refused to plug memory in or out. The blocks that it leaves out of its
+        // stream must be those that umem moves.
         self.check_blocks()?;
         Ok(state)
     }
@@ -114,13 +113,14 @@ impl Qemu {
     pub(super) fn save_rest(&mut self, reading: &Reading) -> Result<Vec<u8>> {
         let mut state = vec![if self.is_live { GUEST_RUNS } else { GUEST_IS_PAUSED }];
         state.extend(self.stop_stream(reading)?);
-        // Its answer comes after the event that says when the guest stopped.
+        // The answer comes after the event with the time of the guest's stop.
         run_state::status(&mut self.qmp)?;
         self.check_blocks()?;
         Ok(state)
     }
 
-    /// A guest that has stopped while it waits for umem's word was paused by another client: so it arrives, or stays.
+    /// Another client has paused a guest that has stopped while QEMU waits for umem: so the guest arrives paused, or
+    /// stays paused.
     pub(super) fn look_for_a_pause(&mut self) -> Result<()> {
         // Its answer comes after the event.
         run_state::status(&mut self.qmp)?;

@@ -1,4 +1,4 @@
-//! What is asked of a QEMU, by one that only writes it down.
+//! The commands that umem sends to a QEMU, recorded by a fake QEMU.
 
 use super::*;
 use std::collections::BTreeMap;
@@ -8,12 +8,12 @@ use std::time::SystemTime;
 
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-/// More than the buffers of a socket hold.
+/// Larger than the buffers of a socket.
 const STATE: usize = 4 << 20;
 
-/// As a QEMU whose migration has the main loop's lock before the command has been answered.
+/// As with a QEMU whose migration has the main loop's lock before the command has been answered.
 #[test]
-fn a_device_state_is_read_before_the_command_is_answered() {
+fn device_state_is_read_before_the_command_is_answered() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
@@ -25,9 +25,9 @@ fn a_device_state_is_read_before_the_command_is_answered() {
     qemu.join().unwrap();
 }
 
-/// The guest stands still only for what cannot be done before, and has everything as it was afterwards.
+/// The guest stands still only for the steps that need it, and has its earlier settings afterwards.
 #[test]
-fn what_needs_answers_is_asked_before_the_guest_stops() {
+fn queries_are_made_before_the_guest_stops() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
@@ -45,9 +45,9 @@ fn what_needs_answers_is_asked_before_the_guest_stops() {
     }
 }
 
-/// What comes before the device state is saved while the guest still runs.
+/// The steps before the device state are made while the guest still runs.
 #[test]
-fn a_guest_is_stopped_by_the_saving_of_its_state() {
+fn guest_is_stopped_by_the_saving_of_its_state() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
@@ -62,9 +62,9 @@ fn a_guest_is_stopped_by_the_saving_of_its_state() {
     assert!(!asked.contains(&"stop".to_owned()), "{asked:?}");
 }
 
-/// As one whose guest changes its video memory all the while.
+/// As with a guest that changes its video memory all the time.
 #[test]
-fn a_guest_that_its_qemu_does_not_stop_is_stopped() {
+fn guest_is_stopped_by_umem_when_qemu_does_not_stop_it() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer(&monitor, "stop"));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
@@ -76,9 +76,9 @@ fn a_guest_that_its_qemu_does_not_stop_is_stopped() {
     assert_eq!(asked[asked.len() - 4..], last, "{asked:?}");
 }
 
-/// It would run as soon as it is loaded otherwise, and the source might go on with it as well.
+/// Otherwise the guest would run as soon as it is loaded, and the source might continue with it as well.
 #[test]
-fn a_destination_is_told_not_to_run_before_its_state_comes() {
+fn destination_is_stopped_before_its_state_comes() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || answer_late(&monitor));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
@@ -91,24 +91,24 @@ fn a_destination_is_told_not_to_run_before_its_state_comes() {
     assert!(at("stop") < at("migrate-incoming") && at("migrate-incoming") < at("cont"));
 }
 
-/// What becomes of a guest between the end of its migration and the last question.
+/// The event of a guest between the end of its migration and the last check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Meanwhile {
     Nothing,
-    /// Another client lets it run.
+    /// Another client starts it.
     Runs,
-    /// And has it stop again, so that its state alone does not tell.
+    /// And stops it again, so that its state alone does not show that.
     RanAndMovedAgain,
     /// The migration is not completed.
     Fails,
-    /// Something comes after what looked like the state's end.
+    /// Bytes come after the apparent end of the state.
     GoesOn,
     /// Another client takes the claim away.
     LosesClaim,
 }
 
 #[test]
-fn a_guest_that_another_client_lets_run_is_not_given_away() {
+fn guest_started_by_another_client_is_not_given_away() {
     use Meanwhile::*;
     for meanwhile in [Nothing, Runs, RanAndMovedAgain, Fails, GoesOn, LosesClaim] {
         let (monitor, ours) = UnixStream::pair().unwrap();
@@ -121,7 +121,7 @@ fn a_guest_that_another_client_lets_run_is_not_given_away() {
         match meanwhile {
             Nothing => {
                 answer.unwrap();
-                // And once more, for a switchover that has not come.
+                // And once more, for a switchover that has not arrived.
                 qmp.stands_still().unwrap();
                 Monitor::put_back(&mut qmp).unwrap();
             }
@@ -133,16 +133,16 @@ fn a_guest_that_another_client_lets_run_is_not_given_away() {
         drop(qmp);
         let asked = qemu.join().unwrap();
         let conts = asked.iter().filter(|command| *command == "cont").count();
-        // One that runs already, or goes on by itself, is not told to.
+        // A guest that runs already, or continues by itself, gets no `cont`.
         let told = matches!(meanwhile, RanAndMovedAgain | GoesOn);
         assert_eq!(conts, usize::from(told), "{meanwhile:?}: {asked:?}");
         assert!(!asked.contains(&"migrate_cancel".to_owned()));
     }
 }
 
-/// A time that nobody can add to another.
+/// A time that cannot be added to another one.
 #[test]
-fn an_event_of_a_wild_time_stops_nothing() {
+fn event_with_an_invalid_time_is_ignored() {
     let (monitor, ours) = UnixStream::pair().unwrap();
     let qemu = std::thread::spawn(move || hold(&monitor, Meanwhile::Nothing, false));
     let mut qmp = Qemu::new(Qmp::open(ours, "it").unwrap());
@@ -155,7 +155,7 @@ fn an_event_of_a_wild_time_stops_nothing() {
 /// A device state with its description.
 const DESCRIBED: [u8; 10] = [1, 2, 0, 6, 0, 0, 0, 2, b'{', b'}'];
 
-/// As a QEMU that waits for a word before its migration is completed.
+/// As a QEMU that waits for an acknowledgement before its migration is completed.
 fn hold(monitor: &UnixStream, meanwhile: Meanwhile, is_sane: bool) -> Vec<String> {
     let mut asked = Vec::new();
     let mut out = monitor;
@@ -222,7 +222,7 @@ fn hold(monitor: &UnixStream, meanwhile: Meanwhile, is_sane: bool) -> Vec<String
             _ => json!({}),
         };
         writeln!(out, "{}", json!({ "return": value })).unwrap();
-        // From here on the word is waited for, which comes without a question.
+        // From here on QEMU waits for the acknowledgement, which is not a QMP command.
         if command == "query-status" && state.is_some() && migration == "active" {
             let mut socket: UnixStream = state.take().unwrap();
             let mut word = [0; 8];
@@ -248,7 +248,7 @@ fn answer_late(monitor: &UnixStream) -> Vec<String> {
     answer(monitor, "migrate")
 }
 
-/// Stops its guest and writes its device state at the command `saves_at`. Returns what it was asked.
+/// Stops its guest and writes its device state at the command `saves_at`. Returns the commands that it received.
 fn answer(monitor: &UnixStream, saves_at: &str) -> Vec<String> {
     let mut asked = Vec::new();
     let mut out = monitor;
@@ -267,7 +267,7 @@ fn answer(monitor: &UnixStream, saves_at: &str) -> Vec<String> {
             "query-status" => json!({ "status": status }),
             "query-migrate" => json!({ "status": migration }),
             "migrate-incoming" => {
-                // Whatever comes is its state.
+                // All bytes that come are its state.
                 let mut socket = UnixStream::from(socket.take().unwrap());
                 std::thread::spawn(move || std::io::copy(&mut socket, &mut std::io::sink()));
                 migration = "completed";
@@ -292,7 +292,7 @@ fn say_stop(mut out: &UnixStream) {
     writeln!(out, "{}", json!({ "event": "STOP", "timestamp": timestamp })).unwrap();
 }
 
-/// The next line and the descriptor that came with it, if one did; None at the end.
+/// The next line, and its descriptor if one came with it; None at the end.
 fn next_line(monitor: &UnixStream, line: &mut Vec<u8>) -> Option<Option<OwnedFd>> {
     line.clear();
     let mut descriptor = None;
@@ -305,7 +305,7 @@ fn next_line(monitor: &UnixStream, line: &mut Vec<u8>) -> Option<Option<OwnedFd>
         let message = recvmsg::<()>(fd, &mut pieces, Some(&mut space), flags).unwrap();
         for control in message.cmsgs().unwrap() {
             if let ControlMessageOwned::ScmRights(rights) = control {
-                // SAFETY: the kernel has just made it, for us.
+                // SAFETY: the kernel has just made it for this process.
                 descriptor = rights.first().map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) });
             }
         }

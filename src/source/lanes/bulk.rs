@@ -42,7 +42,7 @@ const NO_ZERO_COPY: [i32; 6] =
 
 const TOKEN_SENT: u64 = 0;
 const TOKEN_RECEIVED: u64 = 1;
-/// The bandwidth limit allows more background pages, or the dirty log may have let pages go.
+/// The bandwidth limit allows more background pages, or the dirty log may have released pages.
 const TOKEN_LOOK: u64 = 2;
 /// The socket has room for more of the batch in the outlet.
 const TOKEN_WRITABLE: u64 = 3;

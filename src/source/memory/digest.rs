@@ -1,9 +1,9 @@
-//! What the guest's memory comes to at the source (`--checksum`), to be compared with what has landed.
+//! Digest of the guest's memory at the source (`--checksum`), for comparison with the memory that has landed.
 //!
-//! The files are as they were when the guest stopped, so that they are read once more at the end, by a few
-//! threads: whatever went wrong on the way, between a page's file and its sum included, shows. Holes count as the
-//! pages of zeroes that they are, without being read. What `--release-ram` frees on the way is added before it goes
-//! ([`release`](super::release)), less the zeroes that it counts for when the rest is read.
+//! The files are as they were when the guest stopped. A few threads read them once more at the end, so that the
+//! comparison also finds errors between the reading of a page and its checksum. Holes count as pages of zeroes, and are
+//! not read. Pages that `--release-ram` frees during the migration are added before they are freed
+//! ([`release`](super::release)), less the zeroes that they count for when the rest is read.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -22,13 +22,13 @@ use crate::runtime::inbox::Post;
 use crate::runtime::panics;
 use crate::source::InboxMessage;
 
-/// Threads that read: more than these are more than the memory of most machines gives.
+/// Threads that read: more than these exceed the memory bandwidth of most machines.
 const THREADS_MAX: usize = 8;
 
-/// What a thread takes at a time; whole pages of any size up to it, and one page where they are larger.
+/// The unit of a thread's work: whole pages of any size up to this, or one larger page.
 const PIECE_BYTES: u64 = 16 << 20;
 
-/// Begins to read the files; a note brings the outcome. Nothing is freed meanwhile.
+/// Begins to read the files; a note carries the result. Pages are not freed meanwhile.
 pub(in crate::source) fn begin(memory: Arc<SourceMemory>, post: Post<InboxMessage>) -> Result<()> {
     let read = move || {
         let is_known = !memory.digest_is_lost.load(Relaxed);
@@ -36,14 +36,14 @@ pub(in crate::source) fn begin(memory: Arc<SourceMemory>, post: Post<InboxMessag
             panics::point(format_args!("digest"));
             all(&memory)
         });
-        // Whatever became of it: somebody waits for the note.
+        // Sent in any case: the control thread waits for the note.
         post.send(InboxMessage::Digested(digests.map(|digests| is_known.then_some(digests))));
     };
     let thread = std::thread::Builder::new().name("umem-digest".into()).spawn(read);
     thread.map(drop).context(|| "starting thread umem-digest")
 }
 
-/// Adds what is left in the files to what has been freed.
+/// Adds the pages left in the files to those that have been freed.
 fn all(memory: &SourceMemory) -> Result<Vec<u64>> {
     let next = AtomicU64::new(0);
     let threads =
@@ -57,7 +57,7 @@ fn all(memory: &SourceMemory) -> Result<Vec<u64>> {
     Ok(memory.digests.get())
 }
 
-/// Takes pieces until none is left.
+/// Processes pieces until none is left.
 fn some(memory: &SourceMemory, next: &AtomicU64) -> Result<()> {
     let pieces = |ram: &RamFile| ram.bytes.div_ceil(piece_bytes(ram));
     loop {
@@ -81,7 +81,7 @@ fn piece_bytes(ram: &RamFile) -> u64 {
     PIECE_BYTES.max(1 << ram.page_shift)
 }
 
-/// What a part of a file, whole pages, comes to. No hole of it is read, which would allocate it.
+/// The digest of a part of a file, whole pages. Holes are not read: a read would allocate them.
 pub(in crate::source) fn of_part(ram: &RamFile, offset: u64, len: u64) -> Result<u64> {
     let mut holes = Holes::of(ram, offset, len)?;
     let page_bytes = 1 << ram.page_shift;
@@ -97,7 +97,7 @@ pub(in crate::source) fn of_part(ram: &RamFile, offset: u64, len: u64) -> Result
     Ok(digest)
 }
 
-/// What a part of a file comes to that holds nothing.
+/// The digest of a part of a file that is one hole.
 pub(in crate::source) fn of_zeroes(offset: u64, len: u64) -> u64 {
     checksum::digest_of_zeroes(offset / SUMMED_BYTES as u64, len / SUMMED_BYTES as u64)
 }
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn data_counts_where_it_is_and_holes_are_zeroes() {
+    fn digest_depends_on_the_place_of_data_and_counts_holes_as_zeroes() {
         let sum = |byte| checksum::page_sum(&[byte; 4096]);
         let memory = memory(&[&[(5, 1), (9000, 2), (77, 0)], &[]]);
         let zeroes = of_zeroes(0, 40 << 20);
@@ -134,9 +134,9 @@ mod tests {
         assert_eq!(allocated, 3 * 4096, "read no hole");
     }
 
-    /// What is freed is added before, and counts as zeroes when the rest is read.
+    /// Freed pages are added before, and count as zeroes when the rest is read.
     #[test]
-    fn what_has_been_freed_counts_once() {
+    fn freed_pages_count_once() {
         let mut file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
         file.write_all(&[[1; 4096], [2; 4096], [3; 4096]].concat()).unwrap();
         let ram = RamFile::open_source("ram", file.path(), true).unwrap();

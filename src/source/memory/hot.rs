@@ -1,4 +1,5 @@
-//! Pages that the guest writes all the while: those that are dirty again in the pass after the one that sent them.
+//! Hot pages: pages that the guest writes in every pass. A page is hot if it is dirty again in the pass after the one
+//! that sent it.
 //!
 //! ```text
 //! pass     2      3          4            stop
@@ -16,7 +17,7 @@ use crate::memory::bits::Bits;
 use crate::memory::dirty::{LEAVES_OUT_FROM, LeftToSend};
 use crate::memory::pages::low_bits;
 
-/// Of each region: which pages are hot, and what decides that.
+/// The hot pages of each region, and the history that decides it.
 pub(super) struct Hot {
     regions: Box<[Heat]>,
 }
@@ -25,12 +26,12 @@ struct Heat {
     /// Pages that the last pass over their block has sent.
     sent: Bits,
     /// Pages that the last pass over their block has left out: dirty, although the dirty log has not marked them again.
-    /// After the last pass: the pages that go first.
+    /// After the last pass: the pages that are sent first.
     hot: Bits,
 }
 
 impl Hot {
-    /// For regions of so many pages.
+    /// State for regions of these numbers of pages.
     pub(super) fn new(regions: &[(u64, u8)]) -> Hot {
         let heat = |&(pages, _): &(u64, u8)| Heat { sent: Bits::new(pages), hot: Bits::new(pages) };
         Hot { regions: regions.iter().map(heat).collect() }
@@ -40,8 +41,8 @@ impl Hot {
         &self.regions[usize::from(id.0)]
     }
 
-    /// Of the `count` ≤ 64 pages from `first`, whose marks were `marked`, those that pass number `pass` sends: a bit
-    /// each. Only the lane of their block calls this. With `sends_all` no page is left out.
+    /// Chooses the pages to send in pass number `pass`, a bit each, from the `count` ≤ 64 pages at `first` with the
+    /// marks `marked`. Only the lane of their block calls this. With `sends_all` no page is left out.
     pub(super) fn choose(
         &self,
         id: RegionId,
@@ -63,7 +64,7 @@ impl Hot {
         goes
     }
 
-    /// What is left of a region, in pages.
+    /// The pages of a region that are still to be sent.
     fn left(&self, marks: &Bits, id: RegionId) -> LeftToSend {
         let heat = self.region(id);
         let mut left = LeftToSend::default();
@@ -77,8 +78,8 @@ impl Hot {
         left
     }
 
-    /// No pass follows, and every mark has been made: all dirty pages of a region are marked, and those that have been
-    /// written since the last pass sent or left them out are to go first.
+    /// Called when no pass follows and every mark has been made. All dirty pages of a region get marks; those that have
+    /// been written since the last pass sent or left them out are sent first.
     pub(super) fn settle(&self, marks: &Bits, id: RegionId) {
         let Heat { sent, hot } = self.region(id);
         for first in (0..marks.pages()).step_by(64) {
@@ -94,7 +95,7 @@ impl Hot {
 }
 
 impl SourceMemory {
-    /// What is left to be sent. What of it is hot is right from the second pass on.
+    /// The memory that is still to be sent. Its hot part is correct from the second pass on.
     pub(crate) fn left_to_send(&self) -> LeftToSend {
         let tracked = self.tracked();
         let elsewhere = tracked.marks.elsewhere();
@@ -114,19 +115,20 @@ impl SourceMemory {
         left
     }
 
-    /// Whether each pass sends all that is dirty of a region. Contents in a file of umem's own wait in a limited room,
-    /// and come again only if the guest writes them again.
+    /// Whether each pass sends all dirty pages of a region. Contents in a staging file have limited room, and come
+    /// again only if the guest writes them again.
     pub(super) fn sends_all(&self, id: RegionId) -> bool {
         self.is_own(id)
     }
 }
 
-/// A bulk lane's way through the hot pages after the switchover, once around.
+/// A bulk lane's walk of the hot pages after the switchover, once around.
 #[derive(Default)]
 pub(super) struct HotWalk {
-    /// Regions that the lane has been through; one more than there are, as the lane begins inside the first one.
+    /// Number of regions that the lane has walked. The last one is the first region again, as the lane begins inside
+    /// it.
     regions: usize,
-    /// The next page to look at.
+    /// The next page to check.
     page: u64,
     /// The page of the first region at which the lane began.
     began: u64,
@@ -140,7 +142,7 @@ impl HotWalk {
         HotWalk { regions: 0, page, began: page }
     }
 
-    /// The next hot pages that no lane has taken, in one word of `count` ≤ 64 pages at most: the first page, and a bit
+    /// The next hot pages that no lane has taken, within one word of `count` ≤ 64 pages: the first page, and a bit
     /// each.
     pub(super) fn next(
         &mut self,
@@ -169,7 +171,7 @@ impl HotWalk {
     }
 }
 
-/// The runs of set bits in a word: the first bit and the number of bits of each.
+/// The runs of set bits in a word: first bit and length of each.
 pub(super) fn runs_of(mut word: u64) -> impl Iterator<Item = (u64, u64)> {
     std::iter::from_fn(move || {
         let first = u64::from(word.trailing_zeros());
@@ -197,20 +199,20 @@ mod tests {
         runs.iter().flat_map(|&(_, first, pages)| first..first + pages).collect()
     }
 
-    /// What is left: pages that are dirty, hot, cooled off.
+    /// Numbers of pages that are still to be sent: dirty, hot, cooled off.
     fn left(memory: &SourceMemory) -> [u64; 3] {
         let left = memory.left_to_send();
         [left.dirty_bytes, left.hot_bytes, left.cooled_bytes].map(|bytes| bytes >> 12)
     }
 
     #[test]
-    fn a_page_that_is_dirty_in_two_passes_running_is_left_out_until_it_has_cooled_off() {
+    fn page_dirty_in_two_consecutive_passes_is_left_out_until_it_has_cooled_off() {
         let (memory, _file) = memory(&[10, 11, 700]);
         let mut lane = RoundsWalk::new(0, 1);
         pass(&memory, &mut lane);
         [10, 11, 700].iter().for_each(|&page| mark(&memory, page));
         assert_eq!(pages(&pass(&memory, &mut lane)), [10, 11, 700], "dirty once");
-        // Page 11 skips a pass, so it is not dirty in two running.
+        // Page 11 skips a pass, so it is not dirty in two consecutive ones.
         [10, 900].iter().for_each(|&page| mark(&memory, page));
         assert_eq!(left(&memory), [2, 1, 0]);
         assert_eq!(pages(&pass(&memory, &mut lane)), [900]);
@@ -230,7 +232,7 @@ mod tests {
         assert_eq!(left(&memory), [0, 0, 0]);
     }
 
-    /// Everything that the lanes claim after the switchover, a claim of each in turn.
+    /// All pages that the lanes claim after the switchover, one claim of each lane in turn.
     fn claimed(memory: &SourceMemory, lanes: usize, most: u64) -> Vec<u64> {
         let mut walks: Vec<_> = (0..lanes).map(|index| Walk::new(memory, index, lanes)).collect();
         let mut runs: Vec<Run> = Vec::new();
@@ -246,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_guest_wrote_in_the_last_pass_goes_first_after_the_switchover_and_each_page_once() {
+    fn pages_written_in_the_last_pass_are_sent_first_after_the_switchover_and_once() {
         for (lanes, most) in [(1, u64::MAX), (3, u64::MAX), (2, 4096)] {
             let (memory, _file) = memory(&[]);
             let mut lane = RoundsWalk::new(0, 1);
@@ -258,7 +260,7 @@ mod tests {
             pass(&memory, &mut lane);
             hot.iter().for_each(|&page| mark(&memory, page));
             pass(&memory, &mut lane);
-            // Page 600 is left out although nothing has marked it again: it remains all the same.
+            // Page 600 is left out although it has not been marked again: it still has to be sent.
             let again = hot.iter().filter(|&&page| page != 600);
             again.chain(&cold).for_each(|&page| mark(&memory, page));
             memory.end_rounds();
@@ -272,9 +274,9 @@ mod tests {
         }
     }
 
-    /// A page that was not sent in a pass that was cut short is dirty, and says nothing of the guest.
+    /// A page that was not sent in a pass that was cut short is dirty, which gives no information about the guest.
     #[test]
-    fn a_page_that_no_pass_has_sent_goes_behind_those_that_were_written_since() {
+    fn page_not_sent_in_any_pass_goes_behind_pages_written_since() {
         let (memory, _file) = memory(&[]);
         let mut lane = RoundsWalk::new(0, 1);
         lane.begin_pass();
@@ -287,9 +289,9 @@ mod tests {
         assert_eq!(claimed(&memory, 1, 4096)[..3], [17, 512, 513]);
     }
 
-    /// They are in a file of umem's own, in a limited room, and come again only when they are written again.
+    /// These pages are in a staging file with limited room, and come again only when they are written again.
     #[test]
-    fn hot_pages_of_ram_without_a_file_go_in_each_pass_and_first_after_the_switchover() {
+    fn hot_pages_of_ram_without_a_file_are_sent_in_each_pass_and_first_after_the_switchover() {
         let file = StagedFile::create("ram0", 1024 << 12).unwrap();
         let ram = file.ram_file().unwrap();
         let staging = Arc::new(Staging::new(vec![Some(file)], false));

@@ -1,10 +1,9 @@
-//! `--release-ram`: frees at the source what the destination has acknowledged, while the migration
-//! runs.
+//! `--release-ram`: frees pages at the source after the destination has acknowledged them, while the migration runs.
 //!
-//! The thread exists from the switchover on: before it every page is needed here, should the guest be
-//! resumed. Lanes note acknowledgements in [`SourceMemory`] and wake it; it punches holes into the RAM
-//! files, a few at a time, and what it has not come to at the end the control thread frees. Between those it looks
-//! whether somebody else has changed the files.
+//! The thread exists from the switchover on: before it every page is needed here, in case the guest is resumed. Lanes
+//! note acknowledgements in [`SourceMemory`] and wake the thread. It punches holes into the RAM files, a few at a time;
+//! the control thread frees the remaining pages at the end. Between groups of holes the thread checks whether another
+//! process has changed the files.
 
 use crate::runtime::screen;
 use std::collections::VecDeque;
@@ -21,34 +20,34 @@ use crate::memory::stamp::Stamp;
 use crate::runtime::panics;
 use crate::runtime::worker::Started;
 
-/// Holes punched at a time. The kernel does each on a thread of its own, which lanes compete with.
+/// Holes punched at a time. The kernel punches each on a thread of its own, which competes with the lanes.
 const RELEASES_MAX: usize = 4;
 
-/// And those after it: which of the holes that are being punched.
+/// The token of the first hole that is being punched; those of the other holes follow.
 const TOKEN_RELEASED: u64 = 0;
 
-/// A hole that is being punched: what it held is not in its file any more once that is done.
+/// A hole that is being punched: its contents are no longer in the file once that is done.
 struct Releasing {
     region: RegionId,
     digest: u64,
 }
 
-/// A hole that has been begun since it was last known what its file holds.
+/// A hole that has been begun since the contents of its file were last known.
 struct Punched {
     region: usize,
     bytes: u64,
-    /// Of the first one of its file: what that was like before.
+    /// For the first hole of its file: the file's stamp from before.
     before: Option<Stamp>,
 }
 
-/// What the release thread needs.
+/// The parts of the release thread.
 pub(crate) struct Releaser {
     pub(crate) memory: Arc<SourceMemory>,
 }
 
 impl Releaser {
-    /// Frees until the migration ends. A file that cannot be freed is no reason to fail: it is said,
-    /// and the rest stays.
+    /// Frees pages until the migration ends. A file whose pages cannot be freed is reported and does not fail the
+    /// migration: its pages stay.
     pub(crate) fn run(self, started: Started<Waker>) -> Result<()> {
         let mut ring = Ring::new(&Config { name: "release".into(), ..Config::default() })?;
         let files = self.memory.regions.iter().map(|region| region.ram.shared_file());
@@ -62,7 +61,8 @@ impl Releaser {
             if releasing.iter().all(Option::is_none) {
                 self.settle(&mut punched)?;
             }
-            // All of a few, and then the next ones: only in between is it known what the files hold.
+            // A group of holes is completed before the next one begins: the contents of the files are known only
+            // between groups.
             while punched.len() < RELEASES_MAX
                 && let Some(slot) = releasing.iter().position(Option::is_none)
                 && let Some((region, offset, len)) = self.next(&mut queue)
@@ -98,7 +98,7 @@ impl Releaser {
                 }
             }
             if self.memory.is_ending.load(Acquire) && ring.in_flight() == 0 {
-                // Whoever ends this looks at the files himself.
+                // The control thread checks the files itself at the end.
                 let _ = self.settle(&mut punched);
                 return Ok(());
             }
@@ -109,7 +109,7 @@ impl Releaser {
         self.memory.regions[region].ram.in_file(offset)
     }
 
-    /// A hole is about to be punched.
+    /// Notes that a hole is about to be punched.
     fn unsettle(&self, punched: &mut Vec<Punched>, region: usize, bytes: u64) -> Result<()> {
         let before = match punched.iter().any(|hole| hole.region == region) {
             true => None,
@@ -119,7 +119,7 @@ impl Releaser {
         Ok(())
     }
 
-    /// No hole is being punched any more.
+    /// Called when no hole is being punched any more.
     fn settle(&self, punched: &mut Vec<Punched>) -> Result<()> {
         for (region, known) in self.memory.regions.iter().enumerate() {
             let ours = || punched.iter().filter(move |hole| hole.region == region);
@@ -130,22 +130,22 @@ impl Releaser {
         Ok(())
     }
 
-    /// What is about to be freed, with what it comes to where that is to be known.
+    /// Prepares a piece that is about to be freed; with a digest, its share of the digest is computed first.
     fn begin(&self, region: usize, offset: u64, len: u64) -> Releasing {
         let digest = match self.memory.is_checked {
-            // It counts as zeroes when the rest is read.
+            // The piece counts as zeroes when the rest is read.
             true => digest::of_part(&self.memory.regions[region].ram, offset, len)
                 .map(|digest| digest.wrapping_sub(digest::of_zeroes(offset, len))),
             false => Ok(0),
         };
-        // That nothing can be compared at the end is no reason to fail.
+        // Without a digest the comparison at the end is impossible, which does not fail the migration.
         self.memory.digest_is_lost.fetch_or(digest.is_err(), Relaxed);
         let region = RegionId(u16::try_from(region).expect("at most 256 regions"));
         Releasing { region, digest: digest.unwrap_or(0) }
     }
 
-    /// The next piece to free: region, offset and length in bytes. Refills the queue, which holds one
-    /// group of pages at most.
+    /// The next piece to free: region, offset and length in bytes. Refills the queue, which holds at most one group of
+    /// pages.
     fn next(&self, queue: &mut VecDeque<(usize, u64, u64)>) -> Option<(usize, u64, u64)> {
         if self.memory.is_ending.load(Acquire) {
             return None;

@@ -1,5 +1,5 @@
-//! The memory of a guest that runs: what has been written since it was sent, in which order it goes again, and what
-//! is left of it when the guest stops.
+//! The memory of a running guest: the pages written since they were sent, the order in which they are sent again, and
+//! the pages that are left when the guest stops.
 
 use std::sync::Arc;
 
@@ -19,18 +19,18 @@ use crate::memory::staging::{STAGED_PAGE_BYTES, Staging};
 use crate::source::sending::seal::Sealer;
 use crate::statistics::Counters;
 
-/// What is known of pages that go in rounds.
+/// The state of pages that are sent in rounds.
 pub(super) struct Tracked {
-    /// Pages that are to go (again), marked by the dirty log.
+    /// Pages to be sent, or sent again, as marked by the dirty log.
     pub(super) marks: Arc<DirtyMap>,
-    /// Of each region: pages whose last copy went as data.
+    /// By region: pages whose last copy was sent as data.
     data: Box<[Bits]>,
-    /// What the guest writes all the while.
+    /// Pages that the guest writes in every pass.
     pub(super) hot: Hot,
 }
 
 impl Tracked {
-    /// Every page is to go. For regions of so many pages of `1 << shift` bytes.
+    /// Every page is to be sent. For regions of these numbers of pages of `1 << shift` bytes.
     pub(super) fn new(regions: &[(u64, u8)]) -> Tracked {
         let data = regions.iter().map(|&(pages, _)| Bits::new(pages)).collect();
         let marks = DirtyMap::new(regions);
@@ -42,32 +42,32 @@ impl Tracked {
 /// Words of 64 pages in a block, at most.
 const BLOCK_WORDS: usize = 8;
 
-/// A lane's way through what is dirty, once around in each pass. A block is one lane's for all passes, as the copies of
-/// a page must stay in their order.
+/// A lane's walk of the dirty pages, once around in each pass. A block belongs to one lane in all passes, because the
+/// copies of a page must stay in order.
 pub(crate) struct RoundsWalk {
     index: u64,
     lanes: u64,
     /// The number of the pass, from 1.
     pass: u32,
     region: usize,
-    /// The next block of that region to look at.
+    /// The next block of that region to check.
     block: u64,
-    /// Blocks of the regions before it.
+    /// Number of blocks in the regions before it.
     before: u64,
     current: Block,
     holes: Holes,
-    /// No block follows the one at hand in this pass.
+    /// The pass ends with the current block.
     is_cut: bool,
     /// The next block is held back by the dirty log.
     is_waiting: bool,
 }
 
-/// The block at hand.
+/// The current block.
 #[derive(Clone, Copy)]
 struct Block {
     region: RegionId,
     first: u64,
-    /// Its pages that were dirty and have not gone yet, a bit each.
+    /// Its pages that were dirty and have not been sent yet, a bit each.
     dirty: [u64; BLOCK_WORDS],
 }
 
@@ -80,7 +80,7 @@ impl Block {
 }
 
 impl RoundsWalk {
-    /// Of lane `index` of `lanes`.
+    /// The walk of lane `index` of `lanes`.
     pub(crate) fn new(index: usize, lanes: usize) -> RoundsWalk {
         let current = Block { region: RegionId(0), first: 0, dirty: [0; BLOCK_WORDS] };
         RoundsWalk {
@@ -102,19 +102,19 @@ impl RoundsWalk {
         self.is_waiting
     }
 
-    /// Begins anew with the first block.
+    /// Begins again with the first block.
     pub(crate) fn begin_pass(&mut self) {
         self.pass = self.pass.saturating_add(1);
         (self.region, self.block, self.before, self.is_cut) = (0, 0, 0, false);
     }
 
-    /// The pass ends with the block at hand, whose bits have been taken; those of all others stay.
+    /// The pass ends with the current block, whose bits have been taken; the bits of all other blocks stay.
     pub(crate) fn cut_pass(&mut self) {
         self.is_cut = true;
     }
 
-    /// Takes the next `most` bytes of dirty data, or a block of what goes without its bytes, and appends their runs;
-    /// false at the end of the pass. Appends nothing where it [waits](RoundsWalk::is_waiting).
+    /// Takes the next `most` bytes of dirty data, or a block of pages that are sent without bytes, and appends their
+    /// runs. False at the end of the pass. Appends nothing while the walk [waits](RoundsWalk::is_waiting).
     pub(crate) fn next_runs(
         &mut self,
         memory: &SourceMemory,
@@ -142,7 +142,7 @@ impl RoundsWalk {
         Ok(true)
     }
 
-    /// Goes on to the next of this lane's blocks with anything dirty.
+    /// Moves on to this lane's next block with dirty pages.
     fn take_block(&mut self, memory: &SourceMemory) -> Result<bool> {
         self.is_waiting = false;
         if self.is_cut {
@@ -174,8 +174,8 @@ impl RoundsWalk {
         Ok(false)
     }
 
-    /// Takes what is dirty of a block, all of it before anything of the file is looked at: what is written later is
-    /// marked again, and goes in the next pass. Hot pages stay behind.
+    /// Takes the dirty bits of a block, all of them before the file is read: a later write is marked again, and its
+    /// page is sent in the next pass. Hot pages are left out.
     fn take_dirty(&mut self, memory: &SourceMemory, id: RegionId, block: u64) -> Result<bool> {
         let region = memory.region(id);
         let (first, pages) = region.claims().block_range(block);
@@ -207,7 +207,7 @@ impl SourceMemory {
         tracked.expect("rounds begin after the destination is ready")
     }
 
-    /// What the dirty log marks.
+    /// The map that the dirty log marks.
     ///
     /// # Panics
     /// Without rounds, and before the destination is ready.
@@ -215,9 +215,9 @@ impl SourceMemory {
         self.tracked().marks.clone()
     }
 
-    /// A run as it is sent while the guest runs: its header, and its pages if they go with it. With checksums the
-    /// pages are copied first, into `copy`: the sum is of what leaves, whatever the guest writes meanwhile. So are
-    /// pages of a file of umem's own, of which a part of a huge page is zeroed in place when it is given back.
+    /// The pieces of a run that is sent while the guest runs: its header, and its pages if they are sent with it. With
+    /// checksums the pages are copied to `copy` first, so that the sum matches the sent bytes although the guest writes
+    /// meanwhile. Pages of a staging file are copied too: a release zeroes a part of a huge page in place.
     pub(crate) fn pieces_in_rounds(
         &self,
         run: &Run,
@@ -241,14 +241,14 @@ impl SourceMemory {
         Ok((header, contents))
     }
 
-    /// Where pages of a region wait that are given back once they have been sent.
+    /// The staging files of a region, if its pages are released once they have been sent.
     fn gives_back(&self, id: RegionId) -> Option<&Staging> {
         let is_page = || self.region(id).unit().bytes() == STAGED_PAGE_BYTES;
         self.staging_of(id).filter(|_| is_page())
     }
 
-    /// Notes that a run has been handed to the kernel in a round. Nobody needs its pages here any more where they are
-    /// in a file of umem's own: if this lane is lost, the guest goes on with its own memory.
+    /// Notes that a run has been handed to the kernel in a round. Its pages in a staging file are not needed any more:
+    /// if this lane is lost, the guest continues with its own memory.
     pub(crate) fn count_in_round(&self, run: &Run) -> Result<()> {
         let data = &self.tracked().data[usize::from(run.range.region.0)];
         Counters::add(&self.counters.rounds_page_bytes, self.bytes(run.range));
@@ -267,8 +267,8 @@ impl SourceMemory {
         }
     }
 
-    /// The guest stands still, and every mark has been made: what is dirty remains to be sent, once, and all else
-    /// counts as sent. Returns the remaining frames.
+    /// Called when the guest stands still and every mark has been made: dirty pages remain to be sent, once, and all
+    /// others count as sent. Returns the remaining frames.
     pub(crate) fn end_rounds(&self) -> Vec<u8> {
         let (mut frames, mut runs) = (Vec::new(), Vec::new());
         for (index, region) in self.regions.iter().enumerate() {
@@ -302,7 +302,7 @@ impl SourceMemory {
         frames
     }
 
-    /// These pages have arrived for good.
+    /// Counts pages whose last copy is final.
     fn count_clean(&self, region: RegionId, first: u64, pages: u64) {
         let data = &self.tracked().data[usize::from(region.0)];
         let (mut page, end) = (first, first + pages);
@@ -322,7 +322,7 @@ impl SourceMemory {
     }
 }
 
-/// Why a migration cannot have rounds.
+/// The reason why a migration cannot have rounds.
 pub(crate) fn no_dirty_log() -> Error {
     Error::Unsupported(format!(
         "the monitor of this guest has no log of the pages that the guest writes, which passes while the guest runs \
@@ -345,7 +345,7 @@ pub(super) mod tests {
     const BLOCK: u64 = 512;
     const RAM: RegionId = RegionId(0);
 
-    /// A file of holes but for the pages named, in rounds.
+    /// A file of holes except for the pages `data`, in rounds.
     pub(in crate::source::memory) fn memory(data: &[u64]) -> (SourceMemory, std::fs::File) {
         let file = std::fs::File::from(memfd_create(c"ram", MFdFlags::MFD_CLOEXEC).unwrap());
         file.set_len((BLOCKS * BLOCK) << 12).unwrap();
@@ -377,7 +377,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_block_is_one_lanes_in_every_pass() {
+    fn block_stays_with_one_lane_in_every_pass() {
         let (memory, _file) = memory(&[]);
         let mut lanes = [0, 1, 2].map(|index| RoundsWalk::new(index, 3));
         for _ in 0..2 {
@@ -397,7 +397,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_page_goes_as_what_it_is_when_its_pass_comes() {
+    fn page_is_sent_as_its_kind_at_the_time_of_its_pass() {
         let (memory, file) = memory(&[3, 4, 600]);
         let mut lane = RoundsWalk::new(0, 1);
         let all = pass(&memory, &mut lane);
@@ -406,7 +406,7 @@ pub(super) mod tests {
             data.map(|&(_, first, pages)| (first, pages)).collect::<Vec<_>>()
         };
         assert_eq!(data(&all), [(3, 2), (600, 1)]);
-        // A hole that becomes data, data that become zeroes, and nothing that is not marked.
+        // A hole that becomes data, data that become zeroes, and no page without a mark.
         write(&file, 1000, 1);
         write(&file, 4, 0);
         write(&file, 5, 7);
@@ -415,15 +415,15 @@ pub(super) mod tests {
         assert_eq!(again, [(RunKind::Zero, 4, 1), (RunKind::Data, 1000, 1)]);
     }
 
-    /// The bits of a block are taken before anything of it is looked at: one that is set afterwards is of a later
-    /// write, and stays.
+    /// The bits of a block are taken before its pages are read: a bit that is set afterwards belongs to a later write,
+    /// and stays.
     #[test]
-    fn what_is_written_in_the_middle_of_a_block_goes_again() {
+    fn page_written_while_its_block_is_sent_is_sent_again() {
         let (memory, file) = memory(&[0, 1, 2]);
         let mut lane = RoundsWalk::new(0, 1);
         let mut runs = Vec::new();
         lane.next_runs(&memory, 4096, &mut runs).unwrap();
-        // In the block that the lane is at, behind and before the page that it has just taken.
+        // In the lane's current block, behind and before the page that the lane has just taken.
         for page in [0, 2, 300] {
             write(&file, page, 9);
             mark(&memory, page);
@@ -435,7 +435,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_lane_waits_for_blocks_that_the_log_holds_back_and_goes_on_when_they_are_let_go() {
+    fn lane_waits_for_blocks_held_back_by_the_log_until_they_are_released() {
         let (memory, _file) = memory(&[0, 600]);
         let marks = memory.marks();
         marks.hold_back();
@@ -452,7 +452,7 @@ pub(super) mod tests {
         assert_eq!((go_on(&mut lane), lane.is_waiting()), (0, true));
         marks.let_all_go();
         assert_eq!((go_on(&mut lane), lane.is_waiting()), ((BLOCKS - 1) * BLOCK, false));
-        // One that is cut short waits no longer.
+        // A pass that is cut short does not wait any longer.
         marks.mark_all();
         marks.hold_back();
         lane.begin_pass();
@@ -462,7 +462,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_pass_that_is_cut_short_ends_with_its_block_and_the_pages_of_the_others_stay_dirty() {
+    fn cut_pass_ends_with_its_block_and_other_pages_stay_dirty() {
         let (memory, _file) = memory(&[0, 1, 700]);
         let mut lane = RoundsWalk::new(0, 1);
         lane.begin_pass();
@@ -477,7 +477,7 @@ pub(super) mod tests {
         );
         runs.iter().for_each(|run| memory.count_in_round(run).unwrap());
         assert_eq!(memory.counters.moved_bytes(), BLOCK << 12);
-        // The next one is whole.
+        // The next pass is whole.
         let rest: u64 = pass(&memory, &mut lane).iter().map(|&(.., pages)| pages).sum();
         assert_eq!((rest, memory.left_to_send().dirty_bytes), ((BLOCKS - 1) * BLOCK, 0));
         memory.end_rounds();
@@ -486,7 +486,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_is_dirty_at_the_end_remains_and_all_else_has_gone() {
+    fn dirty_pages_remain_after_the_rounds_and_all_others_count_as_sent() {
         let (memory, _file) = memory(&[0, 1, 2, 700]);
         let mut lane = RoundsWalk::new(0, 1);
         pass(&memory, &mut lane);

@@ -8,27 +8,27 @@ use crate::error::Result;
 use crate::memory::claims::{Run, push_page};
 use crate::memory::sequences::Followed;
 
-/// A bulk lane's way through the memory: ahead of those whose next accesses can be told, else what the guest wrote in
-/// the last pass while it ran at the source, else block by block, from the last demand on.
+/// A bulk lane's walk of the memory: pages ahead of predictable access sequences first, then pages that the guest wrote
+/// in the last pass while it ran at the source, then block by block, from the last demand on.
 pub(crate) struct Walk {
     region: usize,
     block: u64,
     pivot_seen: u64,
     current: Option<Block>,
     followed: Followed,
-    /// None once there is nothing more of it.
+    /// None once all hot pages have been walked.
     hot: Option<HotWalk>,
-    /// Of a piece of a sequence, or of hot pages.
+    /// For a piece of a sequence, or for hot pages.
     holes: Holes,
-    /// Of a block, while there is none.
+    /// For a block, while no block is taken.
     spare: Holes,
 }
 
-/// Pieces of sequences, each of 64 pages at most, that are looked at in vain, as their pages have left
-/// already, before the walk goes on by blocks.
+/// Limit of pieces of sequences, of at most 64 pages each, whose pages turn out to be sent already, before the walk
+/// continues by blocks.
 const VAIN_PIECES_MAX: usize = 64;
 
-/// A block that this lane has taken, and what it has not claimed of it yet.
+/// A block that this lane has taken, and its pages that are not claimed yet.
 struct Block {
     region: RegionId,
     next: u64,
@@ -54,11 +54,10 @@ impl Walk {
         }
     }
 
-    /// Claims the next `most` bytes of pages, 1 to 64 pages, and appends their runs; false when nothing
-    /// is left.
+    /// Claims the next `most` bytes of pages, 1 to 64 pages, and appends their runs; false when no page is left.
     ///
-    /// No more is claimed than is about to be sent: who waits for a claimed page waits for
-    /// everything that was claimed before it.
+    /// No more is claimed than is about to be sent: a request for a claimed page waits for all pages that were claimed
+    /// before it.
     pub(crate) fn next_runs(
         &mut self,
         memory: &SourceMemory,
@@ -82,7 +81,7 @@ impl Walk {
         Ok(true)
     }
 
-    /// Claims pages that somebody will want soon; false if there are none.
+    /// Claims pages that are predicted to be accessed soon; false if there are none.
     fn run_ahead(&mut self, memory: &SourceMemory, most: u64, runs: &mut Vec<Run>) -> Result<bool> {
         let limits = |id| {
             let region = memory.region(id);
@@ -107,7 +106,7 @@ impl Walk {
         Ok(false)
     }
 
-    /// Claims what others have left of the next hot pages; false if there are none.
+    /// Claims the unclaimed ones of the next hot pages; false if there are none.
     fn claim_hot(&mut self, memory: &SourceMemory, most: u64, runs: &mut Vec<Run>) -> Result<bool> {
         let Some(walk) = &mut self.hot else { return Ok(false) };
         let pages_max = |id| (most / memory.region(id).unit().bytes()).max(1);
@@ -170,7 +169,7 @@ impl Block {
     }
 }
 
-/// Appends the pages that a claim has won, a bit each from `first` on, to the runs of at most `max` pages.
+/// Appends the pages of a successful claim, a bit each from `first` on, as runs of at most `max` pages.
 fn push_won(
     holes: &mut Holes,
     region: &SourceRegion,

@@ -82,7 +82,7 @@ impl SpliceSender {
     /// Lets the socket take as much as it can, without waiting. Operations of a ring on the socket
     /// still wait, as their mode is fixed when they begin.
     pub(in crate::source) fn advance(&mut self, socket: impl AsFd) -> Result<Left, SpliceError> {
-        // splice(2) waits on a blocking socket, whatever its own flags are.
+        // splice(2) waits on a blocking socket, even with SPLICE_F_NONBLOCK.
         let block =
             |flags| fcntl(socket.as_fd(), FcntlArg::F_SETFL(flags)).map_err(SpliceError::Failed);
         block(OFlag::O_NONBLOCK)?;

@@ -1,8 +1,7 @@
-//! How much of a lane is gathered and queued at a time.
+//! The size of a lane's batches and of its queue in the kernel.
 //!
-//! A request for a claimed and unsent page waits for its batch, so batches should be small; but a
-//! lane without queued data idles while its thread does something else. Both are a matter of time,
-//! not of bytes: [`PACE`] at the lane's rate.
+//! A request for a claimed and unsent page waits for its batch, so batches should be small; but a lane without queued
+//! data idles while its thread does something else. Both limits are times, not bytes: [`PACE`] at the lane's rate.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;

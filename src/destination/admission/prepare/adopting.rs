@@ -1,5 +1,5 @@
-//! What was handed over becomes the guest's memory: pieces are put together, compared with the source's
-//! regions, and there must be room.
+//! Makes the guest's memory of the pieces that were handed over: assembles the pieces, compares them with the source's
+//! regions, and checks the available space.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::fault::uffd::Uffd;
 use crate::memory::kind::{Backing, Kind};
 use crate::memory::region::RamFile;
 
-/// What [`Prepared::adopt`] makes of the guest's memory.
+/// The guest's memory, as [`Prepared::adopt`] makes it.
 pub(crate) struct Adopted {
     /// In the source's order.
     pub(crate) regions: Vec<GuestRegion>,
@@ -26,8 +26,8 @@ pub(crate) struct Adopted {
 }
 
 impl Prepared {
-    /// Compares the regions of a source that has come with ours, checks that they fit, that there is room and that
-    /// nothing is there yet, and makes the guest's memory of them in the source's order.
+    /// Compares the source's regions with this side's, checks that they fit, that there is space and that the memory is
+    /// empty, and makes the guest's memory of them in the source's order.
     pub(crate) fn adopt(&mut self, theirs: &RegionTable) -> Result<Adopted> {
         if self.wants_alone {
             check_alone(&self.handed)?;
@@ -37,7 +37,7 @@ impl Prepared {
         self.adopt_found(found, theirs)
     }
 
-    /// The same of memory into which pages have come already, for whoever takes a session over.
+    /// The same for memory that has pages already, in a takeover.
     pub(crate) fn adopt_again(&mut self, theirs: &RegionTable) -> Result<Adopted> {
         let found = self.regions(theirs)?;
         self.adopt_found(found, theirs)
@@ -71,7 +71,7 @@ impl Prepared {
         Ok(Adopted { regions, sources, landing })
     }
 
-    /// Puts the pieces together that are of one region.
+    /// Assembles the pieces of each region.
     fn regions(&mut self, theirs: &RegionTable) -> Result<Vec<Found>> {
         let mut by_name: BTreeMap<String, Vec<Handed>> = BTreeMap::new();
         for piece in self.handed.drain(..) {
@@ -136,11 +136,11 @@ impl Found {
                 Handed { name: None, file: None, ..piece };
             parts.push((Part { offset, bytes, address, source: 0 }, uffd));
         }
-        // A file may be longer than what the guest has mapped of it.
+        // A file may be longer than the guest's mapping of it.
         let part = base..base.saturating_add(bytes);
         let file = file.map(|file| RamFile::from_handoff_part(&name, file, part)).transpose()?;
         if let Some(file) = &file {
-            // The preload object has it already: then it still has it, and nobody else.
+            // The preload object has claimed the file already, and has kept the claim.
             file.claim_for_guest()?;
         }
         if let Some(file) = file.as_ref().filter(|file| file.bytes != bytes) {
@@ -186,7 +186,7 @@ impl Found {
         Ok(())
     }
 
-    /// Makes the region; userfaultfds that are not among the sources yet come to them.
+    /// Makes the region, and adds its userfaultfds to the sources if they are not there yet.
     fn adopt(self, sources: &mut Vec<FaultSource>) -> GuestRegion {
         let Found { name, kind, bytes, page_shift, unit_shift, file, parts } = self;
         let parts = parts
@@ -207,11 +207,11 @@ impl Found {
     }
 }
 
-/// Each RAM file was empty when the guest here mapped it. A program that asks for no lock may have written to it since,
-/// and what it wrote would stay wherever the source's guest has nothing.
+/// Each RAM file was empty when the guest here mapped it. A program without a lock may have written to it since, and
+/// its data would stay wherever the source's guest has none.
 fn check_empty(regions: &[Found]) -> Result<()> {
     for (region, file) in regions.iter().filter_map(|r| Some((r, r.file.as_ref()?))) {
-        // Looking through holes of hugetlbfs reads them.
+        // On hugetlbfs the search for data in a hole reads the hole.
         if file.file_bytes()? == 0 {
             continue;
         }
@@ -226,15 +226,15 @@ fn check_empty(regions: &[Found]) -> Result<()> {
     Ok(())
 }
 
-/// What else to do where there is no room.
+/// The alternatives if space is missing.
 const WITHOUT_ROOM: &str = "take the guest all the same with `umem incoming --overcommit`, if room \
                             comes while it moves, as from a source on this machine that frees its own";
 
-/// The RAM files' file systems, and the machine, must have room for every page: the guest could
-/// not be brought back once it runs here.
+/// The RAM files' file systems, and the machine, must have space for every page: once the guest runs here it could not
+/// be moved back.
 fn check_space(regions: &[Found]) -> Result<()> {
     for (region, file) in regions.iter().filter_map(|r| Some((r, r.file.as_ref()?))) {
-        // A private file holds little of its region at a time.
+        // A private file holds only a small part of its region at a time.
         if region.kind.needs_touch() {
             continue;
         }
@@ -264,7 +264,7 @@ fn check_space(regions: &[Found]) -> Result<()> {
     Ok(())
 }
 
-/// What the kernel thinks can be allocated without swapping (`MemAvailable`, proc(5)).
+/// The kernel's estimate of memory that can be allocated without swapping (`MemAvailable`, proc(5)).
 fn available_bytes() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;

@@ -1,4 +1,4 @@
-//! umem's commands to a process that has handed its memory over, and what becomes of it with umem.
+//! umem's commands to a process that has handed its memory over, and the consequences of umem's end for that process.
 
 use std::io::{IoSliceMut, Write};
 use std::net::Shutdown;
@@ -16,32 +16,33 @@ use super::{Held, advise};
 /// Longer lines than any command are dropped.
 const LINE_BYTES_MAX: usize = 256;
 
-/// Carries out umem's commands until `release`, or until umem is gone.
+/// Carries out umem's commands until `release`, or until umem has ended.
 pub(super) fn serve(stream: &UnixStream, held: &Arc<Held>) {
     match carry_out(stream, held) {
         Ended::Released => {
             let count = held.release();
-            // Nobody is left to tell if this fails.
+            // If this fails, umem has ended and needs no answer.
             let mut stream = stream;
             let _ = writeln!(stream, "{}", json!({ "released": count }));
             let _ = stream.shutdown(Shutdown::Both);
         }
-        // The guest runs here: what is missing is waited for, whoever may bring it.
+        // The guest runs here: threads wait for missing pages until another umem brings them.
         Ended::Kept => std::mem::forget(held.clone()),
         Ended::Forsaken => {
-            // At once: other threads may wait in faults that nobody answers any more. umem has said why.
+            // Exits at once: other threads may wait in faults that will not be answered any more. umem has reported
+            // why.
             std::process::exit(1);
         }
     }
 }
 
-/// How it ended with umem.
+/// How the connection with umem ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Ended {
     Released,
-    /// umem has gone after `keep` …
+    /// umem has gone after `keep`.
     Kept,
-    /// … or before it.
+    /// umem has gone before `keep`.
     Forsaken,
 }
 
@@ -65,7 +66,7 @@ pub(super) fn carry_out(stream: &UnixStream, held: &Arc<Held>) -> Ended {
                 None => continue,
             },
         };
-        // Nobody reads any more if this fails: then the end of the stream comes next.
+        // If this fails, umem does not read any more, and the end of the stream comes next.
         let mut stream = stream;
         let _ = writeln!(stream, "{answer}");
     }
@@ -76,13 +77,13 @@ pub(super) fn carry_out(stream: &UnixStream, held: &Arc<Held>) -> Ended {
 struct Lines<'a> {
     stream: &'a UnixStream,
     bytes: Vec<u8>,
-    /// In a line that is too long.
+    /// True within a line that is too long.
     is_skipping: bool,
     descriptors: Vec<OwnedFd>,
 }
 
 impl Lines<'_> {
-    /// Without its end; none at the stream's.
+    /// The next line without its newline; None at the end of the stream.
     fn next(&mut self) -> Option<Vec<u8>> {
         loop {
             if let Some(end) = self.bytes.iter().position(|&byte| byte == b'\n') {
@@ -115,7 +116,7 @@ impl Lines<'_> {
         let count = received.bytes;
         for message in received.cmsgs().ok()? {
             if let ControlMessageOwned::ScmRights(fds) = message {
-                // SAFETY: the kernel has just made these descriptors for us.
+                // SAFETY: the kernel has just made these descriptors for this process.
                 let owned = fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
                 self.descriptors.extend(owned);
             }
@@ -132,7 +133,7 @@ fn parse_touch(line: &[u8]) -> Option<(u64, u64)> {
     Some((address.parse().ok()?, length.parse().ok()?))
 }
 
-/// Makes pages the guest's own; anonymous ones are as soon as they are there.
+/// Makes pages visible to the guest; anonymous pages are as soon as they are present.
 fn touch(name: &str, area: &Range<u64>, address: u64, length: u64) -> Value {
     let failed = |errno: i32, text: &str| json!({ "error": "touch", "name": name, "errno": errno, "text": text });
     let inside =

@@ -64,7 +64,7 @@ impl HandedOver {
 
 impl Drop for HandedOver {
     fn drop(&mut self) {
-        // Without it the process would end with the socket.
+        // Without `keep` the process would end with the socket.
         let _ = self.daemon.get_mut().write_all(b"keep\n");
         let mut line = String::new();
         let _ = self.daemon.get_mut().write_all(b"ping\n");
@@ -93,7 +93,7 @@ fn receive_all(stream: &UnixStream) -> (Value, Vec<OwnedFd>) {
         assert_eq!(received.bytes, 1);
         for message in received.cmsgs().unwrap() {
             if let ControlMessageOwned::ScmRights(fds) = message {
-                // SAFETY: the kernel has just made them for us.
+                // SAFETY: the kernel has just made them for this process.
                 descriptors.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
             }
         }
@@ -119,7 +119,7 @@ fn fault(uffd: &OwnedFd) -> u64 {
 }
 
 #[test]
-fn shards_have_a_userfaultfd_each_and_cover_the_memory_once() {
+fn each_shard_has_a_userfaultfd_and_shards_cover_the_memory_once() {
     let mut memory = HandedOver::new(7, 3);
     let mut offset = 0;
     for (index, (message, uffd)) in memory.messages.iter().enumerate() {
@@ -132,7 +132,7 @@ fn shards_have_a_userfaultfd_each_and_cover_the_memory_once() {
         assert_eq!(number("offset") % SHARD_ALIGNMENT, 0);
         let start = memory.start.addr().get() as u64 + offset;
         assert_eq!(number("base_host_virt_addr"), start);
-        // A fault of this part comes to this descriptor.
+        // A fault in this part is reported by this descriptor.
         let page = offset / PAGE + 1;
         let reader = memory.reader(page);
         assert_eq!(fault(uffd) & !(PAGE - 1), start + PAGE);
@@ -172,7 +172,7 @@ fn every_shard_has_a_block() {
 }
 
 #[test]
-fn commands_are_carried_out_in_their_order() {
+fn commands_are_carried_out_in_order() {
     let mut memory = HandedOver::new(2, 1);
     let start = memory.start.addr().get() as u64;
     let uffd = crate::fault::uffd::Uffd::new(memory.messages[0].1.try_clone().unwrap());
@@ -192,7 +192,7 @@ fn commands_are_carried_out_in_their_order() {
 }
 
 #[test]
-fn what_becomes_of_the_process_depends_on_keep() {
+fn process_survives_the_end_of_its_umem_only_after_keep() {
     for (lines, ended) in [
         ("", Ended::Forsaken),
         ("ping\n", Ended::Forsaken),
@@ -215,9 +215,9 @@ fn what_becomes_of_the_process_depends_on_keep() {
     }
 }
 
-/// Whoever connects when umem is gone gets what it had, as often as need be, until the release.
+/// Each umem that connects after the end of its predecessor gets the same descriptors, until the release.
 #[test]
-fn a_umem_that_takes_over_is_handed_everything_again() {
+fn memory_is_handed_over_again_to_a_umem_that_takes_over() {
     let mut memory = HandedOver::new(4, 2);
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("guest");
@@ -251,7 +251,7 @@ fn a_umem_that_takes_over_is_handed_everything_again() {
 }
 
 #[test]
-fn a_daemon_that_is_not_there_is_named() {
+fn missing_daemon_is_named_by_its_socket() {
     let memory = Memory {
         name: "ram0",
         start: NonNull::dangling(),

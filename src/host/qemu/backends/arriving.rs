@@ -1,11 +1,11 @@
 //! The RAM of a QEMU that waits for a guest.
 //!
-//! It is what a migration of QEMU's would carry and what is some backend's, as at the source: QEMU has a backend for
-//! `-m SIZE` without one, too, whose id is the machine's default (`pc.ram`). The other RAM blocks, video memory and
-//! firmware, come with the device state.
+//! It consists of the blocks that QEMU's migration would carry and that belong to a backend, as at the source. QEMU has
+//! a backend for a plain `-m SIZE`, too, whose id is the machine's default (`pc.ram`). The other RAM blocks, video
+//! memory and firmware, come with the device state.
 //!
-//! Memory in a file is the preload object's to hand over as QEMU maps it. Memory without a file is registered when QEMU
-//! has said where it is, so that nothing has to be said on QEMU's command line.
+//! The preload object hands over memory in a file when QEMU maps it. Memory without a file is registered after QEMU has
+//! reported its address, so QEMU's command line needs no option for it.
 
 use std::path::PathBuf;
 
@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::memory::kind::Kind;
 
 impl Backend {
-    /// One whose memory has no name in a file system.
+    /// A backend whose memory has no path.
     fn unnamed(name: String, block: &Block, is_shared: bool) -> Backend {
         let (path, &Block { bytes, address, .. }) = (PathBuf::new(), block);
         let (is_streamed, align_bytes) = (false, None);
@@ -25,8 +25,8 @@ impl Backend {
 }
 
 impl Qemu {
-    /// Checks that this QEMU can receive a guest, the files of its RAM mapped as `kind` says, and returns the RAM that
-    /// a source fills. Changes nothing.
+    /// Checks that this QEMU can receive a guest, the files of its RAM mapped as `kind` states, and returns the RAM
+    /// that a source fills. Changes nothing.
     pub(crate) fn check_arriving(&mut self, kind: Kind) -> Result<Vec<Backend>> {
         let backends = self.arriving(kind)?;
         self.check_devices()?;
@@ -53,7 +53,7 @@ impl Qemu {
         Ok(backends)
     }
 
-    /// A `memory-backend-memfd`, which the preload object knows by the name that QEMU gives its file.
+    /// A `memory-backend-memfd`, which the preload object identifies by the name that QEMU gives its file.
     fn in_memfd(&mut self, name: String, block: &Block) -> Result<Backend> {
         if self.qmp.property(&format!("/objects/{name}"), "share")? != Some(json!(true)) {
             return Err(Error::Unsupported(format!(

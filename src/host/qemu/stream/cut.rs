@@ -1,8 +1,8 @@
 //! A stream without the pages that umem moves: the device state.
 //!
-//! What is left is a stream that any QEMU loads: everything that is no page, in its order, and of the other blocks
-//! (video memory, tables of the firmware) each page as it came last, all in RAM's last part. So its size does not
-//! depend on how long the guest is watched.
+//! The result is a stream that any QEMU loads. It has everything that is not a page, in the original order, and of the
+//! other blocks (video memory, tables of the firmware) the last contents of each page, all in RAM's last part. So its
+//! size does not depend on how long the stream is read.
 //!
 //! ```text
 //! QEMU's   head | PART a b | PART a | command | END b c | footer | device state
@@ -15,26 +15,26 @@ use super::records::{Word, flag, section};
 use super::{Block, Event, PAGE_BYTES};
 use crate::error::{Error, Result};
 
-/// Collects what is left.
+/// Collects the remaining stream.
 #[derive(Debug)]
 pub(crate) struct Cut {
     stream: Vec<u8>,
-    /// Of each block whose pages are kept, by block and offset. One without bytes is zero.
+    /// The pages of blocks that are kept, by block and offset. A page without bytes is zero.
     pages: BTreeMap<(usize, u64), Vec<u8>>,
-    /// Where the bytes go that come next.
+    /// The page to which the next contents belong.
     page: Option<(usize, u64)>,
-    /// Of all pages.
+    /// Bytes of all pages.
     page_bytes: usize,
     bytes_max: usize,
 }
 
 impl Cut {
-    /// Of so many bytes at most.
+    /// A cut of at most `bytes_max` bytes.
     pub(crate) fn new(bytes_max: usize) -> Cut {
         Cut { stream: Vec::new(), pages: BTreeMap::new(), page: None, page_bytes: 0, bytes_max }
     }
 
-    /// What there is of it. It is whole when the stream has ended.
+    /// The collected stream. It is whole when QEMU's stream has ended.
     pub(crate) fn stream(&self) -> &[u8] {
         &self.stream
     }
@@ -43,10 +43,10 @@ impl Cut {
         self.stream
     }
 
-    /// Takes what comes next. `is_moved` says of a block whether umem moves it.
+    /// Takes the next event. `is_moved` is true for the blocks that umem moves.
     ///
     /// # Errors
-    /// It becomes too large.
+    /// The cut becomes too large.
     pub(crate) fn take(
         &mut self,
         blocks: &[Block],

@@ -1,13 +1,14 @@
-//! A QEMU that writes its migration stream for umem: from before the first round to its device state.
+//! A QEMU that writes its migration stream to umem: from before the first round to its device state.
 //!
 //! ```text
 //! umem: start: settings, migrate    next: reads a look     stop: the word, reads on        SHUT
 //! QEMU: | all pages … waits ------> | … what was written … | stops the guest, rest, state | completes
 //! ```
 //!
-//! QEMU does not stop the guest before umem says so: with the capability `switchover-ack` (8.1 and later) it waits for
-//! the destination's word on the return path, which umem says in its place. A QEMU without it stops a quiet guest when
-//! it has little left. When umem ends, the socket closes, QEMU's migration fails, and QEMU has the guest go on.
+//! QEMU does not stop the guest before umem's command: with the capability `switchover-ack` (8.1 and later) it waits
+//! for the destination's acknowledgement on the return path, which umem sends in the destination's place. A QEMU
+//! without it stops a quiet guest when little is left. When umem ends, the socket closes, QEMU's migration fails, and
+//! QEMU resumes the guest.
 
 use std::io::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -28,35 +29,36 @@ use crate::host::qemu::{Qemu, STATE_SOCKET, run_state};
 use crate::memory::dirty::{DirtyLog, DirtyMap};
 use crate::memory::staging::Staging;
 
-/// The first QEMU whose log has every write of TCG's to its first RAM block, at offset 0. Those before it forget to tell
-/// the vCPUs that a page is logged again (36 to 93 of 32768 pages were lost with 7.2.22). This and later ones tell them
-/// of the first block, whichever block it was (`cpu_physical_memory_sync_dirty_bitmap` in its include/exec/ram_addr.h
-/// passes an offset in the block as one in all RAM): of a second NUMA node 10.0 lost 3 of 32768 pages.
+/// The first QEMU whose log has all writes of TCG to its first RAM block, at offset 0. Earlier ones do not inform the
+/// vCPUs that a page is logged again (36 to 93 of 32768 pages were lost with 7.2.22). This and later ones do so for the
+/// first block only, even if the page is in another one (`cpu_physical_memory_sync_dirty_bitmap` in its
+/// include/exec/ram_addr.h passes an offset in the block as one in all RAM): of a second NUMA node 10.0 lost 3 of 32768
+/// pages.
 const LOGS_TCG: (u64, u64) = (9, 0);
 
-/// How long QEMU may take to stop its guest once it may. It has a look at its rate every 100 ms (`BUFFER_DELAY` in its
-/// migration/options.h), and knows from that whether little enough is left.
+/// Time limit for QEMU to stop its guest once it may. It evaluates its rate every 100 ms (`BUFFER_DELAY` in its
+/// migration/options.h), and decides then whether little enough is left.
 const STOPS_ITSELF_WITHIN: Duration = Duration::from_millis(150);
 
-/// How often QEMU is asked whether it has synced, at first and then.
+/// Intervals of the query whether QEMU has synced: the first one and the longest.
 const SYNC_INTERVAL_MIN: Duration = Duration::from_micros(200);
 const SYNC_INTERVAL: Duration = Duration::from_millis(5);
 
-/// What QEMU counts when it has collected what its guest has written for the first time, which is everything.
+/// QEMU's sync count after its first collection of the guest's writes, which is all memory.
 const FIRST_SYNC: u64 = 1;
 
-/// How often QEMU is asked whether its guest still runs.
+/// Interval of the query whether the guest still runs.
 const WATCH_INTERVAL: Duration = Duration::from_millis(100);
 
-/// A QEMU that its log shares with whoever asks for the guest.
+/// A QEMU that its log shares with the source's monitor.
 #[derive(Clone)]
 pub(crate) struct SharedQemu {
     qemu: Arc<Mutex<Qemu>>,
     /// The ids of the RAM backends that are moved, in the order of the regions.
     backends: Arc<[String]>,
-    /// Where the contents go of those that have no file.
+    /// The files for the contents of backends without a file.
     staging: Option<Arc<Staging>>,
-    /// RAM that no pass can send may follow the guest.
+    /// RAM that cannot be sent in a pass may be sent after the switchover.
     follows: bool,
 }
 
@@ -65,23 +67,23 @@ struct QemuStream {
     host: SharedQemu,
     reading: Option<Arc<Reading>>,
     marks: Option<Arc<DirtyMap>>,
-    /// Of a look that is under way where contents come: how often QEMU had synced before it.
+    /// During a look with contents: QEMU's sync count before it.
     before: Option<u64>,
 }
 
 impl SharedQemu {
-    /// One whose regions are these RAM backends, in this order.
+    /// The regions are these RAM backends, in this order.
     pub(crate) fn new(qemu: Qemu, backends: Vec<String>) -> SharedQemu {
         let (qemu, backends) = (Arc::new(Mutex::new(qemu)), backends.into());
         SharedQemu { qemu, backends, staging: None, follows: false }
     }
 
-    /// With regions whose contents come with the stream, and go there.
+    /// Sets the files for the contents of regions that come with the stream.
     pub(crate) fn staged(self, staging: Option<Arc<Staging>>) -> SharedQemu {
         SharedQemu { staging, ..self }
     }
 
-    /// With RAM that may be sent after the switchover, or without.
+    /// Sets whether RAM may be sent after the switchover.
     pub(crate) fn followed(self, follows: bool) -> SharedQemu {
         SharedQemu { follows, ..self }
     }
@@ -92,8 +94,8 @@ impl SharedQemu {
 }
 
 impl DirtyLog for QemuStream {
-    /// QEMU's first pass has every page. Lanes follow behind it: what it marks after a lane had sent it would go twice.
-    /// Contents are sent as they come.
+    /// QEMU's first pass has every page. Lanes follow behind it: a page that it marks after a lane had sent the page
+    /// would be sent twice. Contents are sent as they come.
     fn start(&mut self, marks: Arc<DirtyMap>) -> Result<()> {
         let staging = self.host.staging.clone();
         let has_contents = staging.is_some();
@@ -111,17 +113,18 @@ impl DirtyLog for QemuStream {
         Ok(())
     }
 
-    /// QEMU waits afterwards until more is asked for, or, where contents come, until there is room for more.
+    /// Afterwards QEMU waits for the next look, or, if contents come, for room.
     fn next(&mut self) -> Result<()> {
         if self.host.staging.is_some() {
             return self.look_at_contents();
         }
         let Some(reading) = &self.reading else { return Err(is_not_started()) };
-        // Reading stops at the end of the first pass, which may go on.
+        // Reading stops at the end of the first pass, which may still be under way.
         reading.looked()?;
-        // One that stops its guest by itself holds its main loop's lock then, and answers only while somebody reads.
+        // A QEMU that stops its guest by itself then holds its main loop's lock, and answers only while its stream is
+        // read.
         reading.read_on();
-        // A sync that is under way now may have passed what was written before this call.
+        // A sync that is under way now may have passed pages that were written before this call.
         let pulse = reading.pulse();
         let syncs = || pulse.asking(|| self.host.lock().syncs());
         let before = syncs()?.0;
@@ -146,8 +149,8 @@ impl DirtyLog for QemuStream {
 }
 
 impl QemuStream {
-    /// A look where contents come is a pass of QEMU's: from one sync to the next, at which it knows how much the guest
-    /// has written meanwhile. Reading goes on afterwards, as far as there is room.
+    /// With contents a look is one pass of QEMU's: from one sync to the next, at which QEMU knows how much the guest
+    /// has written meanwhile. Reading continues afterwards, as far as there is room.
     fn look_at_contents(&mut self) -> Result<()> {
         let (Some(reading), Some(staging)) = (&self.reading, &self.host.staging) else {
             return Err(is_not_started());
@@ -165,7 +168,7 @@ impl QemuStream {
             }
         }
         self.before = None;
-        // QEMU counts a sync as it begins.
+        // QEMU counts a sync when it begins.
         staging.wait_for_enough(SYNC_INTERVAL);
         let left = if reading.is_over()? { 0 } else { syncs()?.1 };
         self.marks.iter().for_each(|marks| marks.set_elsewhere(left));
@@ -173,14 +176,14 @@ impl QemuStream {
     }
 }
 
-/// Has the rest of a stream read when its guest stands still, or its QEMU does not answer: somebody else may have
-/// stopped it, and QEMU then writes the rest with its main loop's lock held.
+/// Has the rest of a stream read if the guest stands still or QEMU does not answer: another client may have stopped the
+/// guest, and QEMU then writes the rest with its main loop's lock held.
 fn watch(qemu: &Arc<Mutex<Qemu>>, pulse: Pulse) -> Result<()> {
     let qemu: Weak<Mutex<Qemu>> = Arc::downgrade(qemu);
     let watch = move || {
         while pulse.goes_on(WATCH_INTERVAL) {
             let Some(qemu) = qemu.upgrade() else { return };
-            // Whoever has it asks something itself.
+            // The thread that has the lock queries QEMU itself.
             let Ok(mut qemu) = qemu.try_lock() else { continue };
             let status = pulse.asking(|| run_state::status(&mut qemu.qmp));
             if !status.is_ok_and(|status| run_state::is_live(&status)) {
@@ -209,7 +212,7 @@ impl Monitor for SharedQemu {
         self.lock().before_stop(note);
     }
 
-    /// The demo's guest is asked itself.
+    /// The demo's guest has a log of its own.
     fn dirty_log(&mut self) -> Option<Box<dyn DirtyLog>> {
         let own = guest::log::of(&mut self.lock().qmp);
         own.or_else(|| {
@@ -240,9 +243,10 @@ impl Monitor for SharedQemu {
 }
 
 impl Qemu {
-    /// Checks that its stream tells of every write to these RAM backends, if it is a QEMU; None if it is none. Those that
-    /// the stream does not tell of, by their number in `backends`, must not be in `contents`, whose contents come with
-    /// the stream, and `follows` must be true: they may come after the switchover. Changes nothing.
+    /// Checks that the stream reports every write to these RAM backends, if the monitor is a QEMU; None if it is not.
+    /// For backends whose writes the stream does not report (returned as numbers in `backends`) two conditions hold:
+    /// they must not be in `contents`, whose contents come with the stream, and `follows` must be true, as they may be
+    /// sent after the switchover. Changes nothing.
     pub(super) fn check_log(
         &mut self,
         backends: &[String],
@@ -296,8 +300,8 @@ impl Qemu {
         Ok(Some(unlogged))
     }
 
-    /// The same, and that the stream is one that umem has it write; returns the numbers of the backends whose writes the
-    /// stream does not tell. Changes nothing.
+    /// The same, with a check of the stream's settings. Returns the numbers of the backends whose writes the stream
+    /// does not report. Changes nothing.
     pub(crate) fn check_stream(
         &mut self,
         backends: &[String],
@@ -346,7 +350,7 @@ impl Qemu {
         let started = self.migrate_into_reader(moved, (marks, staging));
         if started.is_err() {
             self.stream = None;
-            // One that QEMU has closed already it does not know any more.
+            // QEMU does not know a descriptor any more that it has closed.
             let _ = self.qmp.try_execute("closefd", json!({ "fdname": STATE_SOCKET }))?;
             self.end_migration()?;
             self.undo_changes()?;
@@ -362,7 +366,7 @@ impl Qemu {
         self.give_state_socket()?;
         let socket = self.state_socket.take().expect("just given");
         let ours = socket.try_clone().context(|| "a socket")?;
-        // The byte in front of it is umem's.
+        // The byte in front of the stream is umem's.
         let state_bytes_max = STATE_BYTES_MAX as usize - 1;
         // QEMU writes before it answers.
         let reading = Reading::start(socket, moved, to, state_bytes_max)?;
@@ -390,14 +394,13 @@ impl Qemu {
         (0..).zip(backends).map(moved).collect()
     }
 
-    /// Whether it goes on until it may stop its guest. One that does not, or whose guest stands still already, must not
-    /// be kept waiting: it holds its main loop's lock when it writes the rest.
+    /// Whether QEMU continues until it may stop its guest. A QEMU without `switchover-ack`, or whose guest stands still
+    /// already, must not be made to wait: it holds its main loop's lock when it writes the rest.
     pub(in crate::host::qemu) fn waits_for_a_word(&mut self) -> Result<bool> {
         Ok(settings::capabilities(&mut self.qmp)?.contains_key(settings::SWITCHOVER_ACK))
     }
 
-    /// How often QEMU has collected what the guest has written, and how many bytes of that are yet to be written to the
-    /// stream.
+    /// QEMU's sync count, and the bytes of collected writes that QEMU has not sent yet.
     fn syncs(&mut self) -> Result<(u64, u64)> {
         let migration = self.qmp.execute("query-migrate", json!({}))?;
         match migration["status"].as_str().unwrap_or("none") {
@@ -409,11 +412,11 @@ impl Qemu {
         }
     }
 
-    /// Has the guest stop whose stream is being read, and reads the rest of it.
+    /// Has QEMU stop the guest whose stream is being read, and reads the rest of the stream.
     pub(in crate::host::qemu) fn stop_stream(&mut self, reading: &Reading) -> Result<Vec<u8>> {
         reading.finish();
         if self.waits_for_a_word()? {
-            // If QEMU does not take it, the stream says why.
+            // If QEMU does not take it, the stream's error has the reason.
             let _ = reading.socket().write_all(&SWITCHOVER_ACK);
         }
         let is_over = reading.wait_ram_over(Some(STOPS_ITSELF_WITHIN));
@@ -441,7 +444,7 @@ fn ended(migration: &Value) -> Error {
     Error::Host(format!("its migration has ended (query-migrate says {status}): {reason}"))
 }
 
-/// Whether a stream's QEMU has left out RAM that is shared; none where it is no stream of QEMU's.
+/// Whether the stream's QEMU has left out shared RAM; None if this is not a stream of QEMU's.
 pub(in crate::host::qemu) fn ignores_shared(stream: &[u8]) -> Option<bool> {
     let mut parser = Parser::new();
     let mut has_ram = false;
@@ -449,6 +452,6 @@ pub(in crate::host::qemu) fn ignores_shared(stream: &[u8]) -> Option<bool> {
         has_ram |= matches!(event, Event::Began { .. });
         Ok(())
     });
-    // What the destination's QEMU does not understand it says itself.
+    // The destination's QEMU itself reports the parts that it does not understand.
     (read.is_ok() || has_ram).then(|| parser.ignores_shared())
 }

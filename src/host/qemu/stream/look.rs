@@ -1,10 +1,10 @@
-//! When a look over the whole guest is done: every page that was written before it began has been in the stream.
+//! The end of a look over the whole guest: every page that was written before the look began has been in the stream.
 //!
-//! QEMU collects what the guest has written now and then (it *syncs*), and goes through the pages that it has collected
-//! in the order of the blocks, round and round. So a look is done when QEMU has synced after the look began, and has
-//! since then either found nothing to send, or gone through all pages once. The first is counted by QEMU; the rest is
-//! seen in the stream behind the *fence*, which is where the stream was when the sync was known of. QEMU's thread syncs
-//! between two parts, and what it has written before lies in the socket then, before the fence.
+//! QEMU collects the guest's writes from time to time (it *syncs*), and walks the collected pages in the order of the
+//! blocks, round and round. So a look is done when QEMU has synced after the look began, and has since then either
+//! found nothing to send or walked all pages once. QEMU counts the syncs; the rest is visible in the stream behind the
+//! *fence*, the position of the stream when the sync became known. QEMU's thread syncs between two parts, and its
+//! output from before the sync is in the socket by then, before the fence.
 //!
 //! ```text
 //! look begins     sync     fence                 wrap                 wrap: done
@@ -12,27 +12,27 @@
 //!                            '- where QEMU was at the sync is not known: the first wrap does not count alone
 //! ```
 
-/// Passes over the end of the guest's memory that a whole look takes: from one to the next are all pages.
+/// Wraps over the end of the guest's memory that a whole look takes: between two wraps are all pages.
 const WRAPS: u8 = 2;
 
-/// A look over the guest whose sync has been.
+/// A look over the guest after its sync.
 #[derive(Debug)]
 pub(super) struct Look {
     fence: u64,
-    /// The page before, by block and offset.
+    /// The preceding page, by block and offset.
     before: Option<(usize, u64)>,
     wraps: u8,
-    /// The part that is being read began behind the fence and has had no page so far.
+    /// The current part began behind the fence and has had no page so far.
     is_empty: bool,
 }
 
 impl Look {
-    /// One whose sync was before this byte of the stream.
+    /// A look whose sync came before this byte of the stream.
     pub(super) fn new(fence: u64) -> Look {
         Look { fence, before: None, wraps: 0, is_empty: false }
     }
 
-    /// One from the beginning of the stream on, where QEMU is at the first page.
+    /// A look from the beginning of the stream, where QEMU is at the first page.
     pub(super) fn first() -> Look {
         Look { wraps: WRAPS - 1, ..Look::new(0) }
     }
@@ -54,7 +54,7 @@ impl Look {
         }
     }
 
-    /// The part is over. Whether the look is done.
+    /// The part is over. Returns whether the look is done.
     pub(super) fn ended(&mut self) -> bool {
         std::mem::take(&mut self.is_empty) || self.wraps == WRAPS
     }
@@ -64,7 +64,7 @@ impl Look {
 mod tests {
     use super::*;
 
-    /// A part at this byte, its pages' numbers, and whether the look is done then.
+    /// Feeds a part at this byte with these page numbers. Returns whether the look is done then.
     fn part(look: &mut Look, at: u64, pages: &[u64]) -> bool {
         look.began(at);
         for (index, &page) in (1..).zip(pages) {
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_without_pages_behind_the_fence_ends_a_look() {
+    fn part_without_pages_behind_the_fence_ends_a_look() {
         let mut look = Look::new(100);
         assert!(!part(&mut look, 50, &[]));
         assert!(!part(&mut look, 99, &[]));
@@ -94,11 +94,11 @@ mod tests {
     }
 
     #[test]
-    fn all_pages_have_passed_from_one_wrap_behind_the_fence_to_the_next() {
+    fn all_pages_pass_between_two_wraps_behind_the_fence() {
         let mut look = Look::new(100);
-        // Wraps before the fence are of a pass whose sync nobody knows.
+        // Wraps before the fence belong to a pass whose sync is unknown.
         assert!(!part(&mut look, 10, &[5, 4, 3, 2, 1]));
-        // The page before the fence is not compared with.
+        // The page before the fence is not compared.
         assert!(!part(&mut look, 200, &[0, 6]));
         assert!(!part(&mut look, 300, &[2, 3, 9]));
         // The same page again is a whole pass, too.

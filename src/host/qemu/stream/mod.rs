@@ -1,4 +1,4 @@
-//! QEMU's own migration stream, read as what it also is: a log of the pages that the guest writes, and its device
+//! QEMU's own migration stream, read for two purposes: as a log of the pages that the guest writes, and as its device
 //! state.
 //!
 //! ```text
@@ -20,12 +20,12 @@
 //!   10           nothing: the records of the section end
 //! ```
 //!
-//! Numbers are big-endian. [`Parser`] knows nothing of sockets: it takes bytes in any pieces and gives [`Event`]s. Its
-//! memory is bounded by [`BLOCKS_MAX`] and [`CAPABILITIES_MAX`]. It never panics; what it does not know ends in an
-//! error that names it, as whatever follows would be guesswork.
+//! Numbers are big-endian. [`Parser`] does no I/O: it takes bytes in any pieces and returns [`Event`]s. Its memory is
+//! bounded by [`BLOCKS_MAX`] and [`CAPABILITIES_MAX`]. It never panics. An unknown element ends in an error that names
+//! it, because the bytes behind it could not be interpreted.
 //!
-//! - [`cut`]: what is left of a stream without the pages that umem moves, which is a stream as well
-//! - [`look`]: when a look over the whole guest is done
+//! - [`cut`]: the stream without the pages that umem moves, which is a stream as well
+//! - [`look`]: the end of a look over the whole guest
 //! - [`reading`]: the thread that reads
 //! - [`passive`]: a stream that another program has had QEMU begin
 //! - [`log`]: the driver, which has QEMU write such a stream
@@ -54,61 +54,61 @@ pub(crate) const BLOCKS_MAX: usize = 1024;
 /// Capabilities that a configuration names at most. QEMU has about 20.
 pub(crate) const CAPABILITIES_MAX: usize = 64;
 
-/// Bytes of a field that is kept until it is whole: of a name, whose length is a byte, or of a machine's name.
+/// Bytes of a field that is kept until it is whole: a name, whose length is a byte, or a machine's name.
 const FIELD_BYTES_MAX: usize = 256;
 
-/// Of a version after a name.
+/// Bytes of the version after a name.
 const VERSION_BYTES: usize = 4;
 
-/// What a stream begins with, and its version.
+/// Bytes of a stream's magic number and version.
 const MAGIC_BYTES: u64 = 8;
 
-/// The capability that leaves shared RAM out of a stream, and has blocks say their addresses.
+/// The capability that leaves shared RAM out of a stream, and adds the addresses of blocks.
 pub(crate) const IGNORE_SHARED: &str = "x-ignore-shared";
 
-/// A RAM block, as a stream says it.
+/// A RAM block, as in the stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Block {
     pub(crate) name: String,
-    /// That are used.
+    /// The used bytes.
     pub(crate) bytes: u64,
 }
 
-/// What a piece of a stream was.
+/// The meaning of a piece of a stream.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Event<'a> {
-    /// Bytes that are no part of RAM's pages: the configuration, commands, the list of blocks, the footer of RAM's
-    /// last section, and all that comes after it.
+    /// Bytes outside of RAM's pages: the configuration, commands, the list of blocks, the footer of RAM's last section,
+    /// and everything after it.
     Other(&'a [u8]),
-    /// A part of RAM, which is the section of this number, begins at this byte of the stream.
+    /// A part of RAM, in the section of this number, begins at this byte of the stream.
     Began { section: u32, is_last: bool, at: u64 },
-    /// A page of the block of this index in [`Parser::blocks`], inside of it. Its bytes follow, unless it is zero. Its
-    /// record begins at this byte of the stream.
+    /// A page of the block with this index in [`Parser::blocks`], at this offset. Its bytes follow, unless it is zero.
+    /// Its record begins at this byte of the stream.
     Page { block: usize, offset: u64, is_zero: bool, at: u64 },
-    /// Of the page before: [`PAGE_BYTES`] in all.
+    /// Contents of the preceding page: [`PAGE_BYTES`] in all.
     Content(&'a [u8]),
     /// The part of RAM is over.
     Ended { is_last: bool },
 }
 
-/// What comes next.
+/// The next element.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Magic,
-    /// The type of a section, or of what belongs to the configuration.
+    /// The type of a section, or of an element of the configuration.
     Type,
     MachineLength,
     Machine(usize),
     SubsectionLength,
-    /// Its name and version.
+    /// The name and version of a subsection.
     Subsection(usize),
     PageBits,
     CapabilityCount,
-    /// So many are left.
+    /// The number of capabilities that are left.
     CapabilityLength(u32),
     Capability(u32, usize),
     Uuid,
-    /// Of a section that says its name: its number and the length of that.
+    /// A section with a name: its number and the length of its name.
     Header {
         is_full: bool,
     },
@@ -121,7 +121,7 @@ enum State {
     Version {
         section: u32,
     },
-    /// The number of a section that goes on.
+    /// The number of a section that continues.
     Part {
         at: u64,
     },
@@ -130,23 +130,23 @@ enum State {
     CommandData(usize),
     /// The first word of a record.
     Record,
-    /// Blocks of so many bytes in all are left.
+    /// The bytes of all blocks that are left.
     BlockLength(u64),
     BlockName(u64, usize),
     BlockBytes(u64),
     BlockAddress(u64),
-    /// Of a page's block.
+    /// The length of the name of a page's block.
     PageNameLength(Word, u64),
     PageName(Word, u64, usize),
     ZeroByte,
-    /// So many bytes of a page are left.
+    /// The bytes of a page that are left.
     Content(usize),
     /// Device state, to the end.
     Rest,
 }
 
 impl State {
-    /// The bytes of its field; none where any number will do.
+    /// The bytes of its field; None if any number of bytes is accepted.
     fn field_bytes(self) -> Option<usize> {
         Some(match self {
             State::Type | State::SubsectionLength | State::CapabilityLength(_) => 1,
@@ -169,7 +169,7 @@ impl State {
     }
 }
 
-/// How far RAM has come.
+/// RAM's progress in the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ram {
     Unknown,
@@ -187,10 +187,10 @@ enum Part {
     Last,
 }
 
-/// What a field was.
+/// The meaning of a field.
 enum Told {
     Other,
-    /// A part of a record, or of what stands around records.
+    /// An element of a record, or of the bytes around records.
     Silent,
     Began {
         section: u32,
@@ -221,7 +221,7 @@ pub(crate) struct Parser {
     /// A return path was asked for before RAM.
     opens_return_path: bool,
     part: Part,
-    /// The block of the page before.
+    /// The block of the preceding page.
     block: Option<usize>,
 }
 
@@ -242,13 +242,13 @@ impl Parser {
         }
     }
 
-    /// RAM's blocks, in QEMU's order, which is that of the pages in a pass. All of them are there when the first part
-    /// of RAM begins.
+    /// RAM's blocks, in QEMU's order, which is that of the pages in a pass. The list is complete when the first part of
+    /// RAM begins.
     pub(crate) fn blocks(&self) -> &[Block] {
         &self.blocks
     }
 
-    /// The capabilities that the stream's configuration names: those that both QEMUs have to have.
+    /// The capabilities that the stream's configuration names: both QEMUs must have them.
     pub(crate) fn capabilities(&self) -> &[String] {
         &self.capabilities
     }
@@ -258,20 +258,20 @@ impl Parser {
         self.capabilities.iter().any(|name| name == IGNORE_SHARED)
     }
 
-    /// Whether the destination was asked to answer: without that QEMU waits for no word of it at the end.
+    /// Whether the stream asks the destination to answer: without that QEMU waits for no acknowledgement at the end.
     pub(crate) fn opens_return_path(&self) -> bool {
         self.opens_return_path
     }
 
-    /// Whether RAM's last part has come, and what is left is device state.
+    /// Whether RAM's last part has come, and the rest is device state.
     pub(crate) fn is_device_state(&self) -> bool {
         self.state == State::Rest
     }
 
-    /// Takes the next bytes, and tells what is in them, in order.
+    /// Takes the next bytes, and passes their events to `tell`, in order.
     ///
     /// # Errors
-    /// The stream is none that is understood here, or `tell` fails. Nothing more can be read of it then.
+    /// The stream is not understood, or `tell` fails. The parser cannot be used any more then.
     pub(crate) fn read(
         &mut self,
         mut input: &[u8],
@@ -307,7 +307,7 @@ impl Parser {
         }
     }
 
-    /// Passes bytes on that are no field's.
+    /// Passes on bytes that do not belong to a field.
     fn pass<'a>(&mut self, input: &mut &'a [u8]) -> Event<'a> {
         let count = match self.state {
             State::Content(left) => left.min(input.len()),
@@ -346,7 +346,7 @@ impl Parser {
         tell(self, event)
     }
 
-    /// Takes a whole field, which began at this byte of the stream.
+    /// Takes a whole field that began at this byte of the stream.
     fn take(&mut self, field: &[u8], at: u64) -> Result<Told> {
         let mut told = if self.part == Part::None { Told::Other } else { Told::Silent };
         self.state = match self.state {
@@ -482,11 +482,11 @@ impl Parser {
         Ok(told)
     }
 
-    /// What follows the type of a section.
+    /// The element after the type of a section.
     fn section(&mut self, kind: u8, at: u64) -> Result<State> {
         let is_configured = !std::mem::take(&mut self.is_configuring);
         let is_over = matches!(self.ram, Ram::Over(_));
-        // A footer of a part belongs to that, except for the last.
+        // The footer of a part belongs to the part, except for the last one.
         if kind != section::FOOTER || self.part == Part::Last {
             self.part = Part::None;
         }
@@ -545,7 +545,7 @@ impl Parser {
     }
 }
 
-/// What follows the first word of a record in the section that lists RAM's blocks.
+/// The element after the first word of a record in the section that lists RAM's blocks.
 fn setup(word: Word) -> Result<State> {
     match word.flags {
         flag::MEM_SIZE => Ok(next_block(word.offset)),
@@ -559,7 +559,7 @@ fn next_block(left: u64) -> State {
     if left == 0 { State::Record } else { State::BlockLength(left) }
 }
 
-/// What follows the name of a configuration's subsection.
+/// The element after the name of a configuration's subsection.
 fn subsection(name: &[u8], version: u32) -> Result<State> {
     let name = text(name);
     match (name.as_str(), version) {
@@ -583,7 +583,7 @@ fn array(field: &[u8]) -> [u8; 8] {
     std::array::from_fn(|at| field[at])
 }
 
-/// A name, for people and for comparison with names that are UTF-8.
+/// A name, for messages and for comparison with names that are UTF-8.
 fn text(field: &[u8]) -> String {
     String::from_utf8_lossy(field).into_owned()
 }
@@ -595,7 +595,7 @@ fn unknown(what: String) -> Error {
     ))
 }
 
-/// The same, where it comes of a setting of QEMU's.
+/// The same, with the setting of QEMU that causes it.
 fn of_capability(what: String, setting: Option<&str>) -> Error {
     match setting {
         None => unknown(what),

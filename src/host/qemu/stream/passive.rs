@@ -1,15 +1,15 @@
-//! A migration stream that comes by itself: another program has told QEMU to migrate into umem's socket.
+//! A migration stream that another program begins: it has told QEMU to migrate into umem's socket.
 //!
 //! ```text
-//! manager: migrate unix:PATH                                      (goes on with both sides)
+//! manager: migrate unix:PATH                                      (continues with both sides)
 //! QEMU:    | head | all pages … what was written … | stops the guest, rest, state | completes
-//! umem:    | who? | reads as far as there is room   | reads on                    | SHUT
+//! umem:    | head | reads as far as there is room   | reads on                    | SHUT
 //! ```
 //!
-//! Everything is learnt from the stream: its head ([`Opening`]) names the RAM blocks and says whether there is a return
-//! path, without which QEMU would call the migration complete as it writes the last byte. QEMU decides when its guest
-//! stops, by how fast umem reads: while there is a bound on what waits it sees how fast the lanes are, and without one
-//! how fast this machine is.
+//! umem takes all information from the stream: its head ([`Opening`]) names the RAM blocks and shows whether there is a
+//! return path, without which QEMU would call the migration complete as it writes the last byte. QEMU decides when its
+//! guest stops, from the speed of umem's reading: with a bound on waiting pages that is the speed of the lanes, and
+//! without a bound it is the speed of this machine.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
@@ -36,16 +36,16 @@ use crate::memory::dirty::{DirtyLog, DirtyMap};
 use crate::memory::staging::{StagedFile, Staging};
 use crate::runtime::os_text::absolute;
 
-/// Bytes of a stream before its first page at most: names and sizes of blocks, and what one read brings with them.
+/// Bytes of a stream before its first page at most: names and sizes of blocks, and the surplus of one read.
 const HEAD_BYTES_MAX: usize = 1 << 20;
 
-/// How long lanes wait for more to send while QEMU writes slowly.
+/// How long lanes wait for more pages while QEMU writes slowly.
 const LOOKS_EVERY: Duration = Duration::from_millis(100);
 
-/// How often the end of RAM is looked for meanwhile.
+/// Interval of the check for the end of RAM meanwhile.
 const INTERVAL: Duration = Duration::from_millis(5);
 
-/// How long QEMU may take to close its stream once it has been told that all is well.
+/// Time limit for QEMU to close its stream after the acknowledgement.
 const END_PATIENCE: Duration = Duration::from_secs(30);
 
 /// The head of a stream: from its first byte to its first page.
@@ -63,7 +63,7 @@ impl Opening {
     /// Takes the next bytes. True once the head is whole.
     ///
     /// # Errors
-    /// The stream is none that umem can carry: the message names the capability of QEMU's that is in the way.
+    /// umem cannot carry the stream: the message names the capability of QEMU's that prevents it.
     pub(crate) fn take(&mut self, bytes: &[u8]) -> Result<bool> {
         let has_pages = &mut self.has_pages;
         self.parser.read(bytes, |_, event| {
@@ -96,8 +96,8 @@ impl Opening {
 
     /// The RAM blocks of the stream that are the guest's memory, each with the id of its backend.
     ///
-    /// Those that a machine, a device or the firmware brings (video memory, ROMs, flash) come with the device state.
-    /// The destination knows which of its blocks wait for pages, and refuses a guest with others.
+    /// Blocks that belong to a machine, a device or the firmware (video memory, ROMs, flash) come with the device
+    /// state. The destination knows which of its blocks wait for pages, and refuses a guest with others.
     fn guest_ram(&self) -> Vec<(String, u64)> {
         let is_ram = |block: &&Block| block.bytes > 0 && is_guest_ram(&block.name);
         let blocks = self.parser.blocks().iter().filter(is_ram);
@@ -105,13 +105,14 @@ impl Opening {
     }
 }
 
-/// The id of a block's backend: the block's name has a path in front where QEMU is so configured.
+/// The id of a block's backend. In some configurations of QEMU the block's name has a path in front.
 fn id_of(name: &str) -> &str {
     name.rsplit_once('/').map_or(name, |(_, last)| last)
 }
 
-/// Whether a block is the memory of a backend: one in QEMU's object tree, one that is called as its user has, or the
-/// machine's own (`pc.ram`, `mach-virt.ram`). A device's has the device's path in front, or a name such as `vga.vram`.
+/// Whether a block is the memory of a backend: one with a path in QEMU's object tree, one with an id of the user's
+/// choice, or the machine's own (`pc.ram`, `mach-virt.ram`). A device's block has the device's path in front, or a name
+/// such as `vga.vram`.
 fn is_guest_ram(name: &str) -> bool {
     if name.starts_with("/objects/") {
         return true;
@@ -133,7 +134,7 @@ fn refused(capability: &str, to_be: &str, why: &str) -> Error {
     ))
 }
 
-/// A second connection to the socket, of a QEMU that writes one stream into several.
+/// The error for a second connection to the socket, from a QEMU that divides a stream between several.
 pub(crate) fn several_channels() -> Error {
     refused(
         "multifd (or postcopy-preempt)",
@@ -142,30 +143,30 @@ pub(crate) fn several_channels() -> Error {
     )
 }
 
-/// How the passes of a stream end that QEMU paces.
+/// The end of passes in a stream that QEMU paces.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pacing {
-    /// Pages may follow after the switchover: the bound on what waits is lifted in the end.
+    /// Pages may be sent after the switchover: the bound on waiting pages is lifted in the end.
     pub(crate) postcopy: bool,
-    /// It is lifted after so many passes of QEMU's ...
+    /// The bound is lifted after this number of QEMU's passes.
     pub(crate) passes_max: u32,
-    /// ... or after this.
+    /// The bound is lifted after this time, too.
     pub(crate) timeout: Option<Duration>,
 }
 
 /// The source of a stream that has begun.
 struct PassiveHost {
     shared: Arc<Shared>,
-    /// The monitor that says whether the guest stands still; none where the switchover is external.
+    /// The monitor that reports whether the guest stands still; None if the switchover is external.
     qemu: Option<Qemu>,
-    /// The end of the stream's socket on which QEMU waits for a word.
+    /// The end of the stream's socket on which QEMU waits for an acknowledgement.
     held: Option<UnixStream>,
     state: Option<Vec<u8>>,
     pacing: Pacing,
 }
 
 struct Shared {
-    /// What the stream is to be read from; none once that has begun.
+    /// The stream to be read; None once reading has begun.
     source: Mutex<Option<Begun>>,
     reading: Mutex<Option<Arc<Reading>>>,
     staging: Arc<Staging>,
@@ -187,8 +188,8 @@ impl Shared {
 }
 
 impl PassiveHost {
-    /// Of a stream with this head. The regions are its blocks that are the guest's RAM, in their order, or with a
-    /// monitor those of the backends that it has named; their contents go to `staging`.
+    /// A host for the stream with this head. The regions are the blocks that are the guest's RAM, in their order, or
+    /// with a monitor the blocks of the backends that it has named. Their contents go to `staging`.
     fn new(
         socket: UnixStream,
         opening: Opening,
@@ -226,7 +227,7 @@ impl Monitor for PassiveHost {
         "a QEMU that another program has migrate"
     }
 
-    /// None without a monitor: nobody but QEMU's manager could undo anything.
+    /// None without a monitor: only QEMU's manager could undo anything.
     fn handle(&self) -> Result<Option<Handle>> {
         self.qemu.as_ref().map_or(Ok(None), Qemu::handle)
     }
@@ -275,19 +276,19 @@ impl Monitor for PassiveHost {
         self.state.take().ok_or_else(|| Error::Internal("the device state was taken before".into()))
     }
 
-    /// With a monitor as with any. Without one QEMU is told that all is well, and completes its migration: from then on
-    /// its manager knows that the guest may run at the destination. A QEMU that has given up meanwhile has closed its
-    /// socket, or does so without having read the word.
+    /// With a monitor this is as for every QEMU. Without one umem sends QEMU the acknowledgement, and QEMU completes
+    /// its migration: from then on its manager knows that the guest may run at the destination. A QEMU that has given
+    /// up meanwhile has closed its socket, or closes it with the acknowledgement unread.
     fn stands_still(&mut self) -> Result<()> {
         if let Some(qemu) = &mut self.qemu {
             return qemu.stands_still();
         }
-        // It has completed, and its manager decides what runs where.
+        // The migration is complete, and the manager decides which guest runs.
         let Some(socket) = self.held.take() else { return Ok(()) };
         complete(&socket)
     }
 
-    /// QEMU's migration fails, and QEMU has its guest go on by itself.
+    /// QEMU's migration fails, and QEMU itself resumes its guest.
     fn resume(&mut self) -> Result<()> {
         saving::abandon(&self.shared.socket);
         (self.state, self.held) = (None, None);
@@ -308,7 +309,7 @@ impl Monitor for PassiveHost {
     }
 }
 
-/// Tells a QEMU that waits for it that all is well, and waits until it has closed its stream.
+/// Sends the acknowledgement to a QEMU that waits for it, and waits until QEMU has closed its stream.
 fn complete(mut socket: &UnixStream) -> Result<()> {
     let what = || "ending QEMU's migration";
     let given_up = || {
@@ -331,7 +332,7 @@ fn complete(mut socket: &UnixStream) -> Result<()> {
         return match socket.read(&mut [0]) {
             Ok(0) => Ok(()),
             Ok(_) => Err(Error::Host("its device state goes on after its description".into())),
-            // It has closed the socket, and has not read what was in it.
+            // QEMU has closed the socket with unread data in it.
             Err(error) if error.kind() == ErrorKind::ConnectionReset => Err(given_up()),
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             Err(error) => Err(error).context(what),
@@ -339,8 +340,8 @@ fn complete(mut socket: &UnixStream) -> Result<()> {
     }
 }
 
-/// The stream as the log of what its guest writes. A look is over when QEMU has stopped the guest, and comes in parts
-/// until then: QEMU decides.
+/// The stream as a log of its guest's writes. QEMU decides the end: a look is over when QEMU has stopped the guest, and
+/// comes in parts until then.
 struct PassiveLog {
     shared: Arc<Shared>,
     pacing: Pacing,
@@ -360,7 +361,7 @@ impl DirtyLog for PassiveLog {
         self.marks = Some(marks.clone());
         self.deadline = self.pacing.timeout.and_then(|after| Instant::now().checked_add(after));
         let to = (marks, Some(self.shared.staging.clone()));
-        // The byte in front of it is umem's.
+        // The byte in front of the stream is umem's.
         let state_bytes_max = STATE_BYTES_MAX as usize - 1;
         let reading = Reading::go_on(socket, head, moved, to, state_bytes_max)?;
         *self.shared.reading.lock().unwrap_or_else(PoisonError::into_inner) =
@@ -400,8 +401,8 @@ impl DirtyLog for PassiveLog {
 }
 
 impl PassiveLog {
-    /// Where pages may follow, passes that have been enough are followed by as fast a reading as QEMU writes: it comes
-    /// to its end by itself, and what the lanes have not sent by then waits.
+    /// If pages may follow, enough passes are followed by reading as fast as QEMU writes: the stream then comes to its
+    /// end by itself, and the pages that the lanes have not sent by then wait.
     fn lift_bound(&mut self, reading: &Reading) {
         let is_late = self.deadline.is_some_and(|deadline| deadline <= Instant::now());
         let is_enough = is_late || reading.passes() >= self.pacing.passes_max;
@@ -429,11 +430,11 @@ pub(crate) fn ask(socket: &Path) -> Result<Asked> {
     Ok(Asked { qemu, names })
 }
 
-/// A guest whose stream has begun on this socket. Its RAM is what its monitor has named, or without a monitor what the
-/// stream's head names.
+/// A guest whose stream has begun on this socket. Its monitor has named its RAM; without a monitor the stream's head
+/// does.
 ///
 /// # Errors
-/// The stream is another guest's than the monitor's, or has no memory.
+/// The stream is of another guest than the monitor's, or has no memory.
 pub(crate) fn leaving(
     socket: UnixStream,
     opening: Opening,
@@ -498,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn head_of_a_stream_names_the_guests_ram_and_is_kept_as_it_came() {
+    fn head_of_a_stream_names_the_guests_ram_and_is_kept_unchanged() {
         let stream = head(true);
         for piece in [1, 7, 100, stream.len()] {
             let opening = open(&stream, piece).unwrap();
@@ -547,7 +548,7 @@ mod tests {
         }
     }
 
-    /// What comes of the word, and whether it was read, when the other end does this.
+    /// The result of the acknowledgement, and whether it was read, for this behaviour of the other end.
     fn completed(other: impl FnOnce(UnixStream) + Send) -> Result<()> {
         let (ours, theirs) = UnixStream::pair().unwrap();
         std::thread::scope(|scope| {
@@ -557,14 +558,14 @@ mod tests {
     }
 
     #[test]
-    fn migration_is_complete_only_when_its_qemu_has_read_the_word() {
+    fn migration_is_complete_only_after_qemu_has_read_the_acknowledgement() {
         completed(|mut qemu| {
             let mut word = [0; 8];
             qemu.read_exact(&mut word).unwrap();
             assert_eq!(word, saving::SHUT);
         })
         .unwrap();
-        // It closes with the word unread.
+        // The other end closes with the acknowledgement unread.
         let unread = completed(|qemu| {
             let mut ready = [nix::poll::PollFd::new(
                 std::os::fd::AsFd::as_fd(&qemu),
@@ -573,7 +574,7 @@ mod tests {
             crate::runtime::polling::poll(&mut ready, nix::poll::PollTimeout::NONE).unwrap();
         });
         assert!(unread.unwrap_err().to_string().contains("was ended before"));
-        // It has closed before.
+        // The other end has closed before.
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
         assert!(complete(&ours).unwrap_err().to_string().contains("was ended before"));

@@ -1,13 +1,14 @@
-//! The thread that reads QEMU's stream: it marks what it reads of, and keeps what is left of the stream. Of a guest
-//! that has RAM without files it puts the pages' contents where the lanes find them ([`Staging`]).
+//! The thread that reads QEMU's stream: it marks the pages that it reads, and keeps the stream without them. For a
+//! guest with RAM without files it puts the pages' contents where the lanes find them ([`Staging`]).
 //!
-//! It reads only while somebody wants to know, and there is room for contents: QEMU waits when nobody reads, and the
-//! guest goes on meanwhile. From the moment the guest is to stop it reads to the end. So it does while QEMU does not
-//! answer: one whose guest was stopped by somebody else writes the rest with its main loop's lock held.
+//! It reads only while another thread waits for a look, and contents have room: QEMU waits while its stream is not
+//! read, and the guest runs meanwhile. From the moment when the guest is to stop, it reads to the end. The same holds
+//! while QEMU does not answer: a QEMU whose guest was stopped by another client writes the rest with its main loop's
+//! lock held.
 //!
-//! A stream that another program has had QEMU begin ([`Reading::go_on`]) is read as far as there is room, and to its end
-//! once the guest stands still. Nobody asks QEMU anything: that it waits for a word before it stops its guest
-//! (`switchover-ack`) shows in a part without pages, as it would have stopped the guest in place of that.
+//! A stream that another program has had QEMU begin ([`Reading::go_on`]) is read as far as there is room, and to its
+//! end once the guest stands still. QEMU is not queried: that it waits for an acknowledgement before it stops its guest
+//! (`switchover-ack`) shows in a part without pages, because it would otherwise have stopped the guest at that point.
 
 use std::io::Write;
 use std::ops::Range;
@@ -31,22 +32,22 @@ use crate::memory::dirty::DirtyMap;
 use crate::memory::staging::{STAGED_PAGE_BYTES, Staging};
 use crate::runtime::{panics, polling};
 
-/// Bytes that are read at once: what a socket holds.
+/// Bytes of one read: the capacity of a socket.
 const PIECE_BYTES: usize = 256 << 10;
 
-/// How long QEMU may write nothing while somebody reads. It may have disks to flush.
+/// Limit of QEMU's silence while its stream is read. QEMU may have disks to flush.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
 
 /// The message `MIG_RP_MSG_SWITCHOVER_ACK` of QEMU's migration/migration.c, without data: the guest may be stopped.
 pub(super) const SWITCHOVER_ACK: [u8; 4] = [0, 7, 0, 0];
 
-/// How long QEMU may take to answer before it is read from whether there is room or not.
+/// Time limit for QEMU's answers; after it the stream is read even without room.
 const ANSWERS_WITHIN: Duration = Duration::from_millis(200);
 
-/// How often a reader that waits looks at that.
+/// How often a waiting reader checks that limit.
 const LOOKS_EVERY: Duration = Duration::from_millis(50);
 
-/// Bytes of contents that are put at once: those of a piece, and of the page that it has the end of.
+/// Bytes of contents that are put at once: those of a piece, and the rest of the page whose end it has.
 const PUT_BYTES_MAX: usize = PIECE_BYTES + PAGE_BYTES;
 
 nix::ioctl_read_bad!(bytes_to_read, libc::FIONREAD, libc::c_int);
@@ -54,7 +55,7 @@ nix::ioctl_read_bad!(bytes_to_read, libc::FIONREAD, libc::c_int);
 /// A RAM block that umem moves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Moved {
-    /// QEMU's name of it.
+    /// QEMU's name of the block.
     pub(super) block: String,
     pub(super) bytes: u64,
     pub(super) region: RegionId,
@@ -75,11 +76,11 @@ struct Shared {
     is_passive: bool,
 }
 
-/// Whether QEMU answers, for a stream that is being read.
+/// Tracks whether QEMU answers while its stream is being read.
 pub(super) struct Pulse(Weak<Shared>);
 
 impl Pulse {
-    /// Asks QEMU something. If that takes long, the stream is read meanwhile.
+    /// Queries QEMU. If that takes long, the stream is read meanwhile.
     pub(super) fn asking<T>(&self, ask: impl FnOnce() -> T) -> T {
         let note = |since| self.0.upgrade().map(|shared| shared.lock().asked = since);
         note(Some(Instant::now()));
@@ -106,26 +107,26 @@ impl Pulse {
     }
 }
 
-/// What the reader and those who wait for it tell each other.
+/// State shared between the reader and the threads that wait for it.
 #[derive(Default)]
 struct State {
-    /// Bytes that have come out of the socket.
+    /// Bytes that have been read from the socket.
     read: u64,
     may_read: bool,
-    /// To the end, whatever is looked for.
+    /// The stream is read to the end, independent of looks.
     is_finishing: bool,
-    /// That the reader is to begin.
+    /// A look that the reader is to begin.
     look: Option<Look>,
     is_looking: bool,
-    /// QEMU has been asked something and has not answered since then.
+    /// Time of a query that QEMU has not answered yet.
     asked: Option<Instant>,
     /// RAM's last part has been read: the guest stands still.
     is_ram_over: bool,
     /// When RAM's last part began: the guest had been stopped.
     stopped_at: Option<Instant>,
-    /// How often QEMU has gone through all of RAM.
+    /// Number of QEMU's passes over all of RAM.
     passes: u32,
-    /// Once the thread has ended: the stream without what umem moves.
+    /// The stream without the pages that umem moves, once the thread has ended.
     end: Option<Result<Vec<u8>>>,
 }
 
@@ -134,12 +135,12 @@ impl State {
         self.is_ram_over || self.end.is_some()
     }
 
-    /// Whether QEMU may wait for what is not read.
+    /// Whether QEMU may be blocked by unread data: the stream is read without regard to room then.
     fn may_be_waited_for(&self) -> bool {
         self.is_finishing || self.asked.is_some_and(|since| since.elapsed() >= ANSWERS_WITHIN)
     }
 
-    /// Why the stream cannot be read, which is said in full once.
+    /// The reason why the stream cannot be read. It is returned in full once.
     fn failure(&mut self) -> Result<()> {
         let Some(Err(error)) = &mut self.end else { return Ok(()) };
         let again = Error::Host("its migration stream has failed".into());
@@ -148,7 +149,7 @@ impl State {
 }
 
 impl Reading {
-    /// Reads what comes from QEMU. Nobody else reads from this socket meanwhile.
+    /// Reads the stream that QEMU writes. Other threads do not read from this socket meanwhile.
     pub(super) fn start(
         socket: UnixStream,
         moved: Vec<Moved>,
@@ -158,8 +159,8 @@ impl Reading {
         Reading::begin(socket, None, moved, (marks, staging), state_bytes_max)
     }
 
-    /// Reads on in a stream that begins with `head`, which has come out of the socket, and whose QEMU another program
-    /// has told to migrate.
+    /// Continues a stream that begins with `head`, which has been read from the socket. Another program has told its
+    /// QEMU to migrate.
     pub(super) fn go_on(
         socket: UnixStream,
         head: Vec<u8>,
@@ -196,10 +197,10 @@ impl Reading {
             };
             let end = panics::caught(|| reader.run(&head.unwrap_or_default()));
             if end.is_err() {
-                // QEMU's migration fails, and does not wait: the guest runs on.
+                // QEMU's migration fails, and does not wait: the guest continues.
                 saving::abandon(&ours.socket);
             }
-            // Lanes end their pass, and whoever looks next hears why.
+            // Lanes end their pass, and the next look returns the reason.
             held_back.let_all_go();
             ours.lock().end = Some(end);
             ours.changed.notify_all();
@@ -208,22 +209,22 @@ impl Reading {
         Ok(Reading { shared, thread: Some(thread) })
     }
 
-    /// The socket, for what goes the other way.
+    /// The socket, for messages to QEMU.
     pub(super) fn socket(&self) -> &UnixStream {
         &self.shared.socket
     }
 
-    /// What QEMU's answers are waited for by, without keeping this from its end.
+    /// A handle for waiting for QEMU's answers, which does not keep the reader from ending.
     pub(super) fn pulse(&self) -> Pulse {
         Pulse(Arc::downgrade(&self.shared))
     }
 
-    /// Reads until every page has been read once, from the beginning on, and lets each go. Reading stops then.
+    /// Reads from the beginning until every page has been read once, and releases each page. Reading stops then.
     pub(super) fn begin_first_pass(&self) {
         self.begin_look(&mut self.shared.lock(), Look::first());
     }
 
-    /// Waits for the end of a look that goes on.
+    /// Waits for the end of a look that is under way.
     pub(super) fn looked(&self) -> Result<()> {
         let mut state = self.shared.lock();
         while state.is_looking && !state.is_over() {
@@ -232,23 +233,23 @@ impl Reading {
         state.failure()
     }
 
-    /// When the guest was known to stand still, which is no later than the end of RAM.
+    /// The moment when the guest was known to stand still, no later than the end of RAM.
     pub(super) fn stopped_at(&self) -> Option<Instant> {
         self.shared.lock().stopped_at
     }
 
-    /// How often QEMU has gone through all of RAM and begun anew.
+    /// Number of times that QEMU has walked all of RAM and begun anew.
     pub(super) fn passes(&self) -> u32 {
         self.shared.lock().passes
     }
 
-    /// Reads on, until a look is done or for good.
+    /// Continues reading, until a look is done or without limit.
     pub(super) fn read_on(&self) {
         self.shared.lock().may_read = true;
         self.shared.changed.notify_all();
     }
 
-    /// Waits until every page has been read of that QEMU knew of at its last sync, which has been. Reading stops then.
+    /// Waits until every page has been read that QEMU knew of at its last sync, which is over. Reading stops then.
     pub(super) fn look(&self) -> Result<()> {
         let mut state = self.shared.lock();
         let fence = state.read + unread_bytes(&self.shared.socket)?;
@@ -263,7 +264,7 @@ impl Reading {
         self.shared.changed.notify_all();
     }
 
-    /// Whether no more pages come, or none that would be understood.
+    /// Whether no more pages will come, or none that can be parsed.
     pub(super) fn is_over(&self) -> Result<bool> {
         let mut state = self.shared.lock();
         state.failure()?;
@@ -275,7 +276,7 @@ impl Reading {
         self.shared.finish();
     }
 
-    /// Waits until RAM is over, or this time has passed. Whether it is over.
+    /// Waits until RAM is over, or this time has passed. Returns whether it is over.
     pub(super) fn wait_ram_over(&self, within: Option<Duration>) -> Result<bool> {
         let until = within.map(|within| Instant::now() + within);
         let mut state = self.shared.lock();
@@ -288,7 +289,7 @@ impl Reading {
         state.failure().map(|()| true)
     }
 
-    /// Waits for the end, and gives the stream without the pages that umem moves. It is given once.
+    /// Waits for the end, and returns the stream without the pages that umem moves. The stream is returned once.
     pub(super) fn stream(&self) -> Result<Vec<u8>> {
         let mut state = self.shared.lock();
         loop {
@@ -302,20 +303,20 @@ impl Reading {
 }
 
 impl Drop for Reading {
-    /// A stream that nobody wants to the end comes to none.
+    /// A stream that is not needed to its end is discarded.
     fn drop(&mut self) {
         if self.shared.lock().end.is_none() {
             saving::abandon(&self.shared.socket);
             self.finish();
         }
         if let Some(thread) = self.thread.take() {
-            // It has caught what it panicked of.
+            // The thread has caught its own panic.
             let _ = thread.join();
         }
     }
 }
 
-/// The thread's own.
+/// The thread's own state.
 struct Reader<'a> {
     shared: &'a Shared,
     parser: Parser,
@@ -324,15 +325,15 @@ struct Reader<'a> {
     pace: Pace,
 }
 
-/// What a QEMU that paces itself is about to do.
+/// The next step of a QEMU that paces itself, inferred from its stream.
 #[derive(Default)]
 struct Pace {
-    /// The page before, by block and offset.
+    /// The preceding page, by block and offset.
     before: Option<(usize, u64)>,
     passes: u32,
-    /// The part that is being read has had no page so far.
+    /// The current part has had no page so far.
     is_empty: bool,
-    /// It has gone around without a page to send, which it does only while it waits for a word.
+    /// QEMU has gone around without a page to send, which it does only while it waits for an acknowledgement.
     waits_for_a_word: bool,
     has_stopped: bool,
 }
@@ -359,10 +360,11 @@ impl Pace {
 }
 
 impl Reader<'_> {
-    /// Reads to the end, from what has come already: the stream without the pages that umem moves.
+    /// Reads to the end, starting with the bytes that have come already. Returns the stream without the pages that umem
+    /// moves.
     fn run(mut self, head: &[u8]) -> Result<Vec<u8>> {
         let mut piece = vec![0; PIECE_BYTES];
-        // A piece is no larger than what may be put at once.
+        // A piece is no larger than the limit of one put.
         let mut heads = head.chunks(PIECE_BYTES);
         loop {
             let bytes = match heads.next() {
@@ -401,10 +403,10 @@ impl Reader<'_> {
         }
     }
 
-    /// Of a stream that QEMU paces.
+    /// Reacts to the pace of a QEMU that paces itself.
     fn keep_pace(&mut self) {
         if std::mem::take(&mut self.pace.waits_for_a_word) && !self.pace.has_stopped {
-            // If QEMU does not take it, the stream says why. A word that it has had changes nothing.
+            // If QEMU does not take it, the stream's error has the reason. A repeated acknowledgement changes nothing.
             let _ = (&self.shared.socket).write_all(&SWITCHOVER_ACK);
         }
         let mut state = self.shared.lock();
@@ -417,7 +419,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Waits until it may read, and there is something.
+    /// Waits until the thread may read and data is available.
     fn receive(&mut self, piece: &mut [u8]) -> Result<usize> {
         let what = || "reading QEMU's migration stream";
         let socket = &self.shared.socket;
@@ -439,14 +441,14 @@ impl Reader<'_> {
             if let Some(look) = state.look.take() {
                 self.look = Some(look);
             }
-            // With the lock: what has been read and what waits are known together.
+            // With the lock: the bytes read and the bytes waiting are counted together.
             match recv(socket.as_raw_fd(), piece, MsgFlags::MSG_DONTWAIT) {
                 Ok(count) => {
                     state.read += count as u64;
                     return Ok(count);
                 }
                 Err(Errno::EAGAIN | Errno::EINTR) => {}
-                // It has gone without reading a word that it has been told.
+                // QEMU has closed the socket with an acknowledgement unread.
                 Err(Errno::ECONNRESET) => return Ok(0),
                 Err(errno) => return Err(std::io::Error::from(errno)).context(what),
             }
@@ -456,7 +458,7 @@ impl Reader<'_> {
                 &mut ready,
                 PollTimeout::try_from(SILENCE_MAX).unwrap_or(PollTimeout::MAX),
             ) {
-                // Before that its manager may take its time (`pause-before-switchover`).
+                // Before the stop the manager may take its time (`pause-before-switchover`).
                 Ok(0) if self.shared.is_passive && !self.pace.has_stopped => {}
                 Ok(0) => {
                     return Err(Error::Host(format!(
@@ -470,7 +472,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Takes what has been read. Whether a look is done.
+    /// Processes the bytes read. Returns whether a look is done.
     fn take(&mut self, bytes: &[u8]) -> Result<bool> {
         let (sorter, look, pace) = (&mut self.sorter, &mut self.look, &mut self.pace);
         let mut is_looked = false;
@@ -492,25 +494,25 @@ impl Reader<'_> {
     }
 }
 
-/// Parts a stream into marks, contents and what is left of it.
+/// Divides a stream into marks, contents and the remaining stream.
 struct Sorter {
     moved: Vec<Moved>,
-    /// The region of each block of the stream, once those are known.
+    /// The region of each block of the stream, once the blocks are known.
     regions: Vec<Option<RegionId>>,
     marks: Arc<DirtyMap>,
     staging: Option<Arc<Staging>>,
-    /// What is yet to be marked, or put and marked.
+    /// Pages that are still to be marked, or put and marked.
     run: Option<Run>,
-    /// Contents that are yet to be put: of a run of data.
+    /// Contents of a run of data that are still to be put.
     contents: Vec<u8>,
-    /// The contents that come next belong to the run.
+    /// The next contents belong to the run.
     takes_contents: bool,
     first_walk: FirstWalk,
     cut: Cut,
     is_ram_over: bool,
 }
 
-/// QEMU's first way through the guest's memory, in the order of blocks and offsets.
+/// QEMU's first walk of the guest's memory, in the order of blocks and offsets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FirstWalk {
     /// No page has come.
@@ -521,7 +523,7 @@ enum FirstWalk {
 }
 
 impl FirstWalk {
-    /// After this page.
+    /// The walk after this page.
     fn with(self, block: usize, offset: u64) -> FirstWalk {
         match self {
             FirstWalk::At(before, last) if (block, offset) <= (before, last) => FirstWalk::Over,
@@ -531,17 +533,17 @@ impl FirstWalk {
     }
 }
 
-/// Pages in a row.
+/// Consecutive pages.
 struct Run {
     kind: RunKind,
     region: RegionId,
-    /// Bytes of the region.
+    /// Range of bytes in the region.
     bytes: Range<u64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum RunKind {
-    /// Of a region with a file: its contents are there.
+    /// Of a region with a file: its contents are in the file.
     Marks,
     Zeroes,
     Data,
@@ -568,12 +570,12 @@ impl Sorter {
         }
     }
 
-    /// Lets lanes have the pages that QEMU's first walk has passed; all of them if it is over.
+    /// Releases to the lanes the pages that QEMU's first walk has passed; all pages if the walk is over.
     ///
-    /// QEMU tracks all writes before its walk begins, and clears a page's bit before it writes the page's record. So
-    /// what is written after the record was read is in a later record, and a lane that reads the page after that has
-    /// all that was written before. A page without a record (a free page of a balloon) had its bit cleared before the
-    /// walk came to it.
+    /// QEMU tracks all writes before its walk begins, and clears a page's bit before it writes the page's record. So a
+    /// write after the record was read is in a later record, and a lane that reads the page after the record has all
+    /// writes from before it. A page without a record (a free page of a balloon) had its bit cleared before the walk
+    /// came to it.
     fn let_go(&mut self, is_walked: bool) {
         if is_walked || self.is_ram_over {
             self.first_walk = FirstWalk::Over;
@@ -603,7 +605,7 @@ impl Sorter {
             }
             Event::Content(bytes) if self.takes_contents => self.contents.extend_from_slice(bytes),
             Event::Ended { is_last: true } => {
-                // Whoever waits for the end of RAM finds all of it.
+                // Settled first, so that a thread that waits for the end of RAM finds all pages.
                 self.settle_run()?;
                 self.is_ram_over = true;
             }
@@ -613,7 +615,7 @@ impl Sorter {
         self.cut.take(blocks, |block| regions[block].is_some(), event)
     }
 
-    /// Finds what umem moves among the blocks of the stream.
+    /// Finds the blocks that umem moves among the blocks of the stream.
     fn find(&mut self, blocks: &[Block]) -> Result<()> {
         for moved in &self.moved {
             let block = blocks.iter().find(|block| block.name == moved.block);
@@ -660,8 +662,8 @@ impl Sorter {
         Ok(())
     }
 
-    /// Marks what is yet to be, and puts its contents before. Of a page whose contents have come in part the run goes
-    /// on.
+    /// Marks the pages that are still to be marked, after their contents have been put. A page whose contents have come
+    /// in part begins the next run.
     fn settle_run(&mut self) -> Result<()> {
         let Some(Run { kind, region, bytes }) = self.run.take() else { return Ok(()) };
         let len = bytes.end - bytes.start;
@@ -709,7 +711,7 @@ fn not_moved(region: RegionId, bytes: &Range<u64>) -> Error {
 /// Bytes that wait in a socket.
 fn unread_bytes(socket: &UnixStream) -> Result<u64> {
     let mut bytes = 0;
-    // SAFETY: the descriptor is open, and the kernel writes an int, which lives.
+    // SAFETY: the descriptor is open, and the kernel writes an int, which outlives the call.
     unsafe { bytes_to_read(socket.as_raw_fd(), &raw mut bytes) }
         .map_err(std::io::Error::from)
         .context(|| "a socket's unread bytes")?;
@@ -754,7 +756,7 @@ mod tests {
 
     const RAM: RegionId = RegionId(0);
 
-    /// What a stream has put and marked at its end, read in pieces of so many bytes: the pages' bytes and marks.
+    /// The contents and marks after a stream that is read in pieces of this size.
     fn put(stream: &[u8], piece: usize) -> ([u8; 2], u64) {
         let bytes = 2 * STAGED_PAGE_BYTES;
         let file = StagedFile::create("ram0", bytes).unwrap();
@@ -779,7 +781,7 @@ mod tests {
         (pages, marks.region(RAM).word(0))
     }
 
-    /// What a QEMU is taken to do that writes these parts, by the numbers of their pages.
+    /// The inferred pace of a QEMU that writes these parts, given by the numbers of their pages.
     fn pace(parts: &[&[u64]]) -> Pace {
         let mut pace = Pace::default();
         for pages in parts {
@@ -794,7 +796,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_without_pages_shows_that_qemu_waits_for_a_word() {
+    fn part_without_pages_shows_that_qemu_waits_for_an_acknowledgement() {
         assert!(!pace(&[&[0, 1], &[2, 3]]).waits_for_a_word);
         assert!(pace(&[&[0, 1], &[]]).waits_for_a_word);
         // Nothing has been written yet.
@@ -802,13 +804,13 @@ mod tests {
     }
 
     #[test]
-    fn a_pass_is_over_when_pages_begin_anew() {
+    fn pass_is_over_when_pages_begin_again() {
         assert_eq!(pace(&[&[0, 1, 5], &[7, 9]]).passes, 0);
         assert_eq!(pace(&[&[0, 1, 5], &[5], &[7, 9], &[1, 2]]).passes, 2);
     }
 
     #[test]
-    fn pages_are_let_go_as_the_first_walk_passes_them_and_all_at_its_end() {
+    fn pages_are_released_as_the_first_walk_passes_them_and_all_at_its_end() {
         let stream = whole();
         let let_go_after = |bytes: usize, is_looked: bool| {
             let marks = Arc::new(DirtyMap::new(&[(2, 12), (1, 12)]));
@@ -842,7 +844,7 @@ mod tests {
     }
 
     #[test]
-    fn first_walk_is_over_when_it_comes_back() {
+    fn first_walk_is_over_when_it_returns_to_an_earlier_page() {
         let walk = FirstWalk::Begins.with(0, 0).with(0, 4096).with(2, 0);
         assert_eq!(walk, FirstWalk::At(2, 0));
         for (block, offset) in [(2, 0), (1, 8192), (0, 0)] {
@@ -852,7 +854,7 @@ mod tests {
     }
 
     #[test]
-    fn each_page_has_what_came_last_whatever_the_pieces() {
+    fn each_page_has_its_last_contents_for_any_pieces() {
         let stream = whole();
         for piece in (1..200).chain(4000..4200).chain([stream.len()]) {
             assert_eq!(put(&stream, piece), ([3, 2], 0b11), "{piece}");

@@ -7,13 +7,13 @@ pub(super) const VERSION: u32 = 3;
 /// The version of RAM's section that is read here.
 pub(super) const RAM_VERSION: u32 = 4;
 
-/// What RAM's section is called.
+/// The name of RAM's section.
 pub(super) const RAM: &str = "ram";
 
-/// Bytes of a page in a record. A guest whose pages are of another size is refused.
+/// Bytes of a page in a record. A guest with another page size is refused.
 pub(crate) const PAGE_BYTES: usize = 4096;
 
-/// log2 of that, as the configuration has it.
+/// log2 of the page size, as in the configuration.
 pub(super) const PAGE_BITS: u32 = PAGE_BYTES.trailing_zeros();
 
 /// Types of sections (`QEMU_VM_*` in QEMU's migration/savevm.h).
@@ -34,9 +34,9 @@ pub(super) mod flag {
     pub(in super::super) const MEM_SIZE: u16 = 0x04;
     pub(in super::super) const PAGE: u16 = 0x08;
     pub(in super::super) const END: u16 = 0x10;
-    /// Of the block of the record before: no name follows.
+    /// The page is in the same block as the preceding one: no name follows.
     pub(in super::super) const SAME_BLOCK: u16 = 0x20;
-    /// Some QEMUs write it although there is nothing to flush.
+    /// Some QEMUs write it even if there is nothing to flush.
     pub(in super::super) const MULTIFD_FLUSH: u16 = 0x200;
 }
 
@@ -62,8 +62,8 @@ impl Word {
 /// The command that asks the destination to answer.
 pub(super) const OPEN_RETURN_PATH: u16 = 1;
 
-/// The commands that a stream of umem's settings may have, each with the bytes of its data (`qemu_vm_cmd` in
-/// QEMU's migration/savevm.c).
+/// The commands that a stream of umem's settings may have, each with the bytes of its data (`qemu_vm_cmd` in QEMU's
+/// migration/savevm.c).
 pub(super) fn command_bytes(command: u16) -> Option<u16> {
     const PING: u16 = 2;
     const SWITCHOVER_START: u16 = 11;
@@ -74,7 +74,7 @@ pub(super) fn command_bytes(command: u16) -> Option<u16> {
     }
 }
 
-/// What has QEMU write another command.
+/// The setting with which QEMU writes another command.
 pub(super) fn capability_of_command(command: u16) -> Option<&'static str> {
     match command {
         // ADVISE, LISTEN, RUN and RAM_DISCARD of postcopy, a package, and RESUME.
@@ -84,7 +84,7 @@ pub(super) fn capability_of_command(command: u16) -> Option<&'static str> {
     }
 }
 
-/// What has QEMU write a record with other flags.
+/// The setting with which QEMU writes a record with other flags.
 pub(super) fn capability_of_flags(flags: u16) -> Option<&'static str> {
     match flags & !flag::SAME_BLOCK {
         0x40 => Some("capability xbzrle"),
@@ -94,12 +94,12 @@ pub(super) fn capability_of_flags(flags: u16) -> Option<&'static str> {
     }
 }
 
-/// What has QEMU begin a connection with something else.
+/// The setting with which QEMU begins a connection differently.
 pub(super) fn capability_of_beginning(bytes: [u8; 4]) -> Option<&'static str> {
     match bytes {
         // `MULTIFD_MAGIC` of its migration/multifd.c.
         [0x11, 0x22, 0x33, 0x44] => Some("capability multifd"),
-        // A handshake.
+        // A TLS handshake.
         [0x16, 0x03, ..] => Some("parameter tls-creds"),
         _ => None,
     }

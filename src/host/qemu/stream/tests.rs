@@ -1,9 +1,9 @@
-//! Streams by hand: literal bytes, in any pieces.
+//! Handwritten streams: literal bytes, in any pieces.
 
 use super::records::Word;
 use super::*;
 
-/// Big-endian numbers and texts, one after the other.
+/// Big-endian numbers and texts, in sequence.
 #[derive(Clone, Default)]
 struct Bytes(Vec<u8>);
 
@@ -58,7 +58,7 @@ pub(super) fn whole() -> Vec<u8> {
     let begun = set_up(configured().with(OPEN_RETURN_PATH).with(PING));
     let begun = begun.with(PART).page(0, Some("ram0"), 1).page(0x1000, None, 0);
     let begun = begun.page(0, Some("vga"), 7).end().footer();
-    // The same page again, of both.
+    // The same page again, of both blocks.
     let begun = begun.with(PART).page(0x1000, Some("ram0"), 2).page(0, Some("vga"), 8);
     let begun = begun.end().footer().with(PART).end().footer();
     let begun = begun.with(SWITCHOVER_START).with(END).page(0, Some("ram0"), 3);
@@ -78,7 +78,8 @@ pub(super) fn head_without_shared() -> Vec<u8> {
     configured().with(capabilities).with(OPEN_RETURN_PATH).0
 }
 
-/// What is told of a stream in pieces of so many bytes, with contents and other bytes joined; and what is left of it.
+/// The events of a stream that is read in pieces of this size, with consecutive contents and other bytes joined; and
+/// the cut.
 fn read(stream: &[u8], piece: usize) -> Result<(Vec<String>, Vec<u8>)> {
     let (mut parser, mut cut) = (Parser::new(), Cut::new(1 << 20));
     let mut told = Vec::new();
@@ -102,7 +103,7 @@ fn refused(stream: impl AsRef<[u8]>) -> String {
 }
 
 #[test]
-fn pieces_of_any_size_tell_the_same() {
+fn pieces_of_any_size_give_the_same_events() {
     let stream = whole();
     let expected = read(&stream, stream.len()).unwrap();
     for piece in (1..300).chain(4000..4200) {
@@ -116,23 +117,23 @@ fn pieces_of_any_size_tell_the_same() {
 }
 
 #[test]
-fn what_is_left_has_each_page_that_is_not_moved_once_as_it_came_last() {
+fn cut_has_the_last_contents_of_each_unmoved_page_once() {
     let (_, cut) = read(&whole(), 1000).unwrap();
     let begun = set_up(configured().with(OPEN_RETURN_PATH).with(PING));
     let begun = begun.with(SWITCHOVER_START).with(END).page(0, Some("vga"), 8).end().footer();
     assert_eq!(cut, begun.with(REST).0);
-    // It is a stream, of which nothing more is left.
+    // The cut is a stream, and its own cut is the same.
     assert_eq!(read(&cut, 1000).unwrap().1, cut);
 }
 
 #[test]
-fn what_is_left_is_bounded() {
+fn size_of_the_cut_is_bounded() {
     let mut cut = Cut::new(PAGE_BYTES + 10);
     let block = |name: &str| Block { name: name.into(), bytes: 1 << 20 };
     let blocks = [block("vga")];
     let mut take = |event| cut.take(&blocks, |_| false, &event);
     let page = |offset| Event::Page { block: 0, offset, is_zero: false, at: 0 };
-    // The same page as often as the guest changes it.
+    // The same page after each change by the guest.
     for _ in 0..3 {
         take(page(0)).unwrap();
         take(Event::Content(&[1; PAGE_BYTES])).unwrap();
@@ -143,7 +144,7 @@ fn what_is_left_is_bounded() {
 }
 
 #[test]
-fn the_configuration_names_capabilities() {
+fn configuration_names_capabilities() {
     let capabilities = b"\x05\x1aconfiguration/capabilities\0\0\0\x01\0\0\0\x01\x0fx-ignore-shared";
     let page_bits = b"\x05\x1econfiguration/target-page-bits\0\0\0\x01\0\0\0\x0c";
     let uuid = b"\x05\x12configuration/uuid\0\0\0\x01................";
@@ -165,7 +166,7 @@ fn the_configuration_names_capabilities() {
 }
 
 #[test]
-fn what_is_not_known_is_named() {
+fn unknown_element_is_named_in_the_error() {
     let part = || set_up(configured()).with(PART);
     let word = |flags| Word { offset: 0, flags }.bytes();
     for (stream, named) in [
