@@ -328,13 +328,8 @@ impl LaneAcceptor {
         match recv(session.demand.as_fd().as_raw_fd(), &mut [0], flags) {
             Ok(1..) => session.has_spoken = true,
             Err(Errno::EAGAIN | Errno::EINTR) => {}
-            Ok(0) if session.bulk.iter().all(Option::is_none) => {
-                self.session = None;
-                self.ignored(
-                    "its demand lane closed before any other lane arrived, as when a source tries a destination \
-                     before its guest leaves",
-                );
-            }
+            // A source that tries whether it is admitted, before its guest comes (`umem migrate --listen`).
+            Ok(0) if session.bulk.iter().all(Option::is_none) => self.session = None,
             Ok(0) | Err(_) => {
                 self.session = None;
                 self.ignored("its demand lane closed before all of its lanes had arrived");
