@@ -159,7 +159,7 @@ fn read_head(listener: &Socket, inbox: &Inbox<InboxMessage>) -> Result<(UnixStre
             }
             Ok(0) => {
                 return Err(Error::Host(
-                    "it has ended its migration before its first page: cancelled, or failed; its manager knows why"
+                    "it has ended its migration before its first page: cancelled, or failed; ask the program that began it"
                         .into(),
                 ));
             }

@@ -98,7 +98,7 @@ impl Monitor for Connected {
             Some(_) => return Err(self.why("QEMU says that it could not be loaded")),
             None => {
                 return Err(self.why(
-                    "QEMU has closed its migration socket before it had loaded it (its own messages say why)",
+                    "QEMU closed its migration socket before the device state was loaded (its own messages say why)",
                 ));
             }
         }
@@ -106,8 +106,8 @@ impl Monitor for Connected {
         self.qemu.qmp.execute("query-status", json!({}))?;
         if self.qemu.qmp.has_run() {
             return Err(Error::Host(
-                "its guest was let run here before the source's QEMU had given it up: it goes on there; send `cont` \
-                 here only when the source's migration has completed"
+                "another program ran its guest before the source's QEMU had given it up, so the guest continues at the \
+                 source; send `cont` here only when the source's migration has completed"
                     .into(),
             ));
         }

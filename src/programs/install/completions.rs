@@ -172,6 +172,8 @@ fn value(path: &[&str], option: &str) -> Completion {
         (_, "--order") => Completion::values(["adaptive", "plain"]),
         (_, "--idle-cores") => Completion::values(["poll", "sleep"]),
         (_, "--page-size") => Completion::values(["4K", "2M"]),
+        (_, "--switchover") => Completion::values(["umem", "external"]),
+        (_, "--listen" | "--connect") => Completion::values(["unix:"]),
         (_, "--postcopy-flags") => Completion::values(["0", "1"]),
         (_, "--congestion") => {
             let allowed = "/proc/sys/net/ipv4/tcp_allowed_congestion_control";

@@ -18,7 +18,8 @@ use serde_json::{Value, json};
 use umem_wire::RegionId;
 use umem_wire::limits::STATE_BYTES_MAX;
 
-use super::reading::{Moved, Pulse, Reading, SWITCHOVER_ACK};
+use super::reading::{Pulse, Reading, SWITCHOVER_ACK};
+use super::sorting::Moved;
 use super::{Event, Parser};
 use crate::error::{Context, Error, Result, WITHOUT_PASSES};
 use crate::host::guest;

@@ -27,6 +27,7 @@
 //! - [`cut`]: the stream without the pages that umem moves, which is a stream as well
 //! - [`look`]: the end of a look over the whole guest
 //! - [`reading`]: the thread that reads
+//! - [`sorting`]: what becomes of each event: marks, contents, and the rest of the stream
 //! - [`passive`]: a stream that another program has had QEMU begin
 //! - [`log`]: the driver, which has QEMU write such a stream
 
@@ -36,6 +37,7 @@ mod look;
 pub(crate) mod passive;
 pub(super) mod reading;
 mod records;
+mod sorting;
 #[cfg(test)]
 mod tests;
 

@@ -23,7 +23,8 @@ use nix::sys::socket::{MsgFlags, recv};
 use umem_wire::RegionId;
 use umem_wire::limits::STATE_BYTES_MAX;
 
-use super::reading::{Moved, Reading};
+use super::reading::Reading;
+use super::sorting::Moved;
 use super::{Block, Event, Parser};
 use crate::error::{Context, Error, Result};
 use crate::host::command::RamPath;
@@ -314,8 +315,8 @@ fn complete(mut socket: &UnixStream) -> Result<()> {
     let what = || "ending QEMU's migration";
     let given_up = || {
         Error::Host(
-            "its migration was ended before the destination had the guest: cancelled, or failed; its manager knows \
-             why"
+            "its migration was ended before the destination had the guest: it was cancelled, or it failed; ask the \
+             program that began it"
             .into(),
         )
     };
@@ -331,7 +332,9 @@ fn complete(mut socket: &UnixStream) -> Result<()> {
     loop {
         return match socket.read(&mut [0]) {
             Ok(0) => Ok(()),
-            Ok(_) => Err(Error::Host("its device state goes on after its description".into())),
+            Ok(_) => {
+                Err(Error::Host("its stream has bytes after the end of the device state".into()))
+            }
             // QEMU has closed the socket with unread data in it.
             Err(error) if error.kind() == ErrorKind::ConnectionReset => Err(given_up()),
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
