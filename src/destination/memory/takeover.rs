@@ -86,21 +86,26 @@ impl GuestMemory {
         }
     }
 
-    /// The progress of the earlier process: the later one of its session file's state and the state that
-    /// [`GuestMemory::note_standing`] has noted.
+    /// The progress of the earlier processes: the later one of their session file's state and the state that
+    /// [`GuestMemory::note_standing`] has noted. Times come from the note, which every process has written: if one was
+    /// killed between its note and its write of the file, the file's later states have no time of the switchover.
     pub(crate) fn noted_standing(&self, recalled: Recalled) -> Recalled {
         let Some(told) = &self.told else { return recalled };
         let load = |word: SharedCounter| told[word as usize].load(SeqCst);
         let mut recalled = recalled;
         let standing = load(SharedCounter::Standing);
-        if standing >= SWITCHED && recalled.state == DestinationState::Loaded {
-            recalled.state = DestinationState::Switched;
+        if standing >= SWITCHED {
             recalled.stopped_us = load(SharedCounter::StoppedUs);
             recalled.switched = Some(when(load(SharedCounter::SwitchedAt)));
+            if recalled.state == DestinationState::Loaded {
+                recalled.state = DestinationState::Switched;
+            }
         }
-        if standing >= RUNNING && recalled.state == DestinationState::Switched {
-            recalled.state = DestinationState::Running;
+        if standing >= RUNNING {
             recalled.running = Some(when(load(SharedCounter::RunningAt)));
+            if recalled.state == DestinationState::Switched {
+                recalled.state = DestinationState::Running;
+            }
         }
         recalled
     }
@@ -247,6 +252,10 @@ mod tests {
         let running = noted(&guest);
         assert_eq!(running.state, DestinationState::Running);
         assert!(running.ran_after() <= Duration::from_millis(3), "{:?}", running.ran_after());
+        // The process that took over has written only its own state to the session file.
+        let running = guest.memory.noted_standing(recalled(DestinationState::Running));
+        assert_eq!((running.stopped_us, running.switched.is_some()), (1500, true));
+        assert_ne!(running.ran_after(), Duration::ZERO);
         // A later state in the session file takes precedence.
         let complete = recalled(DestinationState::Complete);
         assert_eq!(guest.memory.noted_standing(complete).state, DestinationState::Complete);

@@ -12,7 +12,7 @@
 //! table (any exception is a triple fault and ends the guest), with the address of its plan in RBP. It goes through the
 //! pages of its plan twice. The first time it compares each word of a page with the monitor's `Pattern` and then writes
 //! its own; the second time it compares with those. At the end it writes its counts to [`Report`]; after the last count
-//! it is done.
+//! it is done. The first time it waits before each page that the monitor has not [allowed](Board::allow) it yet.
 //!
 //! User mode, because a KVM without the processor's virtualization (kvm_pvm, as in some virtual machines) runs only
 //! user mode at full speed. It interprets kernel mode and all other modes, at several microseconds an instruction: a
@@ -22,6 +22,7 @@ use std::arch::global_asm;
 use std::mem::offset_of;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
 use crate::Result;
 use crate::memory::Memory;
@@ -64,6 +65,8 @@ pub(crate) struct Plan {
     count: u32,
     key_first: u32,
     key_second: u32,
+    /// The number of pages that the monitor allows it to write.
+    allowed: u32,
     /// Counted by the guest, from zero.
     pages: u32,
     wrong_first: u32,
@@ -87,6 +90,7 @@ impl Plan {
             count: (ram_pages - vcpu).div_ceil(vcpus),
             key_first: pattern.key_first,
             key_second: pattern.key_second,
+            allowed: u32::MAX,
             pages: 0,
             wrong_first: 0,
             wrong_second: 0,
@@ -166,7 +170,12 @@ global_asm!(
     "umem_test_kvm_guest_start:",
     // First time: compare with the monitor's words …
     "        begin",
-    "20:     enter_page",
+    "20:     mov     eax, [rbp + {pages}]",
+    "        cmp     eax, [rbp + {allowed}]",
+    "        jb      25f",
+    "        pause",
+    "        jmp     20b",
+    "25:     enter_page",
     "        mov     eax, esi",
     "        and     eax, {zero_bits}",
     "        xor     edx, edx",
@@ -223,6 +232,7 @@ global_asm!(
     count = const offset_of!(Plan, count),
     key_first = const offset_of!(Plan, key_first),
     key_second = const offset_of!(Plan, key_second),
+    allowed = const offset_of!(Plan, allowed),
     pages = const offset_of!(Plan, pages),
     wrong_first = const offset_of!(Plan, wrong_first),
     wrong_second = const offset_of!(Plan, wrong_second),
@@ -304,6 +314,23 @@ impl Board {
     /// The address of a vCPU's plan.
     pub(crate) fn plan_address(vcpu: u32) -> u32 {
         BOARD + PAGE_BYTES + vcpu * size_of::<Plan>() as u32
+    }
+
+    /// Allows each of `vcpus` this part of its pages, in eighths, or all from 8 on. Until this is called each may write
+    /// all of them. The guest may run.
+    pub(crate) fn allow(&self, vcpus: u32, eighths: u32) {
+        for vcpu in 0..vcpus {
+            let plan = Board::plan_address(vcpu) - BOARD;
+            // SAFETY: `new` has written the plans of the vCPUs. The guest only reads `allowed`, and everybody does so
+            // by single instructions of 32 bits.
+            unsafe {
+                let plan = self.start().add(plan as usize).cast::<Plan>();
+                let count = (&raw const (*plan.as_ptr()).count).read();
+                let pages = (count / 8).saturating_mul(eighths);
+                let allowed = if eighths < 8 { pages } else { u32::MAX };
+                AtomicU32::from_ptr(&raw mut (*plan.as_ptr()).allowed).store(allowed, SeqCst);
+            }
+        }
     }
 
     fn start(&self) -> NonNull<u8> {

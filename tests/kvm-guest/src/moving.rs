@@ -18,7 +18,7 @@ use crate::pattern::Pattern;
 
 const RAM_NAME: &str = "ram0";
 
-/// Passes at most. There is no end before, as the guest writes all the while.
+/// Passes at most. There is no end before, as the guest writes all the while. Fewer than eighths of its memory.
 const PASSES_MAX: u32 = 4;
 
 /// What the guest has found in both machines, and pages that it has written in each pass.
@@ -40,6 +40,8 @@ pub(crate) fn run(
     let board = Board::new(&here, vcpus, pattern)?;
     let machine = Machine::new(Interrupts::None)?;
     machine.has(&here, &board, true)?;
+    let allow = |eighths| board.allow(vcpus, eighths);
+    allow(1);
     let running = machine.start(&machine.fresh(vcpus))?;
     let (states, arriving) = channel();
     let pair = || UnixStream::pair().map_err(|error| format!("sockets: {error}"));
@@ -57,7 +59,7 @@ pub(crate) fn run(
         };
         let arrives = scope.spawn(arrives);
         let send = |state| states.send(state).map_err(|_| "the destination has ended".to_owned());
-        let written = leave(&machine, &here, running, (&source_file, ours), send);
+        let written = leave(&machine, &here, running, (&source_file, ours), (allow, send));
         let written = written.unwrap_or_else(|error| fail(&error));
         let found = arrives.join().map_err(|_| "the destination has panicked".to_owned())?;
         Ok(Moved { found, written })
@@ -70,13 +72,14 @@ fn fail(error: &str) -> ! {
     std::process::exit(1);
 }
 
-/// The source: returns the number of pages that were written in each pass.
+/// The source: returns the number of pages that were written in each pass. The guest writes an eighth of its memory in
+/// each, however long it lasts, so that some is left for the destination.
 fn leave(
     machine: &Machine,
     ram: &Memory,
     running: Running,
     (file, sockets): (&File, Vec<OwnedFd>),
-    send: impl Fn(Vec<State>) -> Result<()>,
+    (allow, send): (impl Fn(u32), impl Fn(Vec<State>) -> Result<()>),
 ) -> Result<Vec<u64>> {
     let said = |error: umem::Error| error.to_string();
     let mut setup = SourceSetup::new();
@@ -91,12 +94,14 @@ fn leave(
             Event::ReadLog => {
                 let log = log_of(machine, ram, running.as_ref())?;
                 written.push(log.iter().map(|word| u64::from(word.count_ones())).sum());
+                allow(u32::try_from(written.len()).map_or(u32::MAX, |reads| reads + 1));
                 source.written_bitmap(0, &log).map_err(said)?;
                 source.log_read().map_err(said)?;
             }
             Event::Stop => {
                 let running = running.take().ok_or("it is asked to stop twice")?;
                 let states = running.stop()?;
+                allow(u32::MAX);
                 source.written_bitmap(0, &machine.dirty(ram)?).map_err(said)?;
                 source.stopped().map_err(said)?;
                 send(states)?;
