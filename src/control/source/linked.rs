@@ -24,13 +24,16 @@ pub(super) struct Linked {
     liveness: Liveness,
     /// A bulk lane is lost after the switchover. The destination may give its reason on the demand lane.
     doubt: Option<Doubt>,
+    /// The bulk lanes send the pages that remain.
+    is_bulk_sent: bool,
     /// Bulk lanes that have sent all their pages.
     bulk_ended: u16,
 }
 
 impl Linked {
     pub(super) fn new(step_timeout: Duration) -> Linked {
-        Linked { liveness: Liveness::off(step_timeout), doubt: None, bulk_ended: 0 }
+        let liveness = Liveness::off(step_timeout);
+        Linked { liveness, doubt: None, is_bulk_sent: false, bulk_ended: 0 }
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {
@@ -58,6 +61,7 @@ impl Source {
             Input::StateLeft => {
                 if matches!(self.phase, Phase::Loading { .. }) {
                     self.watch_over(now);
+                    self.send_rest_early(now.at);
                 }
                 Ok(())
             }
@@ -192,9 +196,22 @@ impl Source {
         Ok(())
     }
 
+    /// Has the bulk lanes send the pages that remain, once on these lanes.
     pub(super) fn send_bulk(&mut self, now: Instant) {
-        self.times.first_page.get_or_insert(now);
-        self.do_next(Effect::SendBulk);
+        let Some(lanes) = self.lanes() else { return };
+        if !std::mem::replace(&mut lanes.is_bulk_sent, true) {
+            self.times.first_page.get_or_insert(now);
+            self.do_next(Effect::SendBulk);
+        }
+    }
+
+    /// After passes the remaining pages follow the device state at once, while the destination loads the state: few
+    /// pages remain, and the guest writes most of them as soon as it runs. Without passes all of memory would compete
+    /// with the switchover for the link and the cores.
+    fn send_rest_early(&mut self, now: Instant) {
+        if self.rounds.is_some() && self.plan.postcopy && self.background {
+            self.send_bulk(now);
+        }
     }
 
     fn send_state(&mut self, state: Vec<u8>, now: &Moment) -> Result<()> {
@@ -285,7 +302,7 @@ impl Source {
             self.tell(Event::Running { place: Place::Source, downtime: self.times.downtime() });
         }
         self.do_next(Effect::Show("sending"));
-        if self.plan.postcopy && self.background && self.lanes().is_some() {
+        if self.plan.postcopy && self.background {
             self.send_bulk(since);
         }
     }

@@ -155,6 +155,35 @@ fn guest_stops_when_passes_do_not_shrink_and_rounds_end_before_stopped() {
     assert!(has(&effects, |effect| matches!(effect, Effect::Ask(Question::Save))));
 }
 
+/// Without passes all of memory remains, and would compete with the switchover.
+#[test]
+fn remaining_pages_follow_the_state_after_passes_and_the_switchover_without_them() {
+    let is_bulk = |effect: &Effect| matches!(effect, Effect::SendBulk);
+    for has_passes in [true, false] {
+        let mut bench = if has_passes { Bench::in_rounds() } else { Bench::new(true, false) };
+        if has_passes {
+            bench.pass(1000);
+            bench.pass(900);
+        } else {
+            bench.ready();
+        }
+        bench.tell(Input::Monitor(Answer::Stopped(Ok(None))));
+        if has_passes {
+            bench.say(Said::Settled);
+        }
+        let effects = bench.tell(Input::Monitor(Answer::Saved(Ok(vec![0]))));
+        assert!(!has(&effects, is_bulk), "the state is first: {effects:?}");
+        assert_eq!(has(&bench.tell(Input::StateLeft), is_bulk), has_passes);
+        assert!(!has(&bench.say(Said::Loaded), is_bulk));
+        bench.stands_still(Ok(()));
+        assert!(!has(&bench.tell(Input::Committed), is_bulk));
+        let effects = bench.say(Said::Running { us_since_switchover: 1 });
+        assert_eq!(has(&effects, is_bulk), !has_passes, "once: {effects:?}");
+        // New lanes begin again.
+        assert!(has(&bench.reopen(true), is_bulk));
+    }
+}
+
 impl Bench {
     /// In the first pass of rounds without an end, with two lanes.
     fn in_endless_rounds(timeout: Option<Duration>) -> Bench {
