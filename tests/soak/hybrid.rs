@@ -134,10 +134,10 @@ fn hybrid_moves_with_kills_and_cuts_lose_no_word() {
     let (mut arrived, mut stayed) = (0, 0);
     for number in 0..moves {
         let deed = deed(&mut random);
-        // Most moves carry slightly more than the guest's memory. Some moments are before its first page.
+        // Moves with several passes carry more than the guest's memory. Some moments are before its first page.
         let at = match random.below(4) {
             0 => random.magnitude(17),
-            _ => random.below((MIB * 5 / 4) << 20),
+            _ => random.below((MIB * 2) << 20),
         };
         println!("move {number}: {deed:?} after {at} bytes, {:?}", moving.how.migrate);
         moving.cutter.let_pages_go();
