@@ -331,7 +331,7 @@ fn tls_handshake_can_be_interrupted() {
     stream.read_exact(&mut [0; 16]).unwrap();
     migrate.signal(Signal::SIGINT);
     let error = migrate.fails();
-    assert!(error.contains("interrupted; the guest goes on here"), "{error}");
+    assert!(error.contains("interrupted; the guest continues at the source"), "{error}");
 
     let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &tls);
     let stream = socket(&uri);

@@ -80,7 +80,11 @@ fn every_signal_cancels_while_the_source_owns_the_guest() {
         let scratch = Scratch::new();
         let (mut guests, migrate, _cutter) = stopped(&scratch, &[]);
         send(&migrate, signal);
-        assert_eq!(migrate.fails(), "interrupted; the guest goes on here", "signal {signal}");
+        assert_eq!(
+            migrate.fails(),
+            "interrupted; the guest continues at the source",
+            "signal {signal}"
+        );
         assert_eq!(Qmp::connect(&scratch.path("source")).status(), "running", "signal {signal}");
         assert!(guests.source_runs());
         let told = guests.incoming.fails();
@@ -396,7 +400,7 @@ fn unresponsive_monitor_is_waited_for_until_a_signal() {
         deaf.wait();
         deaf.has_talked(&migrate, manner);
         migrate.signal(Signal::SIGTERM);
-        assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
+        assert_eq!(migrate.fails(), "interrupted; the guest continues at the source");
     }
 }
 
@@ -409,7 +413,7 @@ fn monitor_without_a_greeting_is_waited_for_until_a_signal() {
     let mut migrate = Umem::start(["migrate", "--json", "--qmp", &silent, "tcp:127.0.0.1:1"]);
     let _connection = listener.accept().expect("umem connects");
     migrate.signal(Signal::SIGINT);
-    assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
+    assert_eq!(migrate.fails(), "interrupted; the guest continues at the source");
 }
 
 /// The guest may stand still then: the printed commands query and continue it, and they work.
@@ -437,7 +441,7 @@ fn hung_monitor_of_a_stopped_guest_is_left_at_the_second_signal() {
         migrate.signal(Signal::SIGTERM);
         assert_eq!(migrate.wait().code(), Some(1), "{command}: {}", migrate.stderr());
         let stderr = migrate.stderr();
-        for part in ["it has not answered", "`query-status`", "umem migrate --resume "] {
+        for part in ["the monitor has not answered", "`query-status`", "umem migrate --resume "] {
             assert!(stderr.contains(part), "{command}: {part:?} in {stderr}");
         }
         let (_, session) = stderr.split_once("umem migrate --resume ").expect("a command");
@@ -526,7 +530,7 @@ fn fifo_without_a_writer_is_waited_for_until_a_signal() {
         ["migrate", "--json", "--secret-file", &fifo, "--ram", "ram0=/none", "tcp:127.0.0.1:1"];
     let incoming = ["incoming", "--json", "--secret-file", &fifo, "tcp:127.0.0.1:0", "--", "true"];
     for (words, text) in [
-        (&migrate[..], "interrupted; the guest goes on here"),
+        (&migrate[..], "interrupted; the guest continues at the source"),
         (&incoming[..], "interrupted; no guest had arrived"),
     ] {
         let mut umem = Umem::start(words);

@@ -108,7 +108,7 @@ impl Migration {
                 Ok(())
             }
             Effect::Commit => {
-                self.progress.watch().commit("the guest goes on here")?;
+                self.progress.watch().commit("the guest continues at the source")?;
                 self.answers.push_back(Input::Committed);
                 Ok(())
             }

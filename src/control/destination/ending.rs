@@ -163,8 +163,8 @@ impl Core {
                 side,
                 lane,
                 what: format!(
-                    "{what}; the guest runs here and waits for {} pages that only the source has: \
-                     do not start it there again",
+                    "{what}; the guest runs here and waits for {} pages that only the source has: do not start the \
+                     guest there again",
                     now.memory.pages_missing
                 ),
             },
@@ -176,11 +176,10 @@ impl Core {
     pub(super) fn guest_died(&self, how: &str) -> Error {
         match self.owner() {
             _ if self.phase == Phase::Completing => Error::Ended(format!(
-                "the guest's process ended{how} when all of its memory had come, before its source had said \
-                 goodbye"
+                "the guest's process ended{how} after all of its memory had arrived, before the source's goodbye"
             )),
             Owner::Ours => Error::Ended(format!(
-                "the guest's process ended{how} before all of its memory had come"
+                "the guest's process ended{how} before all of its memory had arrived"
             )),
             Owner::Source | Owner::Undecided => {
                 Error::Host(format!("it exited{how} before the guest arrived"))

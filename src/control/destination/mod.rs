@@ -21,7 +21,7 @@
 //! | `Starting` | switched | this side | *loaded*, then *switched* | the same; an unwritten switchover is resent |
 //! | `Serving` | running | this side | *switched*, then *running* | the guest waits for its pages |
 //! | `Unregistering` | running | this side | *running* | the same |
-//! | `Parting` | completing | this side | *running*, then *complete* | it continues; `--resume` tells the source |
+//! | `Parting` | completing | this side | *running*, then *complete* | it continues; `--resume` notifies the source |
 //! | `TakingOver` | loaded … running | as recorded | unchanged | as before `--resume` |
 //! | `Seeking`, `Stopping`, `Releasing` | any | by the phase | unchanged | as in that phase |
 //! | `Ended` | any | | nothing, unless the guest stays | |
@@ -307,7 +307,7 @@ pub(crate) enum Effect {
     EndThreads { told: Option<Fault>, has_failed: bool },
     /// Tell the guest's process to continue without umem.
     Release,
-    /// After a failure: have the guest's process wait for a takeover. If it cannot be told so, it ends.
+    /// After a failure: have the guest's process wait for a takeover. A process that cannot receive that order ends.
     LetWait,
     /// After a failure: end the guest's process, unless it is to stay in every case.
     EndGuest,

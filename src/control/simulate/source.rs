@@ -286,7 +286,7 @@ impl World {
                     self.run_leftover(leftover::Input::Knocked(knocked));
                 }
                 Input::Interrupted => {
-                    let error = Error::Interrupted("nobody is told".into());
+                    let error = Error::Interrupted("no destination is notified".into());
                     self.run_leftover(leftover::Input::NotDone(error));
                 }
                 _ => {}
@@ -431,7 +431,7 @@ impl World {
                 self.forget();
             }
             Effect::Commit if self.habits.cancels && self.source.number == 1 => {
-                return Err(Error::Interrupted("the guest goes on here".into()));
+                return Err(Error::Interrupted("the guest continues at the source".into()));
             }
             Effect::Commit => self.source.answers.push_back(Input::Committed),
             Effect::Ask(question) => {

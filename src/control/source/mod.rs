@@ -111,7 +111,7 @@ pub(crate) enum Input {
     TakeOver,
     /// Time has passed.
     Time,
-    /// A frame has come on the demand lane.
+    /// A frame has arrived on the demand lane.
     Received(umem_wire::Event),
     /// The device state has been handed to the kernel.
     StateLeft,
@@ -139,7 +139,7 @@ pub(crate) enum Input {
     Abandoned(Error),
     /// An effect has failed, or the driver has a bug.
     NotDone(Error),
-    /// No cancellation has come, and none is possible any more: answers [`Effect::Commit`].
+    /// No cancellation has arrived, and none is possible any more: answers [`Effect::Commit`].
     Committed,
     /// All messages of the lanes' threads have been handed in: answers [`Effect::TakeDown`].
     LanesDown,
@@ -756,8 +756,8 @@ impl Source {
     /// written to the record before its use.
     fn next_epoch(&mut self) -> Result<u32> {
         let next = self.epoch.checked_add(1);
-        self.epoch = next
-            .ok_or_else(|| Error::Unsupported("the connection has been lost too often".into()))?;
+        self.epoch =
+            next.ok_or_else(|| Error::Unsupported("the connection was lost too often".into()))?;
         let (epoch, uri) = (self.epoch, self.route.uri().cloned());
         self.do_next(Effect::Persist(Record::Epoch { epoch, uri }));
         Ok(epoch)

@@ -134,7 +134,7 @@ impl Rounds {
         self.deadline().is_some_and(|deadline| deadline <= now)
     }
 
-    /// Makes the current pass the last one. Returns true if lanes send, and so must be told.
+    /// Makes the current pass the last one. Returns true if lanes send, and so must be notified.
     fn cut(&mut self) -> bool {
         let was_cut = std::mem::replace(&mut self.is_cut, true);
         !was_cut && matches!(self.stage, Stage::Sending { .. })
@@ -433,7 +433,7 @@ mod tests {
         assert_eq!(rounds.time_of(GIB), Some(Duration::from_millis(500)));
         rounds.begin_pass(1, at(2));
         assert!(rounds.cut(), "a lane sends");
-        assert!(!rounds.cut(), "it has been told");
+        assert!(!rounds.cut(), "the lanes have been notified");
         assert_eq!(rounds.judge(left(GIB / 2), 5 * GIB, 4 * GIB, at(3)), Verdict::Enough);
         assert_eq!((rounds.passes.count, rounds.passes.dirty_bytes_per_s), (2, Some(GIB / 2)));
         // No byte has been sent.

@@ -181,7 +181,7 @@ impl Bench {
     }
 }
 
-/// Whether the lanes are told. A ping may be due at the same time.
+/// Whether the lanes are notified. A ping may be due at the same time.
 fn is_cut_pass(effects: &[Effect]) -> bool {
     has(effects, |effect| matches!(effect, Effect::CutPass))
 }
@@ -197,7 +197,7 @@ fn pass_is_cut_once_at_the_timeout() {
     assert_eq!(bench.core.deadline(), Some(begun + timeout));
     bench.now = begun + timeout;
     assert!(is_cut_pass(&bench.tell(Input::Time)));
-    assert!(!is_cut_pass(&bench.tell(Input::Time)), "lanes are told once");
+    assert!(!is_cut_pass(&bench.tell(Input::Time)), "lanes are notified once");
     assert!(bench.core.deadline().is_none_or(|at| at > bench.now), "it has passed");
     bench.lanes_end(500, true, true);
 }
@@ -497,10 +497,10 @@ fn silent_monitor_after_a_denied_switchover_is_reported_and_can_be_left() {
         assert_eq!(can_leave_of(&bench.tell(Input::Time)), None);
         bench.now += STANDSTILL_PATIENCE;
         assert_eq!(can_leave_of(&bench.tell(Input::Time)), Some(is_kept));
-        assert_eq!(can_leave_of(&bench.tell(Input::Time)), None, "it is said once");
+        assert_eq!(can_leave_of(&bench.tell(Input::Time)), None, "the event is reported once");
         assert_eq!(can_leave_of(&bench.tell(Input::Interrupted)), Some(is_kept));
         let effects = bench.tell(Input::Interrupted);
-        assert_eq!(bench.core.has_ended(), is_kept, "nobody could go on: {effects:?}");
+        assert_eq!(bench.core.has_ended(), is_kept, "no process could continue: {effects:?}");
         if is_kept {
             // To the destination it looks as if umem had been killed.
             assert!(has(&effects, |effect| matches!(effect, Effect::EndThreads(None))));
