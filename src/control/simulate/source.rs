@@ -492,7 +492,8 @@ impl World {
             | Effect::CheckFiles { .. }
             | Effect::StayAwake
             | Effect::Relax
-            | Effect::Show(_) => {}
+            | Effect::Show(_)
+            | Effect::ReportUnrestored { .. } => {}
         }
         Ok(())
     }

@@ -248,13 +248,11 @@ impl Source {
     }
 
     fn is_back(&mut self, error: Error) {
-        match (self.not_tidied.take(), &self.plan.kept) {
-            (Some(reason), Some(kept)) => {
-                let command = kept.command();
-                self.tell(Event::Remark(Remark::NotTidied { reason, command }));
-            }
-            _ => self.do_next(Effect::Forget),
-        }
+        let effect = match self.not_tidied.take() {
+            Some(reason) => Effect::ReportUnrestored { reason },
+            None => Effect::Forget,
+        };
+        self.do_next(effect);
         self.doing = Doing::Ended(Outcome::Failed { error, guest: Guest::Here });
     }
 

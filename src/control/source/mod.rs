@@ -236,6 +236,12 @@ pub(crate) enum Effect {
     /// The current activity, for the display.
     Show(&'static str),
     Tell(Event),
+    /// The guest continues here, and its monitor has not confirmed for this reason that its settings are restored. If
+    /// they were changed, the record stays: report the command that restores them. Without a record nothing was
+    /// changed, because the monitor module writes one first.
+    ReportUnrestored {
+        reason: String,
+    },
 }
 
 impl super::Effect for Effect {
@@ -272,7 +278,8 @@ impl super::Effect for Effect {
             | Effect::StayAwake
             | Effect::Relax
             | Effect::Show(_)
-            | Effect::Tell(_) => false,
+            | Effect::Tell(_)
+            | Effect::ReportUnrestored { .. } => false,
         }
     }
 }
@@ -528,7 +535,7 @@ pub(crate) struct Source {
     steps: Steps,
     jitter: Jitter,
     times: Times,
-    /// Why the record of a guest that was never stopped is kept.
+    /// Why the settings of a guest's monitor may not be restored. The guest was never stopped.
     not_tidied: Option<String>,
     recoveries: u32,
     disconnected: Duration,

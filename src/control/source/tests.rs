@@ -310,10 +310,8 @@ fn record_stays_if_monitor_settings_are_not_restored() {
         bench.tell(Input::NotDone(refused()));
         let effects = end(&mut bench);
         assert!(!has(&effects, |effect| matches!(effect, Effect::Forget)), "{effects:?}");
-        let is_said = |effect: &Effect| {
-            matches!(effect, Effect::Tell(Event::Remark(Remark::NotTidied { .. })))
-        };
-        assert!(has(&effects, is_said), "{effects:?}");
+        let is_reported = |effect: &Effect| matches!(effect, Effect::ReportUnrestored { .. });
+        assert!(has(&effects, is_reported), "{effects:?}");
         assert!(matches!(bench.failure().1, Guest::Here));
     }
 }
