@@ -21,7 +21,8 @@ fn killed_source_is_taken_over() {
     moving.complete();
 }
 
-/// Repeated moves, to a new process each time, by umems that are killed; they leave nothing behind.
+/// Repeated moves, to a new process each time, by umems that are killed; they leave nothing behind. The guest runs in
+/// each of them.
 #[test]
 fn guest_survives_repeated_moves_with_killed_umems() {
     let moves = std::env::var("UMEM_SOAK_KILLED").map_or(5, |moves| moves.parse().expect("moves"));
@@ -34,12 +35,17 @@ fn guest_survives_repeated_moves_with_killed_umems() {
         let (scratch, guest, [left, here], _) = moving.arrive();
         scratch.wait_until_gone(&format!("{left}.qmp"));
         std::fs::remove_file(scratch.ram(left)).expect("umem deletes no guest's memory");
+        let mut qmp = Qmp::connect(&scratch.path(&format!("{here}.qmp")));
         if number == moves {
-            Qmp::connect(&scratch.path(&format!("{here}.qmp"))).quit();
+            qmp.quit();
             guest.succeeds();
             scratch.wait_until_gone(UMEM);
             break;
         }
+        // The check of its memory has stopped the guest.
+        qmp.execute("cont", json!({}));
+        assert_eq!(qmp.status(), "running");
+        drop(qmp);
         moving = Move::from(here, guest, name(number), scratch, how).until_switched();
     }
 }
