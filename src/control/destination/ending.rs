@@ -1,10 +1,11 @@
 //! The end of a migration: the owner of the guest, the reports, and the state for a takeover.
 
 use umem_wire::destination::Phase;
-use umem_wire::{Fault, FaultCode, Standing};
+use umem_wire::{Fault, FaultCode};
 
 use super::{
-    Core, Effect, Effects, Failure, Input, Moment, Owner, Process, Stage, Voice, say_not_written,
+    Core, Effect, Effects, Failure, Input, Moment, Outcome, Owner, Process, Stage, Voice,
+    say_not_written,
 };
 use crate::error::Error;
 use crate::events::{Event, Remark};
@@ -20,16 +21,6 @@ pub(super) enum Verdict {
     Stays(Error),
     /// The guest ends with umem, or has ended.
     Ends(Error),
-}
-
-/// The outcome of a migration.
-#[derive(Debug)]
-pub(crate) enum Outcome {
-    /// The guest has all of its memory. `unheard` is the standing for a source that has not received the completion.
-    Complete {
-        unheard: Option<Standing>,
-    },
-    Failed(Error),
 }
 
 impl Core {

@@ -26,7 +26,8 @@ use umem_wire::destination::{Input as Step, Phase};
 use umem_wire::{Fault, FaultCode, Frame, LaneRole};
 
 use super::{
-    Core, Effect, Effects, Failure, FreeSpace, Moment, Owner, SessionPolicy, Stage, not_resumed,
+    Core, Effect, Effects, Entrance, Failure, FreeSpace, Moment, Owner, SessionPolicy, Stage,
+    not_resumed,
 };
 use crate::control::doubt::Doubt;
 use crate::control::liveness::{self, Due, Liveness, stood_still_by_option};
@@ -70,15 +71,6 @@ pub(super) struct Link {
     short_of_tables: Option<Instant>,
     pub(super) recoveries: u32,
     pub(super) disconnected: Duration,
-}
-
-/// The entrance for new lanes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Entrance {
-    /// The source dials.
-    Listener,
-    /// Given connections, one for each lane.
-    Given,
 }
 
 #[derive(Debug)]

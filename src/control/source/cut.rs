@@ -9,9 +9,10 @@ use umem_wire::source::{Input as Step, Phase};
 use umem_wire::{Event as Said, FaultCode, Standing};
 
 use super::{
-    Doing, Effect, Input, Linked, Moment, Opened, Order, Question, Record, Route,
-    STANDSTILL_PATIENCE, Silence, Source, Switchover, Target, Way,
+    Doing, Effect, Input, Linked, Moment, Opened, Question, Record, Route, STANDSTILL_PATIENCE,
+    Silence, Source, Switchover, Target, Way,
 };
+use crate::control::Order;
 use crate::control::backoff::Backoff;
 use crate::control::calling::is_nobody;
 use crate::error::{Error, Result};

@@ -6,9 +6,10 @@ use umem_wire::source::{Input as Step, Phase};
 use umem_wire::{Event as Said, FaultCode, Frame, LaneRole};
 
 use super::{
-    Doing, Doubt, Effect, Input, Moment, Order, PutBack, Question, Record, Silence, Source,
-    Switchover, Target, Way, peer,
+    Doing, Doubt, Effect, Input, Moment, PutBack, Question, Record, Silence, Source, Switchover,
+    Target, Way, peer,
 };
+use crate::control::Order;
 use crate::control::doubt::is_effect;
 use crate::control::liveness::{self, Due, Liveness, stood_still, stood_still_by_option};
 use crate::error::{Error, Result, lane_name};

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use umem_wire::Frame;
 use umem_wire::source::{Input as Step, Phase};
 
-use super::{Effect, Moment, Question, Source};
+use super::{Effect, Moment, Question, RoundsPlan, Source};
 use crate::error::Result;
 use crate::events::Event;
 use crate::memory::dirty::{LEAVES_OUT_FROM, LeftToSend};
@@ -34,17 +34,6 @@ const SHRINKS_TO: f64 = 0.7;
 
 /// The most that is sent before the stop, as a multiple of the guest's memory.
 const SENT_MAX: u64 = 2;
-
-/// The limits of the rounds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct RoundsPlan {
-    /// The most passes.
-    pub(crate) passes_max: u32,
-    /// The passes end once the rest can be sent within this time while the guest stands still.
-    pub(crate) downtime_limit: Duration,
-    /// The passes end after this time, counted from the destination's *ready*.
-    pub(crate) timeout: Option<Duration>,
-}
 
 /// The result of the passes so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

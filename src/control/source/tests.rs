@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use umem_wire::{Event as Said, FaultCode, Frame, PageSize, Region, RegionTable, Standing, Totals};
 
 use super::*;
+use crate::control::calling::{Called, Word};
 use crate::events::Remark;
+use crate::memory::dirty::LeftToSend;
 
 const DIGESTS: [u64; 1] = [7];
 
