@@ -220,7 +220,7 @@ fn postcopy_command_is_refused_in_a_move_without_postcopy() {
     let refused = control.refused("postcopy");
     assert!(refused.contains("cancel it, and start it again with --precopy -p"), "{refused}");
     assert_eq!(control.ask(&json!({ "execute": "cancel" })), json!({ "return": {} }));
-    assert!(migrate.fails().contains("the guest goes on here"));
+    assert!(migrate.fails().contains("the guest continues at the source"));
     guests.incoming.fails();
 }
 
@@ -242,7 +242,7 @@ fn either_side_can_be_cancelled_before_the_switchover() {
     .unwrap();
     assert_eq!((&status["phase"], &status["may-cancel"]), (&json!("connecting"), &json!(true)));
     assert_eq!(umem_control(&control, &["cancel"]), "");
-    assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
+    assert_eq!(migrate.fails(), "interrupted; the guest continues at the source");
     assert!(is_gone(&control));
     assert!(guests.source_runs());
 

@@ -125,7 +125,7 @@ fn guest_waits_when_its_umem_dies_after_the_switchover() {
     });
     migrate.signal(Signal::SIGINT);
     assert_eq!(migrate.wait().code(), Some(1));
-    assert!(migrate.stderr().contains("do not start it here again"));
+    assert!(migrate.stderr().contains("do not start the guest here again"));
     // Both of its vCPUs touch a missing page.
     wait_for("every vCPU to wait", || (waiting_threads(guest.pid()) == 2).then_some(()));
     assert!(guest.is_running());

@@ -175,7 +175,7 @@ fn goes_dark(secured: Secured, darken: fn(&Network), lighten: fn(&Network)) {
 fn paused_move_resumes_at_another_address() {
     let mut moving = Move::switched(64, Secured::Not, &LIMIT);
     moving.control("source", &["pause"]);
-    assert_eq!(moving.migrate.event("paused")["reason"], "paused by hand");
+    assert_eq!(moving.migrate.event("paused")["reason"], "paused manually");
     moving.incoming.event("recovering");
     assert_eq!(moving.status("source")["phase"], "without connection");
     assert_eq!(moving.status("destination")["phase"], "without connection");
@@ -183,7 +183,7 @@ fn paused_move_resumes_at_another_address() {
     moving.both("resumed");
 
     moving.control("destination", &["pause"]);
-    assert_eq!(moving.incoming.event("paused")["reason"], "paused by hand");
+    assert_eq!(moving.incoming.event("paused")["reason"], "paused manually");
     moving.migrate.event("recovering");
     let refused = moving.migrate.event("retrying")["reason"].as_str().unwrap().to_owned();
     assert!(refused.contains("paused here; resume it first"), "{refused}");
@@ -230,7 +230,7 @@ fn name_lookup_can_be_interrupted() {
     let mut migrate = Umem::start_under(&wrapper, arguments);
     wait_for("the look-up thread", || looks_up(&migrate).then_some(()));
     migrate.signal(Signal::SIGINT);
-    assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
+    assert_eq!(migrate.fails(), "interrupted; the guest continues at the source");
 }
 
 /// Nor does it delay serving pages: the name of a manual resume is looked up in parallel.

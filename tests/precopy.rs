@@ -315,8 +315,8 @@ fn conflicting_precopy_options_are_refused() {
     refused(&[&qmp[..], &["-p", "--downtime-limit", "5", tcp]].concat(), "add --precopy");
     refused(&[&qmp[..], &["-p", "--precopy-passes", "5", tcp]].concat(), "add --precopy");
     let stopped = [&qmp[..], &["--stop-first", "--precopy-passes", "5", tcp]].concat();
-    refused(&stopped, "--stop-first has none: leave it out");
-    refused(&[&ram[..], &["--downtime-limit", "5", tcp]].concat(), "files alone have no guest");
+    refused(&stopped, "--stop-first has no passes: leave it out");
+    refused(&[&ram[..], &["--downtime-limit", "5", tcp]].concat(), "no running guest");
     for other in ["-p", "--precopy"] {
         let both = [&qmp[..], &["--stop-first", other, tcp]].concat();
         refused(&both, "leave out -p and --precopy, or --stop-first");
@@ -329,9 +329,9 @@ fn conflicting_precopy_options_are_refused() {
         refused(&[&ram[..], &[option, value, tcp]].concat(), &text);
         refused(&["--resume", "5", option, value], &format!("leave out {option}"));
     }
-    refused(&[&qmp[..], &["--max-bandwidth", "0", tcp]].concat(), "would send nothing");
+    refused(&[&qmp[..], &["--max-bandwidth", "0", tcp]].concat(), "would send no pages");
     refused(&[&qmp[..], &["--timeout", "0", tcp]].concat(), "whole seconds");
-    refused(&[&qmp[..], &["--precopy", "--precopy-passes", "0", tcp]].concat(), "send nothing");
+    refused(&[&qmp[..], &["--precopy", "--precopy-passes", "0", tcp]].concat(), "send no pages");
     refused(&[&ram[..], &["--precopy", tcp]].concat(), "files alone have none");
     for (uri, more) in [("fd:0", &[][..]), ("fd:0", &["--precopy", "-p"]), ("exec:cat", &[])] {
         let text = format!("{uri} is one connection without them: use -p without --precopy");

@@ -296,7 +296,7 @@ fn abandoning_without_a_connection_takes_two_interrupts() {
     says(&known.migrate, "exist only here; interrupt again to give up");
     known.migrate.signal(Signal::SIGINT);
     assert_eq!(known.migrate.wait().code(), Some(1));
-    says(&known.migrate, "keep this guest's RAM file");
+    says(&known.migrate, "keep the RAM file of this guest");
 
     known.incoming.signal(Signal::SIGINT);
     says(&known.incoming, "interrupt again to leave the guest waiting for them forever");
@@ -392,7 +392,7 @@ fn secret() -> &'static str {
 fn is_short(moving: &mut Move) {
     let here = moving.incoming.event("short");
     let reason = here["reason"].as_str().unwrap();
-    assert!(reason.contains("RAM ram0") && reason.contains("still to come"), "{here}");
+    assert!(reason.contains("RAM ram0") && reason.contains("have not arrived"), "{here}");
     assert!(here["missing_bytes"].as_u64() > Some(0), "{here}");
     assert!(here["free_bytes"].as_u64() < Some(16 << 20), "{here}");
     let there = moving.migrate.event("short");

@@ -1,25 +1,28 @@
 //! Access control: TLS with certificates on both sides, the shared secret, and unauthenticated addresses.
 
+#[path = "secure/files.rs"]
+mod files;
+#[path = "secure/secret.rs"]
+mod secret;
 mod support;
 
-use std::fs::{self, File, Permissions};
-use std::io::{ErrorKind, Read, Write};
+use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
 use nix::sys::signal::Signal;
 use rcgen::{SerialNumber, date_time_ymd};
-use ring::hmac;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, Stream, StreamOwned};
 use serde_json::Value;
 use support::{Authority, DEADLINE, LaneToDestination, Scratch, Umem, wait_for, write_private};
-use umem_wire::{Capabilities, HELLO_BYTES, Hello, LaneRole, Nonce, PROTOCOL, SessionId, Welcome};
+use umem_wire::{Capabilities, HELLO_BYTES, Hello, LaneRole, PROTOCOL, SessionId, Welcome};
 
 const UMEM: &str = env!("CARGO_BIN_EXE_umem");
 const MIB: u64 = 8;
@@ -331,7 +334,7 @@ fn tls_handshake_can_be_interrupted() {
     stream.read_exact(&mut [0; 16]).unwrap();
     migrate.signal(Signal::SIGINT);
     let error = migrate.fails();
-    assert!(error.contains("interrupted; the guest goes on here"), "{error}");
+    assert!(error.contains("interrupted; the guest continues at the source"), "{error}");
 
     let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &tls);
     let stream = socket(&uri);
@@ -468,86 +471,6 @@ fn changed_tls_record_ends_the_lane() {
 }
 
 #[test]
-fn certificate_and_secret_files_are_checked_at_start() {
-    let moving = Move::new();
-    let ours = Authority::new("ours");
-    let creds = ours.credentials(&moving.scratch, "tls", "127.0.0.1");
-    let fails = |option: &str, path: &Path| {
-        let arguments = moving.incoming_arguments("tcp:127.0.0.1:0", &[option, text(path)]);
-        let incoming = Umem::start(arguments).fails();
-        (incoming, moving.migrate("tcp:127.0.0.1:1", &[option, text(path)]).fails())
-    };
-    for key in ["server-key.pem", "client-key.pem"] {
-        fs::set_permissions(creds.join(key), Permissions::from_mode(0o640)).unwrap();
-    }
-    let (incoming, migrate) = fails("--tls-creds", &creds);
-    let path = text(&creds);
-    assert!(incoming.contains(&format!("(mode 0640): chmod 600 {path}/server-key")), "{incoming}");
-    assert!(migrate.contains(&format!("(mode 0640): chmod 600 {path}/client-key")), "{migrate}");
-
-    for (role, other) in [("server", "client"), ("client", "server")] {
-        let other = fs::read_to_string(creds.join(format!("{other}-key.pem"))).unwrap();
-        write_private(&creds.join(format!("{role}-key.pem")), &other);
-        ours.write(&creds, if role == "server" { "client" } else { "unused" }, &["x"], |_| {});
-    }
-    let (incoming, _) = fails("--tls-creds", &creds);
-    assert!(
-        incoming.contains("server-cert.pem: the key beside it belongs to another certificate"),
-        "{incoming}"
-    );
-
-    fs::write(creds.join("ca-cert.pem"), "rubbish").unwrap();
-    let (incoming, migrate) = fails("--tls-creds", &creds);
-    for error in [incoming, migrate] {
-        assert!(error.contains("ca-cert.pem: it has no certificate in PEM"), "{error}");
-    }
-    let (incoming, migrate) = fails("--tls-creds", &moving.scratch.path("nowhere"));
-    assert!(incoming.contains("nowhere/server-cert.pem: No such file"), "{incoming}");
-    assert!(migrate.contains("nowhere/client-cert.pem: No such file"), "{migrate}");
-
-    let secret = PathBuf::from(moving.secret("secret", "too short\n"));
-    let (incoming, migrate) = fails("--secret-file", &secret);
-    for error in [incoming, migrate] {
-        assert!(error.contains("a secret of 9 bytes"), "{error}");
-    }
-    write_private(&secret, SECRET);
-    fs::set_permissions(&secret, Permissions::from_mode(0o604)).unwrap();
-    let (incoming, migrate) = fails("--secret-file", &secret);
-    for error in [incoming, migrate] {
-        assert!(error.contains("(mode 0604): chmod 600"), "{error}");
-    }
-    let error = moving.migrate("tcp:127.0.0.1:1", &["--tls-hostname", "x"]).fails_as_misused();
-    assert!(error.contains("add --tls-creds"), "{error}");
-}
-
-/// A user who can change an authority's certificate decides who gets access.
-#[test]
-fn credential_file_writable_by_another_user_is_refused() {
-    let moving = Move::new();
-    let creds = Authority::new("ours").credentials(&moving.scratch, "tls", "127.0.0.1");
-    let secret = PathBuf::from(moving.secret("secret", SECRET));
-    for (option, given, file) in [
-        ("--tls-creds", &creds, creds.join("ca-cert.pem")),
-        ("--tls-creds", &creds, creds.join("client-cert.pem")),
-        ("--tls-creds", &creds, creds.join("client-key.pem")),
-        ("--secret-file", &secret, secret.clone()),
-    ] {
-        let fails = || moving.migrate("tcp:127.0.0.1:1", &[option, text(given)]).fails();
-        let mode = fs::metadata(&file).unwrap().permissions();
-        chown(&file, Some(65534), None).unwrap();
-        let error = fails();
-        let (name, own) = (file.display(), nix::unistd::geteuid());
-        assert!(error.contains(&format!("{name}: it belongs to user 65534")), "{error}");
-        assert!(error.contains(&format!("chown {own} {name}")), "{error}");
-        chown(&file, Some(own.as_raw()), None).unwrap();
-        fs::set_permissions(&file, Permissions::from_mode(0o664)).unwrap();
-        let error = fails();
-        assert!(error.contains(&format!("(mode 0664): chmod go-w {name}")), "{error}");
-        fs::set_permissions(&file, mode).unwrap();
-    }
-}
-
-#[test]
 fn certificates_are_refused_when_the_revocation_list_has_expired() {
     let moving = Move::new();
     let ours = Authority::new("ours");
@@ -568,126 +491,6 @@ fn certificates_are_refused_when_the_revocation_list_has_expired() {
     assert!(error.contains(reason), "{error}");
     let migrate = moving.migrate(&uri, &["--tls-creds", text(&current)]);
     moving.succeeds(incoming, migrate, "tls");
-}
-
-/// For a process that is not dumpable the kernel gives its /proc files to root and root's group (proc(5)), and
-/// otherwise to the process's own user and group.
-#[test]
-fn process_with_a_secret_is_not_dumpable() {
-    let moving = Move::new();
-    let secret = moving.secret("secret", SECRET);
-    let ram = format!("ram0={}", moving.scratch.ram("source").display());
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let uri = format!("tcp:{}", listener.local_addr().unwrap());
-    let group_of = |security: &[&str]| {
-        let arguments = [&["migrate", "-p", "--json", "--ram", &ram], security, &[&uri]].concat();
-        let wrapper = ["setpriv", "--regid=65534", "--clear-groups"];
-        let umem = Umem::start_under(&wrapper, arguments);
-        // It has read all of its files before it dials.
-        let (_stream, _) = listener.accept().unwrap();
-        fs::metadata(format!("/proc/{}/status", umem.pid())).unwrap().gid()
-    };
-    assert_eq!(group_of(&[]), 65534);
-    assert_eq!(group_of(&["--secret-file", &secret]), 0);
-}
-
-#[test]
-fn source_with_a_wrong_secret_is_refused() {
-    let moving = Move::new();
-    let right = moving.secret("right", SECRET);
-    // A trailing newline does not change the secret.
-    let same = moving.secret("same", &format!("{SECRET}\n"));
-    let wrong = moving.secret("wrong", "another secret, and long enough");
-    let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--secret-file", &right]);
-    let error = moving.migrate(&uri, &["--secret-file", &wrong]).fails();
-    assert!(error.contains("the destination gave up: it does not know the secret"), "{error}");
-    says(&incoming, "refused: it does not know the secret");
-    let error = moving.migrate(&uri, &[]).fails();
-    assert!(error.contains("a secret is required here: give --secret-file"), "{error}");
-    says(&incoming, "refused: a secret is required here");
-    assert!(incoming.is_running());
-    let migrate = moving.migrate(&uri, &["--secret-file", &same]);
-    moving.succeeds(incoming, migrate, "secret");
-
-    let moving = Move::new();
-    let (incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &[]);
-    let error = moving.migrate(&uri, &["--secret-file", &right]).fails();
-    assert!(error.contains("no secret is known here"), "{error}");
-    says(&incoming, "refused: no secret is known here");
-    moving.succeeds(incoming, moving.migrate(&uri, &[]), "none");
-}
-
-/// Made from the description in `src/transport/secure/secret.rs` alone.
-fn proof(secret: &str, label: &str, said: &[&[u8]]) -> [u8; 32] {
-    let key = hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes());
-    let tag = hmac::sign(&key, &[&[label.as_bytes()], said].concat().concat());
-    tag.as_ref().try_into().unwrap()
-}
-
-#[test]
-fn replayed_hello_is_refused() {
-    let moving = Move::new();
-    let secret = moving.secret("secret", SECRET);
-    let (mut incoming, uri) = moving.incoming("tcp:127.0.0.1:0", &["--secret-file", &secret]);
-    let hear = |stream: &mut TcpStream| {
-        let mut bytes = [0; HELLO_BYTES];
-        stream.read_exact(&mut bytes).unwrap();
-        bytes
-    };
-    let ours = Nonce([3; 32]);
-    // One of two bulk lanes, so that the session stays incomplete.
-    let hello = Hello { bulk_lanes: 1, ..hello() };
-    let mut stream = socket(&uri);
-    stream.write_all(&ours.encode_ask()).unwrap();
-    let theirs = Nonce::decode_answer(&hear(&mut stream)).unwrap();
-    let said = [&ours.0[..], &theirs.0, &hello.encode()];
-    let proven = Hello { proof: proof(SECRET, "umem hello 1", &said), ..hello.clone() };
-    stream.write_all(&proven.encode()).unwrap();
-    let welcome = Welcome::decode(&hear(&mut stream)).unwrap();
-    let bare = Welcome { proof: [0; 32], ..welcome.clone() };
-    let said = [&ours.0[..], &theirs.0, &proven.encode(), &bare.encode()];
-    assert_eq!(
-        welcome.proof,
-        proof(SECRET, "umem welcome 1", &said),
-        "the destination knows the secret"
-    );
-    drop(stream);
-
-    let mut stream = socket(&uri);
-    stream.write_all(&ours.encode_ask()).unwrap();
-    assert_ne!(Nonce::decode_answer(&hear(&mut stream)).unwrap(), theirs, "each nonce is new");
-    stream.write_all(&proven.encode()).unwrap();
-    let refused = Welcome::decode(&hear(&mut stream)).unwrap_err().to_string();
-    assert!(refused.contains("it does not know the secret"), "{refused}");
-    assert!(incoming.is_running());
-}
-
-/// The answer of a destination without the secret, or one that reflects the source's own proof.
-#[test]
-fn source_sends_no_data_to_a_wrong_secret() {
-    let moving = Move::new();
-    let secret = moving.secret("secret", SECRET);
-    for reflects in [false, true] {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let uri = format!("tcp:{}", listener.local_addr().unwrap());
-        let migrate = moving.migrate(&uri, &["--secret-file", &secret]);
-        let (mut stream, _) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        let mut bytes = [0; HELLO_BYTES];
-        stream.read_exact(&mut bytes).unwrap();
-        stream.write_all(&Nonce([5; 32]).encode_answer()).unwrap();
-        stream.read_exact(&mut bytes).unwrap();
-        let hello = Hello::decode(&bytes).unwrap();
-        let proof = if reflects { hello.proof } else { [0; 32] };
-        let welcome = Welcome::answer(&hello, PROTOCOL, hello.capabilities, proof).unwrap();
-        stream.write_all(&welcome.encode()).unwrap();
-        let error = migrate.fails();
-        assert!(error.contains("no secure connection to the destination: it does not"), "{error}");
-        let left = stream.read(&mut bytes);
-        let is_closed = matches!(&left, Ok(0))
-            || left.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset);
-        assert!(is_closed, "nothing else was sent: {left:?}");
-    }
 }
 
 #[test]
@@ -722,26 +525,4 @@ fn unauthenticated_address_needs_an_explicit_option() {
     assert_eq!(incoming.stderr().matches("open").count(), 0, "{}", incoming.stderr());
     let migrate = moving.migrate(&uri, &["--secret-file", &secret]);
     moving.succeeds(incoming, migrate, "secret");
-}
-
-/// Whatever the process's umask: files that hold guest memory, and sockets that give access, are accessible to their
-/// owner only.
-#[test]
-fn sockets_and_memory_files_are_private_to_their_owner() {
-    let moving = Move::new();
-    let lanes = moving.scratch.path("lanes");
-    let uri = format!("unix:{}", lanes.display());
-    let wrapper = ["sh", "-c", "umask 0; exec \"$0\" \"$@\""];
-    let mut incoming = Umem::start_under(&wrapper, moving.incoming_arguments(&uri, &[]));
-    incoming.event("listening");
-    let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
-    assert_eq!(mode(&lanes), 0o600);
-    assert_eq!(mode(&moving.scratch.ram("destination")), 0o600);
-    moving.succeeds(incoming, moving.migrate(&uri, &[]), "none");
-
-    let handoff = moving.scratch.path("handoff");
-    let arguments = ["incoming", "--json", "--handoff", text(&handoff), "tcp:127.0.0.1:0"];
-    let mut incoming = Umem::start_under(&wrapper, arguments);
-    incoming.event("listening");
-    assert_eq!(mode(&handoff), 0o600);
 }

@@ -80,7 +80,11 @@ fn every_signal_cancels_while_the_source_owns_the_guest() {
         let scratch = Scratch::new();
         let (mut guests, migrate, _cutter) = stopped(&scratch, &[]);
         send(&migrate, signal);
-        assert_eq!(migrate.fails(), "interrupted; the guest goes on here", "signal {signal}");
+        assert_eq!(
+            migrate.fails(),
+            "interrupted; the guest continues at the source",
+            "signal {signal}"
+        );
         assert_eq!(Qmp::connect(&scratch.path("source")).status(), "running", "signal {signal}");
         assert!(guests.source_runs());
         let told = guests.incoming.fails();
@@ -257,7 +261,7 @@ fn ctrl_c_terminates_the_child_of_a_wrapper() {
     wait_for("the end of the wrapped guest", || (!is_there(arrived)).then_some(()));
 }
 
-/// Stands before a monitor, and swallows one command: the monitor no longer answers umem.
+/// Stands before a monitor, and swallows one command: the monitor no longer answers umem on that connection.
 struct Deaf {
     socket: PathBuf,
     /// Signals that the command has arrived.
@@ -278,26 +282,29 @@ enum Manner {
 const TALK_BYTES: u64 = 32 << 20;
 
 impl Deaf {
-    fn to(monitor: PathBuf, socket: PathBuf, command: &'static str, manner: Manner) -> Deaf {
+    /// `part` is a part of the command's JSON. umem may connect several times.
+    fn to(monitor: PathBuf, socket: PathBuf, part: String, manner: Manner) -> Deaf {
         let listener = UnixListener::bind(&socket).expect("a new socket");
         let (sender, swallowed) = channel();
         let said_bytes = Arc::new(AtomicU64::new(0));
         let said = said_bytes.clone();
         std::thread::spawn(move || {
-            let (umem, _) = listener.accept().expect("umem connects");
-            let monitor = wait_for("the monitor", || UnixStream::connect(&monitor).ok());
-            let (answers, back) = (monitor.try_clone().unwrap(), umem.try_clone().unwrap());
-            std::thread::spawn(move || std::io::copy(&mut &answers, &mut &back));
-            let back = umem.try_clone().unwrap();
-            let swallow = move || {
-                let _ = sender.send(());
-                if manner == Manner::Silent {
-                    return;
-                }
-                let (mut back, said) = (back.try_clone().unwrap(), said.clone());
-                std::thread::spawn(move || talk(&mut back, &said));
-            };
-            relay(&umem, &monitor, command, &swallow);
+            for umem in listener.incoming().map_while(Result::ok) {
+                let monitor = wait_for("the monitor", || UnixStream::connect(&monitor).ok());
+                let (answers, back) = (monitor.try_clone().unwrap(), umem.try_clone().unwrap());
+                std::thread::spawn(move || std::io::copy(&mut &answers, &mut &back));
+                let back = umem.try_clone().unwrap();
+                let (sender, said, part) = (sender.clone(), said.clone(), part.clone());
+                let swallow = move || {
+                    let _ = sender.send(());
+                    if manner == Manner::Silent {
+                        return;
+                    }
+                    let (mut back, said) = (back.try_clone().unwrap(), said.clone());
+                    std::thread::spawn(move || talk(&mut back, &said));
+                };
+                std::thread::spawn(move || relay(&umem, &monitor, &part, &swallow));
+            }
         });
         Deaf { socket, swallowed, said_bytes }
     }
@@ -328,7 +335,7 @@ fn talk(back: &mut UnixStream, said: &AtomicU64) {
 }
 
 /// Forwards commands, with their descriptors.
-fn relay(umem: &UnixStream, monitor: &UnixStream, command: &str, swallow: &dyn Fn()) {
+fn relay(umem: &UnixStream, monitor: &UnixStream, part: &str, swallow: &dyn Fn()) {
     loop {
         let mut bytes = [0; 65536];
         let mut space = nix::cmsg_space!([i32; 4]);
@@ -348,8 +355,7 @@ fn relay(umem: &UnixStream, monitor: &UnixStream, command: &str, swallow: &dyn F
         if count == 0 {
             return;
         }
-        if String::from_utf8_lossy(&bytes[..count]).contains(&format!("\"execute\":\"{command}\""))
-        {
+        if String::from_utf8_lossy(&bytes[..count]).contains(part) {
             swallow();
             continue;
         }
@@ -370,14 +376,29 @@ fn to_the_deaf(
     command: &'static str,
     manner: Manner,
 ) -> (Guests, Umem, Deaf, Cutter) {
+    migrate_to_the_deaf(scratch, "--stop-first", execute(command), manner)
+}
+
+/// A part of a command's JSON.
+fn execute(command: &str) -> String {
+    format!("\"execute\":\"{command}\"")
+}
+
+/// The same with this manner of migration, for the command that has `part` in its JSON.
+fn migrate_to_the_deaf(
+    scratch: &Scratch,
+    option: &str,
+    part: String,
+    manner: Manner,
+) -> (Guests, Umem, Deaf, Cutter) {
     let guests = Guests::quiet(scratch, &["--json"]);
     let cutter = Cutter::to(guests.uri());
-    let deaf = Deaf::to(scratch.path("source"), scratch.path("deaf"), command, manner);
+    let deaf = Deaf::to(scratch.path("source"), scratch.path("deaf"), part, manner);
     let sessions = scratch.path("sessions").display().to_string();
     let qmp = deaf.socket.display().to_string();
     // The process at the other end of the socket is this one, and has none of the guest's memory.
     let ram = format!("ram0={}", scratch.ram("source").display());
-    let words = ["migrate", "--stop-first", "--json", "--session-dir", &sessions, "--qmp", &qmp];
+    let words = ["migrate", option, "--json", "--session-dir", &sessions, "--qmp", &qmp];
     let words = words.iter().copied().chain(["--ram", &ram, cutter.uri()]);
     let migrate = Umem::start(words);
     (guests, migrate, deaf, cutter)
@@ -396,7 +417,7 @@ fn unresponsive_monitor_is_waited_for_until_a_signal() {
         deaf.wait();
         deaf.has_talked(&migrate, manner);
         migrate.signal(Signal::SIGTERM);
-        assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
+        assert_eq!(migrate.fails(), "interrupted; the guest continues at the source");
     }
 }
 
@@ -409,7 +430,26 @@ fn monitor_without_a_greeting_is_waited_for_until_a_signal() {
     let mut migrate = Umem::start(["migrate", "--json", "--qmp", &silent, "tcp:127.0.0.1:1"]);
     let _connection = listener.accept().expect("umem connects");
     migrate.signal(Signal::SIGINT);
-    assert_eq!(migrate.fails(), "interrupted; the guest goes on here");
+    assert_eq!(migrate.fails(), "interrupted; the guest continues at the source");
+}
+
+/// The monitor of the demo's guest changes no setting to track writes, so no record exists, and umem names no
+/// `--resume`.
+#[test]
+fn hung_monitor_without_changed_settings_is_left_without_a_command_to_resume() {
+    let scratch = Scratch::new();
+    // The first command of the tracking itself.
+    let begins = "\"from\":0".to_owned();
+    let (mut guests, mut migrate, deaf, _cutter) =
+        migrate_to_the_deaf(&scratch, "--precopy", begins, Manner::Silent);
+    deaf.wait();
+    migrate.signal(Signal::SIGINT);
+    migrate.signal(Signal::SIGTERM);
+    assert_eq!(migrate.fails(), "interrupted; the guest continues at the source");
+    let files = std::fs::read_dir(scratch.path("sessions")).unwrap().flatten();
+    let mut records = files.filter(|file| file.path().extension().is_some_and(|it| it == "source"));
+    assert!(records.next().is_none(), "a record exists, and no line names it");
+    assert!(guests.source_runs());
 }
 
 /// The guest may stand still then: the printed commands query and continue it, and they work.
@@ -437,7 +477,7 @@ fn hung_monitor_of_a_stopped_guest_is_left_at_the_second_signal() {
         migrate.signal(Signal::SIGTERM);
         assert_eq!(migrate.wait().code(), Some(1), "{command}: {}", migrate.stderr());
         let stderr = migrate.stderr();
-        for part in ["it has not answered", "`query-status`", "umem migrate --resume "] {
+        for part in ["the monitor has not answered", "`query-status`", "umem migrate --resume "] {
             assert!(stderr.contains(part), "{command}: {part:?} in {stderr}");
         }
         let (_, session) = stderr.split_once("umem migrate --resume ").expect("a command");
@@ -477,7 +517,7 @@ fn a_destinations_monitor_is_left(manner: Manner) {
     let mut guest = Umem::start(of_guest(&qmp, &ram_here));
     guest.event("ready");
     let [there, deaf] = ["destination", "deaf"].map(|name| scratch.path(name));
-    let deaf = Deaf::to(there, deaf, "cont", manner);
+    let deaf = Deaf::to(there, deaf, execute("cont"), manner);
     let there = path("destination");
     let words = ["incoming", "--json", "--session-dir", &sessions, "--qmp", &path("deaf")]
         .map(str::to_owned);
@@ -526,7 +566,7 @@ fn fifo_without_a_writer_is_waited_for_until_a_signal() {
         ["migrate", "--json", "--secret-file", &fifo, "--ram", "ram0=/none", "tcp:127.0.0.1:1"];
     let incoming = ["incoming", "--json", "--secret-file", &fifo, "tcp:127.0.0.1:0", "--", "true"];
     for (words, text) in [
-        (&migrate[..], "interrupted; the guest goes on here"),
+        (&migrate[..], "interrupted; the guest continues at the source"),
         (&incoming[..], "interrupted; no guest had arrived"),
     ] {
         let mut umem = Umem::start(words);

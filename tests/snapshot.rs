@@ -199,7 +199,7 @@ fn killed_client_ends_both_sides() {
     let mut restore = Restore::halfway(32, &[]);
     restore.client.kill();
     let error = restore.incoming.fails();
-    assert!(error.contains("ended before all of its memory had come"), "{error}");
+    assert!(error.contains("ended before all of its memory had arrived"), "{error}");
     let error = restore.migrate.fails();
     assert!(error.contains("destination"), "{error}");
     assert!(!restore.scratch.path("handoff").exists());
@@ -221,7 +221,7 @@ fn client_waits_after_its_source_is_killed_and_ends_with_its_umem() {
     restore.incoming.signal(Signal::SIGINT);
     assert_eq!(restore.incoming.wait().code(), Some(1));
     let stderr = restore.incoming.stderr();
-    assert!(stderr.contains("there was no connection, and the guest here waits"), "{stderr}");
+    assert!(stderr.contains("the source is not connected, and the guest here waits"), "{stderr}");
     assert_eq!(restore.client.wait().signal(), Some(Signal::SIGKILL as i32));
     assert!(!restore.scratch.path("handoff").exists());
 }

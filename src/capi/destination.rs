@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
 
-use super::side::{Side, address, descriptor, give_sockets, timeout};
+use super::endpoint::{Endpoint, address, descriptor, give_sockets, timeout};
 use super::types::{
     c_text, given, guard, list, make, room, text, umem_event, umem_stats, umem_status, unmake,
 };
@@ -15,7 +15,7 @@ use crate::transport::uri::Uri;
 
 /// The destination: the side that the guest moves to. A handle serves one migration.
 pub struct umem_destination {
-    side: Side<DestinationSetup, Destination>,
+    endpoint: Endpoint<DestinationSetup, Destination>,
     /// The addresses of the listeners; the last one is current. Earlier texts stay, because callers hold pointers.
     uris: Mutex<Vec<CString>>,
 }
@@ -30,7 +30,10 @@ impl umem_destination {
 /// NULL on failure.
 #[unsafe(no_mangle)]
 pub extern "C" fn umem_destination_new() -> *mut umem_destination {
-    make(|| umem_destination { side: Side::new(DestinationSetup::new()), uris: Mutex::default() })
+    make(|| umem_destination {
+        endpoint: Endpoint::new(DestinationSetup::new()),
+        uris: Mutex::default(),
+    })
 }
 
 /// Adds a region: `bytes` bytes of this process's memory at `address`, both multiples of the
@@ -72,7 +75,7 @@ pub unsafe extern "C" fn umem_destination_region(
         let start = NonNull::new(address).ok_or_else(|| Error::Usage("address is NULL".into()))?;
         let file = (fd != -1).then(|| descriptor(fd, "fd")).transpose()?;
         let memory = Memory { start, bytes, file };
-        given(destination, "destination")?.side.set_up(|setup| setup.region(name, &memory))
+        given(destination, "destination")?.endpoint.set_up(|setup| setup.region(name, &memory))
     })
 }
 
@@ -93,7 +96,7 @@ pub unsafe extern "C" fn umem_destination_userfaultfd(
     // SAFETY: the handle is NULL or has not been destroyed, and `userfaultfd` stays open during the call.
     guard(|| unsafe {
         let userfaultfd = descriptor(userfaultfd, "userfaultfd")?;
-        given(destination, "destination")?.side.set_up(|setup| setup.userfaultfd(userfaultfd))
+        given(destination, "destination")?.endpoint.set_up(|setup| setup.userfaultfd(userfaultfd))
     })
 }
 
@@ -111,7 +114,7 @@ pub unsafe extern "C" fn umem_destination_listen(
     // SAFETY: the handle is NULL or has not been destroyed, and `uri` is NULL or ends in a zero byte.
     guard(|| unsafe {
         let uri = address(text(uri, "uri")?)?;
-        given(destination, "destination")?.side.set_up(|setup| setup.listen(uri, lanes_max))
+        given(destination, "destination")?.endpoint.set_up(|setup| setup.listen(uri, lanes_max))
     })
 }
 
@@ -132,7 +135,7 @@ pub unsafe extern "C" fn umem_destination_connections(
     guard(|| unsafe {
         let numbers = list(sockets, count, "sockets")?;
         given(destination, "destination")?
-            .side
+            .endpoint
             .set_up(|setup| give_sockets(numbers, |sockets| setup.connections(sockets)))
     })
 }
@@ -148,7 +151,7 @@ pub unsafe extern "C" fn umem_destination_recover(
 ) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
-        given(destination, "destination")?.side.set_up(|setup| {
+        given(destination, "destination")?.endpoint.set_up(|setup| {
             setup.recover(recovers);
             Ok(())
         })
@@ -170,8 +173,8 @@ pub unsafe extern "C" fn umem_destination_start(
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
         let handle = given(destination, "destination")?;
-        handle.side.start(DestinationSetup::start)?;
-        handle.side.running()?.uri().into_iter().for_each(|uri| handle.listens(uri));
+        handle.endpoint.start(DestinationSetup::start)?;
+        handle.endpoint.running()?.uri().into_iter().for_each(|uri| handle.listens(uri));
         Ok(())
     })
 }
@@ -204,7 +207,7 @@ pub unsafe extern "C" fn umem_destination_event_fd(destination: *const umem_dest
     let mut number = -1;
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
-        number = given(destination, "destination")?.side.running()?.event_fd().as_raw_fd();
+        number = given(destination, "destination")?.endpoint.running()?.event_fd().as_raw_fd();
         Ok(())
     });
     number
@@ -221,9 +224,9 @@ pub unsafe extern "C" fn umem_destination_next_event(
     // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for an
     // event, and is only written.
     guard(|| unsafe {
-        let side = &given(destination, "destination")?.side;
+        let endpoint = &given(destination, "destination")?.endpoint;
         let event = room(event, "event")?;
-        side.take(side.running()?.next_event(), event);
+        endpoint.take(endpoint.running()?.next_event(), event);
         Ok(())
     })
 }
@@ -242,9 +245,9 @@ pub unsafe extern "C" fn umem_destination_wait(
     // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for an
     // event, and is only written.
     guard(|| unsafe {
-        let side = &given(destination, "destination")?.side;
+        let endpoint = &given(destination, "destination")?.endpoint;
         let event = room(event, "event")?;
-        side.take(side.running()?.wait(timeout(timeout_ms))?, event);
+        endpoint.take(endpoint.running()?.wait(timeout(timeout_ms))?, event);
         Ok(())
     })
 }
@@ -257,7 +260,7 @@ pub unsafe extern "C" fn umem_destination_loaded(
     destination: *const umem_destination,
 ) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
-    guard(|| unsafe { given(destination, "destination")?.side.running()?.loaded() })
+    guard(|| unsafe { given(destination, "destination")?.endpoint.running()?.loaded() })
 }
 
 /// Answers UMEM_EVENT_RUN: the vCPUs run.
@@ -268,7 +271,7 @@ pub unsafe extern "C" fn umem_destination_running(
     destination: *const umem_destination,
 ) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
-    guard(|| unsafe { given(destination, "destination")?.side.running()?.running() })
+    guard(|| unsafe { given(destination, "destination")?.endpoint.running()?.running() })
 }
 
 /// Refuses the open request, with a reason. UMEM_EVENT_FAILED follows on both sides: here with
@@ -282,7 +285,7 @@ pub unsafe extern "C" fn umem_destination_refuse(
 ) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed, and `why` is NULL or ends in a zero byte.
     guard(|| unsafe {
-        given(destination, "destination")?.side.running()?.refuse(text(why, "why")?)
+        given(destination, "destination")?.endpoint.running()?.refuse(text(why, "why")?)
     })
 }
 
@@ -297,7 +300,7 @@ pub unsafe extern "C" fn umem_destination_stats(
     // SAFETY: the handle is NULL or has not been destroyed; `stats` is NULL or has room for its
     // type, and is only written.
     guard(|| unsafe {
-        let now = given(destination, "destination")?.side.running()?.stats();
+        let now = given(destination, "destination")?.endpoint.running()?.stats();
         room(stats, "stats")?.write(now.into());
         Ok(())
     })
@@ -312,7 +315,7 @@ pub unsafe extern "C" fn umem_destination_cancel(
 ) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
-        given(destination, "destination")?.side.running()?.cancel();
+        given(destination, "destination")?.endpoint.running()?.cancel();
         Ok(())
     })
 }
@@ -328,7 +331,7 @@ pub unsafe extern "C" fn umem_destination_pause(
     destination: *const umem_destination,
 ) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
-    guard(|| unsafe { given(destination, "destination")?.side.running()?.pause() })
+    guard(|| unsafe { given(destination, "destination")?.endpoint.running()?.pause() })
 }
 
 /// Ends a pause. umem listens on `uri` alone from now on until the end. If `uri` is NULL, umem
@@ -345,7 +348,7 @@ pub unsafe extern "C" fn umem_destination_resume(
     // SAFETY: the handle is NULL or has not been destroyed, and `uri` is NULL or ends in a zero byte.
     guard(|| unsafe {
         let handle = given(destination, "destination")?;
-        let running = handle.side.running()?;
+        let running = handle.endpoint.running()?;
         if uri.is_null() {
             return running.resume();
         }
@@ -373,7 +376,7 @@ pub unsafe extern "C" fn umem_destination_reconnect(
     // caller owns those descriptors.
     guard(|| unsafe {
         let numbers = list(sockets, count, "sockets")?;
-        let running = given(destination, "destination")?.side.running()?;
+        let running = given(destination, "destination")?.endpoint.running()?;
         give_sockets(numbers, |sockets| running.reconnect(sockets))
     })
 }
@@ -391,7 +394,7 @@ pub unsafe extern "C" fn umem_destination_guest_has_stopped(
     destination: *const umem_destination,
 ) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
-    guard(|| unsafe { given(destination, "destination")?.side.running()?.guest_has_stopped() })
+    guard(|| unsafe { given(destination, "destination")?.endpoint.running()?.guest_has_stopped() })
 }
 
 /// Ends the destination in any phase, and frees the handle. NULL is allowed. Before the switchover

@@ -10,7 +10,7 @@
 #![allow(clippy::missing_safety_doc, reason = "the header states the rule for pointers once")]
 
 mod destination;
-mod side;
+mod endpoint;
 mod source;
 mod types;
 

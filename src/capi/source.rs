@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_int, c_void};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use super::side::{Side, address, descriptor, give_sockets, timeout};
+use super::endpoint::{Endpoint, address, descriptor, give_sockets, timeout};
 use super::types::{
     given, guard, list, make, room, text, umem_event, umem_range, umem_stats, umem_status, unmake,
 };
@@ -12,14 +12,14 @@ use crate::embed::{Source, SourceSetup};
 
 /// The source: the side that the guest leaves. A handle serves one migration.
 pub struct umem_source {
-    side: Side<SourceSetup, Source>,
+    endpoint: Endpoint<SourceSetup, Source>,
 }
 
 /// Makes a source. The caller destroys the source with umem_source_destroy. Returns NULL on
 /// failure.
 #[unsafe(no_mangle)]
 pub extern "C" fn umem_source_new() -> *mut umem_source {
-    make(|| umem_source { side: Side::new(SourceSetup::new()) })
+    make(|| umem_source { endpoint: Endpoint::new(SourceSetup::new()) })
 }
 
 /// Adds a region: the whole file behind `fd`, which the guest maps MAP_SHARED, or a file that does
@@ -38,7 +38,7 @@ pub unsafe extern "C" fn umem_source_region(
     // `fd` stays open during the call.
     guard(|| unsafe {
         let (name, file) = (text(name, "name")?, descriptor(fd, "fd")?);
-        given(source, "source")?.side.set_up(|setup| setup.region(name, file))
+        given(source, "source")?.endpoint.set_up(|setup| setup.region(name, file))
     })
 }
 
@@ -55,7 +55,7 @@ pub unsafe extern "C" fn umem_source_dial(
     // SAFETY: the handle is NULL or has not been destroyed, and `uri` is NULL or ends in a zero byte.
     guard(|| unsafe {
         let uri = address(text(uri, "uri")?)?;
-        given(source, "source")?.side.set_up(|setup| setup.dial(uri, lanes))
+        given(source, "source")?.endpoint.set_up(|setup| setup.dial(uri, lanes))
     })
 }
 
@@ -76,7 +76,7 @@ pub unsafe extern "C" fn umem_source_connections(
     guard(|| unsafe {
         let numbers = list(sockets, count, "sockets")?;
         given(source, "source")?
-            .side
+            .endpoint
             .set_up(|setup| give_sockets(numbers, |sockets| setup.connections(sockets)))
     })
 }
@@ -90,7 +90,7 @@ pub unsafe extern "C" fn umem_source_postcopy(
 ) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
-        given(source, "source")?.side.set_up(|setup| {
+        given(source, "source")?.endpoint.set_up(|setup| {
             setup.postcopy(postcopy);
             Ok(())
         })
@@ -117,7 +117,7 @@ pub unsafe extern "C" fn umem_source_precopy(
 ) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
-        given(source, "source")?.side.set_up(|setup| {
+        given(source, "source")?.endpoint.set_up(|setup| {
             setup.precopy(passes_max, Duration::from_millis(downtime_limit_ms.into()));
             Ok(())
         })
@@ -131,7 +131,7 @@ pub unsafe extern "C" fn umem_source_precopy(
 pub unsafe extern "C" fn umem_source_log(source: *const umem_source, has_log: bool) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
-        given(source, "source")?.side.set_up(|setup| {
+        given(source, "source")?.endpoint.set_up(|setup| {
             setup.log(has_log);
             Ok(())
         })
@@ -149,7 +149,7 @@ pub unsafe extern "C" fn umem_source_recover(
 ) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
-        given(source, "source")?.side.set_up(|setup| {
+        given(source, "source")?.endpoint.set_up(|setup| {
             setup.recover(recovers);
             Ok(())
         })
@@ -170,7 +170,7 @@ pub unsafe extern "C" fn umem_source_checksum(
 ) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
-        given(source, "source")?.side.set_up(|setup| {
+        given(source, "source")?.endpoint.set_up(|setup| {
             setup.checksum(checksum);
             Ok(())
         })
@@ -185,7 +185,7 @@ pub unsafe extern "C" fn umem_source_checksum(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_start(source: *const umem_source) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
-    guard(|| unsafe { given(source, "source")?.side.start(SourceSetup::start) })
+    guard(|| unsafe { given(source, "source")?.endpoint.start(SourceSetup::start) })
 }
 
 /// Returns a descriptor that is readable while there are events, for poll(); -1 before the start.
@@ -196,7 +196,7 @@ pub unsafe extern "C" fn umem_source_event_fd(source: *const umem_source) -> c_i
     let mut number = -1;
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
-        number = given(source, "source")?.side.running()?.event_fd().as_raw_fd();
+        number = given(source, "source")?.endpoint.running()?.event_fd().as_raw_fd();
         Ok(())
     });
     number
@@ -213,9 +213,9 @@ pub unsafe extern "C" fn umem_source_next_event(
     // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for an
     // event, and is only written.
     guard(|| unsafe {
-        let side = &given(source, "source")?.side;
+        let endpoint = &given(source, "source")?.endpoint;
         let event = room(event, "event")?;
-        side.take(side.running()?.next_event(), event);
+        endpoint.take(endpoint.running()?.next_event(), event);
         Ok(())
     })
 }
@@ -234,9 +234,9 @@ pub unsafe extern "C" fn umem_source_wait(
     // SAFETY: the handle is NULL or has not been destroyed; `event` is NULL or has room for an
     // event, and is only written.
     guard(|| unsafe {
-        let side = &given(source, "source")?.side;
+        let endpoint = &given(source, "source")?.endpoint;
         let event = room(event, "event")?;
-        side.take(side.running()?.wait(timeout(timeout_ms))?, event);
+        endpoint.take(endpoint.running()?.wait(timeout(timeout_ms))?, event);
         Ok(())
     })
 }
@@ -260,7 +260,7 @@ pub unsafe extern "C" fn umem_source_written(
     guard(|| unsafe {
         let ranges = list(ranges, count, "ranges")?;
         let ranges: Vec<_> = ranges.iter().map(|range| (range.offset, range.bytes)).collect();
-        given(source, "source")?.side.running()?.written_ranges(region, &ranges)
+        given(source, "source")?.endpoint.running()?.written_ranges(region, &ranges)
     })
 }
 
@@ -282,7 +282,7 @@ pub unsafe extern "C" fn umem_source_written_bitmap(
     // change during the call.
     guard(|| unsafe {
         let words = list(words, count, "words")?;
-        given(source, "source")?.side.running()?.written_bitmap(region, words)
+        given(source, "source")?.endpoint.running()?.written_bitmap(region, words)
     })
 }
 
@@ -292,7 +292,7 @@ pub unsafe extern "C" fn umem_source_written_bitmap(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_log_read(source: *const umem_source) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
-    guard(|| unsafe { given(source, "source")?.side.running()?.log_read() })
+    guard(|| unsafe { given(source, "source")?.endpoint.running()?.log_read() })
 }
 
 /// Answers UMEM_EVENT_STOP: the guest's memory has no writer any more.
@@ -301,7 +301,7 @@ pub unsafe extern "C" fn umem_source_log_read(source: *const umem_source) -> ume
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_stopped(source: *const umem_source) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
-    guard(|| unsafe { given(source, "source")?.side.running()?.stopped() })
+    guard(|| unsafe { given(source, "source")?.endpoint.running()?.stopped() })
 }
 
 /// Answers UMEM_EVENT_SAVE with the device state: `bytes` bytes at `state`, which umem copies. 0
@@ -318,7 +318,7 @@ pub unsafe extern "C" fn umem_source_saved(
     // change during the call.
     guard(|| unsafe {
         let state = list(state.cast::<u8>(), bytes, "state")?.to_vec();
-        given(source, "source")?.side.running()?.saved(state)
+        given(source, "source")?.endpoint.running()?.saved(state)
     })
 }
 
@@ -332,7 +332,7 @@ pub unsafe extern "C" fn umem_source_refuse(
     why: *const c_char,
 ) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed, and `why` is NULL or ends in a zero byte.
-    guard(|| unsafe { given(source, "source")?.side.running()?.refuse(text(why, "why")?) })
+    guard(|| unsafe { given(source, "source")?.endpoint.running()?.refuse(text(why, "why")?) })
 }
 
 /// Reports the progress. May be called at any time after the start.
@@ -346,7 +346,7 @@ pub unsafe extern "C" fn umem_source_stats(
     // SAFETY: the handle is NULL or has not been destroyed; `stats` is NULL or has room for its
     // type, and is only written.
     guard(|| unsafe {
-        let now = given(source, "source")?.side.running()?.stats();
+        let now = given(source, "source")?.endpoint.running()?.stats();
         room(stats, "stats")?.write(now.into());
         Ok(())
     })
@@ -359,7 +359,7 @@ pub unsafe extern "C" fn umem_source_stats(
 pub unsafe extern "C" fn umem_source_cancel(source: *const umem_source) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
     guard(|| unsafe {
-        given(source, "source")?.side.running()?.cancel();
+        given(source, "source")?.endpoint.running()?.cancel();
         Ok(())
     })
 }
@@ -373,7 +373,7 @@ pub unsafe extern "C" fn umem_source_cancel(source: *const umem_source) -> umem_
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn umem_source_pause(source: *const umem_source) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed.
-    guard(|| unsafe { given(source, "source")?.side.running()?.pause() })
+    guard(|| unsafe { given(source, "source")?.endpoint.running()?.pause() })
 }
 
 /// Ends a pause. umem dials `uri` from now on until the end. If `uri` is NULL, umem connects as
@@ -388,7 +388,7 @@ pub unsafe extern "C" fn umem_source_resume(
 ) -> umem_status {
     // SAFETY: the handle is NULL or has not been destroyed, and `uri` is NULL or ends in a zero byte.
     guard(|| unsafe {
-        let source = given(source, "source")?.side.running()?;
+        let source = given(source, "source")?.endpoint.running()?;
         match uri.is_null() {
             true => source.resume(),
             false => source.resume_at(address(text(uri, "uri")?)?),
@@ -414,7 +414,7 @@ pub unsafe extern "C" fn umem_source_reconnect(
     // caller owns those descriptors.
     guard(|| unsafe {
         let numbers = list(sockets, count, "sockets")?;
-        let running = given(source, "source")?.side.running()?;
+        let running = given(source, "source")?.endpoint.running()?;
         give_sockets(numbers, |sockets| running.reconnect(sockets))
     })
 }

@@ -25,7 +25,7 @@ use crate::transport::uri::Uri;
     subcommand,
     name = "incoming",
     note = "URI is an address to listen at, tcp:HOST:PORT or unix:PATH, or one existing \
-            connection: fd:N is an inherited stream socket, exec:CMD (run by /bin/sh) a command \
+            connection: fd:N is an inherited stream socket, exec:CMD (run by /bin/sh) is a command \
             whose standard input and output lead to the source. If the socket fd:N listens, such \
             as systemd's fd:3, umem listens at it. COMMAND is a QEMU, also through wrappers \
             and scripts. Its RAM is its own (-m SIZE, memory-backend-ram), a memory-backend-memfd \
@@ -33,12 +33,12 @@ use crate::transport::uri::Uri;
             another monitor that maps the files named with --ram. umem adds \
             -incoming and a QMP socket to a QEMU's options itself. The terminal's signals do not \
             reach COMMAND. Its standard input is the terminal if umem's is. Before the \
-            switchover a signal ends the migration, and the guest goes on at the source. While \
+            switchover a signal ends the migration, and the guest continues at the source. While \
             pages are missing no signal ends umem or the guest. Once the guest is complete, \
             Ctrl-C (SIGINT) sends SIGTERM to COMMAND, and umem ends with COMMAND's exit status. \
-            A second Ctrl-C, or any other signal, ends umem alone: the guest goes on, and umem \
+            A second Ctrl-C, or any other signal, ends umem alone: the guest continues, and umem \
             prints its process id.",
-    example = "Take over after this process was killed, with the guest that waits:\n  {command_name} --resume SESSION",
+    example = "Take over the waiting guest after this process was killed:\n  {command_name} --resume SESSION",
     example = "Serve a Firecracker that restores a snapshot; its memory file is at the source:\n  \
                {command_name} --tls-creds /etc/pki/qemu --handoff /run/uffd.sock tcp::4444",
     example = "Receive a guest for a QEMU that a management tool runs, which listens at /run/mig.sock:\n  \
@@ -54,12 +54,12 @@ use crate::transport::uri::Uri;
 )]
 pub(super) struct Incoming {
     /// how the guest maps its memory that is in files: shared (the default) or private; a QEMU's memory
-    /// without a file needs no option, and a process that hands over anonymous memory says so itself, see
-    /// --handoff
+    /// without a file needs no option, and a process that hands over anonymous memory (--handoff) reports
+    /// that itself
     #[argh(option, default = "Kind::Shared")]
     kind: Kind,
-    /// kind private: 1 makes the guest side touch pages during the move, so the file's copies can
-    /// be released; 0 leaves that to the guest's own accesses until the end (default 0)
+    /// kind private: 1 touches the guest's pages during the move, so the file's copies of the pages can
+    /// be released; 0 waits for the guest's own accesses until the end (default 0)
     #[argh(option, default = "PostcopyFlags(0)")]
     postcopy_flags: PostcopyFlags,
     /// make this unix socket, on which the guest's process hands over its memory itself, as
@@ -73,47 +73,46 @@ pub(super) struct Incoming {
     #[argh(option)]
     qmp: Option<PathBuf>,
     /// a QEMU that listens for its migration at unix:PATH, by -incoming or by its manager's
-    /// migrate-incoming: umem gives it the guest there (default: umem tells it to by QMP)
+    /// migrate-incoming: umem sends the device state there (default: umem sends migrate-incoming)
     #[argh(option)]
     connect: Option<UnixPath>,
-    /// who lets the guest run: umem (the default), or external, a program that manages the QEMUs of
-    /// both sides and sends `cont` here when the source's migration has completed; needs --connect,
-    /// and --switchover external at the source
+    /// the program that starts the guest: umem (the default), or external, a program that manages the
+    /// QEMUs of both sides and sends `cont` here when the source's migration has completed; external
+    /// needs --connect, and --switchover external at the source
     #[argh(option, default = "Switchover::Umem")]
     switchover: Switchover,
     /// the most bulk lanes that a source may open (default 16; none with fd: and exec:)
     #[argh(option)]
     lanes: Option<u16>,
-    /// refuse a source that does not check for bits that change on their way (umem migrate
-    /// --checksum); without this option the source decides
+    /// refuse a source that does not detect bits that change in transit (umem migrate --checksum);
+    /// without this option the source decides
     #[argh(switch)]
     checksum: bool,
-    /// accept a guest for which there seems to be no room, in memory or in a RAM file's file
-    /// system, because room will appear during the move: from a source on this machine that frees
-    /// its own memory (umem migrate --release-ram), or from swap. Without that room the guest is
-    /// lost
+    /// accept a guest that does not fit into the free memory, or into the file system of a RAM file,
+    /// because memory becomes free during the move: from a source on this machine that frees its own
+    /// memory (umem migrate --release-ram), or from swap. If it does not, the guest is lost
     #[argh(switch)]
     overcommit: bool,
     /// TLS with certificates on both sides: the directory of ca-cert.pem, server-cert.pem and
     /// server-key.pem, as for QEMU; the source needs a certificate that this ca-cert.pem has signed
     #[argh(option)]
     tls_creds: Option<PathBuf>,
-    /// a file with a secret of 16 bytes or more, which the source needs too; a secret keeps others
-    /// out, but encrypts nothing
+    /// a file with a secret of 16 bytes or more, which the source needs too; a secret keeps other
+    /// programs out, and encrypts nothing
     #[argh(option)]
     secret_file: Option<PathBuf>,
-    /// listen at an address of the network with neither TLS nor a secret: everybody who reaches the
-    /// address can send a guest, and can read and change one on its way
+    /// listen at a network address with neither TLS nor a secret: every host that reaches the address
+    /// can send a guest, and a host on the path can read and change a guest in transit
     #[argh(switch)]
     insecure: bool,
-    /// take over the session of this number (its beginning is enough), whose umem was killed, with
-    /// the guest that waits. Leave out COMMAND; the URI, --tls-creds, --secret-file and --insecure
-    /// may change. The guest is then no child of this umem, which ends when the guest is complete.
-    /// If the guest is complete already, this tells the source, which may not know
+    /// take over the session with this number (its beginning is enough), whose umem was killed, and its
+    /// waiting guest. Leave out COMMAND; the URI, --tls-creds, --secret-file and --insecure may
+    /// change. The guest is no child of this umem, which ends when the guest is complete. If the
+    /// guest is complete already, this sends the source the completion
     #[argh(option)]
     resume: Option<String>,
     /// before the switchover: the most seconds that one step of the source may take while no byte
-    /// moves (default 600). Then the guest goes on at the source
+    /// moves (default 600). After that the guest continues at the source
     #[argh(option)]
     step_timeout: Option<Seconds>,
     /// the directory for the files that --resume needs; it must belong to this user (default: umem
@@ -167,7 +166,7 @@ impl Incoming {
         }
         let Some(uri) = uri else {
             return Err(Error::Usage(
-                "no URI: say where to listen, such as tcp::4444, or which session to --resume"
+                "no URI: give an address to listen at, such as tcp::4444, or a session to --resume"
                     .into(),
             ));
         };
@@ -177,35 +176,34 @@ impl Incoming {
         };
         if self.kind.comes_from_owner() == Some(true) && self.handoff.is_none() {
             return Err(Error::Usage(
-                "--kind anonymous needs --handoff SOCK: anonymous memory has no file, so that its \
-                 owner has to hand it over itself"
+                "--kind anonymous needs --handoff SOCK: anonymous memory has no file, so the process that owns the \
+                 memory has to hand it over"
                     .into(),
             ));
         }
         if self.kind.comes_from_owner() == Some(false) && self.handoff.is_some() {
             return Err(Error::Usage(
-                "--kind private is for memory that COMMAND maps under umem's eyes: leave out \
-                 --handoff"
+                "--kind private is for files that COMMAND maps under the preload object: leave out --handoff"
                     .into(),
             ));
         }
         if self.postcopy_flags.0 != 0 && !self.kind.needs_touch() {
             return Err(Error::Usage(
-                "--postcopy-flags 1 asks for touches, which only --kind private has a use for"
+                "--postcopy-flags 1 has the guest's pages touched, which only --kind private needs"
                     .into(),
             ));
         }
         if self.switchover == Switchover::External && self.connect.is_none() {
             return Err(Error::Usage(
-                "--switchover external is for a QEMU whose migration its manager begins: say with --connect unix:PATH \
-                 where that QEMU listens"
+                "--switchover external is for a QEMU whose migration another program begins: give the socket at \
+                 which that QEMU listens with --connect unix:PATH"
                     .into(),
             ));
         }
         if self.connect.is_some() && command.is_empty() && self.qmp.is_none() {
             return Err(Error::Usage(
-                "--connect needs the QEMU's monitor, which is asked for its RAM: give its QMP socket with --qmp, or \
-                 start QEMU with umem (-- COMMAND)"
+                "--connect needs QEMU's monitor, which reports the guest's RAM: give its QMP socket with --qmp, or \
+                 have umem start QEMU (-- COMMAND)"
                     .into(),
             ));
         }
@@ -249,13 +247,11 @@ impl Incoming {
         ];
         if let Some((what, _)) = begins.iter().find(|(_, is_given)| *is_given) {
             return Err(Error::Usage(format!(
-                "--resume goes on with the guest of the session as it was begun: leave out {what}"
+                "--resume continues the session with the guest and the options it began with: leave out {what}"
             )));
         }
         if let Some(uri) = uri.as_ref().filter(|uri| uri.is_one_connection()) {
-            return Err(Error::Usage(format!(
-                "--resume listens: {uri} is no address to listen at"
-            )));
+            return Err(Error::Usage(format!("--resume listens, and umem cannot listen at {uri}")));
         }
         let security = self.security();
         let is_named =

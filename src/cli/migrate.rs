@@ -33,24 +33,25 @@ const DOWNTIME_LIMIT_MS: u64 = 300;
 #[argh(
     subcommand,
     name = "migrate",
-    note = "URI is the address at which `umem incoming` listens, tcp:HOST:PORT or unix:PATH, or \
-            one connection to it that carries everything: fd:N is an inherited stream socket, \
-            exec:CMD (run by /bin/sh) a command whose standard input and output lead there. \
-            Until the switchover any failure, and Ctrl-C or any other signal that ends a \
-            program, leave the guest running here. After it the guest never runs here again: \
-            umem reopens connections that break until the guest is complete. With -n, Ctrl-C \
-            sends the remaining pages.",
+    note = "URI is the address at which `umem incoming` listens, tcp:HOST:PORT or unix:PATH, or one \
+            existing connection that carries all lanes: fd:N is an inherited stream socket, exec:CMD \
+            (run by /bin/sh) is a command whose standard input and output lead to the destination. \
+            Before the switchover the guest continues here after any failure, after Ctrl-C and after \
+            any other signal that ends a program. After the switchover the guest never runs here \
+            again: umem reopens lost connections until the guest is complete. With -n, Ctrl-C sends \
+            the remaining pages.",
     example = "Live precopy: the guest moves when little of its memory is left to send.\n  {command_name} --tls-creds \
                /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
     example = "Hybrid: the same, and the rest follows after the switchover.\n  {command_name} --precopy -p --tls-creds \
                /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
     example = "Postcopy: the guest moves at once, and all memory follows.\n  {command_name} -p --tls-creds \
                /etc/pki/qemu --qmp /run/qmp.sock tcp:DESTINATION:4444",
-    example = "The guest of a management tool, which has QEMU migrate to /run/umem.sock and runs it there:\n  \
+    example = "A guest whose management tool has QEMU migrate to /run/umem.sock, and starts the guest at the destination:\n  \
                {command_name} --tls-creds /etc/pki/qemu --listen unix:/run/umem.sock --switchover external \\\n    \
                tcp:DESTINATION:4444",
     example = "Take over after this process was killed:\n  {command_name} --resume SESSION",
-    example = "End the session of a guest that is complete at a destination that is gone:\n  {command_name} --resume SESSION --abandon",
+    example = "End the session of a guest that is complete, when its destination no longer exists:\n  {command_name} \
+               --resume SESSION --abandon",
     error_code(
         1,
         "The guest did not move, or its memory is damaged, or the output could not be written; stderr says why."
@@ -58,32 +59,33 @@ const DOWNTIME_LIMIT_MS: u64 = 300;
     error_code(2, "The command line is wrong.")
 )]
 pub(super) struct Migrate {
-    /// postcopy: the guest runs at its destination before its last pages come (default: all pages come first); without
-    /// --precopy the guest moves at once
+    /// postcopy: the guest runs at the destination before its last pages arrive (default: all pages arrive first);
+    /// without --precopy the guest is stopped at once
     #[argh(switch, short = 'p')]
     postcopy: bool,
-    /// live precopy, the default without -p: passes send the pages while the guest runs, first all of them, then those
-    /// that it has written meanwhile; with -p (hybrid) the rest comes after the switchover, without -p before
+    /// live precopy, the default without -p: passes send pages while the guest runs, first all pages, then the pages
+    /// that the guest has written meanwhile; the rest is sent after the switchover with -p (hybrid), before it
+    /// without -p
     #[argh(switch)]
     precopy: bool,
-    /// stop the guest first, then send all pages while it stands still
+    /// stop the guest first, then send all pages while the guest stands still
     #[argh(switch)]
     stop_first: bool,
-    /// passes while the guest runs, at most (default 4); the first one sends all memory
+    /// the number of passes while the guest runs, at most (default 4); the first pass sends all memory
     #[argh(option)]
     precopy_passes: Option<u32>,
-    /// end the passes as soon as what is left takes no longer than this to send, in milliseconds (default 300)
+    /// end the passes as soon as the rest can be sent within this time, in milliseconds (default 300)
     #[argh(option)]
     downtime_limit: Option<u64>,
-    /// end the passes after this many seconds: with -p the guest then runs at its destination while the rest comes,
-    /// without -p it stands still while the rest is sent
+    /// end the passes after this many seconds: the rest is sent while the guest runs at the destination with -p, while
+    /// the guest stands still without -p
     #[argh(option)]
     timeout: Option<Seconds>,
-    /// limit of the passes while the guest runs, bytes a second such as 100M, for all lanes together; what is sent
-    /// after the stop does not count (umem control changes it)
+    /// limit of the passes while the guest runs, bytes a second such as 100M, for all lanes together; pages sent
+    /// after the stop do not count (umem control changes the limit)
     #[argh(option)]
     max_bandwidth: Option<Size>,
-    /// send only the pages that the guest touches, to measure (needs -p)
+    /// send only the pages that the guest touches, for measurements (needs -p)
     #[argh(switch, short = 'n')]
     no_background: bool,
     /// a RAM file of the guest, NAME=PATH; repeat for more (default: umem asks the monitor)
@@ -92,25 +94,26 @@ pub(super) struct Migrate {
     /// the monitor's QMP socket
     #[argh(option)]
     qmp: Option<PathBuf>,
-    /// take what QEMU migrates to unix:PATH, whoever tells it to (`migrate -d unix:PATH`, a management
-    /// tool); its capability return-path has to be on, and it decides when its guest stops. Needs
-    /// --qmp, by which umem lets the guest run at the destination, or --switchover external
+    /// receive QEMU's migration at unix:PATH, which another program begins (`migrate -d unix:PATH`, a
+    /// management tool); QEMU's capability return-path has to be on, and QEMU decides when the guest
+    /// stops. Needs --qmp, so that umem can start the guest at the destination, or --switchover external
     #[argh(option)]
     listen: Option<UnixPath>,
-    /// who lets the guest run at the destination: umem (the default), by the monitors, or external, a
-    /// program that manages the QEMUs of both sides; needs --listen, and --switchover external there
+    /// the program that starts the guest at the destination: umem (the default), through the monitors,
+    /// or external, a program that manages the QEMUs of both sides; external needs --listen, and
+    /// --switchover external at the destination
     #[argh(option, default = "Switchover::Umem")]
     switchover: Switchover,
     /// bulk lanes: connections for background pages (default 1; none with fd: and exec:)
     #[argh(option)]
     lanes: Option<u16>,
-    /// free the guest's RAM here as it arrives there, from the switchover on; afterwards the
-    /// guest's process here can only be ended
+    /// free the guest's RAM here as it arrives at the destination, from the switchover on; after that
+    /// the guest's process here can only be ended
     #[argh(switch)]
     release_ram: bool,
-    /// check every page and every message for bits that change on their way, send wrong ones again,
-    /// and compare all of the guest's memory at the end; reads the memory twice more here and once
-    /// more there
+    /// detect bits that change in transit with a checksum of every page and message, send damaged ones
+    /// again, and compare all of the guest's memory at the end; this reads the memory twice more at
+    /// the source and once more at the destination
     #[argh(switch)]
     checksum: bool,
     /// TLS with certificates on both sides: the directory of ca-cert.pem, client-cert.pem and
@@ -123,18 +126,18 @@ pub(super) struct Migrate {
     /// a file with the destination's secret
     #[argh(option)]
     secret_file: Option<PathBuf>,
-    /// take over the session of this number (its beginning is enough), whose umem was killed, with
+    /// take over the session with this number (its beginning is enough), whose umem was killed, with
     /// the session's own options; the URI, --tls-creds with --tls-hostname, and --secret-file may
-    /// change. If no switchover had left, the guest goes on here instead
+    /// change. If no switchover was sent, the guest continues here instead
     #[argh(option)]
     resume: Option<String>,
     /// with --resume: end the session without its destination. Use this only if you know that the
-    /// guest there is complete or has ended, and that no umem there will say so. The RAM file
+    /// guest is complete or has ended there, and that no umem there will report it. The RAM file
     /// stays, and the guest never runs here again
     #[argh(switch)]
     abandon: bool,
     /// before the switchover: the most seconds that one step of the destination, such as loading
-    /// the device state, may take while no byte moves (default 600). Then the guest goes on here
+    /// the device state, may take while no byte moves (default 600). After that the guest continues here
     #[argh(option)]
     step_timeout: Option<Seconds>,
     /// the directory for the files that --resume needs; it must belong to this user (default: umem
@@ -152,8 +155,8 @@ pub(super) struct Migrate {
     /// through its memory; plain is by address
     #[argh(option, default = "source::Order::Adaptive")]
     order: source::Order,
-    /// limit of the background after the switchover, bytes a second such as 100M; pages that the
-    /// guest waits for do not count (needs -p; umem control changes it)
+    /// limit of background pages after the switchover, bytes a second such as 100M; pages that the
+    /// guest waits for do not count (needs -p; umem control changes the limit)
     #[argh(option)]
     max_postcopy_bandwidth: Option<Size>,
     /// write a report with pictures to this file: a page for a browser, or the figures if the name
@@ -188,12 +191,12 @@ impl Migrate {
         }
         if self.abandon {
             return Err(Error::Usage(
-                "--abandon ends a session that is there: name it with --resume SESSION".into(),
+                "--abandon ends an existing session: name the session with --resume SESSION".into(),
             ));
         }
         let Some(uri) = self.uri.clone() else {
             return Err(Error::Usage(
-                "no URI: say where `umem incoming` listens, such as tcp:HOST:4444, or which session to \
+                "no URI: give the address at which `umem incoming` listens, such as tcp:HOST:4444, or a session to \
                  --resume"
                     .into(),
             ));
@@ -201,23 +204,24 @@ impl Migrate {
         let lanes = lanes_to(&uri, self.lanes, 1)?;
         limits::check(lanes)?;
         if self.no_background && !self.postcopy {
-            return Err(Error::Usage("-n only makes sense with -p: write -p -n".into()));
+            return Err(Error::Usage("-n needs -p: write -p -n".into()));
         }
         if self.tls_hostname.is_some() && self.tls_creds.is_none() {
             return Err(Error::Usage(
-                "--tls-hostname names whom a certificate is for: add --tls-creds".into(),
+                "--tls-hostname is the name in a certificate: add --tls-creds".into(),
             ));
         }
         let max_postcopy_bandwidth = self.max_postcopy_bandwidth.map(|limit| limit.0);
         if max_postcopy_bandwidth.is_some() && !self.postcopy {
             return Err(Error::Usage(
-                "--max-postcopy-bandwidth limits what is sent after the switchover: add -p".into(),
+                "--max-postcopy-bandwidth limits the pages sent after the switchover: add -p"
+                    .into(),
             ));
         }
         if max_postcopy_bandwidth == Some(0) {
             return Err(Error::Usage(
-                "--max-postcopy-bandwidth 0 would send nothing: leave it out for no limit, or write \
-                 -n for no background"
+                "--max-postcopy-bandwidth 0 would send no pages: leave it out for no limit, or write -n for no \
+                 background"
                     .into(),
             ));
         }
@@ -255,8 +259,8 @@ impl Migrate {
         if self.listen.is_none() {
             return match is_external {
                 true => usage(
-                    "--switchover external is for a migration that another program begins: say with --listen unix:PATH \
-                     where QEMU migrates to",
+                    "--switchover external is for a migration that another program begins: give the socket to which \
+                     QEMU migrates with --listen unix:PATH",
                 ),
                 false => Ok(()),
             };
@@ -264,23 +268,23 @@ impl Migrate {
         match (self.qmp.is_some(), is_external) {
             (false, false) => {
                 return usage(
-                    "--listen: umem may let the guest run at the destination only if it knows that the guest stands \
-                     still here: give QEMU's monitor with --qmp, or leave that to the program that manages both QEMUs \
-                     with --switchover external, on both sides",
+                    "--listen: before umem starts the guest at the destination, umem has to check that the guest \
+                     stands still here: give QEMU's monitor with --qmp, or let the program that manages both QEMUs \
+                     start the guest, with --switchover external on both sides",
                 );
             }
             (true, true) => {
                 return usage(
-                    "--switchover external asks no monitor: leave out --qmp, or leave out --switchover external and \
-                     umem lets the guest run at the destination",
+                    "--switchover external uses no monitor: leave out --qmp, or leave out --switchover external so \
+                     that umem starts the guest at the destination",
                 );
             }
             _ => {}
         }
         let others = [
-            ("--stop-first", self.stop_first, "QEMU sends its guest's memory while that runs"),
+            ("--stop-first", self.stop_first, "QEMU sends the guest's memory while the guest runs"),
             ("--ram", !self.ram.is_empty(), "the guest's memory comes with QEMU's stream"),
-            ("--release-ram", self.release_ram, "there are no RAM files of the guest's to free"),
+            ("--release-ram", self.release_ram, "the guest has no RAM files to free"),
             (
                 "--downtime-limit",
                 self.downtime_limit.is_some(),
@@ -329,9 +333,9 @@ impl Migrate {
                 ("--max-bandwidth", self.max_bandwidth.is_some()),
             ];
             let why = match self {
-                _ if self.postcopy => "-p alone has none: add --precopy",
-                _ if self.stop_first => "--stop-first has none: leave it out",
-                _ => "files alone have no guest that runs: give its monitor's socket with --qmp",
+                _ if self.postcopy => "-p alone has no passes: add --precopy",
+                _ if self.stop_first => "--stop-first has no passes: leave it out",
+                _ => "RAM files alone have no running guest: give its monitor's socket with --qmp",
             };
             return match options.iter().find(|(_, is_given)| *is_given) {
                 Some((option, _)) => {
@@ -341,18 +345,20 @@ impl Migrate {
             };
         }
         if self.precopy_passes == Some(0) {
-            return usage(format!("--precopy-passes 0 would send nothing: use {WITHOUT_PASSES}"));
+            return usage(format!("--precopy-passes 0 would send no pages: use {WITHOUT_PASSES}"));
         }
         let max_bandwidth = self.max_bandwidth.map(|limit| limit.0);
         if max_bandwidth == Some(0) {
             return usage(
-                "--max-bandwidth 0 would send nothing: leave it out for no limit, or give bytes a second such as 100M"
+                "--max-bandwidth 0 would send no pages: leave it out for no limit, or give bytes a second such as \
+                 100M"
                     .into(),
             );
         }
         if !has_guest {
             return usage(
-                "--precopy is for a guest that runs, and files alone have none: give its monitor's socket with --qmp"
+                "--precopy is for a running guest, and RAM files alone have none: give its monitor's socket with \
+                 --qmp"
                     .into(),
             );
         }
@@ -395,12 +401,12 @@ impl Migrate {
         ];
         if let Some((option, _)) = begins.iter().find(|(_, is_given)| *is_given) {
             return Err(Error::Usage(format!(
-                "--resume goes on as the session was begun: leave out {option}"
+                "--resume continues the session with the options it began with: leave out {option}"
             )));
         }
         if let Some(uri) = self.uri.as_ref().filter(|uri| uri.is_one_connection()) {
             return Err(Error::Usage(format!(
-                "--resume opens connections itself: {uri} is no address to connect to"
+                "--resume opens connections itself, and umem cannot connect to {uri}"
             )));
         }
         let security = self.security();

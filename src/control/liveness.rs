@@ -133,7 +133,7 @@ pub(crate) enum Step {
 
 /// The text for a step without progress for too long.
 pub(crate) fn stood_still(limit: Duration, step: &str) -> String {
-    format!("nothing has moved for {} s while {step}", limit.as_secs_f64())
+    format!("no data moved for {} s while {step}", limit.as_secs_f64())
 }
 
 /// The same for a step whose limit is an option.
@@ -217,6 +217,6 @@ mod tests {
         assert_eq!((again - asked, liveness.due(again)), (PATIENCE / 2 + INTERVAL, Due::Ask(2)));
         liveness.answered(1, again);
         assert_eq!(liveness.due(again + PATIENCE), Due::Lost);
-        assert_eq!(liveness.deadline(), None, "it is said once");
+        assert_eq!(liveness.deadline(), None, "the loss is reported once");
     }
 }

@@ -74,7 +74,10 @@ impl<E: Effect> Effects<E> {
 
     pub(crate) fn push(&mut self, effect: E) {
         let is_answered = self.0.back().is_some_and(Effect::has_answer);
-        debug_assert!(!is_answered, "what follows an answer is queued when that has come");
+        debug_assert!(
+            !is_answered,
+            "effects that follow an answer are queued after it has arrived"
+        );
         self.0.push_back(effect);
     }
 

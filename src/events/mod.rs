@@ -245,7 +245,7 @@ pub(crate) const AWAITS_STANDSTILL: &str = "the destination has not received the
 pub(crate) fn awaits_cont(pages_missing: u64) -> String {
     format!(
         "the source has given the guest to this side, and the monitor here has not answered `cont` yet; \
-         {pages_missing} pages are still to come"
+         {pages_missing} pages have not arrived"
     )
 }
 

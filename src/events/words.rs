@@ -139,7 +139,7 @@ pub(crate) fn sentence(event: &Event) -> String {
             };
             let downtime_ms = downtime.as_secs_f64() * 1e3;
             format!(
-                "the guest may run {place}, where its manager lets it run; it has stood still for {downtime_ms:.1} ms"
+                "the guest may run {place} as soon as its manager starts it; it has stood still for {downtime_ms:.1} ms"
             )
         }
         Event::Resumable { command, .. } => {
@@ -172,9 +172,8 @@ pub(crate) fn sentence(event: &Event) -> String {
         ),
         Event::Undone { how, .. } => undone(*how).into(),
         Event::Abandoned { session, ram } => format!(
-            "session {session} is abandoned: the guest's memory is not served any more, and the guest must not \
-             run here again; quit its monitor, and remove {} when the guest at its destination is known \
-             to be well",
+            "session {session} is abandoned: the guest's memory is no longer served, and the guest must not run here \
+             again; quit its monitor, and remove {} when the guest at its destination is known to be well",
             ram.join(" and ")
         ),
         Event::Unmapped { bytes } => format!(

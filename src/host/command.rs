@@ -362,7 +362,7 @@ impl MonitorProcess {
         self.released
     }
 
-    /// The guest's process has been told to wait for a takeover, and a session record exists.
+    /// The guest's process has been ordered to wait for a takeover, and a session record exists.
     pub(crate) fn survive_panics(&mut self) {
         self.survives_panics = true;
     }

@@ -66,8 +66,8 @@ pub(crate) fn check(recovers: bool, watch: &Watch) -> Result<()> {
     }
     if !watch.is_committed() {
         return Err(Error::Usage(
-            "the guest has not been handed over: without its connections it would stay at the source, as \
-             after a cancel"
+            "the guest has not been handed over: without the connections it would stay at the source, as after a \
+             cancellation"
                 .into(),
         ));
     }

@@ -91,7 +91,7 @@ pub(crate) struct ArrivingGuest {
 /// RAM of a guest that is to arrive, as its monitor describes it.
 pub(crate) struct GuestRam {
     pub(crate) name: String,
-    /// The file that the monitor was told to open; empty if the RAM has no file with a name.
+    /// The file that the monitor was given to open; empty if the RAM has no file with a name.
     pub(crate) path: PathBuf,
     pub(crate) bytes: u64,
     /// In the address space of the monitor's process. None if the monitor does not report it.
@@ -113,8 +113,9 @@ pub(crate) fn check_ram_name(name: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::Unsupported(format!(
-        "RAM backend {name} has an id of {bytes} bytes, and the two sides tell memory apart by {REGION_NAME_BYTES_MAX} \
-         bytes: give it a shorter id on both sides, or name its file with --ram NAME=PATH on both"
+        "RAM backend {name} has an id of {bytes} bytes, and the two sides distinguish memory by \
+         {REGION_NAME_BYTES_MAX} bytes: give it a shorter id on both sides, or name its file with --ram NAME=PATH on \
+         both"
     )))
 }
 

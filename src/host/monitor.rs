@@ -84,12 +84,12 @@ pub(crate) trait Monitor: Send {
     /// Source: ensures that the guest has stood still since the stop, and cannot continue without a command. Asked
     /// right before the guest is given away, and again before the switchover is sent once more.
     fn stands_still(&mut self) -> Result<()> {
-        Err(self.cannot("say whether its guest stands still"))
+        Err(self.cannot("report whether its guest stands still"))
     }
 
     /// Source: undoes stop and save. The guest continues here, unchanged.
     fn resume(&mut self) -> Result<()> {
-        Err(self.cannot("have a guest go on that it has stopped"))
+        Err(self.cannot("resume a guest that it has stopped"))
     }
 
     /// Source: restores the settings that were changed for the move. The guest has been given away.
@@ -109,7 +109,7 @@ pub(crate) trait Monitor: Send {
 
     /// Destination: starts the vCPUs of a guest that ran when it was stopped.
     fn run(&mut self) -> Result<()> {
-        Err(self.cannot("have a guest run that has come"))
+        Err(self.cannot("start a guest that has arrived"))
     }
 
     /// The error for a question that this kind of monitor cannot answer.
@@ -244,8 +244,8 @@ impl Monitor for NoMonitor {
             return Ok(Loaded { runs: true });
         }
         Err(Error::Host(format!(
-            "the source sends {} bytes of device state, and the guest here has no monitor to load \
-             them: give its QMP socket with --qmp",
+            "the source sends {} bytes of device state, and the guest here has no monitor that can load them: give \
+             its QMP socket with --qmp",
             state.len()
         )))
     }

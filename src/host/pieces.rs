@@ -58,7 +58,7 @@ impl Source {
     /// Looks over the whole guest.
     ///
     /// # Errors
-    /// QEMU's migration has failed, or its stream is not understood.
+    /// QEMU's migration has failed, or umem cannot parse its stream.
     pub fn look(&mut self) -> Result<()> {
         self.log.next()
     }
@@ -141,7 +141,7 @@ pub struct Parsed {
     pub pages: Vec<(usize, u64, bool, u64)>,
     /// Number of RAM's parts.
     pub parts: usize,
-    /// RAM's end has come: the rest is device state.
+    /// RAM's end has arrived: the rest is device state.
     pub is_device_state: bool,
     /// The stream without the pages of the blocks that are moved.
     pub cut: Vec<u8>,
@@ -150,7 +150,7 @@ pub struct Parsed {
 /// Parses a stream in these pieces. The blocks of these names are moved.
 ///
 /// # Errors
-/// Names the part of the stream that is not understood.
+/// Names the part of the stream that umem cannot parse.
 pub fn parse<'a>(
     pieces: impl IntoIterator<Item = &'a [u8]>,
     is_moved: impl Fn(&str) -> bool,

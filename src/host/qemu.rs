@@ -281,8 +281,8 @@ impl Qemu {
             }
             if started.elapsed() > FAILS_WITHIN {
                 return Err(Error::Host(format!(
-                    "its migration ({migration}) does not end, and umem does not know whose it is: end it with the \
-                     monitor command migrate_cancel if it is nobody's"
+                    "its migration ({migration}) does not end, and umem does not know which program began it: if no \
+                     program uses it, end it with the monitor command migrate_cancel"
                 )));
             }
             std::thread::sleep(STATUS_INTERVAL);
@@ -385,8 +385,8 @@ impl Monitor for Qemu {
             self.left_claim = None;
             self.changes = None;
             return Err(Error::Host(
-                "nothing of that session is left in it: it was started anew, another umem has its guest now, or \
-                 all has been undone"
+                "it holds no state of that session: QEMU was restarted, another umem moves its guest now, or the \
+                 session was undone"
                     .into(),
             ));
         }
@@ -449,8 +449,8 @@ impl Monitor for Qemu {
         // The event comes before the answer that the state is loaded.
         if self.qmp.has_run() {
             return Err(Error::Host(
-                "another client has let the guest run here (cont) before its source had given it up: it goes on there; \
-                 leave it to umem to let it run"
+                "another client resumed the guest here (cont) before its source had given the guest up: the guest \
+                 continues at the source; let umem resume the guest here"
                     .into(),
             ));
         }

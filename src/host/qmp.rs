@@ -45,7 +45,7 @@ pub(crate) struct Qmp {
     patience: Option<Duration>,
     /// The time of the last STOP event, unless the guest has been resumed since.
     stopped_at: Option<SystemTime>,
-    /// A RESUME event has come: the guest has run, started by umem or by another client.
+    /// A RESUME event has arrived: the guest has run, started by umem or by another client.
     has_run: bool,
 }
 
@@ -83,8 +83,8 @@ impl Qmp {
         let greeting = qmp.read(Some(Instant::now() + GREETING_TIMEOUT));
         if !greeting.as_ref().is_ok_and(|object| object.get("QMP").is_some()) {
             return Err(Error::Host(format!(
-                "{name} does not greet as a QMP socket does; if another program is connected to \
-                 it, give umem a socket of its own with another -qmp option"
+                "{name} sends no QMP greeting; if another program is connected to it, give umem a socket of its own \
+                 with another -qmp option"
             )));
         }
         qmp.execute("qmp_capabilities", json!({}))?;
@@ -254,7 +254,7 @@ impl Qmp {
             let end = some.iter().position(|&byte| byte == b'\n');
             let count = end.map_or(some.len(), |end| end + 1);
             if self.line.len() + count > LINE_BYTES_MAX {
-                let text = "its QMP answer has no end; is it a monitor at all?";
+                let text = "its QMP answer has no end: check that the socket belongs to a QEMU";
                 return Err(Error::Host(text.into()));
             }
             self.line.extend_from_slice(&some[..count]);

@@ -183,6 +183,11 @@ impl<R: Serialize + DeserializeOwned> SessionFile<R> {
         if kept.is_removed { Ok(()) } else { kept.write() }
     }
 
+    /// Whether a file has the record, for a process that takes over.
+    pub(crate) fn is_written(&self) -> bool {
+        self.kept().is_written
+    }
+
     /// The record as it was last written.
     pub(crate) fn record(&self) -> R
     where

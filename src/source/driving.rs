@@ -20,6 +20,7 @@ use crate::events::{Event, Remark};
 use crate::host::monitor;
 use crate::runtime::inbox::Wake;
 use crate::runtime::{idle, panics};
+use crate::session::SessionFile;
 
 impl Migration {
     /// Runs until the core has ended.
@@ -108,7 +109,7 @@ impl Migration {
                 Ok(())
             }
             Effect::Commit => {
-                self.progress.watch().commit("the guest goes on here")?;
+                self.progress.watch().commit("the guest continues at the source")?;
                 self.answers.push_back(Input::Committed);
                 Ok(())
             }
@@ -240,6 +241,13 @@ impl Migration {
                     true => event.left_to_manager(),
                     false => event,
                 });
+                Ok(())
+            }
+            Effect::ReportUnrestored { reason } => {
+                let is_recorded = self.link.keeper.as_ref().is_some_and(SessionFile::is_written);
+                if let Some(command) = self.how_to_resume().filter(|_| is_recorded) {
+                    self.output.tell(&Event::Remark(Remark::NotTidied { reason, command }));
+                }
                 Ok(())
             }
         }

@@ -63,7 +63,7 @@ impl Migration {
         match self.core.take_outcome() {
             Some(Outcome::Completed(totals)) => Ok(self.report(totals)),
             Some(Outcome::Failed { error, guest }) => Err(self.explain(error, guest)),
-            None => Err(Error::Internal("the migration has come to no end".into())),
+            None => Err(Error::Internal("the migration has no outcome".into())),
         }
     }
 
@@ -72,16 +72,16 @@ impl Migration {
         match (guest, error) {
             (Guest::Here, error) => error,
             (Guest::Stopped(why), error) => Error::Host(format!(
-                "{error}; and the guest could not be resumed here: {why}; resume it by hand with the monitor \
-                 command `cont`"
+                "{error}; the guest could not be resumed here either: {why}; resume the guest manually with the \
+                 monitor command `cont`"
             )),
             (Guest::Asked, error) => self.left_to_monitor(&error),
             (Guest::Away | Guest::Complete, Error::Lost { side, lane, what }) => Error::Lost {
                 side,
                 lane,
                 what: format!(
-                    "{what}; the guest may be running at the destination: do not start it here again, and keep \
-                     its RAM file"
+                    "{what}; the guest may run at the destination: do not start the guest here again, and keep its \
+                     RAM file"
                 ),
             },
             (guest, Error::RamFailed { name, path, what }) => {
@@ -95,20 +95,20 @@ impl Migration {
     /// The consequence of a RAM file that failed after the switchover, and the remedy.
     fn what_a_failed_file_means(&self, guest: &Guest) -> String {
         if matches!(guest, Guest::Complete) {
-            return "the destination has every page, and whether all of them are right is not known: stop its \
-                    guest, and start it again from something older than this, unless the change is known to \
-                    have come last"
+            return "the destination has every page, and some of them may be wrong: stop the guest there, and start \
+                    it again from an older state, unless the file is known to have changed after its last page was \
+                    sent"
                 .into();
         }
         let how = match self.how_to_resume() {
             Some(how) => format!(
-                "write what it held back into the same file, of the same length, then {how} goes on"
+                "restore the contents and the length of the same file, then {how} continues the session"
             ),
-            None => "this session cannot go on".into(),
+            None => "this session cannot continue".into(),
         };
         format!(
-            "the guest runs at the destination and waits for pages that were only here: do not start it here \
-             again; {how}"
+            "the guest runs at the destination and waits for pages that existed only here: do not start the guest \
+             here again; {how}"
         )
     }
 
@@ -119,10 +119,11 @@ impl Migration {
             other => other.to_string(),
         };
         let how = self.how_to_resume();
-        let how = how.map_or_else(String::new, |how| format!("; or, when it answers again: {how}"));
+        let how = how
+            .map_or_else(String::new, |how| format!("; or, when the monitor answers again: {how}"));
         Error::Host(format!(
-            "{error}; but it has not answered, so that the guest may stand still here, or go on later: ask it \
-             with the monitor command `query-status`, and have the guest go on with `cont`{how}"
+            "{error}; the monitor has not answered, so the guest may stand still here, or continue later: query the \
+             monitor with `query-status`, and resume the guest with `cont`{how}"
         ))
     }
 

@@ -74,7 +74,7 @@ pub(crate) struct SourceMemory {
     pub(crate) bandwidth: Arc<Bandwidth>,
     /// The limit of the passes while the guest runs.
     pub(crate) pass_bandwidth: Arc<Bandwidth>,
-    /// The last demand: bulk lanes go on from there.
+    /// The last demand: bulk lanes continue from there.
     pub(crate) pivot: LastDemand,
     /// What the demands look like going on with: bulk lanes run ahead of that first.
     pub(crate) sequences: Sequences,
@@ -330,12 +330,12 @@ impl SourceMemory {
         }
         let region = self.region(range.region);
         let Some(acks) = &region.landing().acks else {
-            return Err(Error::protocol(lane, "an acknowledgement that nobody wanted"));
+            return Err(Error::protocol(lane, "an unrequested acknowledgement"));
         };
         acks.acknowledge(range.first, range.pages).map_err(|NotSent { page }| {
             let name = &region.ram.name;
             let what = format!(
-                "page {page} of RAM {name} was acknowledged, which was not sent, or a second time"
+                "the acknowledged page {page} of RAM {name} was not sent, or was acknowledged before"
             );
             Error::protocol(lane, what)
         })?;
@@ -355,11 +355,11 @@ impl SourceMemory {
         };
         for (first, &has) in (range.first..).step_by(64).zip(words) {
             region.claims().account(first, has).map_err(|page| {
-                strange(page, "is said to be at the destination, but was not sent")
+                strange(page, "was reported to be at the destination, but was not sent")
             })?;
             if let Some(acks) = &region.landing().acks {
                 acks.account(first, has).map_err(|page| {
-                    strange(page, "was acknowledged, and is now said to be missing there")
+                    strange(page, "was acknowledged, and is now reported missing there")
                 })?;
             }
         }
@@ -397,7 +397,7 @@ impl SourceMemory {
                 let overlap = one.start < two.end && two.start < one.end;
                 if overlap && other.ram.identity()? == identity {
                     return Err(Error::Usage(format!(
-                        "RAM {} and RAM {} are one and the same file: each region has one of its own",
+                        "RAM {} and RAM {} are the same file: give each region its own file",
                         other.ram.name, region.ram.name
                     )));
                 }

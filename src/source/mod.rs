@@ -199,7 +199,7 @@ impl From<Answer> for InboxMessage {
 }
 
 /// The consequence of an interrupt before the guest is stopped.
-const GOES_ON: &str = "the guest goes on here";
+const GOES_ON: &str = "the guest continues at the source";
 
 /// Migrates one guest.
 ///

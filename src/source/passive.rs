@@ -1,6 +1,6 @@
 //! A guest whose migration another program starts: QEMU is told to migrate into a socket of umem.
 //!
-//! umem dials the destination first, so that a wrong address or secret is found before QEMU is told anything. umem
+//! umem dials the destination first, so that a wrong address or secret is found before QEMU gets a command. umem
 //! dials it again when QEMU has connected, because the destination gives up a session whose source is silent for long.
 
 use std::collections::VecDeque;
@@ -31,7 +31,7 @@ const PIECE_BYTES: usize = 64 << 10;
 const OTHERS_MAX: usize = 8;
 
 /// The consequence of an interrupt meanwhile.
-const NOT_BEGUN: &str = "no migration of QEMU's had come";
+const NOT_BEGUN: &str = "QEMU had not begun its migration";
 
 /// Waits at `path` until a QEMU migrates, and reads the guest's memory layout from its stream.
 pub(super) fn guest(
@@ -159,7 +159,8 @@ fn read_head(listener: &Socket, inbox: &Inbox<InboxMessage>) -> Result<(UnixStre
             }
             Ok(0) => {
                 return Err(Error::Host(
-                    "it has ended its migration before its first page: cancelled, or failed; ask the program that began it"
+                    "it ended its migration before its first page: the migration was cancelled or failed; ask the \
+                     program that began it"
                         .into(),
                 ));
             }

@@ -466,7 +466,7 @@ static void destination_event(struct migration *migration, const umem_event *eve
                  event->text);
         break;
     case UMEM_EVENT_PAUSED:
-        CHECK(strstr(event->text, "by hand"));
+        CHECK(strstr(event->text, "manually"));
         paused(migration);
         break;
     case UMEM_EVENT_RESUMED:

@@ -226,7 +226,7 @@ fn nvdimm_disk_cannot_be_filled() {
         let given = machine.command_line(&scratch, Side::Destination);
         let text = Umem::start(incoming(&given, &[], ANYWHERE)).fails();
         says(&text, "RAM backend nv has its memory in");
-        says(&text, "files of tmpfs and hugetlbfs");
+        says(&text, "named files on tmpfs and hugetlbfs");
         assert_eq!(scratch.ram_files(), Vec::<std::path::PathBuf>::new());
         assert!(image.exists(), "a foreign disk has been removed");
         fs::remove_file(image).expect("the file exists");
@@ -262,14 +262,14 @@ fn unusable_command_is_reported_before_a_source_connects() {
     // A wrapper that does not pass the preload object on.
     let wrapped = [words("env -u LD_PRELOAD"), given.clone(), words("-no-such-option")].concat();
     let text = Umem::start(incoming(&wrapped, &[], ANYWHERE)).fails_as_misused();
-    says(&text, "started no QEMU that umem's preload object was loaded into");
+    says(&text, "started no QEMU with umem's preload object");
 
     // The monitor of another QEMU.
     let other = Machine { name: "other", ..small(QemuVersion::V10_0) };
     let mut running = other.start(&scratch);
     let socket = running.socket.display().to_string();
     let text = fails(&given, &["--qmp", &socket]);
-    says(&text, "it does not wait for a guest but is running");
+    says(&text, "it is in the state running, and does not wait for a guest");
     let waiting = Machine { extra: words("-incoming defer"), name: "waiting", ..other };
     let mut other = waiting.start(&scratch);
     let socket = other.socket.display().to_string();
@@ -288,10 +288,10 @@ fn unusable_command_is_reported_before_a_source_connects() {
     let more = [given, words(&spare)].concat();
     let text = fails(&more, &["--ram", &ram("spare", "spare")]);
     says(&text, "RAM backend ram0");
-    says(&text, "is none of those that --ram names");
+    says(&text, "is not named by --ram");
     let both = ["--ram", &ram("ram0", "ram0"), "--ram", &ram("spare", "spare")];
     let text = Umem::start(incoming(&more, &both, ANYWHERE)).fails_as_misused();
-    says(&text, "--ram spare names a file that is no RAM of the guest");
+    says(&text, "--ram spare names a file that is not RAM of the guest");
     assert_eq!(other.qmp.status(), "inmigrate");
 }
 

@@ -119,7 +119,7 @@ fn the_destination_says_nothing(_: &Machine, _: &Scratch, source: &mut Qemu) {
     let (mut connection, _) = listener.accept().expect("umem connects");
     connection.read_exact(&mut [0; HELLO_BYTES]).expect("umem says hello");
     umem.signal(Signal::SIGINT);
-    says(&umem.fails(), "interrupted; the guest goes on here");
+    says(&umem.fails(), "interrupted; the guest continues at the source");
 }
 
 fn the_source_is_interrupted_when_connected(
@@ -129,15 +129,15 @@ fn the_source_is_interrupted_when_connected(
 ) {
     let mut halted = Halted::when_connected(machine, scratch, source);
     halted.umem.signal(Signal::SIGINT);
-    says(&halted.umem.fails(), "interrupted; the guest goes on here");
+    says(&halted.umem.fails(), "interrupted; the guest continues at the source");
     let text = halted.destination.umem.fails();
-    says(&text, "the source gave up: interrupted; the guest goes on here");
+    says(&text, "the source gave up: interrupted; the guest continues at the source");
 }
 
 fn the_source_is_interrupted_when_stopped(machine: &Machine, scratch: &Scratch, source: &mut Qemu) {
     let mut halted = Halted::when_stopped(machine, scratch, source);
     halted.umem.signal(Signal::SIGINT);
-    says(&halted.umem.fails(), "interrupted; the guest goes on here");
+    says(&halted.umem.fails(), "interrupted; the guest continues at the source");
     says(&halted.destination.umem.fails(), "the source gave up: interrupted");
 }
 
@@ -147,7 +147,7 @@ fn the_source_is_interrupted_when_loaded(machine: &Machine, scratch: &Scratch, s
     let destination = Qmp::connect(&halted.destination.qmp).status();
     assert_eq!((destination.as_str(), source.qmp.status().as_str()), ("paused", "finish-migrate"));
     halted.umem.signal(Signal::SIGINT);
-    says(&halted.umem.fails(), "interrupted; the guest goes on here");
+    says(&halted.umem.fails(), "interrupted; the guest continues at the source");
     says(&halted.destination.umem.fails(), "the source gave up: interrupted");
 }
 

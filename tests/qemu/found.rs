@@ -381,7 +381,7 @@ fn backends_with_overlapping_file_ranges_are_refused() {
     let apart = two.replace("offset=32M", "offset=64M");
     let mut source = plain_source(QemuVersion::V10_0, &scratch, &apart);
     let ram = format!("ram0={}", name.display());
-    is_refused(&mut source, &["--ram", &ram], &["has several RAM backends", "leave out --ram"]);
+    is_refused(&mut source, &["--ram", &ram], &["contains several RAM", "leave out --ram"]);
     is_taken(&mut source, &[]);
 }
 
@@ -415,8 +415,10 @@ fn named_files_are_compared_with_qemus_mappings() {
         let ram = |path: &Path| format!("ram0={}", path.display());
         let other = scratch.ram("other");
         fs::copy(&name, &other).expect("shared memory has room");
-        let expected =
-            [other.to_str().expect("the path is UTF-8"), "is not what the guest's QEMU has mapped"];
+        let expected = [
+            other.to_str().expect("the path is UTF-8"),
+            "is not the file that the guest's QEMU has mapped",
+        ];
         is_refused(&mut source, &["--ram", &ram(&other)], &expected);
         let twice = [&ram(&name), "--ram", &ram(&name)].map(str::to_owned);
         is_refused(&mut source, &["--ram", &twice[0], &twice[1], &twice[2]], &["is named twice"]);

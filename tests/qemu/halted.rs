@@ -65,7 +65,7 @@ impl Halted {
     /// Interrupts the source, so that the guest continues there.
     pub(super) fn ends_at_the_source(mut self) {
         self.umem.signal(Signal::SIGINT);
-        says(&self.umem.fails(), "interrupted; the guest goes on here");
+        says(&self.umem.fails(), "interrupted; the guest continues at the source");
         self.tap.cut();
         self.destination.umem.fails();
     }

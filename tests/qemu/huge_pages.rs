@@ -1,4 +1,4 @@
-//! If the guest's RAM could have huge pages and QEMU's options prevent them, both sides print the remedy.
+//! If the guest's RAM could use huge pages and QEMU's options prevent them, both sides print the remedy.
 
 use crate::support::{Machine, Qemu, QemuVersion, Scratch, Side, Umem};
 use crate::{NOBODY, incoming, says};
@@ -13,7 +13,7 @@ const IN_HUGE_TMPFS: [&str; 6] = [
     "sh",
 ];
 
-const ADVICE: &str = "RAM backend ram0 could have huge pages";
+const ADVICE: &str = "RAM backend ram0 could use huge pages";
 
 /// The backend's further options, and whether they prevent huge pages. QEMU accepts a size in each of these forms.
 const ALIGNED: [(&str, bool); 5] = [

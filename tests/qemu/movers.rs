@@ -101,7 +101,7 @@ fn early_cont_at_the_destination_leaves_the_guest_at_the_source() {
         });
         guest.execute("cont", json!({}));
         halted.tap.release();
-        says(&halted.umem.fails(), "another client has let the guest run here (cont)");
+        says(&halted.umem.fails(), "another client resumed the guest here (cont)");
         halted.destination.umem.fails();
         wait_for("the guest to continue", || (source.qmp.status() == "running").then_some(()));
     }
@@ -269,7 +269,7 @@ fn qemus_own_migration_is_not_disturbed() {
         begin(&mut source);
         let before = set_up(&mut source.qmp);
         let text = migrate(&source, NOBODY, &["-p"]).fails();
-        says(&text, "a migration of QEMU's own is under way");
+        says(&text, "a migration of this guest is in progress");
         assert_eq!(set_up(&mut source.qmp), before);
         goes_on(&mut source);
 
@@ -278,7 +278,7 @@ fn qemus_own_migration_is_not_disturbed() {
         begin(&mut source);
         let before = set_up(&mut source.qmp);
         halted.tap.release();
-        says(&halted.umem.fails(), "a migration of QEMU's own is under way");
+        says(&halted.umem.fails(), "a migration of this guest is in progress");
         halted.destination.umem.fails();
         assert_eq!(set_up(&mut source.qmp)[..2], before[..2]);
         goes_on(&mut source);
@@ -392,7 +392,10 @@ fn moved_guest_is_not_moved_again() {
     let umem = migrate(&source, &destination.uri, &["-p"]);
     destination.umem.event("completed");
     umem.succeeds();
-    says(&migrate(&source, NOBODY, &["-p"]).fails(), "its guest has been migrated away");
+    says(
+        &migrate(&source, NOBODY, &["-p"]).fails(),
+        "its guest was migrated (query-status reports postmigrate)",
+    );
     Qmp::connect(&destination.qmp).quit();
     destination.umem.succeeds();
 }

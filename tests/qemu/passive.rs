@@ -224,7 +224,7 @@ fn guest_continues_at_the_source_when_its_manager_cancels() {
     let (mut managed, _cutter) = stalled(&scratch, &[]);
     managed.source.qmp.execute("migrate_cancel", json!({}));
     let umem = std::mem::replace(&mut managed.umem, Umem::start(["--version"]));
-    says(&umem.fails(), "it has ended its migration before the end of its stream: cancelled");
+    says(&umem.fails(), "before the end of its stream: the migration was cancelled");
     managed.goes_on_at_the_source("cancelled");
 }
 
@@ -351,15 +351,15 @@ fn ambiguous_switchover_options_are_a_usage_error() {
     let path = scratch.path("migration");
     let text = listen(&path, NOBODY, &[]).fails_as_misused();
     says(&text, "with --qmp");
-    says(&text, "with --switchover external, on both sides");
+    says(&text, "with --switchover external on both sides");
     let both = ["--qmp", "/nowhere", "--switchover", "external"];
     says(&listen(&path, NOBODY, &both).fails_as_misused(), "leave out --qmp");
     let alone = ["migrate", "--json", "--switchover", "external", NOBODY];
-    says(&Umem::start(alone).fails_as_misused(), "say with --listen");
+    says(&Umem::start(alone).fails_as_misused(), "with --listen unix:PATH");
     let limit = ["--switchover", "external", "--downtime-limit", "5"];
     says(&listen(&path, NOBODY, &limit).fails_as_misused(), "leave out --downtime-limit");
     let alone = ["incoming", "--json", "--switchover", "external", "tcp:127.0.0.1:0", "--", "true"];
-    says(&Umem::start(alone).fails_as_misused(), "say with --connect");
+    says(&Umem::start(alone).fails_as_misused(), "with --connect unix:PATH");
     // A missing destination is detected before QEMU gets a command.
     let text = listen(&path, NOBODY, &["--switchover", "external"]).fails();
     says(&text, "cannot connect to");
@@ -436,6 +436,6 @@ fn socket_replaces_a_deserted_one_and_no_other() {
     let mut umem = listen(&path, &destination.uri, &external);
     umem.event("listening");
     umem.signal(Signal::SIGTERM);
-    says(&umem.fails(), "no migration of QEMU's had come");
+    says(&umem.fails(), "QEMU had not begun its migration");
     assert!(!path.exists());
 }

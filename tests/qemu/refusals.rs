@@ -42,7 +42,7 @@ fn unmovable_source_is_refused_and_keeps_running() {
             "{file},share=on -chardev socket,id=c,path={} -netdev vhost-user,id=n,chardev=c",
             backend.path.display()
         );
-        refused(&vhost_user, &["a netdev of type vhost-user", "take it out"]);
+        refused(&vhost_user, &["a netdev of type vhost-user", "remove it"]);
         let _ = fs::remove_file(path);
     }
 }
@@ -207,9 +207,9 @@ fn wrong_command_line_gives_one_line_and_exit_status_2() {
         ("incoming --lanes 0 tcp::0 -- QEMU", "--lanes is 1 to"),
         ("incoming --kind quick tcp::0 -- QEMU", "kinds are shared, private and anonymous"),
         ("migrate -p tcp:127.0.0.1:1", "give the guest's QMP socket with --qmp"),
-        ("migrate -n --qmp x tcp:127.0.0.1:1", "-n only makes sense with -p"),
+        ("migrate -n --qmp x tcp:127.0.0.1:1", "-n needs -p"),
         ("migrate -p --ram ram0 tcp:127.0.0.1:1", "write NAME=PATH"),
-        ("migrate -p --qmp x", "tcp:HOST:4444, or which session to --resume"),
+        ("migrate -p --qmp x", "tcp:HOST:4444, or a session to --resume"),
         ("move", "--help"),
     ] {
         let line = line.replace("QEMU", &qemu);

@@ -312,7 +312,7 @@ fn unusable_stream_is_refused_before_any_change() {
     let uri = format!("unix:{}", scratch.path("other").display());
     source.qmp.execute("migrate", json!({ "uri": uri }));
     let error = ours.start().expect_err("another client migrates the guest").to_string();
-    says(&error, "a migration of QEMU's own is under way");
+    says(&error, "a migration of this guest is in progress");
     source.qmp.execute("migrate_cancel", json!({}));
     drop(listener);
     source.serial.goes_on();
@@ -390,7 +390,7 @@ fn passes_are_refused_when_the_log_loses_writes() {
     let scratch = Scratch::new();
     let two = Machine { name: "two", ..nodes() };
     let hybrid = &["--precopy", "-p"][..];
-    let block = "except to its first RAM block, and node1 is another one";
+    let block = "except to its first RAM block, and node1 is another block";
     for (machine, modes, why) in [
         (machine(QemuVersion::V7_2), &[hybrid, &["--precopy"], &[]][..], "QEMU 7.2 without KVM"),
         (two, &[&["--precopy"], &[]], block),
@@ -416,7 +416,7 @@ fn ram_without_a_file_is_refused_when_the_log_loses_writes() {
     let mut source = boot(&machine, &scratch);
     for mode in [&["--precopy", "-p"][..], &[]] {
         let error = migrate(&source, crate::NOBODY, mode).fails();
-        says(&error, "node1 is another one, whose contents come from that log's stream");
+        says(&error, "node1 is another block, whose contents come from that log's stream");
         assert_eq!(source.qmp.status(), "running");
     }
 }

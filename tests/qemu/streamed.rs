@@ -206,11 +206,11 @@ fn guest_without_files_is_refused_by_name_when_its_contents_cannot_be_sent() {
         assert_eq!(source.qmp.status(), "running");
     };
     let machine = machine(SourceRam::Default);
-    let before = "RAM backend pc.ram is a memory-backend-ram, which has no file that umem could open: add --precopy";
+    let before = "RAM backend pc.ram is a memory-backend-ram, without a file that umem can open: add --precopy";
     refused(boot(&machine, &scratch), &["-p"], before);
     let named = format!("pc.ram={}", scratch.ram("none").display());
     refused(boot(&machine, &scratch), &["--precopy", "--ram", &named], "leave out --ram");
-    refused(boot(&machine, &scratch), &["--precopy", "--release-ram"], "leave the option out");
+    refused(boot(&machine, &scratch), &["--precopy", "--release-ram"], "leave out --release-ram");
     let old = Machine { version: QemuVersion::V7_2, ..machine };
     refused(boot(&old, &scratch), &["--precopy"], "QEMU 7.2 without KVM loses writes");
 }

@@ -300,7 +300,7 @@ impl Umem {
         let stderr = self.stderr();
         assert_eq!(status.code(), Some(code), "{status}; stderr:\n{stderr}");
         // Whether there is advice depends on the mount of /dev/shm on this machine.
-        let is_advice = |text: &&str| text.contains("could have huge pages");
+        let is_advice = |text: &&str| text.contains("could use huge pages");
         let lines = || stderr.lines().map(Umem::without_half_a_line);
         let own = lines().filter_map(|line| line.strip_prefix("umem: "));
         let own: Vec<&str> = own.filter(|text| !is_advice(text)).collect();

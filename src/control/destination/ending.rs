@@ -1,10 +1,11 @@
 //! The end of a migration: the owner of the guest, the reports, and the state for a takeover.
 
 use umem_wire::destination::Phase;
-use umem_wire::{Fault, FaultCode, Standing};
+use umem_wire::{Fault, FaultCode};
 
 use super::{
-    Core, Effect, Effects, Failure, Input, Moment, Owner, Process, Stage, Voice, say_not_written,
+    Core, Effect, Effects, Failure, Input, Moment, Outcome, Owner, Process, Stage, Voice,
+    say_not_written,
 };
 use crate::error::Error;
 use crate::events::{Event, Remark};
@@ -20,16 +21,6 @@ pub(super) enum Verdict {
     Stays(Error),
     /// The guest ends with umem, or has ended.
     Ends(Error),
-}
-
-/// The outcome of a migration.
-#[derive(Debug)]
-pub(crate) enum Outcome {
-    /// The guest has all of its memory. `unheard` is the standing for a source that has not received the completion.
-    Complete {
-        unheard: Option<Standing>,
-    },
-    Failed(Error),
 }
 
 impl Core {
@@ -163,8 +154,8 @@ impl Core {
                 side,
                 lane,
                 what: format!(
-                    "{what}; the guest runs here and waits for {} pages that only the source has: \
-                     do not start it there again",
+                    "{what}; the guest runs here and waits for {} pages that only the source has: do not start the \
+                     guest there again",
                     now.memory.pages_missing
                 ),
             },
@@ -176,11 +167,10 @@ impl Core {
     pub(super) fn guest_died(&self, how: &str) -> Error {
         match self.owner() {
             _ if self.phase == Phase::Completing => Error::Ended(format!(
-                "the guest's process ended{how} when all of its memory had come, before its source had said \
-                 goodbye"
+                "the guest's process ended{how} after all of its memory had arrived, before the source's goodbye"
             )),
             Owner::Ours => Error::Ended(format!(
-                "the guest's process ended{how} before all of its memory had come"
+                "the guest's process ended{how} before all of its memory had arrived"
             )),
             Owner::Source | Owner::Undecided => {
                 Error::Host(format!("it exited{how} before the guest arrived"))

@@ -5,7 +5,7 @@
 //! Waiting --Came--> Telling --Told--> Hearing --Parted--> Answering --Closed--> Over, told
 //!   |  ^               |                |
 //!   |  +----NotTold----+----Closed------+
-//!   +--the time is up, an interrupt--> Over, not told
+//!   +--timeout, interrupt--> Over, not told
 //! ```
 //!
 //! The source's goodbye means that the source has written the notice to its own record. Lanes that end without a

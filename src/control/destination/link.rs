@@ -26,7 +26,8 @@ use umem_wire::destination::{Input as Step, Phase};
 use umem_wire::{Fault, FaultCode, Frame, LaneRole};
 
 use super::{
-    Core, Effect, Effects, Failure, FreeSpace, Moment, Owner, SessionPolicy, Stage, not_resumed,
+    Core, Effect, Effects, Entrance, Failure, FreeSpace, Moment, Owner, SessionPolicy, Stage,
+    not_resumed,
 };
 use crate::control::doubt::Doubt;
 use crate::control::liveness::{self, Due, Liveness, stood_still_by_option};
@@ -70,15 +71,6 @@ pub(super) struct Link {
     short_of_tables: Option<Instant>,
     pub(super) recoveries: u32,
     pub(super) disconnected: Duration,
-}
-
-/// The entrance for new lanes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Entrance {
-    /// The source dials.
-    Listener,
-    /// Given connections, one for each lane.
-    Given,
 }
 
 #[derive(Debug)]
@@ -170,7 +162,9 @@ impl Link {
             _ if self.pausing.is_paused() => {
                 refused("the migration is paused here; resume it first")
             }
-            _ if !phase.outlives_its_lanes() => refused("its lanes are not to be replaced"),
+            _ if !phase.outlives_its_lanes() => {
+                refused("this destination does not replace lost lanes now")
+            }
             Some(why) => Some((FaultCode::OutOfMemory, why.into())),
             None => None,
         }
@@ -260,7 +254,7 @@ impl Core {
             Due::Ask(number) => effects.push(Effect::Ping(number)),
             Due::Lost => {
                 let patience = self.link.liveness.patience().as_secs_f64();
-                return Err(silent(format!("it has not answered for {patience} s")).into());
+                return Err(silent(format!("no answer for {patience} s")).into());
             }
         }
         match &mut self.link.state {
@@ -306,7 +300,7 @@ impl Core {
     pub(super) fn given_in_vain(&mut self, effects: &mut Effects) {
         self.link.forget_given(effects);
         if let State::Down { old: Old::Ending | Old::Gone, .. } = self.link.state {
-            let reason = "of the connections that were given one has closed or led elsewhere";
+            let reason = "one of the given connections was closed, or led to another process";
             let reason = reason.into();
             effects.push(Effect::Report(Event::Paused { reason, pause: Pause::GivenInVain }));
         }
@@ -473,11 +467,11 @@ impl Core {
         }
         self.link.forget_given(effects);
         if self.link.is_down() {
-            let reason = "by hand".into();
+            let reason = "paused manually".into();
             effects.push(Effect::Report(Event::Paused { reason, pause: Pause::Ordered }));
             return Ok(());
         }
-        self.break_lanes("paused by hand", now, effects)
+        self.break_lanes("paused manually", now, effects)
     }
 
     /// On an order: accept the source again, at another address if one is given. Another thread looks the name up,
@@ -488,7 +482,7 @@ impl Core {
         match uri {
             None => self.link.pausing.resume(),
             Some(uri) if uri.is_one_connection() => {
-                not_resumed(&Error::Usage(format!("{uri} is no address to listen at")), effects);
+                not_resumed(&Error::Usage(format!("umem cannot listen at {uri}")), effects);
             }
             Some(uri) => effects.push(Effect::LookUp { order: self.link.orders, uri }),
         }
@@ -560,7 +554,7 @@ impl Core {
         let State::Down { was_interrupted, .. } = &mut self.link.state else { return Ok(()) };
         if std::mem::replace(was_interrupted, true) {
             let what = lost.in_words();
-            let text = format!("there was no connection, and {what}");
+            let text = format!("the source is not connected, and {what}");
             return Err(Error::Interrupted(text).into());
         }
         effects.push(Effect::Report(Event::Remark(Remark::InterruptAgainHere { lost })));
@@ -571,7 +565,7 @@ impl Core {
 impl Lost {
     pub(crate) fn in_words(self) -> &'static str {
         match self {
-            Lost::Owner => "the source may have given its guest up, and only it knows",
+            Lost::Owner => "only the source knows whether it has given the guest up",
             Lost::Pages => "the guest here waits for pages that only the source has",
         }
     }
@@ -588,7 +582,7 @@ fn say_shortage(
     let room = free.map_or_else(String::new, |FreeSpace { ram, bytes }| {
         format!(", and the file system of RAM {ram} has room for {} MiB", bytes >> 20)
     });
-    let reason = format!("{what}; up to {} MiB are still to come{room}", missing >> 20);
+    let reason = format!("{what}; up to {} MiB have not arrived{room}", missing >> 20);
     let room = Room::Here { missing, free: free.map(|free| free.bytes) };
     effects.push(Effect::Report(Event::Short { reason: reason.clone(), room }));
     reason

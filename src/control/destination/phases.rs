@@ -69,7 +69,7 @@ impl Core {
                 effects.push(Effect::Compare(digests));
             }
             Heard::Digests(_) => {
-                return Err(Error::protocol("demand lane", "digests that nobody asked for").into());
+                return Err(Error::protocol("demand lane", "unrequested digests").into());
             }
             _ => {}
         }
@@ -293,8 +293,9 @@ impl Core {
             self.stage = Stage::Starting { is_told: is_told || !goes_on };
             return Ok(());
         }
-        let how =
-            how.map_or_else(String::new, |how| format!("; when it answers again, {how} goes on"));
+        let how = how.map_or_else(String::new, |how| {
+            format!("; when the monitor answers again, {how} continues the session")
+        });
         let waits = awaits_cont(pages);
         let error = Error::Interrupted(format!(
             "{waits}: do not start the guest at the source again; ask the monitor with `query-status`{how}"

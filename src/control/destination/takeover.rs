@@ -17,7 +17,7 @@ use crate::session::{DestinationRecord, DestinationState, when};
 pub(crate) enum Found<G> {
     /// Its side has handed everything over again.
     Waiting(G),
-    /// It was told that it has all of its memory.
+    /// Its process knows that it has all of its memory.
     Complete,
     Ended,
 }

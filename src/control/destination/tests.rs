@@ -374,7 +374,7 @@ fn exhausted_room_refuses_lanes_until_room_returns() {
     assert_eq!(bench.says(Input::Tick), "Sever, Report(recovering)");
     let (code, why) = bench.core.refusal().unwrap();
     assert_eq!(code, FaultCode::OutOfMemory);
-    assert!(why.contains("up to 8 MiB are still to come"), "{why}");
+    assert!(why.contains("up to 8 MiB have not arrived"), "{why}");
     bench.wait(Duration::from_secs(1));
     assert_eq!(bench.says(Input::Tick), "MeasureRoom");
     assert_eq!(bench.says(Input::Room(free(4096))), "");
@@ -415,7 +415,7 @@ fn lookup_of_a_superseded_order_is_not_bound() {
     assert_eq!(bench.says(found(2)), "");
     assert!(bench.says(Input::Order(Order::Resume(Some(uri())))).starts_with("LookUp { order: 4"));
     assert!(bench.says(found(4)).starts_with("Bind"));
-    assert!(bench.core.refusal().is_some(), "the pause goes on until somebody listens");
+    assert!(bench.core.refusal().is_some(), "the pause lasts until a listener exists");
     let bound = Input::Bound { uri: "tcp:[::]:4444".into() };
     assert_eq!(bench.says(bound), "Open, WriteAddress(\"tcp:[::]:4444\"), Report(listening)");
     assert!(bench.core.refusal().is_none());
@@ -451,7 +451,7 @@ fn complete_destination_stops_waiting_for_the_goodbye_after_its_limit() {
 
 #[test]
 fn first_interrupt_without_lanes_warns_and_second_ends() {
-    for (stage, what) in [("Awaiting", "given its guest up"), ("Serving", "pages that only")] {
+    for (stage, what) in [("Awaiting", "given the guest up"), ("Serving", "pages that only")] {
         let mut bench = at(stage, terms()).feed_all([lost(LaneRole::Demand)]);
         let said = bench.says(Input::Interrupt);
         assert!(said.starts_with("Report(Remark(InterruptAgainHere"), "{said}");

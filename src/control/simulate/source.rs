@@ -2,26 +2,28 @@
 //! two.
 
 mod left;
+mod opening;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use umem_wire::{Event as Said, Fault as Reason, FaultCode, Frame, Totals};
+use umem_wire::{Fault as Reason, Frame, Totals};
 
 use super::threads::kills;
-use super::world::{CHUNK, Happening, Lane, PAGES, Reply, Sent, TOTAL_BYTES, World, lost};
+use super::world::{CHUNK, Happening, Lane, PAGES, Sent, TOTAL_BYTES, World};
 use super::{Fault, Random};
-use crate::control::calling::{Called, Word};
+use crate::control::Moment;
 use crate::control::source::closing::GOODBYE_PING;
 use crate::control::source::leftover::{self, Knocked, Leftover};
 use crate::control::source::{
     Effect, Goodbye, Guest, Heard, Input, Kept, Left, Opened, Outcome, Plan, Question, Record,
-    Source, peer,
+    Source,
 };
-use crate::control::{Moment, Order};
 use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::transport::uri::Uri;
+
+pub(super) use opening::Opening;
 
 /// The record on the disk.
 #[derive(Clone, Debug)]
@@ -83,17 +85,6 @@ pub(super) struct SourceSide {
     /// Whether the person once takes a live destination for gone, and whether that happens now.
     is_mistaken: bool,
     mistakes: bool,
-}
-
-/// An attempt to open lanes, or to send one message.
-#[derive(Debug)]
-pub(super) struct Opening {
-    pub(super) attempt: u32,
-    /// Set when the destination has accepted the lanes.
-    pub(super) link: Option<u32>,
-    pub(super) word: Option<Word>,
-    /// The goodbye has been sent.
-    pub(super) has_parted: bool,
 }
 
 impl SourceSide {
@@ -286,7 +277,7 @@ impl World {
                     self.run_leftover(leftover::Input::Knocked(knocked));
                 }
                 Input::Interrupted => {
-                    let error = Error::Interrupted("nobody is told".into());
+                    let error = Error::Interrupted("no destination is notified".into());
                     self.run_leftover(leftover::Input::NotDone(error));
                 }
                 _ => {}
@@ -431,7 +422,7 @@ impl World {
                 self.forget();
             }
             Effect::Commit if self.habits.cancels && self.source.number == 1 => {
-                return Err(Error::Interrupted("the guest goes on here".into()));
+                return Err(Error::Interrupted("the guest continues at the source".into()));
             }
             Effect::Commit => self.source.answers.push_back(Input::Committed),
             Effect::Ask(question) => {
@@ -492,7 +483,8 @@ impl World {
             | Effect::CheckFiles { .. }
             | Effect::StayAwake
             | Effect::Relax
-            | Effect::Show(_) => {}
+            | Effect::Show(_)
+            | Effect::ReportUnrestored { .. } => {}
         }
         Ok(())
     }
@@ -574,15 +566,6 @@ impl World {
         }
     }
 
-    fn dials(&mut self, epoch: u32, word: Option<Word>) {
-        self.source.attempts += 1;
-        let attempt = self.source.attempts;
-        let opening = Opening { attempt, link: None, word: word.clone(), has_parted: false };
-        self.source.opening = Some(opening);
-        let at = self.now + self.random.millis(9);
-        self.at(at, Happening::Dialled { attempt, epoch, word });
-    }
-
     fn end_threads(&mut self, fault: Option<Reason>) {
         let Some(link) = self.source.link else { return };
         if let Some(fault) = fault {
@@ -590,133 +573,5 @@ impl World {
         }
         self.source.link = None;
         self.source_hangs_up(link, true);
-    }
-}
-
-/// Messages to the source. While it opens lanes it accepts only orders.
-impl World {
-    pub(super) fn source_notes(&mut self, input: Input) {
-        match &self.source.opening {
-            None => self.tell_source(input),
-            Some(Opening { word: None, .. }) => self.source.notes.push_back(input),
-            Some(Opening { word: Some(_), .. }) => {}
-        }
-    }
-
-    pub(super) fn order_source(&mut self, order: Order) {
-        self.note(format_args!("somebody orders the source: {order:?}"));
-        self.source_notes(Input::Order(order));
-        if matches!(self.source.opening, Some(Opening { word: None, .. })) {
-            self.opening_fails(Error::Interrupted("the attempt is given up".into()));
-        }
-    }
-
-    pub(super) fn interrupt_source(&mut self) {
-        self.note(format_args!("somebody interrupts the source"));
-        self.source_notes(Input::Interrupted);
-        if self.source.opening.is_some() {
-            self.opening_fails(Error::Interrupted("the attempt is given up".into()));
-        }
-    }
-
-    pub(super) fn source_loses(&mut self, link: u32, lane: Lane) {
-        let name = match lane {
-            Lane::Demand => "demand lane",
-            Lane::Bulk => "bulk lane 1",
-        };
-        if self.source.link == Some(link) {
-            self.note(format_args!("source loses its {name}"));
-            return self.source_notes(Input::Failed(lost(name)));
-        }
-        let Some(opening) = &self.source.opening else { return };
-        if opening.link != Some(link) {
-            return;
-        }
-        match (lane, &opening.word) {
-            // The core notices that once the lane is served.
-            (Lane::Bulk, _) => {
-                let at = self.now + Duration::from_secs(1);
-                self.at(at, Happening::SourceLoses { link, lane });
-            }
-            // The end of the lane is the answer.
-            (_, Some(Word::GaveUp(_))) => self.opening_ends(Input::Called(Called::Heard)),
-            (_, Some(Word::Goodbye)) if opening.has_parted => {
-                self.opening_ends(Input::Called(Called::Heard));
-            }
-            _ => self.opening_fails(lost(name)),
-        }
-    }
-
-    pub(super) fn source_hears(&mut self, link: u32, told: Reply) {
-        if self.source.link == Some(link) {
-            match told {
-                Reply::Said(Said::Ping(number)) => self.send_frame(Frame::Pong(number)),
-                Reply::Said(said) => {
-                    self.note(format_args!("source hears {}", said.name()));
-                    self.source_notes(Input::Received(said));
-                }
-                Reply::Request(page) => {
-                    if self.source.sent.insert(page) {
-                        let sent = self.memory.read(page);
-                        self.send(link, Lane::Demand, sent);
-                    }
-                }
-                Reply::Account { .. } => self.violated("an account on lanes that are served"),
-            }
-        } else if self.source.opening.as_ref().is_some_and(|opening| opening.link == Some(link)) {
-            self.opening_hears(link, told);
-        }
-    }
-
-    fn opening_hears(&mut self, link: u32, told: Reply) {
-        let Some(opening) = &mut self.source.opening else { return };
-        match (&opening.word, told) {
-            (None, Reply::Account { standing, have }) => {
-                self.source.opened(link, &have);
-                self.opening_ends(Input::Opened(Opened::Lanes(standing)));
-            }
-            (None, Reply::Said(Said::Error(fault))) if fault.code == FaultCode::Ended => {
-                self.source_hangs_up(link, true);
-                self.opening_ends(Input::Opened(Opened::Never(peer(fault))));
-            }
-            (Some(Word::Goodbye), Reply::Said(Said::Complete(totals))) if !opening.has_parted => {
-                opening.has_parted = true;
-                self.send(link, Lane::Demand, Sent::Frame(Frame::Complete(totals)));
-                self.send(link, Lane::Demand, Sent::Frame(Frame::Ping(GOODBYE_PING)));
-            }
-            (Some(Word::Goodbye), Reply::Said(Said::Pong(GOODBYE_PING))) => {
-                self.source_hangs_up(link, true);
-                self.opening_ends(Input::Called(Called::Heard));
-            }
-            (None | Some(Word::Goodbye), Reply::Said(Said::Error(fault))) => {
-                self.opening_fails(peer(fault));
-            }
-            _ => {}
-        }
-    }
-
-    /// The attempt fails.
-    pub(super) fn opening_fails(&mut self, error: Error) {
-        let Some(opening) = &self.source.opening else { return };
-        let (link, is_word) = (opening.link, opening.word.is_some());
-        if let Some(link) = link {
-            self.source_hangs_up(link, true);
-        }
-        self.opening_ends(match (is_word, link) {
-            (false, _) => Input::Opened(Opened::NotNow(error)),
-            (true, None) => Input::Called(Called::NotOpened(error)),
-            (true, Some(_)) => Input::Called(Called::NotHeard(error)),
-        });
-    }
-
-    /// Messages that arrived meanwhile are handled first.
-    fn opening_ends(&mut self, answer: Input) {
-        self.source.opening = None;
-        let process = self.source.number;
-        for note in std::mem::take(&mut self.source.notes).into_iter().chain([answer]) {
-            if self.source.is(process) {
-                self.tell_source(note);
-            }
-        }
     }
 }

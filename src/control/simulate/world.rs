@@ -1,14 +1,17 @@
-//! Virtual time, the wire and the source's monitor.
+//! Virtual time: the world's events, its habits and its end.
+
+mod monitor;
+mod wire;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
-use umem_wire::{Event as Said, Frame, PageSize, Region, RegionTable, Standing};
+use umem_wire::{PageSize, Region, RegionTable};
 
 use super::destination::Destination;
 use super::rounds::{Memory, RoundsHabits};
-use super::source::{Opening, SourceSide};
+use super::source::SourceSide;
 use super::threads::Own;
 use super::{CHAOS, END, Fault, Random};
 use crate::control::Order;
@@ -17,7 +20,8 @@ use crate::control::destination::Input as There;
 use crate::control::source::{Input, Question};
 use crate::error::Error;
 use crate::host::monitor::Answer;
-use crate::transport::lane::HELLO_TIMEOUT;
+
+pub(super) use wire::{LANES, Lane, Reply, Sent, lost, nobody};
 
 /// Pages of the guest.
 pub(super) const PAGES: u64 = 6;
@@ -31,46 +35,6 @@ const STEPS_MAX: u32 = 20_000;
 
 /// Bytes of device state.
 pub(super) const STATE_BYTES: usize = 4;
-
-/// A lane of a set.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Lane {
-    Demand,
-    Bulk,
-}
-
-pub(super) const LANES: [Lane; 2] = [Lane::Demand, Lane::Bulk];
-
-/// Data from the source.
-#[derive(Clone, Debug)]
-pub(super) enum Sent {
-    Frame(Frame),
-    /// The device state and its end.
-    State,
-    /// A page with its version, which is the number of writes before it was read.
-    Page {
-        page: u64,
-        version: u32,
-    },
-    /// Pages that remain after rounds.
-    Remaining {
-        pages: BTreeSet<u64>,
-        last: bool,
-    },
-}
-
-/// Data from the destination.
-#[derive(Clone, Debug)]
-pub(super) enum Reply {
-    Said(Said),
-    /// A thread of the guest waits for this page.
-    Request(u64),
-    /// On new lanes: the standing, and the pages that have arrived.
-    Account {
-        standing: Standing,
-        have: BTreeSet<u64>,
-    },
-}
 
 /// An event at some time. Its numbers name the lanes and the process it belongs to. The event is dropped if these are
 /// gone.
@@ -561,186 +525,4 @@ impl World {
     pub(super) fn killed(&mut self) {
         self.kills += 1;
     }
-}
-
-/// The wire.
-impl World {
-    pub(super) fn connect(&mut self) -> u32 {
-        self.links += 1;
-        self.links
-    }
-
-    fn arrives(&mut self, link: u32, lane: Lane, to_source: bool) -> Duration {
-        // Pages take longer, so that lanes break while they are in transit.
-        let bits = if lane == Lane::Bulk && !to_source { 10 } else { 6 };
-        let soonest = self.now + self.random.millis(bits);
-        let last = self.arrivals.entry((link, lane, to_source)).or_default();
-        *last = (*last).max(soonest);
-        *last
-    }
-
-    pub(super) fn send(&mut self, link: u32, lane: Lane, sent: Sent) {
-        let at = self.arrives(link, lane, false);
-        self.at(at, Happening::ToDestination { link, lane, sent });
-    }
-
-    pub(super) fn say(&mut self, link: u32, told: Reply) {
-        let lane = Lane::Demand;
-        let at = self.arrives(link, lane, true);
-        self.at(at, Happening::ToSource { link, lane, told });
-    }
-
-    /// The source has closed its lanes. Sent data may still arrive.
-    pub(super) fn source_hangs_up(&mut self, link: u32, sends_rest: bool) {
-        for lane in LANES {
-            if !sends_rest {
-                self.cut.insert((link, lane));
-            }
-            let at = self.arrives(link, lane, false);
-            self.at(at, Happening::DestinationLoses { link, lane });
-        }
-    }
-
-    pub(super) fn destination_hangs_up(&mut self, link: u32, sends_rest: bool) {
-        for lane in LANES {
-            if !sends_rest {
-                self.cut.insert((link, lane));
-            }
-            self.hang_up_lane(link, lane);
-        }
-    }
-
-    /// The destination has closed one lane.
-    pub(super) fn hang_up_lane(&mut self, link: u32, lane: Lane) {
-        let at = self.arrives(link, lane, true);
-        self.at(at, Happening::SourceLoses { link, lane });
-    }
-
-    /// The network loses one lane, or all. The two ends notice it at different times.
-    fn cut_lanes(&mut self, whole: bool) {
-        let there = self.destination.threads.demand.or(self.destination.threads.bulk);
-        let Some(link) = self.source.link.or(there) else { return };
-        self.note(format_args!("lanes {link} are cut, all of them: {whole}"));
-        let bulk = self.random.percent(50);
-        let one = if bulk { Lane::Bulk } else { Lane::Demand };
-        for lane in LANES.into_iter().filter(|&lane| whole || lane == one) {
-            self.cut_lane(link, lane);
-        }
-    }
-
-    fn cut_lane(&mut self, link: u32, lane: Lane) {
-        self.cut.insert((link, lane));
-        let at = self.now + self.random.millis(13);
-        self.at(at, Happening::SourceLoses { link, lane });
-        let at = self.now + self.random.millis(13);
-        self.at(at, Happening::DestinationLoses { link, lane });
-    }
-
-    /// The source has dialed, to open lanes or to send one message.
-    fn dialled(&mut self, attempt: u32, epoch: u32, word: Option<Word>) {
-        if !self.source.is_opening(attempt) {
-            return;
-        }
-        if self.is_mistaken_no_more() {
-            return self.opening_fails(Error::Interrupted("the person has a look".into()));
-        }
-        let is_lost = !self.is_well() && self.random.percent(10);
-        let accepted = match is_lost {
-            true => Err(nobody(std::io::ErrorKind::TimedOut)),
-            false => self.destination_accepts(epoch),
-        };
-        self.note(format_args!("source dials {epoch}, {word:?}: {accepted:?}"));
-        let link = match accepted {
-            Ok(link) => link,
-            Err(error) => return self.opening_fails(error),
-        };
-        if self.is_knocking() {
-            self.lanes_come();
-            return self.knocked(link);
-        }
-        self.source.opening =
-            Some(Opening { attempt, link: Some(link), word: word.clone(), has_parted: false });
-        self.at(self.now + HELLO_TIMEOUT, Happening::OpeningIsLate { attempt });
-        if let Some(Word::GaveUp(fault)) = word {
-            self.send(link, Lane::Demand, Sent::Frame(Frame::Error(fault)));
-        }
-        if !self.is_well() && self.random.percent(10) {
-            LANES.into_iter().for_each(|lane| self.cut_lane(link, lane));
-        }
-        self.lanes_come();
-    }
-}
-
-/// The source's monitor, which carries out one command at a time.
-impl World {
-    pub(super) fn ask(&mut self, question: Question) {
-        let process = self.source.process_number();
-        let begins = self.monitor_busy.max(self.now);
-        self.monitor_busy = begins + self.random.millis(9);
-        if !self.is_well() && self.random.percent(self.habits.stuck) {
-            self.monitor_busy = self.monitor_busy.max(CHAOS + self.random.millis(14));
-        }
-        if question == Question::Look {
-            let takes = self.look_takes();
-            self.monitor_busy += takes;
-        }
-        let asked = self.now;
-        self.at(self.monitor_busy, Happening::Monitor { process, question, asked });
-    }
-
-    fn monitor_does(&mut self, process: u32, question: Question, asked: Duration) {
-        // The connection has ended with its process.
-        if !self.source.is(process) {
-            return;
-        }
-        let is_wrong = !self.is_well() && self.random.percent(self.habits.wrong);
-        self.note(format_args!("monitor does {question:?}, wrongly: {is_wrong}"));
-        let result = match is_wrong {
-            true => Err(Error::Host("it refuses".into())),
-            false => Ok(()),
-        };
-        self.has_been_asked |= question == Question::StandsStill;
-        let answer = match question {
-            Question::Track => Answer::Tracking(self.tracks(result)),
-            Question::Look => Answer::Looked(self.looks(result, asked)),
-            Question::Stop => {
-                // Written before any setting is changed.
-                self.source.stops(self.habits.is_kept);
-                Answer::Stopped(self.stops(result).map(|()| None))
-            }
-            Question::Save => Answer::Saved(result.map(|()| vec![0; STATE_BYTES])),
-            Question::StandsStill if self.runs_here => {
-                Answer::StandsStill(Err(Error::Host("the guest runs".into())))
-            }
-            Question::StandsStill => Answer::StandsStill(result),
-            Question::PutBack => {
-                if !is_wrong {
-                    self.is_put_back();
-                }
-                Answer::PutBack(result)
-            }
-            Question::Resume => {
-                self.drops_log();
-                self.runs_here |= !is_wrong;
-                if !is_wrong {
-                    self.is_put_back();
-                }
-                Answer::Resumed(result)
-            }
-        };
-        // A wrong answer counts as no answer.
-        let is_silent = !self.is_well() && self.random.percent(self.habits.wrong);
-        if is_silent {
-            return;
-        }
-        self.soon(Happening::Answered { process, answer });
-    }
-}
-
-pub(super) fn lost(lane: &str) -> Error {
-    Error::Lost { side: "destination", lane: lane.into(), what: "reset".into() }
-}
-
-pub(super) fn nobody(kind: std::io::ErrorKind) -> Error {
-    Error::Connect { uri: "tcp:host:1".into(), source: kind.into() }
 }

@@ -239,9 +239,10 @@ impl Source {
         let Doing::Calling(call, _) = &mut self.doing else { return };
         let next = match input {
             Input::Called(called) => call.called(called, now.at),
-            Input::Interrupted => {
-                call.called(Called::NotHeard(Error::Interrupted("nobody is told".into())), now.at)
-            }
+            Input::Interrupted => call.called(
+                Called::NotHeard(Error::Interrupted("no destination is notified".into())),
+                now.at,
+            ),
             _ => return,
         };
         self.call_goes_on(next);

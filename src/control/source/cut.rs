@@ -9,9 +9,10 @@ use umem_wire::source::{Input as Step, Phase};
 use umem_wire::{Event as Said, FaultCode, Standing};
 
 use super::{
-    Doing, Effect, Input, Linked, Moment, Opened, Order, Question, Record, Route,
-    STANDSTILL_PATIENCE, Silence, Source, Switchover, Target, Way,
+    Doing, Effect, Input, Linked, Moment, Opened, Question, Record, Route, STANDSTILL_PATIENCE,
+    Silence, Source, Switchover, Target, Way,
 };
+use crate::control::Order;
 use crate::control::backoff::Backoff;
 use crate::control::calling::is_nobody;
 use crate::error::{Error, Result};
@@ -318,7 +319,7 @@ impl Source {
         match order {
             Order::Pause => {
                 self.route.pausing.pause();
-                self.announce("paused by hand");
+                self.announce("paused manually");
                 return Ok(());
             }
             Order::Resume(Some(uri)) if uri.is_one_connection() => {
@@ -355,10 +356,14 @@ impl Source {
         let missing = if has_all_left { Missing::PerhapsNothing } else { Missing::Pages };
         let Some(cut) = self.without_lanes() else { return Ok(()) };
         if std::mem::replace(&mut cut.was_interrupted, true) {
-            let how = self.plan.kept.as_ref().map(|kept| format!("; {} goes on", kept.command()));
+            let how = self
+                .plan
+                .kept
+                .as_ref()
+                .map(|kept| format!("; {} continues the session", kept.command()));
             return Err(Error::Interrupted(format!(
-                "there was no connection to the destination; {}: keep this guest's RAM file, and do \
-                 not start it here again{}",
+                "the destination is not connected; {}: keep the RAM file of this guest, and do not start the guest \
+                 here again{}",
                 words::missing(missing),
                 how.unwrap_or_default()
             )));

@@ -35,7 +35,7 @@ const TELL_PATIENCE: Duration = Duration::from_secs(30);
 pub(super) struct Resuming {
     error: Error,
     patience: Patience,
-    /// The destination may have loaded the guest, and could not be told why it does not get the guest.
+    /// The destination may have loaded the guest, and could not be notified why it does not get the guest.
     untold: Option<Uri>,
 }
 
@@ -129,8 +129,8 @@ impl Source {
         self.doing = Doing::Resuming(Resuming { error, patience, untold });
     }
 
-    /// The address of a destination that must be told that it does not get a guest that it may have loaded, if there
-    /// are no lanes for that message.
+    /// The address of a destination that must be notified that it does not get a guest that it may have loaded, if
+    /// there are no lanes for that message.
     fn untold(&self, error: &Error) -> Option<Uri> {
         let may_be_loaded = matches!(self.phase, Phase::Loading { .. } | Phase::Loaded { .. })
             || self.switchover == Switchover::Refused;
@@ -218,7 +218,7 @@ impl Source {
                 };
                 self.tell(Event::Telling { uri: uri.clone(), lane, reason });
                 let why = Error::Interrupted(
-                    "the guest goes on at the source, which had lost the connection".into(),
+                    "the guest continues at the source, which had lost the connection".into(),
                 );
                 let call = Call::new(uri, Word::GaveUp(why.to_fault()), TELL_PATIENCE, now.at);
                 self.doing = Doing::Calling(call, Then::Stays(error));
@@ -228,7 +228,7 @@ impl Source {
         }
     }
 
-    /// The destination has been told that the guest stays here, or could not be reached.
+    /// The destination has been notified that the guest stays here, or could not be reached.
     pub(super) fn stays(&mut self, error: Error, uri: &Uri, told: Result<()>) {
         // If connections are refused, no destination waits.
         if let Err(why) = told
@@ -248,13 +248,11 @@ impl Source {
     }
 
     fn is_back(&mut self, error: Error) {
-        match (self.not_tidied.take(), &self.plan.kept) {
-            (Some(reason), Some(kept)) => {
-                let command = kept.command();
-                self.tell(Event::Remark(Remark::NotTidied { reason, command }));
-            }
-            _ => self.do_next(Effect::Forget),
-        }
+        let effect = match self.not_tidied.take() {
+            Some(reason) => Effect::ReportUnrestored { reason },
+            None => Effect::Forget,
+        };
+        self.do_next(effect);
         self.doing = Doing::Ended(Outcome::Failed { error, guest: Guest::Here });
     }
 

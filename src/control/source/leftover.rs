@@ -40,7 +40,7 @@ pub(crate) fn plan(state: SourceState, is_abandoned: bool) -> Result<Plan> {
         (SourceState::Stopped, false) => Plan::Undo,
         (SourceState::Stopped, true) => {
             return Err(Error::Usage(
-                "no switchover had left, so that the guest can go on here: leave out --abandon"
+                "no switchover was sent, so the guest can continue here: leave out --abandon"
                     .into(),
             ));
         }
@@ -216,7 +216,7 @@ impl Leftover {
         let outcome = match knocked {
             Knocked::Opened => Err(Error::Environment(format!(
                 "the session is not abandoned: the destination at {} serves this session, and --resume {} without \
-                 --abandon goes on with it",
+                 --abandon continues it",
                 self.uri, self.session
             ))),
             Knocked::NotOpened(error) => self.may_be_abandoned(error),
@@ -240,25 +240,25 @@ impl Leftover {
             Error::Peer { text, .. } => format!("a umem at {uri} answers ({text})"),
             // A stopped process accepts connections, too.
             Error::Lost { .. } | Error::Insecure { .. } | Error::Protocol { .. } => {
-                format!("a program at {uri} takes connections ({error})")
+                format!("a program at {uri} accepts connections ({error})")
             }
             error => {
                 return Err(Error::Environment(format!(
-                    "the session is not abandoned: whether a umem answers at {uri} could not be found out: {error}"
+                    "the session is not abandoned: umem cannot determine whether a umem answers at {uri}: {error}"
                 )));
             }
         };
         Err(Error::Environment(format!(
-            "the session is not abandoned: {who}; if that is not this guest's destination, name an address of that one's host \
-             where nobody answers"
+            "the session is not abandoned: {who}; if that is not the destination of this guest, give an address of \
+             the destination's host at which no process listens"
         )))
     }
 
     /// Higher than every epoch used so far, and written before its use.
     fn next_epoch(&mut self) -> Result<u32> {
         let next = self.epoch.checked_add(1);
-        self.epoch = next
-            .ok_or_else(|| Error::Unsupported("the connection has been lost too often".into()))?;
+        self.epoch =
+            next.ok_or_else(|| Error::Unsupported("the connection was lost too often".into()))?;
         self.effects.push(Effect::Epoch(self.epoch));
         Ok(self.epoch)
     }

@@ -6,9 +6,10 @@ use umem_wire::source::{Input as Step, Phase};
 use umem_wire::{Event as Said, FaultCode, Frame, LaneRole};
 
 use super::{
-    Doing, Doubt, Effect, Input, Moment, Order, PutBack, Question, Record, Silence, Source,
-    Switchover, Target, Way, peer,
+    Doing, Doubt, Effect, Input, Moment, PutBack, Question, Record, Silence, Source, Switchover,
+    Target, Way, peer,
 };
+use crate::control::Order;
 use crate::control::doubt::is_effect;
 use crate::control::liveness::{self, Due, Liveness, stood_still, stood_still_by_option};
 use crate::error::{Error, Result, lane_name};
@@ -120,7 +121,7 @@ impl Source {
             }
             Said::Digests(digests) if self.plan.is_checked => self.digests.heard(digests),
             Said::Digests(_) => {
-                return Err(Error::protocol("demand lane", "digests that nobody asked for"));
+                return Err(Error::protocol("demand lane", "unrequested digests"));
             }
             Said::Complete(_) => self.completed(now),
             _ => {}
@@ -370,7 +371,7 @@ impl Source {
         match order {
             Order::Pause if self.has_left() => {
                 self.route.pausing.pause();
-                self.recover("paused by hand", now)
+                self.recover("paused manually", now)
             }
             Order::Pause => {
                 self.tell(Event::Remark(Remark::NotPaused { place: Place::Source }));
@@ -399,7 +400,7 @@ impl Source {
     /// background pages Ctrl-C ends a benchmark: the rest is sent.
     fn interrupted(&mut self, now: &Moment) -> Result<()> {
         if self.phase.may_run() {
-            return Err(Error::Interrupted("the guest goes on here".into()));
+            return Err(Error::Interrupted("the guest continues at the source".into()));
         }
         if self.awaits_standstill() {
             return self.interrupted_while_owed();
@@ -427,7 +428,7 @@ impl Source {
         match &self.plan.kept {
             Some(kept) if was == Silence::Known && !self.plan.is_embedded => {
                 Err(Error::Interrupted(format!(
-                    "{AWAITS_STANDSTILL}; when it answers again, {} goes on",
+                    "{AWAITS_STANDSTILL}; when the monitor answers again, {} continues the session",
                     kept.command()
                 )))
             }
@@ -467,10 +468,7 @@ impl Source {
             Due::Nothing => {}
             Due::Ask(number) => self.do_next(Effect::Ping(number)),
             Due::Lost if self.phase.may_run() => {
-                return Err(silent(format!(
-                    "it has not answered for {} s",
-                    patience.as_secs_f64()
-                )));
+                return Err(silent(format!("no answer for {} s", patience.as_secs_f64())));
             }
             Due::Lost => return self.recover("the destination does not answer", now),
         }

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use umem_wire::Frame;
 use umem_wire::source::{Input as Step, Phase};
 
-use super::{Effect, Moment, Question, Source};
+use super::{Effect, Moment, Question, RoundsPlan, Source};
 use crate::error::Result;
 use crate::events::Event;
 use crate::memory::dirty::{LEAVES_OUT_FROM, LeftToSend};
@@ -34,17 +34,6 @@ const SHRINKS_TO: f64 = 0.7;
 
 /// The most that is sent before the stop, as a multiple of the guest's memory.
 const SENT_MAX: u64 = 2;
-
-/// The limits of the rounds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct RoundsPlan {
-    /// The most passes.
-    pub(crate) passes_max: u32,
-    /// The passes end once the rest can be sent within this time while the guest stands still.
-    pub(crate) downtime_limit: Duration,
-    /// The passes end after this time, counted from the destination's *ready*.
-    pub(crate) timeout: Option<Duration>,
-}
 
 /// The result of the passes so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -134,7 +123,7 @@ impl Rounds {
         self.deadline().is_some_and(|deadline| deadline <= now)
     }
 
-    /// Makes the current pass the last one. Returns true if lanes send, and so must be told.
+    /// Makes the current pass the last one. Returns true if lanes send, and so must be notified.
     fn cut(&mut self) -> bool {
         let was_cut = std::mem::replace(&mut self.is_cut, true);
         !was_cut && matches!(self.stage, Stage::Sending { .. })
@@ -433,7 +422,7 @@ mod tests {
         assert_eq!(rounds.time_of(GIB), Some(Duration::from_millis(500)));
         rounds.begin_pass(1, at(2));
         assert!(rounds.cut(), "a lane sends");
-        assert!(!rounds.cut(), "it has been told");
+        assert!(!rounds.cut(), "the lanes have been notified");
         assert_eq!(rounds.judge(left(GIB / 2), 5 * GIB, 4 * GIB, at(3)), Verdict::Enough);
         assert_eq!((rounds.passes.count, rounds.passes.dirty_bytes_per_s), (2, Some(GIB / 2)));
         // No byte has been sent.

@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use umem_wire::{Event as Said, FaultCode, Frame, PageSize, Region, RegionTable, Standing, Totals};
 
 use super::*;
+use crate::control::calling::{Called, Word};
 use crate::events::Remark;
+use crate::memory::dirty::LeftToSend;
 
 const DIGESTS: [u64; 1] = [7];
 
@@ -210,7 +212,7 @@ impl Bench {
     }
 }
 
-/// Whether the lanes are told. A ping may be due at the same time.
+/// Whether the lanes are notified. A ping may be due at the same time.
 fn is_cut_pass(effects: &[Effect]) -> bool {
     has(effects, |effect| matches!(effect, Effect::CutPass))
 }
@@ -226,7 +228,7 @@ fn pass_is_cut_once_at_the_timeout() {
     assert_eq!(bench.core.deadline(), Some(begun + timeout));
     bench.now = begun + timeout;
     assert!(is_cut_pass(&bench.tell(Input::Time)));
-    assert!(!is_cut_pass(&bench.tell(Input::Time)), "lanes are told once");
+    assert!(!is_cut_pass(&bench.tell(Input::Time)), "lanes are notified once");
     assert!(bench.core.deadline().is_none_or(|at| at > bench.now), "it has passed");
     bench.lanes_end(500, true, true);
 }
@@ -339,10 +341,8 @@ fn record_stays_if_monitor_settings_are_not_restored() {
         bench.tell(Input::NotDone(refused()));
         let effects = end(&mut bench);
         assert!(!has(&effects, |effect| matches!(effect, Effect::Forget)), "{effects:?}");
-        let is_said = |effect: &Effect| {
-            matches!(effect, Effect::Tell(Event::Remark(Remark::NotTidied { .. })))
-        };
-        assert!(has(&effects, is_said), "{effects:?}");
+        let is_reported = |effect: &Effect| matches!(effect, Effect::ReportUnrestored { .. });
+        assert!(has(&effects, is_reported), "{effects:?}");
         assert!(matches!(bench.failure().1, Guest::Here));
     }
 }
@@ -526,10 +526,10 @@ fn silent_monitor_after_a_denied_switchover_is_reported_and_can_be_left() {
         assert_eq!(can_leave_of(&bench.tell(Input::Time)), None);
         bench.now += STANDSTILL_PATIENCE;
         assert_eq!(can_leave_of(&bench.tell(Input::Time)), Some(is_kept));
-        assert_eq!(can_leave_of(&bench.tell(Input::Time)), None, "it is said once");
+        assert_eq!(can_leave_of(&bench.tell(Input::Time)), None, "the event is reported once");
         assert_eq!(can_leave_of(&bench.tell(Input::Interrupted)), Some(is_kept));
         let effects = bench.tell(Input::Interrupted);
-        assert_eq!(bench.core.has_ended(), is_kept, "nobody could go on: {effects:?}");
+        assert_eq!(bench.core.has_ended(), is_kept, "no process could continue: {effects:?}");
         if is_kept {
             // To the destination it looks as if umem had been killed.
             assert!(has(&effects, |effect| matches!(effect, Effect::EndThreads(None))));

@@ -257,7 +257,8 @@ impl<'a> Coming<'a> {
                     Wake::Ready(_) => return Err(self.ended()),
                     Wake::Timeout => {
                         return Err(Error::Preload(format!(
-                            "RAM {}: QEMU's process does not register its memory: see whether it is stopped",
+                            "RAM {}: QEMU's process does not register its memory: check whether the process is \
+                             stopped",
                             backend.name
                         )));
                     }
@@ -287,7 +288,8 @@ impl<'a> Coming<'a> {
             return no_qemu("starts none");
         }
         Error::Host(
-            "it is started and does not answer at its monitor: see what it waits for (its own messages may say)"
+            "it was started and does not answer at its monitor: check what it waits for (its own messages may say \
+             so)"
                 .into(),
         )
     }
@@ -295,9 +297,9 @@ impl<'a> Coming<'a> {
 
 fn no_qemu(what: &str) -> Error {
     Error::Usage(format!(
-        "COMMAND started no QEMU that umem's preload object was loaded into, and {what}: a QEMU is known by its \
-         name (qemu-system-…, qemu-kvm, kvm), and LD_PRELOAD has to reach it; for another monitor name its RAM \
-         files with --ram NAME=PATH"
+        "COMMAND started no QEMU with umem's preload object, and {what}: umem recognizes a QEMU by its name \
+         (qemu-system-…, qemu-kvm, kvm), and LD_PRELOAD has to reach it; for another monitor name its RAM files with \
+         --ram NAME=PATH"
     ))
 }
 
@@ -328,7 +330,7 @@ fn assign(
     for piece in handed {
         if is_named {
             return Err(Error::Usage(format!(
-                "--ram {} names a file that is no RAM of the guest: leave it out",
+                "--ram {} names a file that is not RAM of the guest: leave it out",
                 piece.name.unwrap_or_default()
             )));
         }
@@ -349,9 +351,9 @@ fn check_length(piece: &Handed, backend: &GuestRam) -> Result<()> {
     }
     let (name, path) = (&backend.name, backend.path.display());
     Err(Error::Unsupported(format!(
-        "RAM backend {name} reaches to byte {end} of its file {path}, which has {length} bytes: QEMU makes no file \
-         longer that is there; make it as long before, with `truncate -s {end} {path}`, or begin with the backend \
-         whose offset= is the largest"
+        "RAM backend {name} reaches to byte {end} of its file {path}, which has {length} bytes: QEMU does not extend \
+         an existing file; extend the file first, with `truncate -s {end} {path}`, or begin with the backend whose \
+         offset= is the largest"
     )))
 }
 
@@ -364,24 +366,23 @@ fn not_handed_over(wanted: &Wanted<'_>, backend: &GuestRam) -> Error {
     }
     if wanted.kind.needs_touch() && backend.is_shared {
         return Error::Unsupported(format!(
-            "RAM backend {name} has share=on, and --kind private is for memory that becomes the guest's own: give it \
-             share=off, or leave out --kind"
+            "RAM backend {name} has share=on, and --kind private is for memory that the guest maps privately: give \
+             it share=off, or leave out --kind"
         ));
     }
     if !wanted.ram.is_empty() {
         return Error::Unsupported(format!(
-            "the guest's RAM backend {name} ({path}) is none of those that --ram names: leave out --ram, and umem asks \
-             QEMU"
+            "the guest's RAM backend {name} ({path}) is not named by --ram: leave out --ram, and umem asks QEMU"
         ));
     }
     if backend.path.as_os_str().is_empty() {
         return Error::Unsupported(format!(
-            "RAM backend {name} has its memory in a memory file that umem has not seen QEMU map: use a \
+            "RAM backend {name} has its memory in a memory file whose mapping umem did not see: use a \
              memory-backend-file with share=on on tmpfs or hugetlbfs"
         ));
     }
     Error::Unsupported(format!(
-        "RAM backend {name} has its memory in {path}, which cannot be filled as it is asked for: userfaultfd knows \
-         files of tmpfs and hugetlbfs that have a name; let mem-path name one in /dev/shm"
+        "RAM backend {name} has its memory in {path}, which cannot be filled on demand: userfaultfd supports named \
+         files on tmpfs and hugetlbfs; let mem-path name one in /dev/shm"
     ))
 }

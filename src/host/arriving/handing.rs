@@ -95,7 +95,7 @@ impl<'a> Callers<'a> {
     pub(super) fn forget_late(&mut self, now: Instant) {
         while self.waiting.first().is_some_and(|caller| caller.deadline <= now) {
             let caller = self.waiting.remove(0);
-            self.drop_caller(&caller, "it has handed nothing over");
+            self.drop_caller(&caller, "it has handed over no memory");
         }
     }
 
@@ -120,7 +120,7 @@ impl<'a> Callers<'a> {
                 caller.reads += 1;
                 match caller.reads <= READS_MAX {
                     true => self.waiting.insert(index, caller),
-                    false => self.drop_caller(&caller, "it talks and hands nothing over"),
+                    false => self.drop_caller(&caller, "it sends data and hands over no memory"),
                 }
             }
             Ok(None) => {}
@@ -152,7 +152,7 @@ impl<'a> Callers<'a> {
             Ok((handoff, pid)) => {
                 if self.waiting.len() == CALLERS_MAX {
                     let oldest = self.waiting.remove(0);
-                    self.drop_caller(&oldest, "others came before it had handed anything over");
+                    self.drop_caller(&oldest, "others connected before it had handed over memory");
                 }
                 let deadline = Instant::now() + CALLER_TIMEOUT;
                 self.waiting.push(Caller { handoff, pid, deadline, reads: 0 });
@@ -240,18 +240,18 @@ pub(super) fn receive_memory<N>(
         messages = loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(Error::Preload("the last hand-over message has not come".into()));
+                return Err(Error::Preload("the last hand-over message has not arrived".into()));
             }
             match inbox.wait(&[handoff.stream().as_fd(), monitor.exited()], Some(left))? {
                 Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
                 Wake::Ready(0) => break handoff.read()?,
                 Wake::Ready(_) => {
-                    return Err(Error::Host("it ended as it handed over its memory".into()));
+                    return Err(Error::Host("it ended while it handed over its memory".into()));
                 }
                 Wake::Message(_) | Wake::Timeout => {}
             }
         }
-        .ok_or_else(|| Error::Preload("the last hand-over message has not come".into()))?;
+        .ok_or_else(|| Error::Preload("the last hand-over message has not arrived".into()))?;
     }
 }
 

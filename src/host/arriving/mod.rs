@@ -74,8 +74,9 @@ impl<'a> Expected<'a> {
     pub(crate) fn new(wanted: Wanted<'a>) -> Result<Expected<'a>> {
         if wanted.command.is_empty() && wanted.handoff.is_none() {
             return Err(Error::Usage(
-                "no COMMAND: write the guest's monitor after --, such as `umem incoming tcp::4444 \
-                 -- qemu-system-x86_64 …`, or say with --handoff where one will hand over its memory"
+                "no COMMAND: write the guest's monitor after --, such as `umem incoming tcp::4444 -- \
+                 qemu-system-x86_64 …`, or give with --handoff the socket at which a monitor will hand over its \
+                 memory"
                     .into(),
             ));
         }
@@ -179,7 +180,7 @@ fn take_over_stranger<N>(
         callers.forget_late(Instant::now());
         let left = callers.deadline().map(|at| at.saturating_duration_since(Instant::now()));
         let index = match inbox.wait(&callers.fds(), left)? {
-            Wake::Signal => return Err(Error::Interrupted("no guest had come".into())),
+            Wake::Signal => return Err(Error::Interrupted("no guest had arrived".into())),
             Wake::Ready(index) => index,
             Wake::Message(_) | Wake::Timeout => continue,
         };

@@ -59,7 +59,7 @@ pub fn hand_over(socket: &Path, memory: &Memory<'_>) -> Result<()> {
     let shards = shards(memory)?;
     let stream = UnixStream::connect(socket).map_err(|error| {
         Error::Host(format!(
-            "no umem takes its memory at {}: {error}; start `umem incoming --handoff {}` first",
+            "no umem accepts its memory at {}: {error}; start `umem incoming --handoff {}` first",
             socket.display(),
             socket.display()
         ))
@@ -159,8 +159,8 @@ fn create() -> Result<OwnedFd> {
     match open::open(Faults::All) {
         Ok((uffd, _)) => Ok(uffd),
         Err(error) => Err(Error::Unsupported(format!(
-            "no userfaultfd for the guest's memory: {error}; let its user read and write \
-             /dev/userfaultfd, or set `sysctl vm.unprivileged_userfaultfd=1`; `umem doctor` says more"
+            "no userfaultfd for the guest's memory: {error}; let its user read and write /dev/userfaultfd, or set \
+             `sysctl vm.unprivileged_userfaultfd=1`; `umem doctor` has details"
         ))),
     }
 }
@@ -185,7 +185,7 @@ struct Session {
 }
 
 impl Held {
-    /// The descriptors of a session have come: from now on another umem may take over. There is one session at most.
+    /// The descriptors of a session have arrived: from now on another umem may take over. There is one session at most.
     fn keep_session(self: &Arc<Held>, descriptors: Vec<OwnedFd>) {
         let mut descriptors = descriptors.into_iter();
         let Some(listener) = descriptors.next() else { return };

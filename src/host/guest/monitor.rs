@@ -187,7 +187,7 @@ impl Client {
             "qom-get" => self.property(arguments),
             "getfd" => {
                 let name = arguments["fdname"].as_str().ok_or("no fdname")?.to_owned();
-                let descriptor = self.descriptors.pop().ok_or("no descriptor came with it")?;
+                let descriptor = self.descriptors.pop().ok_or("the command has no descriptor")?;
                 self.given.insert(name, descriptor);
                 Ok(json!({}))
             }
@@ -220,7 +220,7 @@ impl Client {
             "umem-verify" => {
                 serde_json::to_value(machine.verify()).map_err(|error| error.to_string())
             }
-            _ => Err(format!("the command {command} is not known here")),
+            _ => Err(format!("unknown command {command}")),
         }
     }
 

@@ -171,8 +171,7 @@ fn map_anonymous(name: &str, bytes: u64, page_bytes: u64) -> Result<GuestRam> {
     let start: NonNull<c_void> = match start {
         Err(nix::Error::ENOMEM) if huge => {
             return Err(Error::OutOfMemory(format!(
-                "RAM {name} needs {} huge pages that nobody else uses: reserve them with `sysctl \
-                 vm.nr_hugepages=N`",
+                "RAM {name} needs {} unused huge pages: reserve them with `sysctl vm.nr_hugepages=N`",
                 bytes / page_bytes
             )));
         }

@@ -32,7 +32,7 @@ use crate::memory::region::{is_in_huge_tmpfs, is_memory};
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Backend {
     pub(crate) name: String,
-    /// The path that QEMU was told to open: for messages and advice.
+    /// The path that QEMU was given to open: for messages and advice.
     pub(crate) path: PathBuf,
     pub(crate) bytes: u64,
     /// Its address in QEMU's own address space. None if QEMU does not report it.
@@ -55,8 +55,8 @@ pub(crate) fn advice(backends: &[Backend], elsewhere: &str) -> Option<String> {
         _ => format!("RAM backends {}", names.join(", ")),
     };
     Some(format!(
-        "{which} could have huge pages, for which QEMU has to align its memory: add align=2M to the -object \
-         option, here and at the {elsewhere}, and the guest moves faster"
+        "{which} could use huge pages, for which QEMU has to align the memory: to move the guest faster, add \
+         align=2M to the -object option, here and at the {elsewhere}"
     ))
 }
 
@@ -114,8 +114,7 @@ impl Qemu {
         }
         if self.has_main_ram(&backends)?.is_err() {
             return Err(Error::Unsupported(format!(
-                "the guest's RAM is QEMU's private memory, which nobody else can read: \
-                 {HOW_TO_START}"
+                "the guest's RAM is QEMU's private memory, which no other process can read: {HOW_TO_START}"
             )));
         }
         Ok(backends)
@@ -137,9 +136,9 @@ impl Qemu {
         match status["status"].as_str() {
             Some("inmigrate") => Ok(()),
             other => Err(Error::Host(format!(
-                "it does not wait for a guest but is {}: start it with `-incoming defer`, which umem adds to a \
-                 QEMU that it starts under a name such as qemu-system-x86_64",
-                other.unwrap_or("of a state that it does not tell")
+                "it is in the state {}, and does not wait for a guest: start it with `-incoming defer`, which umem \
+                 adds to a QEMU that it starts under a name such as qemu-system-x86_64",
+                other.unwrap_or("unknown")
             ))),
         }
     }
@@ -166,8 +165,7 @@ impl Qemu {
         match kind {
             "file" => {}
             "ram" | "memfd" | "shm" if contents != Contents::Files => {
-                let why =
-                    format!("is a memory-backend-{kind}, which has no file that umem could open");
+                let why = format!("is a memory-backend-{kind}, without a file that umem can open");
                 return streamed(name, &why, HOW_TO_START);
             }
             "memfd" => {
@@ -285,7 +283,7 @@ impl Qemu {
         for backend in backends {
             let address = backend.address.ok_or_else(|| {
                 Error::Unsupported(format!(
-                    "QEMU does not say where it has mapped RAM backend {}, of which the guest has no address now",
+                    "QEMU does not report where it has mapped RAM backend {}, which has no guest address now",
                     backend.name
                 ))
             })?;
@@ -342,25 +340,25 @@ impl Search {
         if let Some(other) = found.first() {
             return Err(Error::Unsupported(format!(
                 "several processes here could be the QEMU behind the QMP socket, {} among them: give umem a socket \
-                 that QEMU listens at itself, without a proxy",
+                 at which QEMU itself listens, without a proxy",
                 other.pid()
             )));
         }
         Err(Error::Host(match peer {
             Some(pid) => match Maps::of(pid) {
                 Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => format!(
-                    "umem may not see which files QEMU, process {pid}, has mapped (/proc/{pid}/maps: {error}): run \
-                     umem as root, or as QEMU's user if that process may be traced by it"
+                    "umem has no permission to read which files QEMU, process {pid}, has mapped (/proc/{pid}/maps: \
+                     {error}): run umem as root, or as QEMU's user if that user may trace the process"
                 ),
                 _ => format!(
-                    "no process that umem can see has the guest's memory where the monitor says; process {pid} \
+                    "no process visible to umem has the guest's memory where the monitor reports it; process {pid} \
                      listens at its QMP socket: run umem on QEMU's host, in QEMU's pid namespace or one that \
                      contains it, as root or as QEMU's user"
                 ),
             },
-            None => "no process that umem can see has the guest's memory where the monitor says, and the one that \
-                     listens at its QMP socket is in another pid namespace: run umem on QEMU's host, in QEMU's pid \
-                     namespace or one that contains it"
+            None => "no process visible to umem has the guest's memory where the monitor reports it, and the process \
+                that listens at its QMP socket is in another pid namespace: run umem on QEMU's host, in QEMU's pid \
+                namespace or one that contains it"
                 .into(),
         }))
     }
@@ -386,8 +384,8 @@ impl MappedFile {
         let end = self.offset.saturating_add(backend.bytes);
         if metadata.size() < end {
             return refuse(format!(
-                "has {} bytes, and the guest's memory reaches to its byte {end}: it was truncated after QEMU had \
-                 mapped it, or was shorter than that before",
+                "has {} bytes, and the guest's memory reaches to its byte {end}: the file was truncated after QEMU \
+                 had mapped it, or was too short before",
                 metadata.size()
             ));
         }
@@ -414,19 +412,19 @@ fn rename(opened: &mut [RamOfQemu], named: &[RamPath]) -> Result<()> {
     let is_of_file = |path: &Path| opened.iter().filter(|ram| is_same(path, ram)).count();
     if let Some(shared) = named.iter().find(|ram| is_of_file(&ram.path) > 1) {
         let RamPath { name, path } = shared;
-        let what = "has several RAM backends of the guest in it, which one --ram cannot name: leave out --ram, and \
-                    umem takes each by its own name";
+        let what = "contains several RAM backends of the guest, which one --ram cannot name: leave out --ram, and \
+            umem uses each under its own name";
         return Err(Error::Ram { name: name.clone(), path: path.clone(), what: what.into() });
     }
     for RamPath { name, path } in named {
         let found = opened.iter().position(|ram| is_same(path, ram));
         let Some(index) = found.filter(|&index| names[index].is_none()) else {
             let what = match (std::fs::metadata(path), found) {
-                (Err(error), _) => format!("cannot be looked at: {error}"),
+                (Err(error), _) => format!("cannot be examined: {error}"),
                 (Ok(_), Some(_)) => "is named twice".into(),
                 (Ok(_), None) => format!(
-                    "is not what the guest's QEMU has mapped, which is {}: another file may have taken its name, or \
-                     it lies in another mount namespace; leave out --ram, and umem takes what QEMU has",
+                    "is not the file that the guest's QEMU has mapped, which is {}: the file may have been replaced, \
+                     or lie in another mount namespace; leave out --ram, and umem uses the files that QEMU has",
                     opened.iter().map(described).collect::<Vec<_>>().join(" and ")
                 ),
             };
@@ -437,7 +435,8 @@ fn rename(opened: &mut [RamOfQemu], named: &[RamPath]) -> Result<()> {
     for (ram, name) in opened.iter_mut().zip(names) {
         let Some(name) = name else {
             return Err(Error::Unsupported(format!(
-                "the guest also has RAM {}, which no --ram names: leave out --ram, and umem takes all that QEMU has",
+                "the guest also has RAM {}, which no --ram names: leave out --ram, and umem uses all RAM that QEMU \
+                 has",
                 described(ram)
             )));
         };

@@ -51,7 +51,7 @@ impl Qemu {
         let Some(changed) = now.symmetric_difference(&before).next() else { return Ok(()) };
         let what = if now.contains(changed) { "plugged in" } else { "taken out" };
         Err(Error::Host(format!(
-            "memory (RAM block {changed}) was {what} since umem asked what the guest has: move it again"
+            "memory (RAM block {changed}) was {what} since umem listed the guest's memory: move the guest again"
         )))
     }
 
@@ -62,7 +62,7 @@ impl Qemu {
             Err(_) => self.human("info ramblock")?,
         };
         blocks_in(&text).ok_or_else(|| {
-            Error::Host(format!("its list of RAM blocks is not understood: {}", text.trim()))
+            Error::Host(format!("umem cannot parse its list of RAM blocks: {}", text.trim()))
         })
     }
 

@@ -223,6 +223,6 @@ fn names(qmp: &mut Qmp) -> Result<Option<BTreeMap<String, Option<String>>>> {
 
 fn is_taken() -> Error {
     Error::Host(format!(
-        "another umem moves this guest (QEMU has its character device {DEVICE}): let it end, or stop that one"
+        "another umem moves this guest (QEMU has its character device {DEVICE}): let that umem end, or stop it"
     ))
 }

@@ -78,8 +78,8 @@ impl Monitor for Connected {
     fn load_state(&mut self, state: Vec<u8>) -> Result<Loaded> {
         let Some((&was_live, state)) = state.split_first() else {
             return Err(Error::Host(
-                "the source sends no device state, and QEMU waits for one: give `umem migrate` the source's QEMU, \
-                 with --listen or --qmp"
+                "the source sends no device state, for which QEMU waits: give `umem migrate` the source's QEMU, with \
+                 --listen or --qmp"
                     .into(),
             ));
         };
@@ -106,8 +106,8 @@ impl Monitor for Connected {
         self.qemu.qmp.execute("query-status", json!({}))?;
         if self.qemu.qmp.has_run() {
             return Err(Error::Host(
-                "another program ran its guest before the source's QEMU had given it up, so the guest continues at the \
-                 source; send `cont` here only when the source's migration has completed"
+                "another program started its guest before the source's QEMU had given the guest up, so the guest \
+                 continues at the source; send `cont` here only when the source's migration has completed"
                     .into(),
             ));
         }
@@ -136,7 +136,7 @@ fn hear_the_end(mut socket: &UnixStream) -> Result<Option<u32>> {
         let bytes = usize::from(bytes);
         if bytes > DATA_BYTES_MAX {
             return Err(Error::Host(format!(
-                "its return path has a message of type {kind} with {bytes} bytes, which umem does not know"
+                "its return path has an unknown message of type {kind} with {bytes} bytes"
             )));
         }
         let mut data = vec![0; bytes];

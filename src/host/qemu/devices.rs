@@ -37,18 +37,17 @@ fn unsupported_device(kind: &str) -> Option<&'static str> {
     let begins = |with: &[&str]| with.iter().any(|with| kind.starts_with(with));
     if begins(&["vhost-user", "cryptodev-vhost-user", "x-remote", "x-pci-proxy"]) {
         Some(
-            "lets another process reach the guest's RAM without userfaultfd knowing: take it out before moving \
-             the guest",
+            "lets another process access the guest's RAM behind userfaultfd: remove it before moving the guest",
         )
     } else if begins(&["vfio", "x-vfio", "vhost-vdpa"]) {
         Some(
-            "reads and writes the guest's RAM past the kernel's page tables, so that pages cannot \
-             be fetched on demand: unplug it before moving the guest",
+            "accesses the guest's RAM without the kernel's page tables, so pages cannot be fetched on demand: unplug \
+             it before moving the guest",
         )
     } else if begins(&["ivshmem"]) {
         Some(
-            "shares memory with programs outside of the guest, which go on reading and writing it where it is: \
-             unplug it before moving the guest",
+            "shares memory with programs outside of the guest, which continue to access it on this host: unplug it \
+             before moving the guest",
         )
     } else {
         None

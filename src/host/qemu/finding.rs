@@ -53,8 +53,8 @@ impl MonitorKind for QemuKind {
             let contents: Vec<_> = streamed.iter().map(|backend| backend.name.clone()).collect();
             for number in qemu.check_stream(&names, &contents, wanted.follows)? {
                 remarks.push(format!(
-                    "RAM backend {}: QEMU without KVM loses writes to it in its log of dirty pages, so no pass sends it, \
-                     and it follows the guest as a whole",
+                    "RAM backend {}: QEMU without KVM loses writes to it in its log of dirty pages, so no pass sends \
+                     it, and all of it is sent after the guest has stopped",
                     names[number]
                 ));
             }
@@ -143,14 +143,16 @@ fn stage(
     let Some(first) = streamed.first().map(|backend| &backend.name) else { return Ok(None) };
     if wanted.releases {
         return Err(Error::Unsupported(format!(
-            "--release-ram frees RAM files, and RAM backend {first} has none that umem could free: leave the option out"
+            "--release-ram frees RAM files, and RAM backend {first} has no file that umem can free: leave out \
+             --release-ram"
         )));
     }
     if ram.is_empty()
         && let Some(named) = wanted.ram.first()
     {
         return Err(Error::Unsupported(format!(
-            "--ram names the file {}, and RAM backend {first} has none: leave out --ram, and umem takes all that QEMU has",
+            "--ram names the file {}, and RAM backend {first} has no file: leave out --ram, and umem uses all RAM \
+             that QEMU has",
             named.path.display()
         )));
     }

@@ -21,7 +21,7 @@ impl Qemu {
         };
         if is_taken {
             return Err(Error::Host(
-                "another client has taken umem's claim on the guest away (its character device umem-mover)"
+                "another client has removed umem's claim on the guest (the character device umem-mover)"
                     .into(),
             ));
         }
@@ -66,7 +66,7 @@ impl Qemu {
         let status = migration["status"].as_str().unwrap_or("none");
         Ok(match status {
             "cancelled" | "cancelling" | "failed" => Error::Host(format!(
-                "its migration was ended by another client before the guest was given away (query-migrate says \
+                "its migration was ended by another client before the guest was given away (query-migrate reports \
                  {status})"
             )),
             _ => error,
@@ -100,7 +100,7 @@ fn figures(migration: &Value) -> [&Value; 4] {
 pub(super) fn is_not_ours((status, migration): (&str, &Value)) -> Error {
     let migration = migration["status"].as_str().unwrap_or("none");
     Error::Host(format!(
-        "another client has let the guest go on, or has moved it (its state is {status}, its migration is \
-         {migration}): it is not given away"
+        "another client has resumed or moved the guest (the guest is {status}, the migration is {migration}): umem \
+         does not give the guest away"
     ))
 }

@@ -77,7 +77,7 @@ impl Monitor for Waiting {
             (None, Some(stream)) => Qmp::go_on(stream)?,
             (None, None) => {
                 return Err(Error::Host(
-                    "its QMP socket was not kept: tell it to run with the monitor command `cont`"
+                    "its QMP socket was not kept: resume the guest with the monitor command `cont`"
                         .into(),
                 ));
             }

@@ -34,8 +34,8 @@ pub(super) fn check(qmp: &mut Qmp) -> Result<String> {
     let migration = migration["status"].as_str().unwrap_or("none");
     if is_under_way(migration) {
         return Err(Error::Unsupported(format!(
-            "a migration of QEMU's own is under way (query-migrate says {migration}), or of another umem: let \
-             it end, or end it with the monitor command migrate_cancel"
+            "a migration of this guest is in progress, by QEMU or by another umem (query-migrate reports \
+             {migration}): let it end, or end it with the monitor command migrate_cancel"
         )));
     }
     let status = status(qmp)?;
@@ -45,20 +45,21 @@ pub(super) fn check(qmp: &mut Qmp) -> Result<String> {
         // A failed migration has left the guest in this state, with a QEMU that does not restore the earlier one.
         "postmigrate" if migration != "completed" => Ok(status),
         "postmigrate" => Err(Error::Unsupported(
-            "its guest has been migrated away (query-status says postmigrate), and may run elsewhere: if it \
-             does not, let it run here first with the monitor command cont"
+            "its guest was migrated (query-status reports postmigrate), and may run elsewhere: if the guest runs \
+             nowhere else, first resume it here with the monitor command cont"
                 .into(),
         )),
         "suspended" if version(qmp)? < CARRIES_SUSPENDED => {
             let (major, minor) = CARRIES_SUSPENDED;
             Err(Error::Unsupported(format!(
-                "its guest is suspended, and this QEMU would wake it as it saves its device state: wake it \
-                 first with the monitor command system_wakeup, or use QEMU {major}.{minor} or later"
+                "its guest is suspended, and this QEMU would wake the guest when it saves the device state: wake the \
+                 guest first with the monitor command system_wakeup, or use QEMU {major}.{minor} or later"
             )))
         }
         "suspended" => Ok(status),
         _ => Err(Error::Unsupported(format!(
-            "its guest cannot be moved in its state {status:?} (query-status): move it when that has ended"
+            "its guest cannot be moved in the state {status:?} (query-status): move the guest when that state has \
+             ended"
         ))),
     }
 }

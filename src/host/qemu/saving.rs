@@ -62,7 +62,7 @@ pub(super) fn read(mut socket: &UnixStream, is_held: bool) -> Result<(Vec<u8>, b
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 return Err(Error::Host(format!(
-                    "it has saved nothing of its device state for {} s",
+                    "it has saved no device state for {} s",
                     SILENCE_MAX.as_secs()
                 )));
             }
@@ -101,7 +101,7 @@ pub(super) fn finish(mut socket: &UnixStream) -> Result<()> {
     loop {
         return match socket.read(&mut rest) {
             Ok(0) => Ok(()),
-            Ok(_) => Err(Error::Host("its device state goes on after its description".into())),
+            Ok(_) => Err(Error::Host("its device state continues after its description".into())),
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             Err(error) => Err(error).context(what),
         };
@@ -144,7 +144,7 @@ mod tests {
         assert_eq!((state, has_ended), (stream("{}"), false));
         theirs.write_all(b"x").unwrap();
         let error = finish(&ours).unwrap_err().to_string();
-        assert!(error.contains("goes on after"), "{error}");
+        assert!(error.contains("continues after"), "{error}");
         let mut told = [0; 8];
         theirs.read_exact(&mut told).unwrap();
         assert_eq!(told, SHUT);

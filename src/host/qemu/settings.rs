@@ -203,8 +203,8 @@ fn wanted(name: &str, is_on: bool, role: Role) -> Result<Option<bool>> {
                 .into(),
         )),
         _ => Err(Error::Unsupported(format!(
-            "QEMU's capability {name} is on, and umem does not know what that does to its migration: switch \
-             it off with migrate-set-capabilities"
+            "QEMU's capability {name} is on, and umem does not know its effect on the migration: switch it off with \
+             migrate-set-capabilities"
         ))),
     }
 }

@@ -223,7 +223,7 @@ impl World {
                 self.say(Heard::Complete(Totals::default()));
             }
             (Source::Resumed, Frame::Resume(_)) => {
-                let text = "the guest goes on here".into();
+                let text = "the guest continues at the source".into();
                 self.say(Heard::Error(Fault { code: FaultCode::Cancelled, text }));
             }
             (Source::Holds, Frame::Error(_)) => self.source = Source::Resumed,
@@ -399,7 +399,7 @@ impl World {
             };
             match plan(state, found) {
                 Plan::Serve(()) => {
-                    // The guest's process is no child of this umem, so it ends with this umem only when it is told to.
+                    // The guest's process is no child of this umem, so it ends with this umem only on an order.
                     if self.guest == Guest::Held {
                         self.guest = Guest::Kept;
                     }
@@ -437,7 +437,7 @@ impl World {
             (Source::Resumed, Guest::Ended) => "at the source",
             (Source::Done, Guest::Free) => "at the destination",
             (_, Guest::Free | Guest::Kept) if self.record.is_some() => "waiting",
-            other => panic!("{other:?} is nobody's guest: {:#?}", self.trace),
+            other => panic!("{other:?} is a guest without an owner: {:#?}", self.trace),
         }
     }
 }

@@ -29,7 +29,7 @@ fn pages_settle_after_the_remaining_list_and_the_last_copy_in_any_order() {
         let settled = "Entered(\"waiting for the rest\"), Send(settled)";
         assert_eq!(bench.says(Input::PagesSettled), settled);
         assert!(bench.says(stopped()).contains("Report(stopped)"));
-        assert!(bench.says(Input::PagesSettled).is_empty(), "nobody waits for that");
+        assert!(bench.says(Input::PagesSettled).is_empty(), "no thread waits for that");
     }
 }
 

@@ -139,7 +139,7 @@ fn touch(name: &str, area: &Range<u64>, address: u64, length: u64) -> Value {
     let inside =
         address >= area.start && address.checked_add(length).is_some_and(|end| end <= area.end);
     if !inside {
-        return failed(libc::EINVAL, "no memory of this guest is there");
+        return failed(libc::EINVAL, "this guest has no memory");
     }
     let range = address..address + length;
     match advise(&range, libc::MADV_POPULATE_WRITE) {

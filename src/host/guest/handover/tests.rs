@@ -148,7 +148,7 @@ fn each_shard_has_a_userfaultfd_and_shards_cover_the_memory_once() {
         guest_side.unregister(number("base_host_virt_addr"), number("size")).unwrap();
     }
     memory.release();
-    assert_eq!(memory.reader(3).join().unwrap(), 0, "nobody is asked any more");
+    assert_eq!(memory.reader(3).join().unwrap(), 0, "no process is asked any more");
 }
 
 #[test]

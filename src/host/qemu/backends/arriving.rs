@@ -68,13 +68,13 @@ impl Qemu {
     fn without_file(&mut self, name: String, block: &Block) -> Result<Backend> {
         if self.qmp.property(&format!("/objects/{name}"), "share")? == Some(json!(true)) {
             return Err(Error::Unsupported(format!(
-                "RAM backend {name} is a memory-backend-ram with share=on, whose file umem does not see: leave out \
+                "RAM backend {name} is a memory-backend-ram with share=on, whose file umem cannot see: leave out \
                  share=on, or use a memory-backend-file with share=on on tmpfs or hugetlbfs"
             )));
         }
         if block.address.is_none() {
             return Err(Error::Unsupported(format!(
-                "QEMU does not say where it has mapped RAM backend {name}, of which the guest has no address now: plug \
+                "QEMU does not report where it has mapped RAM backend {name}, which has no guest address now: plug \
                  it in at an address (addr=), or use a memory-backend-file with share=on"
             )));
         }

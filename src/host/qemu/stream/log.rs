@@ -262,8 +262,8 @@ impl Qemu {
             if (major, minor) < LOGS_TCG {
                 let (since, _) = LOGS_TCG;
                 return Err(Error::Unsupported(format!(
-                    "QEMU {major}.{minor} without KVM loses writes in its log of dirty pages, which QEMU {since}.0 \
-                     does not: {instead}, or a later QEMU"
+                    "QEMU {major}.{minor} without KVM loses writes in its log of dirty pages, unlike QEMU {since}.0: \
+                     {instead}, or a later QEMU"
                 )));
             }
             for block in self.blocks()?.iter().filter(|block| block.offset != 0) {
@@ -285,7 +285,7 @@ impl Qemu {
                 };
                 return Err(Error::Unsupported(format!(
                     "QEMU without KVM loses writes in its log of dirty pages, except to its first RAM block, and {} \
-                     is another one, {remedy}, or give the guest one RAM backend",
+                     is another block, {remedy}, or give the guest one RAM backend",
                     block.name
                 )));
             }
@@ -322,7 +322,7 @@ impl Qemu {
         if !contents.is_empty() && !self.waits_for_a_word()? {
             return Err(Error::Unsupported(
                 "QEMU has no capability switchover-ack (QEMU 8.1 and later have it): it would stop its guest by \
-                 itself, and write what is left of its private memory while nothing else is answered; use a later \
+                 itself, and write the rest of its private memory while it answers no other request; use a later \
                  QEMU, or a guest whose RAM is a file with share=on"
                     .into(),
             ));
@@ -387,7 +387,7 @@ impl Qemu {
         let moved = |(index, id): (u16, &String)| {
             let Some(block) = blocks.iter().find(|block| block.is_of(id)) else {
                 return Err(Error::Host(format!(
-                    "it has no RAM block of its backend {id} any more"
+                    "it no longer has a RAM block of its backend {id}"
                 )));
             };
             Ok(Moved { block: block.name.clone(), bytes: block.bytes, region: RegionId(index) })
@@ -442,7 +442,7 @@ impl Qemu {
 fn ended(migration: &Value) -> Error {
     let status = migration["status"].as_str().unwrap_or("none");
     let reason = migration["error-desc"].as_str().unwrap_or("no reason given");
-    Error::Host(format!("its migration has ended (query-migrate says {status}): {reason}"))
+    Error::Host(format!("its migration has ended (query-migrate reports {status}): {reason}"))
 }
 
 /// Whether the stream's QEMU has left out shared RAM; None if this is not a stream of QEMU's.

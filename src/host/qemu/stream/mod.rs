@@ -177,7 +177,7 @@ enum Ram {
     Unknown,
     /// Its section has this number.
     Begun(u32),
-    /// Its last part has come.
+    /// Its last part has arrived.
     Over(u32),
 }
 
@@ -211,7 +211,7 @@ enum Told {
 #[derive(Debug)]
 pub(crate) struct Parser {
     state: State,
-    /// A field that has come in part.
+    /// A field that has arrived in part.
     field: [u8; FIELD_BYTES_MAX + VERSION_BYTES],
     field_bytes: usize,
     /// Bytes that have been read.
@@ -265,7 +265,7 @@ impl Parser {
         self.opens_return_path
     }
 
-    /// Whether RAM's last part has come, and the rest is device state.
+    /// Whether RAM's last part has arrived, and the rest is device state.
     pub(crate) fn is_device_state(&self) -> bool {
         self.state == State::Rest
     }
@@ -273,7 +273,7 @@ impl Parser {
     /// Takes the next bytes, and passes their events to `tell`, in order.
     ///
     /// # Errors
-    /// The stream is not understood, or `tell` fails. The parser cannot be used any more then.
+    /// The stream cannot be parsed, or `tell` fails. The parser cannot be used any more then.
     pub(crate) fn read(
         &mut self,
         mut input: &[u8],

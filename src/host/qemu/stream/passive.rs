@@ -89,7 +89,7 @@ impl Opening {
             return Err(refused(
                 "return-path",
                 "on",
-                "its migration would be complete when its last byte is written, whatever comes of the guest then",
+                "its migration would be complete when its last byte is written, whatever happens to the guest then",
             ));
         }
         Ok(self.has_pages)
@@ -315,8 +315,8 @@ fn complete(mut socket: &UnixStream) -> Result<()> {
     let what = || "ending QEMU's migration";
     let given_up = || {
         Error::Host(
-            "its migration was ended before the destination had the guest: it was cancelled, or it failed; ask the \
-             program that began it"
+            "its migration ended before the destination had the guest: the migration was cancelled or failed; ask \
+             the program that began it"
             .into(),
         )
     };
@@ -452,8 +452,8 @@ pub(crate) fn leaving(
             let region = |id: String| match bytes(&id) {
                 Some(bytes) => Ok((id, bytes)),
                 None => Err(Error::Host(format!(
-                    "the QEMU of --qmp has RAM backend {id}, and the migration that has come to --listen has no RAM \
-                     block of it: give --qmp the monitor of the QEMU that migrates"
+                    "the QEMU of --qmp has RAM backend {id}, and the migration that arrived at --listen has no RAM \
+                     block of this backend: give --qmp the monitor of the QEMU that migrates"
                 ))),
             };
             let regions = names.into_iter().map(region).collect::<Result<Vec<_>>>()?;
@@ -465,8 +465,7 @@ pub(crate) fn leaving(
     };
     if regions.is_empty() {
         return Err(Error::Unsupported(
-            "QEMU's migration stream has no RAM block that is the guest's memory by its name: give umem its monitor \
-             with --qmp"
+            "no RAM block in QEMU's migration stream has the name of guest memory: give umem its monitor with --qmp"
                 .into(),
         ));
     }
@@ -576,10 +575,10 @@ mod tests {
             )];
             crate::runtime::polling::poll(&mut ready, nix::poll::PollTimeout::NONE).unwrap();
         });
-        assert!(unread.unwrap_err().to_string().contains("was ended before"));
+        assert!(unread.unwrap_err().to_string().contains("migration ended before"));
         // The other end has closed before.
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
-        assert!(complete(&ours).unwrap_err().to_string().contains("was ended before"));
+        assert!(complete(&ours).unwrap_err().to_string().contains("migration ended before"));
     }
 }

@@ -344,8 +344,8 @@ impl Pace {
 }
 
 impl Reader<'_> {
-    /// Reads to the end, starting with the bytes that have come already. Returns the stream without the pages that umem
-    /// moves.
+    /// Reads to the end, starting with the bytes that have arrived already. Returns the stream without the pages that
+    /// umem moves.
     fn run(mut self, head: &[u8]) -> Result<Vec<u8>> {
         let mut piece = vec![0; PIECE_BYTES];
         // A piece is no larger than the limit of one put.
@@ -361,8 +361,8 @@ impl Reader<'_> {
             if bytes.is_empty() {
                 return Err(Error::Host(match self.shared.is_passive {
                     false => "it has ended its migration before the end of its stream".into(),
-                    true => "it has ended its migration before the end of its stream: cancelled, or failed; \
-                             ask the program that began it"
+                    true => "it ended its migration before the end of its stream: the migration was cancelled or \
+                        failed; ask the program that began it"
                         .into(),
                 }));
             }
@@ -446,7 +446,7 @@ impl Reader<'_> {
                 Ok(0) if self.shared.is_passive && !self.pace.has_stopped => {}
                 Ok(0) => {
                     return Err(Error::Host(format!(
-                        "it has written nothing of its migration stream for {} s",
+                        "it has written no data to its migration stream for {} s",
                         SILENCE_MAX.as_secs()
                     )));
                 }

@@ -48,9 +48,9 @@ pub(super) struct Sorter {
 /// QEMU's first walk of the guest's memory, in the order of blocks and offsets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FirstWalk {
-    /// No page has come.
+    /// No page has arrived.
     Begins,
-    /// The last page that has come, by block and offset.
+    /// The last page that has arrived, by block and offset.
     At(usize, u64),
     Over,
 }
@@ -195,8 +195,8 @@ impl Sorter {
         Ok(())
     }
 
-    /// Marks the pages that are still to be marked, after their contents have been put. A page whose contents have come
-    /// in part begins the next run.
+    /// Marks the pages that are still to be marked, after their contents have been put. A page whose contents have
+    /// arrived in part begins the next run.
     pub(super) fn settle_run(&mut self) -> Result<()> {
         let Some(Run { kind, region, bytes }) = self.run.take() else { return Ok(()) };
         let len = bytes.end - bytes.start;

@@ -1,4 +1,4 @@
-//! The common part of both sides' handles: first a setup, then a migration.
+//! The common part of both roles' handles: first a setup, then a migration.
 
 use std::ffi::{CString, c_int};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
@@ -13,7 +13,7 @@ use crate::error::{Context, Error, Result};
 use crate::transport::uri::Uri;
 
 /// A setup `S` that becomes a migration `R`.
-pub(super) struct Side<S, R> {
+pub(super) struct Endpoint<S, R> {
     setup: Mutex<Option<S>>,
     running: OnceLock<R>,
     held: Mutex<Held>,
@@ -26,9 +26,13 @@ struct Held {
     data: Vec<u8>,
 }
 
-impl<S, R> Side<S, R> {
-    pub(super) fn new(setup: S) -> Side<S, R> {
-        Side { setup: Mutex::new(Some(setup)), running: OnceLock::new(), held: Mutex::default() }
+impl<S, R> Endpoint<S, R> {
+    pub(super) fn new(setup: S) -> Endpoint<S, R> {
+        Endpoint {
+            setup: Mutex::new(Some(setup)),
+            running: OnceLock::new(),
+            held: Mutex::default(),
+        }
     }
 
     /// Changes the setup; an error after the start.
