@@ -327,7 +327,7 @@ fn umem_control_reports_the_reason_of_a_failure() {
         stream.write_all(b"{\"QMP\": {}}\n").unwrap();
     });
     let error = Umem::start(["control", &path.display().to_string(), "status"]).fails();
-    assert!(error.contains("is not umem"), "{error}");
+    assert!(error.contains("is the QMP socket of a QEMU"), "{error}");
     other.join().unwrap();
 }
 

@@ -102,7 +102,8 @@ fn terminal_shows_progress_bars() {
         let line = |line: &str| line.contains(&format!("{phase}  ")) && line.contains(has);
         assert!(shown.lines().any(line), "{phase}: {shown:?}");
     }
-    assert!(shown.contains("] ") && shown.contains("left"), "a bar: {shown:?}");
+    // A move so short has no estimate of its end.
+    assert!(shown.contains("] ") && shown.contains("iB/s"), "a bar: {shown:?}");
     assert!(!shown.contains("umem: filling"), "a bar, and no lines: {shown:?}");
 }
 

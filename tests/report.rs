@@ -7,7 +7,8 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use support::{Chromium, Scheme, Scratch, Umem};
+use support::killed::{How, Move};
+use support::{Chromium, Guests, Qmp, Scheme, Scratch, Umem};
 
 fn demo(report: &Path, more: &[&str]) {
     let output = Command::new(env!("CARGO_BIN_EXE_umem"))
@@ -145,4 +146,64 @@ fn failed_move_leaves_a_report_of_the_failure() {
     let error = incoming.fails();
     let figures: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
     assert_eq!((&figures["error"], &figures["role"]), (&error.into(), &"destination".into()));
+}
+
+/// Both sides measure a part of the downtime, and have the same sum.
+#[test]
+fn both_sides_report_one_downtime() {
+    for mode in [&["-p"][..], &["--stop-first"], &[], &["-p", "--precopy"]] {
+        let scratch = Scratch::new();
+        let mut guests = Guests::quiet(&scratch, &["--json"]);
+        let mut migrate = guests.migrate(&[&["--json"][..], mode].concat());
+        let downtime = |event: &Value| {
+            let ms = event["downtime_ms"].as_f64();
+            ms.unwrap_or_else(|| panic!("no downtime in {event}"))
+        };
+        let events = ["running", "completed"];
+        let ours = events.map(|name| downtime(&migrate.event(name)));
+        let theirs = events.map(|name| downtime(&guests.incoming.event(name)));
+        for one in ours.iter().chain(&theirs) {
+            assert!(*one > 0.0 && (one - ours[0]).abs() < 0.01, "{mode:?}: {ours:?}, {theirs:?}");
+        }
+        migrate.succeeds();
+        Qmp::connect(&scratch.path("destination")).quit();
+        guests.incoming.succeeds();
+    }
+}
+
+/// What an earlier process moved is there, and in no rate of this one.
+#[test]
+fn report_of_a_takeover_shows_what_came_before() {
+    let mut moving = Move::switched(How { mib: 96, threads: 1, ..How::default() });
+    moving.cutter.let_pages_go();
+    moving.pass(8 << 20);
+    moving.incoming.kill();
+    moving.migrate.kill();
+    let reports =
+        ["source", "destination"].map(|side| moving.scratch.path(&format!("{side}.json")));
+    let options = reports.each_ref().map(|path| ["--report", path.to_str().unwrap()]);
+    moving.incoming = moving.resume_with("incoming", &options[1]);
+    moving.migrate = moving.resume_with("migrate", &options[0]);
+    let (scratch, guest, [_, there], (migrate, incoming)) = moving.arrive();
+    Qmp::connect(&scratch.path(&format!("{there}.qmp"))).quit();
+    guest.succeeds();
+    for (path, completed) in reports.iter().zip([migrate, incoming]) {
+        let report: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let number = |value: &Value, name: &str| value[name].as_u64().unwrap();
+        let cells = report["map"]["cells"].as_array().unwrap();
+        let pages = |name: &str| cells.iter().map(|cell| number(cell, name)).sum::<u64>();
+        let earlier = pages("earlier");
+        assert!(earlier >= (2 << 20) / 4096, "{earlier} pages came before");
+        let all = ["demand", "background", "zero", "hole", "earlier"].map(pages);
+        assert!(all.iter().sum::<u64>() >= (96 << 20) / 4096, "{all:?}");
+        // Only what came in this process's time is in its rates.
+        let samples = report["samples"].as_array().unwrap();
+        let crossed = |sample: &Value| number(sample, "crossed_bytes");
+        assert!(crossed(samples.first().unwrap()) <= 8 << 20, "{}", samples[0]);
+        let here = crossed(samples.last().unwrap());
+        assert!(
+            here + earlier * 4096 <= number(&completed, "total_bytes") + (1 << 20),
+            "{here} bytes"
+        );
+    }
 }

@@ -29,11 +29,12 @@ use crate::transport::tls;
 #[derive(FromArgs, ArgsInfo)]
 #[argh(
     example = "See a guest move on this machine:\n  {command_name} demo",
-    example = "Receive a QEMU guest, on the destination:\n  {command_name} incoming tcp::4444 -- \
+    example = "Receive a QEMU guest, on the destination; both sides have the same secret:\n  \
+               {command_name} incoming --secret-file /etc/umem/secret tcp::4444 -- \
                qemu-system-x86_64 -m 2G -machine memory-backend=ram0 \\\n    -object \
                memory-backend-file,id=ram0,size=2G,share=on,mem-path=/dev/shm/guest …",
-    example = "Move it there, on the source:\n  {command_name} migrate -p --qmp /run/qmp.sock \
-               tcp:DESTINATION:4444"
+    example = "Move it there, on the source:\n  {command_name} migrate -p --secret-file \
+               /etc/umem/secret --qmp /run/qmp.sock tcp:DESTINATION:4444"
 )]
 struct Arguments {
     #[argh(subcommand)]
@@ -164,9 +165,20 @@ fn early_exit(exit: &argh::EarlyExit, command: &str) -> i32 {
     }
     let lines: Vec<&str> =
         exit.output.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    // As Rust's parsers of numbers say it.
-    let text = lines.join(" ").replace("invalid digit found in string", "not a whole number");
-    refused(command, &text)
+    refused(command, &in_plain_words(lines.join(" ")))
+}
+
+/// An error of argh with the reasons of Rust's parsers of numbers in plain words.
+fn in_plain_words(text: String) -> String {
+    const WORDS: [(&str, &str); 6] = [
+        ("invalid digit found in string", "not a whole number"),
+        ("cannot parse integer from empty string", "a whole number is missing"),
+        ("number too large to fit in target type", "the number is too large"),
+        ("number too small to fit in target type", "the number is too small"),
+        ("invalid float literal", "not a number"),
+        ("cannot parse float from empty string", "a number is missing"),
+    ];
+    WORDS.iter().fold(text, |text, (rust, plain)| text.replace(rust, plain))
 }
 
 /// A wrong command line is one line on stderr that says where help is.

@@ -178,7 +178,11 @@ fn read_hello(
             // No message arrives before there are workers.
             Wake::Message(_) | Wake::Timeout => continue,
         }
-        match bytes.read(lane) {
+        let read = bytes.read(lane);
+        if let Some(why) = bytes.foreign() {
+            return Err(Error::protocol(&lane.name, why));
+        }
+        match read {
             Ok(None) => {}
             Ok(Some(bytes)) => {
                 let hello = Hello::decode(&bytes);

@@ -73,7 +73,7 @@ pub enum Error {
     },
 
     /// No process answers at the address.
-    #[error("cannot connect to {uri}: {source}; start `umem incoming {uri}` there first")]
+    #[error("cannot connect to {uri}: {source}; {}", way_to(source))]
     Connect {
         /// The address as the user wrote it.
         uri: String,
@@ -225,6 +225,22 @@ impl Error {
     /// The process's exit status for this error: 2 for usage, 1 for all else.
     pub fn exit_status(&self) -> i32 {
         if matches!(self, Error::Usage(_)) { 2 } else { 1 }
+    }
+}
+
+/// What to do about a connection that the kernel refused so.
+fn way_to(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::PermissionDenied => "run umem as the user that runs `umem incoming` there",
+        io::ErrorKind::TimedOut
+        | io::ErrorKind::HostUnreachable
+        | io::ErrorKind::NetworkUnreachable => {
+            "check the address, and what filters packets on the way"
+        }
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => {
+            "start `umem incoming` there first, with the command of the guest (`umem incoming --help` has examples)"
+        }
+        _ => "check the address, and that `umem incoming` listens there",
     }
 }
 

@@ -40,6 +40,8 @@ use crate::error::{Context, Error, Result};
 use crate::memory::created::Created;
 use crate::memory::kind::Kind;
 use crate::runtime::accepting::Accepted;
+use crate::runtime::private_socket::{bind_private_anew, is_socket};
+use crate::runtime::process;
 
 /// A piece of the guest's memory as it was handed over.
 pub(crate) struct Handed {
@@ -131,6 +133,9 @@ struct ErrorMessage {
     name: String,
     #[serde(default)]
     text: String,
+    /// The RAM file, for errors about one.
+    #[serde(default)]
+    path: PathBuf,
 }
 
 /// A longer message is not valid.
@@ -449,9 +454,13 @@ pub(crate) struct HandoffListener {
 impl HandoffListener {
     /// Makes the socket, private to this user.
     pub(crate) fn bind(path: &Path) -> Result<HandoffListener> {
-        let listener = crate::runtime::private_socket::bind_private(path).map_err(|error| match error.kind() {
+        let listener = bind_private_anew(path).map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse if !is_socket(path) => Error::Usage(format!(
+                "{} exists and is no socket: choose another path for the hand-over socket",
+                path.display()
+            )),
             io::ErrorKind::AddrInUse => Error::Usage(format!(
-                "{} exists: another umem waits there, or a killed one has left it; remove it if no umem waits there",
+                "{} is in use: another umem waits there for a guest's process; choose another path",
                 path.display()
             )),
             _ => Error::System {
@@ -498,7 +507,7 @@ impl Drop for HandoffListener {
 
 /// The preload object's error codes, with the remedy for each.
 fn explain(error: &ErrorMessage) -> Error {
-    let ErrorMessage { error: code, name, text } = error;
+    let ErrorMessage { error: code, name, text, path } = error;
     Error::Preload(match code.as_str() {
         "userfaultfd-permission" => "no permission for userfaultfd in the guest's process: allow \
             its user to open /dev/userfaultfd (`setfacl -m u:USER:rw /dev/userfaultfd`), or set \
@@ -512,15 +521,27 @@ fn explain(error: &ErrorMessage) -> Error {
             "RAM {name} is mapped shared, and --kind private is for private mappings: give its \
              backend share=off"
         ),
-        "ram-in-use" => format!(
-            "RAM {name}: its file holds data already ({text}): it belongs to another guest or is \
-             left from an earlier one; name a new file, or remove it if no guest uses it"
-        ),
+        "ram-in-use" => in_use(name, path),
         "ram-locked" => format!("RAM {name}: {text}: name another file"),
         // Errors that concern no RAM.
         "options" => text.clone(),
         _ => format!("RAM {name}: {text} ({code})"),
     })
+}
+
+/// A RAM file with contents: the memory of a guest that runs, or left from an earlier one.
+fn in_use(name: &str, path: &Path) -> String {
+    match process::mapper(path) {
+        Some((pid, program)) => format!(
+            "RAM {name}: its file holds data already, and process {pid} ({program}) has it mapped, so it is another \
+             guest's memory: name another file"
+        ),
+        None => format!(
+            "RAM {name}: its file holds data already, and no process that umem can see has it mapped, so an earlier \
+             guest has left it: name another file, or remove this one (rm {})",
+            path.display()
+        ),
+    }
 }
 
 #[cfg(test)]
@@ -570,7 +591,7 @@ mod tests {
         for (code, hint) in [
             ("userfaultfd-permission", "setfacl"),
             ("userfaultfd-features", "Linux 5.14"),
-            ("ram-in-use", "another guest"),
+            ("ram-in-use", "an earlier guest has left it"),
             ("register", "t (register)"),
         ] {
             let (mut guest, mut daemon) = pair();

@@ -2,12 +2,14 @@
 
 use std::io::{self, BufRead, BufReader, IoSlice, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg};
+use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -16,6 +18,9 @@ use crate::runtime::process::began;
 
 /// A QMP socket greets as soon as it accepts. A socket that another client has in use never greets.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Characters of a greeting that is none, as an error shows them.
+const GREETING_SHOWN_CHARS: usize = 40;
 
 /// Bytes of an answer at most. Answers to umem's commands have a few thousand.
 const LINE_BYTES_MAX: usize = 1 << 20;
@@ -59,12 +64,24 @@ impl Qmp {
 
     /// The meaning of an error of a connect to this socket.
     pub(crate) fn cannot_connect(path: &Path, error: &io::Error) -> Error {
-        Error::Host(format!(
-            "cannot connect to the QMP socket {}: {error}; start QEMU with \
-             `-qmp unix:{},server=on,wait=off`",
-            path.display(),
-            path.display()
-        ))
+        let shown = path.display();
+        let start = format!("start QEMU with `-qmp unix:{shown},server=on,wait=off`");
+        let is_socket = std::fs::metadata(path).map(|found| found.file_type().is_socket());
+        let why = match (error.kind(), is_socket) {
+            (io::ErrorKind::PermissionDenied, _) => format!(
+                "this user may not use it; run umem as the user that runs QEMU{}",
+                if geteuid().is_root() { "" } else { ", or as root" }
+            ),
+            (_, Ok(false)) => format!(
+                "it is a file and no socket; give the path of QEMU's -qmp option, or {start} with another path"
+            ),
+            (io::ErrorKind::ConnectionRefused, _) => {
+                format!("no process listens there any more, as after the end of QEMU; {start}")
+            }
+            (io::ErrorKind::NotFound, _) => format!("it does not exist; {start}"),
+            _ => format!("{error}; {start}"),
+        };
+        Error::Host(format!("cannot connect to the QMP socket {shown}: {why}"))
     }
 
     fn on(stream: UnixStream) -> Qmp {
@@ -81,14 +98,38 @@ impl Qmp {
     pub(crate) fn open(stream: UnixStream, name: &str) -> Result<Qmp> {
         let mut qmp = Qmp::on(stream);
         let greeting = qmp.read(Some(Instant::now() + GREETING_TIMEOUT));
-        if !greeting.as_ref().is_ok_and(|object| object.get("QMP").is_some()) {
-            return Err(Error::Host(format!(
-                "{name} sends no QMP greeting; if another program is connected to it, give umem a socket of its own \
-                 with another -qmp option"
-            )));
+        match greeting {
+            Ok(object) if object.get("QMP").is_some() => {}
+            Ok(object) if object.get("umem").is_some() => {
+                return Err(Error::Host(format!(
+                    "{name} is the --control socket of a umem, not QEMU's QMP socket; give the socket of QEMU's -qmp \
+                     option"
+                )));
+            }
+            _ => return Err(qmp.no_greeting(name)),
         }
         qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
+    }
+
+    /// Why no QMP greeting came from the socket `name`, from the bytes of the greeting's line.
+    fn no_greeting(&self, name: &str) -> Error {
+        let text = String::from_utf8_lossy(&self.line);
+        let begins: String = text.trim().chars().take(GREETING_SHOWN_CHARS).collect();
+        Error::Host(if begins.starts_with("QEMU ") {
+            format!(
+                "{name} is a human monitor of QEMU (-monitor), not a QMP socket; give umem a socket of a -qmp option"
+            )
+        } else if begins.is_empty() {
+            format!(
+                "{name} does not greet as a QMP socket does; if another program is connected to it, give umem a socket \
+                 of its own with another -qmp option"
+            )
+        } else {
+            format!(
+                "{name} does not greet as a QMP socket does, but with {begins:?}; give the socket of QEMU's -qmp option"
+            )
+        })
     }
 
     /// A socket on which another process was in command mode, and was killed. The answer to that process's last command

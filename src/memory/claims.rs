@@ -115,6 +115,20 @@ impl Claims {
         }
     }
 
+    /// Calls `f` with each run of claimed pages, of 64 pages at most.
+    pub(crate) fn each_claimed(&self, mut f: impl FnMut(u64, u64)) {
+        for first in (0..self.pages).step_by(64) {
+            let mut left = self.claimed[index(first / 64)].load(Ordering::Acquire);
+            left &= low_bits((self.pages - first).min(64));
+            while left != 0 {
+                let offset = u64::from(left.trailing_zeros());
+                let count = u64::from((left >> offset).trailing_ones());
+                f(first + offset, count);
+                left &= !(low_bits(count) << offset);
+            }
+        }
+    }
+
     fn is_claimed(&self, first: u64, pages: u64) -> bool {
         let mut page = first;
         while page < first + pages {
@@ -288,6 +302,23 @@ mod tests {
         claims.claim(64);
         assert_eq!(claims.account(64, 0b101), Err(66));
         assert_eq!(claims.account(64, 1), Ok(()));
+    }
+
+    #[test]
+    fn each_claimed_run_is_named_once() {
+        let claims = Claims::new(130, 12);
+        let named = || {
+            let mut runs = Vec::new();
+            claims.each_claimed(|first, pages| runs.push((first, pages)));
+            runs
+        };
+        assert_eq!(named(), []);
+        for page in [3, 4, 63, 64, 129] {
+            claims.claim(page);
+        }
+        assert_eq!(named(), [(3, 2), (63, 1), (64, 1), (129, 1)]);
+        claims.claim_all();
+        assert_eq!(named(), [(0, 64), (64, 64), (128, 2)]);
     }
 
     #[test]

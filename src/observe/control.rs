@@ -29,7 +29,7 @@ use serde_json::{Value, json};
 use super::visitors::{self, Entrance, Visitor};
 use super::watch::{LinkOrder, Watch};
 use crate::error::{Error, Result};
-use crate::runtime::private_socket::bind_private_anew;
+use crate::runtime::private_socket::{bind_private_anew, is_socket};
 use crate::transport::uri::Uri;
 
 /// Connections at a time. A further connection replaces the one that has sent nothing for the longest time.
@@ -376,8 +376,8 @@ fn set(arguments: &Value, watch: &Watch) -> std::result::Result<(), String> {
 /// No umem listens there; umem refused the command.
 pub(crate) fn ask(path: &Path, command: &Value) -> Result<Value> {
     let host = |what: String| Error::Control(format!("{}: {what}", path.display()));
-    let mut stream = UnixStream::connect(path)
-        .map_err(|error| host(format!("{error}; write the --control socket of a running umem")))?;
+    let mut stream =
+        UnixStream::connect(path).map_err(|error| host(cannot_connect(path, &error)))?;
     let lines = stream.try_clone().map(|stream| {
         let patient = Patient { stream, until: Instant::now() + ANSWER_PATIENCE };
         io::BufReader::new(patient.take(ANSWERS_BYTES_MAX))
@@ -386,11 +386,16 @@ pub(crate) fn ask(path: &Path, command: &Value) -> Result<Value> {
     let mut next = || -> Result<Value> {
         let line = lines.next().unwrap_or(Err(io::ErrorKind::UnexpectedEof.into()));
         let line = line.map_err(|error| host(format!("umem sent no answer: {error}")))?;
-        serde_json::from_str(&line)
-            .map_err(|error| host(format!("the answer is not from umem: {error}")))
+        let foreign = || host(format!("the program that listens on it is not umem; {GIVE}"));
+        serde_json::from_str(&line).map_err(|_| foreign())
     };
-    if next()?.get("umem").is_none() {
-        return Err(host("the program that listens on it is not umem".into()));
+    let greeting = next()?;
+    if greeting.get("umem").is_none() {
+        let listener = match greeting.get("QMP") {
+            Some(_) => "it is the QMP socket of a QEMU",
+            None => "the program that listens on it is not umem",
+        };
+        return Err(host(format!("{listener}; {GIVE}")));
     }
     stream.write_all(format!("{command}\n").as_bytes()).map_err(|error| host(error.to_string()))?;
     let mut answer = next()?;
@@ -398,6 +403,23 @@ pub(crate) fn ask(path: &Path, command: &Value) -> Result<Value> {
         Some(text) => Err(Error::Control(text.to_owned())),
         None => Ok(answer["return"].take()),
     }
+}
+
+/// The way out of a socket that is no control socket.
+const GIVE: &str = "give the socket of a running umem's --control option";
+
+/// Why there is no connection to the socket; "it" is the socket.
+fn cannot_connect(path: &Path, error: &io::Error) -> String {
+    let why = match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            return "this user may not use it; run `umem control` as the user that runs that umem, or as root".into();
+        }
+        io::ErrorKind::NotFound => "it does not exist".into(),
+        io::ErrorKind::ConnectionRefused if !is_socket(path) => "it is a file and no socket".into(),
+        io::ErrorKind::ConnectionRefused => "its umem has ended".into(),
+        _ => error.to_string(),
+    };
+    format!("{why}; {GIVE}")
 }
 
 /// A reader with one deadline for all of its reads.

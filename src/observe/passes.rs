@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 
 use crate::runtime::bandwidth::Bandwidth;
 
+/// From this time on a pass has an estimate of its end.
+const PASS_KNOWN: Duration = Duration::from_millis(500);
+
 /// The controls of a source's passes.
 pub(super) struct PassControl {
     /// Whether the guest runs at the destination before its last pages arrive.
@@ -94,8 +97,10 @@ impl PassProgress {
         let gone = began.map_or(0, |_| gone_bytes.saturating_sub(*gone_before));
         let remaining = bytes.saturating_sub(gone);
         (view.pass_bytes, view.remaining_bytes) = (Some(*bytes), Some(remaining));
-        if let Some(began) = began.filter(|_| gone > 0) {
-            let seconds = now.saturating_duration_since(began).as_secs_f64();
+        let seconds = began.map(|began| now.saturating_duration_since(began));
+        // The beginning of a pass tells little about the rest.
+        if let Some(seconds) = seconds.filter(|&seconds| gone > 0 && seconds >= PASS_KNOWN) {
+            let seconds = seconds.as_secs_f64();
             view.seconds_left = Some(remaining as f64 * seconds / gone as f64);
         }
         view

@@ -244,13 +244,15 @@ pub(super) fn map(timed: &Timed<'_>) -> String {
     let how: Vec<&str> = (0..record.cells.len()).map(|index| how(record, index, timed)).collect();
     grid.draw(&mut svg, LEFT, 28.0, &how);
     let (first, last) = arrivals(&record.cells);
-    let when = |cell: &CellRecord| match cell.complete_s {
+    let when = |(index, cell): (usize, &CellRecord)| match cell.complete_s {
+        None if u64::from(cell.earlier) >= pages_of(record, index, timed) => "earlier",
         None => "missing",
         Some(at_s) => STEPS[Scale::new([first, last], [0.0, 7.49]).at(at_s).round() as usize],
     };
-    let when: Vec<&str> = record.cells.iter().map(when).collect();
+    let when: Vec<&str> = record.cells.iter().enumerate().map(when).collect();
     grid.draw(&mut svg, LEFT + MAP_STEP, 28.0, &when);
-    map_keys(&mut svg, bottom + 20.0, [timed.at(first), timed.at(last)]);
+    let has_earlier = record.cells.iter().any(|cell| cell.earlier > 0);
+    map_keys(&mut svg, bottom + 20.0, [timed.at(first), timed.at(last)], has_earlier);
     svg.finished()
 }
 
@@ -265,10 +267,11 @@ fn how(record: &MapRecord, index: usize, timed: &Timed<'_>) -> &'static str {
         + u64::from(cell.background)
         + u64::from(cell.zero)
         + u64::from(cell.hole);
-    let start = index as u64 * record.cell_bytes;
-    let pages = timed.recording.total_bytes.saturating_sub(start).min(record.cell_bytes) / 4096;
-    if came < pages {
+    if came + u64::from(cell.earlier) < pages_of(record, index, timed) {
         return "missing";
+    }
+    if u64::from(cell.earlier) > came {
+        return "earlier";
     }
     match f64::from(cell.demand) / came.max(1) as f64 {
         share if share >= 0.5 => "demand3",
@@ -280,18 +283,25 @@ fn how(record: &MapRecord, index: usize, timed: &Timed<'_>) -> &'static str {
     }
 }
 
+/// Pages of 4 KiB in a cell.
+fn pages_of(record: &MapRecord, index: usize, timed: &Timed<'_>) -> u64 {
+    let start = index as u64 * record.cell_bytes;
+    timed.recording.total_bytes.saturating_sub(start).min(record.cell_bytes) / 4096
+}
+
 /// The times at which the first and the last cell were complete.
 fn arrivals(cells: &[CellRecord]) -> (f64, f64) {
     let times = || cells.iter().filter_map(|cell| cell.complete_s);
     (times().fold(f64::INFINITY, f64::min).min(1e12), times().fold(0.0, f64::max))
 }
 
-fn map_keys(svg: &mut Svg, y: f64, [first, last]: [f64; 2]) {
-    let hows = [
-        [("demand3", "on demand, half or more"), ("demand2", "a tenth"), ("demand1", "less")],
-        [("data", "background"), ("zero", "zeroes"), ("hole", "holes")],
-    ];
-    for (row, entries) in hows.iter().enumerate() {
+/// `has_earlier`: an earlier process of the session has moved some of the memory.
+fn map_keys(svg: &mut Svg, y: f64, [first, last]: [f64; 2], has_earlier: bool) {
+    let demand =
+        [("demand3", "on demand, half or more"), ("demand2", "a tenth"), ("demand1", "less")];
+    let mut others = vec![("data", "background"), ("zero", "zeroes"), ("hole", "holes")];
+    others.extend(has_earlier.then_some(("earlier", "before the takeover")));
+    for (row, entries) in [&demand[..], &others].into_iter().enumerate() {
         key(svg, y + 18.0 * row as f64, entries);
     }
     let left = LEFT + MAP_STEP;

@@ -136,7 +136,10 @@ impl Progress {
                         None if *name == COPYING => {}
                         None => {
                             bar.set_position(status.done_bytes);
-                            bar.set_message(waiting(&status));
+                            bar.set_message(match bar.length() {
+                                Some(_) => flow(&status) + &waiting(&status),
+                                None => waiting(&status),
+                            });
                         }
                     }
                 }
@@ -175,14 +178,8 @@ impl Drop for Progress {
 fn bar(name: &'static str, total_bytes: u64) -> ProgressBar {
     let moves_pages = ["sending", "filling", COPYING].contains(&name);
     let style = match moves_pages {
-        // The bar's own estimate uses the current rate, which is wrong for a pass.
-        true if name == COPYING => {
-            "{prefix:>10} [{wide_bar}] {binary_bytes}/{binary_total_bytes}{msg}"
-        }
-        true => {
-            "{prefix:>10} [{wide_bar}] {binary_bytes}/{binary_total_bytes} \
-             {binary_bytes_per_sec} {eta} left{msg}"
-        }
+        // The bar's own rate and estimate know neither passes nor bytes that an earlier process has moved.
+        true => "{prefix:>10} [{wide_bar}] {binary_bytes}/{binary_total_bytes}{msg}",
         false => "{prefix:>10} {spinner} {elapsed}{msg}",
     };
     let target = ProgressDrawTarget::stderr();
@@ -224,6 +221,15 @@ impl Pass {
     }
 }
 
+/// The rate and the time left outside of a pass.
+fn flow(status: &Status) -> String {
+    let left = match status.seconds_left {
+        Some(seconds) if status.done_bytes < status.total_bytes => left(seconds),
+        _ => String::new(),
+    };
+    format!(", {}/s{left}", HumanBytes(status.bytes_per_s))
+}
+
 fn left(seconds: f64) -> String {
     format!(", {} left", HumanDuration(Duration::from_secs_f64(seconds.clamp(1.0, 1e9))))
 }
@@ -261,16 +267,12 @@ fn sentence(phase: Option<&str>, status: &Status) -> String {
             pass.text(status),
         );
     }
-    let left = match status.seconds_left {
-        Some(seconds) if status.done_bytes < status.total_bytes => left(seconds),
-        _ => String::new(),
-    };
     format!(
-        "{}: {} of {}, {}/s{left}{}",
+        "{}: {} of {}{}{}",
         phase.unwrap_or(status.phase),
         HumanBytes(status.done_bytes),
         HumanBytes(status.total_bytes),
-        HumanBytes(status.bytes_per_s),
+        flow(status),
         waiting(status),
     )
 }

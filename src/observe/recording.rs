@@ -55,10 +55,11 @@ pub struct Sample {
     pub zero_bytes: u64,
     /// Bytes of holes: pages that the source's file does not have.
     pub hole_bytes: u64,
-    /// Bytes that moved as page contents, each transfer counted: also while the guest ran at the source.
+    /// Bytes that moved as page contents, each transfer counted: also while the guest ran at the source. Those that an
+    /// earlier process of the session moved are left out.
     #[serde(default)]
     pub crossed_data_bytes: u64,
-    /// Bytes of pages of any kind that moved, each transfer counted.
+    /// The same of pages of any kind.
     #[serde(default)]
     pub crossed_bytes: u64,
     /// Pages that moved on demand.
@@ -98,7 +99,10 @@ pub struct CellRecord {
     pub zero: u32,
     /// Background pages that are holes at the source.
     pub hole: u32,
-    /// The arrival of its last page, seconds; None if pages are missing.
+    /// Pages that an earlier process of the session moved: how is not known.
+    #[serde(default)]
+    pub earlier: u32,
+    /// The arrival of its last page, seconds; None if pages are missing, or an earlier process moved all of them.
     pub complete_s: Option<f64>,
 }
 
@@ -145,7 +149,8 @@ impl Recorder {
         self.samples.push(sample);
         self.complete_s.resize(map.cells().len(), None);
         for (index, (complete, came)) in self.complete_s.iter_mut().zip(map.cells()).enumerate() {
-            if complete.is_none() && came.pages() >= map.cell_pages(index) {
+            let is_earlier = u64::from(came.earlier) >= map.cell_pages(index);
+            if complete.is_none() && !is_earlier && came.pages() >= map.cell_pages(index) {
                 *complete = Some(sample.at_s);
             }
         }
@@ -158,6 +163,7 @@ impl Recorder {
             background: came.background,
             zero: came.zero,
             hole: came.hole,
+            earlier: came.earlier,
             complete_s,
         };
         recording.samples.clone_from(&self.samples);

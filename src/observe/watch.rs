@@ -267,7 +267,7 @@ impl Watch {
         let now = Instant::now();
         let at_s = (now - self.began).as_secs_f64();
         let mut state = self.state();
-        state.pace.note(now, live.counters.moved_bytes());
+        state.pace.note(now, live.counters.moved_here_bytes());
         if let Some(recorder) = state.recorder.as_mut().filter(|recorder| recorder.is_due(at_s)) {
             recorder.sample(sample(&live.counters, at_s), &live.counters.map);
         }
@@ -332,8 +332,8 @@ fn sample(counters: &Counters, at_s: f64) -> Sample {
     Sample {
         at_s,
         data_bytes,
-        crossed_data_bytes: counters.crossed_bytes(data_bytes),
-        crossed_bytes: counters.moved_bytes(),
+        crossed_data_bytes: counters.crossed_here_bytes(data_bytes),
+        crossed_bytes: counters.moved_here_bytes(),
         zero_bytes: counters.zero_bytes.load(Relaxed),
         hole_bytes: counters.hole_bytes.load(Relaxed),
         pages_demand: counters.pages_demand.load(Relaxed),
@@ -349,7 +349,7 @@ impl Watch {
         let state = self.state();
         let (phase, downtime) = (state.phase, state.downtime);
         let now = Instant::now();
-        let bytes_per_s = state.pace.bytes_per_s(now);
+        let (bytes_per_s, is_known) = (state.pace.bytes_per_s(now), state.pace.is_known(now));
         let (connection_losses, disconnected) = (state.cuts.count, state.cuts.total(now));
         let passes = state.passes.view(gone_bytes, now);
         drop(state);
@@ -387,7 +387,7 @@ impl Watch {
         let is_unknown = phase == umem_wire::destination::Phase::Rounds.name();
         status.seconds_left = match passes.pass_bytes {
             Some(_) => passes.seconds_left,
-            None => (bytes_per_s > 0.0 && !is_unknown).then(|| left / bytes_per_s),
+            None => (is_known && bytes_per_s > 0.0 && !is_unknown).then(|| left / bytes_per_s),
         };
         status
     }
@@ -429,7 +429,7 @@ impl Watch {
 
     /// Bytes of pages that moved, each transfer counted.
     pub(crate) fn moved_bytes(&self) -> u64 {
-        self.live.get().map_or(0, |live| live.counters.moved_bytes())
+        self.live.get().map_or(0, |live| live.counters.moved_here_bytes())
     }
 
     pub(crate) fn counters(&self) -> Option<&Counters> {
@@ -559,6 +559,11 @@ impl Pace {
         }
     }
 
+    /// Whether the rate covers a whole window: an estimate from less would be far off.
+    fn is_known(&self, at: Instant) -> bool {
+        at.saturating_duration_since(self.older.0) >= RATE_WINDOW
+    }
+
     fn bytes_per_s(&self, at: Instant) -> f64 {
         let seconds = at.saturating_duration_since(self.older.0).as_secs_f64();
         if seconds > 0.0 { (self.now.1 - self.older.1) as f64 / seconds } else { 0.0 }
@@ -610,7 +615,9 @@ mod tests {
         // A lost connection discarded some bytes, which move again.
         pace.note(at(73_100), 4_000);
         assert_eq!(pace.bytes_per_s(at(73_100)), 0.0);
+        assert!(!pace.is_known(at(73_200)), "no estimate from a moment");
         pace.note(at(74_100), 5_000);
+        assert!(pace.is_known(at(74_100)));
         assert!((pace.bytes_per_s(at(74_100)) - 1000.0).abs() < 1.0);
     }
 
@@ -633,6 +640,24 @@ mod tests {
         assert_eq!((before.data_bytes, after.data_bytes), (0, 1 << 19));
         let crossed = |sample: &Sample| (sample.crossed_data_bytes, sample.crossed_bytes);
         assert_eq!([crossed(&before), crossed(&after)], [(3 << 18, 3 << 19); 2]);
+    }
+
+    /// A process that takes over has most of the guest from the beginning, and no rate from that.
+    #[test]
+    fn bytes_of_an_earlier_process_are_in_no_rate() {
+        let watch = Watch::new(Role::Source, true, None);
+        let counters = Arc::new(Counters::of([1 << 30].into_iter()));
+        watch.attach(counters.clone(), 1 << 30);
+        watch.tick();
+        counters.set(&umem_wire::Totals { data_bytes: 900 << 20, ..Default::default() });
+        watch.tick();
+        let status = watch.status();
+        assert_eq!((status.done_bytes, status.bytes_per_s), (900 << 20, 0));
+        assert_eq!(status.seconds_left, None);
+        assert_eq!(watch.moved_bytes(), 0);
+        let sample = sample(&counters, 1.0);
+        assert_eq!((sample.crossed_bytes, sample.crossed_data_bytes), (0, 0));
+        assert_eq!(sample.data_bytes, 900 << 20);
     }
 
     #[test]

@@ -213,8 +213,6 @@ impl Demo<'_> {
             serde_json::from_value(value).map_err(|error| Error::Host(error.to_string()))
         };
         let (source, mut destination) = (read(source)?, read(destination)?);
-        // Both run on one clock here, and the source measures the whole of the downtime.
-        destination.downtime_ms = source.downtime_ms;
         destination.zero_copy.clone_from(&source.zero_copy);
         let file_bytes = self.destination_ram.as_ref().map(DemoRam::allocated_bytes).transpose()?;
         // Private memory becomes anonymous, and its file is left empty. Discarded pages go back to the file; reading

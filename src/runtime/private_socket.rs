@@ -24,10 +24,9 @@ pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
 
 /// The same in the place of a socket at which nobody listens any more, as after a kill.
 pub(crate) fn bind_private_anew(path: &Path) -> io::Result<UnixListener> {
-    let is_socket = || std::fs::symlink_metadata(path).is_ok_and(|it| it.file_type().is_socket());
     match bind_private(path) {
         Err(error)
-            if error.kind() == io::ErrorKind::AddrInUse && is_socket() && is_deserted(path) =>
+            if error.kind() == io::ErrorKind::AddrInUse && is_socket(path) && is_deserted(path) =>
         {
             std::fs::remove_file(path)?;
             bind_private(path)
@@ -45,6 +44,11 @@ pub(crate) fn connect_at_once(path: &Path) -> io::Result<UnixStream> {
     let stream = UnixStream::from(socket);
     stream.set_nonblocking(false)?;
     Ok(stream)
+}
+
+/// Whether the file is a socket.
+pub(crate) fn is_socket(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
 }
 
 /// Whether no process listens at this socket any more, as after a kill.

@@ -1,6 +1,8 @@
 //! Processes: a handle that stays on its process, and their entries in proc(5).
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::process::Child;
 
 use crate::error::{Error, Result};
@@ -93,6 +95,24 @@ fn stat(pid: u32) -> Option<(char, String)> {
     // The name before it, in parentheses, may hold any character.
     let mut rest = stat.rsplit_once(')')?.1.trim_start().chars();
     Some((rest.next()?, rest.collect()))
+}
+
+/// A process that has the file mapped, with its name: none that this user may look into, or none at all, is None.
+pub(crate) fn mapper(path: &Path) -> Option<(u32, String)> {
+    let path = path.canonicalize().ok()?;
+    let inode = std::fs::metadata(&path).ok()?.ino().to_string();
+    // The path of a mapping stands behind its address, rights, offset, device and inode (proc(5)).
+    let is_it = |line: &str| {
+        let mut fields = line.split_whitespace();
+        fields.nth(4) == Some(&inode) && line.ends_with(&*path.to_string_lossy())
+    };
+    std::fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let maps = std::fs::read(entry.path().join("maps")).ok()?;
+        let has_it = String::from_utf8_lossy(&maps).lines().any(is_it);
+        let name = || read(&format!("/proc/{pid}/comm")).unwrap_or_default();
+        has_it.then(|| (pid, name()))
+    })
 }
 
 /// The prefix of a command that needs root.

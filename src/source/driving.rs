@@ -264,8 +264,7 @@ impl Migration {
     }
 
     fn send_switchover(&self) {
-        let stopped = self.core.times().stopped.map_or(Duration::ZERO, |at| at.elapsed());
-        let stopped_us = u64::try_from(stopped.as_micros()).unwrap_or(u64::MAX);
+        let stopped_us = self.core.times().stopped_us();
         self.send(&Frame::Switchover { stopped_us });
     }
 

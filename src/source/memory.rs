@@ -12,7 +12,7 @@ mod walk;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::{Arc, OnceLock};
 
 use umem_ring::{Memory, Waker};
@@ -369,8 +369,23 @@ impl SourceMemory {
     /// Every page has been accounted for: pages may be claimed again. `totals` counts all pages that have arrived.
     pub(crate) fn accounted(&self, totals: &Totals) {
         self.regions.iter().for_each(|region| region.claims().free_blocks());
+        // This process has sent nothing: an earlier one has sent what is there.
+        if self.counters.pages_done.load(Relaxed) == 0 {
+            self.map_earlier();
+        }
         self.counters.set(totals);
         self.releaser.get().into_iter().for_each(Waker::wake);
+    }
+
+    /// Marks the pages that an earlier process has sent on the map.
+    fn map_earlier(&self) {
+        for (index, region) in self.regions.iter().enumerate() {
+            let id = RegionId(u16::try_from(index).expect("a table has at most 256 regions"));
+            region.claims().each_claimed(|first, pages| {
+                let range = PageRange { region: id, first, pages };
+                self.counters.map.count_earlier(range, region.unit().shift());
+            });
+        }
     }
 
     /// A run to be sent now: its header, and its pages if they are sent with it.

@@ -29,6 +29,11 @@ pub(crate) struct Counters {
     pub(crate) settled_page_bytes: AtomicU64,
     /// At the destination: bytes of the device state received.
     pub(crate) state_bytes: AtomicU64,
+    /// Of [`moved_bytes`](Counters::moved_bytes): those that an earlier process of the session moved. They are no part
+    /// of any rate of this process.
+    pub(crate) earlier_bytes: AtomicU64,
+    /// The part of these with contents.
+    pub(crate) earlier_data_bytes: AtomicU64,
     /// Received data with a wrong checksum.
     pub(crate) checksum_errors: AtomicU64,
     /// The origin of each part of the guest's memory.
@@ -61,6 +66,16 @@ impl Counters {
         once.saturating_add(self.rounds_page_bytes.load(Relaxed))
     }
 
+    /// Of [`moved_bytes`](Counters::moved_bytes): those that this process has moved.
+    pub(crate) fn moved_here_bytes(&self) -> u64 {
+        self.moved_bytes().saturating_sub(self.earlier_bytes.load(Relaxed))
+    }
+
+    /// Of [`crossed_bytes`](Counters::crossed_bytes): those that crossed in this process's time.
+    pub(crate) fn crossed_here_bytes(&self, data_bytes: u64) -> u64 {
+        self.crossed_bytes(data_bytes).saturating_sub(self.earlier_data_bytes.load(Relaxed))
+    }
+
     pub(crate) fn add(counter: &AtomicU64, value: u64) {
         counter.fetch_add(value, Relaxed);
     }
@@ -75,8 +90,15 @@ impl Counters {
         }
     }
 
-    /// Sets the totals that the other side has counted.
+    /// Sets the totals that the other side, or the earlier processes of this side, have counted. What these count and
+    /// this process did not, an earlier process moved.
     pub(crate) fn set(&self, totals: &umem_wire::Totals) {
+        let before = self.totals();
+        // First, so that no rate has these bytes in between.
+        let more = totals.bytes().saturating_sub(before.bytes());
+        Counters::add(&self.earlier_bytes, more);
+        let more = totals.data_bytes.saturating_sub(before.data_bytes);
+        Counters::add(&self.earlier_data_bytes, more);
         self.data_bytes.store(totals.data_bytes, Relaxed);
         self.zero_bytes.store(totals.zero_bytes, Relaxed);
         self.hole_bytes.store(totals.hole_bytes, Relaxed);
@@ -115,5 +137,22 @@ mod tests {
         assert_eq!(counters.done_bytes(), u64::MAX);
         assert_eq!(counters.totals().pages(), u64::MAX);
         assert_eq!(counters.pages_done.load(Relaxed), u64::MAX);
+        counters.set(&umem_wire::Totals { data_bytes: u64::MAX, ..counters.totals() });
+        assert_eq!(counters.moved_here_bytes(), 0);
+    }
+
+    #[test]
+    fn bytes_of_an_earlier_process_are_done_and_not_moved_here() {
+        let counters = Counters::of([1 << 20].into_iter());
+        let told = umem_wire::Totals {
+            data_bytes: 3 << 16,
+            zero_bytes: 1 << 16,
+            ..umem_wire::Totals::default()
+        };
+        counters.set(&told);
+        assert_eq!((counters.done_bytes(), counters.moved_here_bytes()), (1 << 18, 0));
+        Counters::add(&counters.data_bytes, 1 << 12);
+        assert_eq!(counters.moved_here_bytes(), 1 << 12);
+        assert_eq!(counters.crossed_here_bytes(counters.totals().data_bytes), 1 << 12);
     }
 }

@@ -11,7 +11,7 @@ use umem_wire::PageRange;
 
 use crate::memory::claims::RunKind;
 
-/// Most cells of all regions together: enough for a picture. A cell takes 16 bytes.
+/// Most cells of all regions together: enough for a picture. A cell takes 24 bytes.
 pub(crate) const CELLS_MAX: u64 = 4096;
 
 /// The smallest cell, 64 KiB, which limits the cells that a run touches.
@@ -20,18 +20,21 @@ const CELL_SHIFT_MIN: u32 = 16;
 /// The unit of the counts, which divides all page sizes.
 const SMALL_PAGE_SHIFT: u32 = 12;
 
-/// Counts of one cell, in small pages: requested ones, and the others by content.
+/// Counts of one cell, in small pages: requested ones, the others by content, and those that an
+/// earlier process of the same session moved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Came {
     pub(crate) demand: u32,
     pub(crate) background: u32,
     pub(crate) zero: u32,
     pub(crate) hole: u32,
+    pub(crate) earlier: u32,
 }
 
 impl Came {
     pub(crate) fn pages(self) -> u64 {
-        [self.demand, self.background, self.zero, self.hole].into_iter().map(u64::from).sum()
+        let counts = [self.demand, self.background, self.zero, self.hole, self.earlier];
+        counts.into_iter().map(u64::from).sum()
     }
 }
 
@@ -50,6 +53,8 @@ pub(crate) struct Map {
 struct Cell {
     data: AtomicU64,
     empty: AtomicU64,
+    /// Pages that an earlier process moved.
+    earlier: AtomicU64,
 }
 
 /// The first count of a pair is in the upper half.
@@ -81,6 +86,13 @@ impl Map {
                 (false, RunKind::Zero) => cell.empty.fetch_add(pages * FIRST, Relaxed),
                 (false, RunKind::Hole) => cell.empty.fetch_add(pages, Relaxed),
             };
+        });
+    }
+
+    /// Counts pages that an earlier process of the same session moved.
+    pub(crate) fn count_earlier(&self, range: PageRange, page_shift: u8) {
+        self.each_cell(range.region.0, range.first, range.pages, page_shift, |cell, pages| {
+            cell.earlier.fetch_add(pages, Relaxed);
         });
     }
 
@@ -143,7 +155,8 @@ impl Map {
         self.cells.iter().map(move |cell| {
             let (demand, background) = halves(cell.data.load(Relaxed));
             let (zero, hole) = halves(cell.empty.load(Relaxed));
-            Came { demand, background, zero, hole }
+            let earlier = u32::try_from(cell.earlier.load(Relaxed)).unwrap_or(u32::MAX);
+            Came { demand, background, zero, hole, earlier }
         })
     }
 }
@@ -168,8 +181,8 @@ mod tests {
         map.count(range(1, 10, 1), 12, RunKind::Data, true);
         map.count(range(1, 11, 30), 12, RunKind::Zero, false);
         let cells: Vec<_> = map.cells().collect();
-        assert_eq!(cells[0], Came { demand: 0, background: 8, zero: 0, hole: 8 });
-        assert_eq!(cells[1], Came { demand: 1, background: 2, zero: 13, hole: 0 });
+        assert_eq!(cells[0], Came { background: 8, hole: 8, ..Came::default() });
+        assert_eq!(cells[1], Came { demand: 1, background: 2, zero: 13, ..Came::default() });
         for (index, cell) in cells.iter().enumerate() {
             assert_eq!(cell.pages(), map.cell_pages(index));
         }
@@ -183,7 +196,10 @@ mod tests {
             map.was_demanded(0, page + 1, 12, kind);
         }
         let came = map.cells().next().unwrap();
-        assert_eq!(came, Came { demand: 3, background: 3, zero: 3, hole: 3 });
+        assert_eq!(came, Came { demand: 3, background: 3, zero: 3, hole: 3, earlier: 0 });
+        map.count_earlier(range(0, 12, 4), 12);
+        let came = map.cells().next().unwrap();
+        assert_eq!((came.earlier, came.pages()), (4, 16));
     }
 
     #[test]

@@ -74,7 +74,7 @@ fn migration_settings(source: &mut Qemu) -> [Value; 2] {
 fn nobody_listens(_: &Machine, _: &Scratch, source: &mut Qemu) {
     let text = migrate(source, NOBODY, &["-p"]).fails();
     says(&text, "cannot connect to tcp:127.0.0.1:1: Connection refused");
-    says(&text, "start `umem incoming tcp:127.0.0.1:1` there first");
+    says(&text, "start `umem incoming` there first");
 }
 
 fn the_destination_is_killed_while_it_waits(

@@ -6,6 +6,8 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
 use crate::support::{Machine, Qemu, QemuVersion, Scratch, Serial, Side, Umem};
 use crate::vhost_user::VhostUser;
 use crate::{NOBODY, incoming, migrate, says};
@@ -174,8 +176,26 @@ fn further_obstacles_of_a_destination_are_reported() {
     let mut file = fs::File::create(&used).expect("shared memory can be written");
     file.write_all(b"somebody's memory").expect("shared memory can be written");
     file.set_len(256 << 20).expect("as long as the backend");
+    let holds_data = format!("RAM {}: its file holds data already, and ", used.display());
+    let remove = format!("remove this one (rm {})", used.display());
     let text = Umem::start(incoming(&words, &[], anywhere)).fails();
-    says(&text, &format!("RAM {}: its file holds data already", used.display()));
+    [&holds_data, "an earlier guest has left it", &remove]
+        .iter()
+        .for_each(|part| says(&text, part));
+    // Nobody is told to remove the memory of a guest that runs.
+    let file = fs::File::open(&used).expect("the file is readable");
+    let bytes = std::num::NonZeroUsize::new(4096).expect("a page has bytes");
+    let (rights, flags) = (ProtFlags::PROT_READ, MapFlags::MAP_SHARED);
+    // SAFETY: a new mapping, which nothing reads.
+    let mapping = unsafe { mmap(None, bytes, rights, flags, &file, 0) }.expect("a mapping");
+    drop(file);
+    let text = Umem::start(incoming(&words, &[], anywhere)).fails();
+    let ours = format!("{holds_data}process {} (", std::process::id());
+    says(&text, &ours);
+    says(&text, "another guest's memory: name another file");
+    assert!(!text.contains("remove"), "{text}");
+    // SAFETY: the mapping is this function's, and has no user.
+    unsafe { munmap(mapping, bytes.get()) }.expect("a mapping");
     assert_eq!(fs::read(&used).expect("umem leaves the file")[..17], *b"somebody's memory");
 }
 

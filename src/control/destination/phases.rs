@@ -156,14 +156,22 @@ impl Core {
     }
 
     /// The guest belongs to this side.
+    ///
+    /// Its downtime has the time that the source states, and the switchover's own way: the guest has stood still at
+    /// least since its *stopped* came. A switchover that waited behind other bytes counts from when it could have come,
+    /// and *running* tells the source the same, so both sides have one downtime.
     fn switch(&mut self, stopped_us: u64, now: &Moment, effects: &mut Effects) {
-        self.times.switched = Some(now.at);
-        self.times.downtime = Duration::from_micros(stopped_us);
-        self.times.stopped = now.at.checked_sub(self.times.downtime).or(Some(now.at));
+        let stated = Duration::from_micros(stopped_us);
+        let known =
+            self.times.stopped.map_or(Duration::ZERO, |at| now.at.saturating_duration_since(at));
+        let switched = now.at.checked_sub(known.saturating_sub(stated)).unwrap_or(now.at);
+        self.times.switched = Some(switched);
+        self.times.downtime = stated;
+        self.times.stopped = switched.checked_sub(stated).or(Some(switched));
         self.stage = Stage::Starting { is_told: false };
         effects.extend([
             Effect::Keep,
-            Effect::Persist(Record::Switched { stopped_us, at: now.at }),
+            Effect::Persist(Record::Switched { stopped_us, at: switched }),
             Effect::Run,
         ]);
     }
@@ -173,6 +181,8 @@ impl Core {
         let Stage::Starting { .. } = self.stage else { return Ok(()) };
         let since_switchover =
             self.times.switched.map_or(Duration::ZERO, |at| now.at.saturating_duration_since(at));
+        // Whole microseconds, as the source hears them.
+        let since_switchover = Duration::from_micros(micros(since_switchover));
         self.times.running = Some(now.at);
         self.times.downtime += since_switchover;
         let downtime = self.times.downtime;

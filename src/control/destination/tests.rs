@@ -589,3 +589,31 @@ fn running_guest_is_reported_running_without_known_times() {
     let said = bench.says(Input::Came);
     assert!(said.starts_with("Reconnect(switched true, running true"), "{said}");
 }
+
+/// The source measures up to the sending of the switchover, and the frame may wait behind pages: both sides count that,
+/// and the time until the guest runs, once.
+#[test]
+fn way_of_the_switchover_is_part_of_the_downtime() {
+    let ms = Duration::from_millis;
+    for (stated, waited, downtime) in [(300, 350, 360), (300, 300, 310), (300, 100, 310)] {
+        let mut bench = at("Receiving", terms());
+        bench.wait(ms(waited));
+        let rest = way().into_iter().skip_while(|&(name, _)| name != "Loading");
+        for input in rest.take_while(|&(name, _)| name != "Starting").flat_map(|(_, inputs)| inputs)
+        {
+            bench.feed(input);
+        }
+        let stopped_us = u64::try_from(ms(stated).as_micros()).unwrap();
+        bench.feed(Input::Received(Heard::Switchover { stopped_us }));
+        bench.wait(ms(10));
+        let effects = bench.feed(Input::Running);
+        assert_eq!(bench.core.times().downtime, ms(downtime));
+        let told = effects.iter().find_map(|effect| match effect {
+            Effect::Send(umem_wire::Frame::Running { us_since_switchover }) => {
+                Some(Duration::from_micros(*us_since_switchover))
+            }
+            _ => None,
+        });
+        assert_eq!(told, Some(ms(downtime - stated)), "the source has the same sum");
+    }
+}

@@ -325,7 +325,7 @@ pub(crate) struct Heard {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Times {
     pub(crate) stopped: Option<Instant>,
-    /// When the switchover was first sent.
+    /// When the switchover was sent, the last time.
     pub(crate) switched: Option<Instant>,
     pub(crate) running: Option<Instant>,
     pub(crate) first_page: Option<Instant>,
@@ -333,6 +333,15 @@ pub(crate) struct Times {
 }
 
 impl Times {
+    /// For how long the guest had stood still when the switchover was sent, µs: what the switchover says.
+    pub(crate) fn stopped_us(&self) -> u64 {
+        self.stopped.zip(self.switched).map_or(0, |(stopped, switched)| {
+            let stood = switched.saturating_duration_since(stopped);
+            u64::try_from(stood.as_micros()).unwrap_or(u64::MAX)
+        })
+    }
+
+    /// From the last instruction at the source to the first one at the destination: both sides have the same number.
     pub(crate) fn downtime(&self) -> Duration {
         match (self.stopped, self.running) {
             (Some(stopped), Some(running)) => running.saturating_duration_since(stopped),

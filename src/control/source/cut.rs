@@ -267,10 +267,7 @@ impl Source {
         self.heard.bytes = standing.totals.bytes();
         self.do_next(Effect::Persist(Record::Heard(self.heard)));
         if let (true, Phase::Serving, Some(us)) = (was_committed, &self.phase, standing.running) {
-            let since_switchover = Duration::from_micros(us);
-            let at =
-                self.times.switched.and_then(|switched| switched.checked_add(since_switchover));
-            self.running(at.unwrap_or(now.at).min(now.at));
+            self.running(self.ran_at(us, now));
         }
         Ok(())
     }

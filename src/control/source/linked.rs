@@ -113,7 +113,7 @@ impl Source {
             }
             Said::Settled => self.stopped(now)?,
             Said::Loaded => self.prepare_to_commit(now),
-            Said::Running { .. } => self.running(now.at),
+            Said::Running { us_since_switchover: us } => self.running(self.ran_at(us, now)),
             Said::Pong(number) => {
                 if let Some(lanes) = self.lanes() {
                     lanes.liveness.answered(number, now.at);
@@ -168,7 +168,7 @@ impl Source {
                 }
             }
             Answer::Saved(result) => self.send_state(result?, now),
-            Answer::StandsStill(result) => self.may_be_given_away(result),
+            Answer::StandsStill(result) => self.may_be_given_away(result, now),
             Answer::PutBack(result) => {
                 self.has_put_back(&result);
                 Ok(())
@@ -237,7 +237,7 @@ impl Source {
 
     /// The monitor's answer for a guest that is about to be given away, or was given away by a switchover that has not
     /// arrived.
-    fn may_be_given_away(&mut self, result: Result<()>) -> Result<()> {
+    fn may_be_given_away(&mut self, result: Result<()>, now: &Moment) -> Result<()> {
         if matches!(self.phase, Phase::Loaded { .. }) {
             result?;
             self.do_next(Effect::Commit);
@@ -253,7 +253,7 @@ impl Source {
                 // On new lanes the destination reports whether the switchover has arrived.
                 if self.lanes().is_some() {
                     self.switchover = Switchover::Plain;
-                    self.do_next(Effect::Switchover);
+                    self.send_switchover(now);
                 }
                 Ok(())
             }
@@ -266,9 +266,8 @@ impl Source {
 
     /// The commit point: from here on the guest never runs at this side again.
     fn switch_over(&mut self, now: &Moment) -> Result<()> {
-        self.times.switched = Some(now.at);
         self.step(Step::SentSwitchover)?;
-        self.do_next(Effect::Switchover);
+        self.send_switchover(now);
         self.ask_to_put_back();
         self.watch_over(now);
         if let Some(kept) = &self.plan.kept {
@@ -277,6 +276,21 @@ impl Source {
         }
         self.do_next(Effect::StartRelease);
         Ok(())
+    }
+
+    /// Sends the switchover, perhaps again: the one that arrives says how long the guest has stood still.
+    pub(super) fn send_switchover(&mut self, now: &Moment) {
+        self.times.switched = Some(now.at);
+        self.do_next(Effect::Switchover);
+    }
+
+    /// When the guest ran, on this side's clock: so long after the switchover as the destination says. What it says has
+    /// the switchover's own way as far as the destination can see that, and not the answer's, so both sides have one
+    /// downtime.
+    pub(super) fn ran_at(&self, us_since_switchover: u64, now: &Moment) -> Instant {
+        let after = Duration::from_micros(us_since_switchover);
+        let at = self.times.switched.and_then(|switched| switched.checked_add(after));
+        at.unwrap_or(now.at).min(now.at)
     }
 
     /// Has the monitor's settings restored, except for the guest itself, which has gone.

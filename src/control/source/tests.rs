@@ -538,3 +538,20 @@ fn silent_monitor_after_a_denied_switchover_is_reported_and_can_be_left() {
         }
     }
 }
+
+/// The answer may wait on its way for any time: that is no downtime.
+#[test]
+fn downtime_ends_when_the_destination_says() {
+    let mut bench = Bench::with(false, false, None);
+    bench.ready();
+    bench.tell(Input::Monitor(Answer::Stopped(Ok(Some(bench.now)))));
+    bench.tell(Input::Monitor(Answer::Saved(Ok(vec![0]))));
+    bench.say(Said::Loaded);
+    bench.now += Duration::from_millis(20);
+    bench.stands_still(Ok(()));
+    bench.tell(Input::Committed);
+    assert_eq!(bench.core.times().stopped_us(), 20_000);
+    bench.now += Duration::from_millis(500);
+    bench.say(Said::Running { us_since_switchover: 7_000 });
+    assert_eq!(bench.core.times().downtime(), Duration::from_millis(27));
+}

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::Ordering::SeqCst;
 
-use umem_wire::{PageRange, RegionId};
+use umem_wire::{PageRange, RegionId, Totals};
 
 use super::{GuestMemory, GuestRegion, what};
 use crate::control::destination::Record;
@@ -134,6 +134,7 @@ impl GuestMemory {
             region.pages.each_cached(|first, pages| {
                 pages_done += pages;
                 let range = PageRange { region: id, first, pages };
+                self.counters.map.count_earlier(range, region.unit_shift());
                 // Private memory is complete when it has been released (again).
                 if region.memory.kind.needs_touch() { Ok(()) } else { self.complete(range) }
             })?;
@@ -160,16 +161,13 @@ impl GuestMemory {
         let hole_bytes = told(SharedCounter::HoleBytes).min(bytes - zero_bytes);
         let pages_done = self.counters.pages_done.load(SeqCst);
         let pages_demand = told(SharedCounter::PagesDemand).min(pages_done);
-        let counters = &self.counters;
-        for (counter, value) in [
-            (&counters.zero_bytes, zero_bytes),
-            (&counters.hole_bytes, hole_bytes),
-            (&counters.data_bytes, bytes - zero_bytes - hole_bytes),
-            (&counters.pages_demand, pages_demand),
-            (&counters.pages_background, pages_done - pages_demand),
-        ] {
-            counter.store(value, SeqCst);
-        }
+        self.counters.set(&Totals {
+            data_bytes: bytes - zero_bytes - hole_bytes,
+            zero_bytes,
+            hole_bytes,
+            pages_demand,
+            pages_background: pages_done - pages_demand,
+        });
     }
 
     /// Touches and releases all private memory that has arrived, even if the earlier process had done so. The touch

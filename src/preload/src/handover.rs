@@ -425,8 +425,9 @@ fn lock_before(
         return Err(Failure::new(
             Code::RamInUse,
             sys::EBUSY,
-            "the RAM file has contents already: remove it, or name another mem-path",
-        ));
+            "the RAM file has contents already: name another mem-path, or remove the file if no guest has it mapped",
+        )
+        .of(&ram.path));
     }
     keep(descriptor)
 }

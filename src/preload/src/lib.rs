@@ -51,10 +51,11 @@
 //! message carries the same open file, which has the locks.
 //!
 //! Memory that cannot be protected is not mapped: the object undoes the mapping, `mmap` fails, and QEMU refuses to
-//! start. The socket gets the reason (the codes are [`report::Code`]):
+//! start. The socket gets the reason (the codes are [`report::Code`]; the path of the RAM file only where umem looks at
+//! that file):
 //!
 //! ```text
-//! {"error":"ram-in-use","name":"ram0","errno":16,"text":"…"}
+//! {"error":"ram-in-use","name":"ram0","errno":16,"text":"…","path":"/dev/shm/ram0"}
 //! ```
 //!
 //! # Commands

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::config::{Kind, RamFile};
 use crate::sys;
@@ -78,11 +78,18 @@ pub(crate) struct Failure {
     /// The errno of the failing `mmap`.
     pub(crate) errno: i32,
     text: String,
+    /// The RAM file that it is about, if umem is to look at that file.
+    path: Option<PathBuf>,
 }
 
 impl Failure {
     pub(crate) fn new(code: Code, errno: i32, text: &str) -> Self {
-        Failure { code, errno, text: text.to_owned() }
+        Failure { code, errno, text: text.to_owned(), path: None }
+    }
+
+    /// The same, about this RAM file.
+    pub(crate) fn of(self, path: &Path) -> Self {
+        Failure { path: Some(path.to_owned()), ..self }
     }
 }
 
@@ -156,12 +163,17 @@ pub(crate) fn complaint(name: &str, failure: &Failure) {
 }
 
 pub(crate) fn failure_line(name: &str, failure: &Failure) -> String {
+    let path = failure
+        .path
+        .as_ref()
+        .map(|path| format!(",\"path\":{}", json_string(path.as_os_str().as_bytes())));
     format!(
-        "{{\"error\":\"{}\",\"name\":{},\"errno\":{},\"text\":{}}}\n",
+        "{{\"error\":\"{}\",\"name\":{},\"errno\":{},\"text\":{}{}}}\n",
         failure.code.as_str(),
         json_string(name.as_bytes()),
         failure.errno,
         json_string(failure.text.as_bytes()),
+        path.unwrap_or_default(),
     )
 }
 

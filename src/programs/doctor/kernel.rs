@@ -2,7 +2,10 @@
 
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
+use nix::unistd::Group;
 use umem_ring::{Config, Ring};
 
 use super::{Check, user};
@@ -74,6 +77,10 @@ pub(super) fn userfaultfd() -> Check {
         Ok((_, Way::SystemCall)) => {
             check("allowed by vm.unprivileged_userfaultfd or CAP_SYS_PTRACE")
         }
+        // The device shows that the kernel has it.
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) && Path::new(DEVICE).exists() => {
+            check("a seccomp filter forbids the call").missing(permission(true))
+        }
         Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {
             check("the kernel has none, or a seccomp filter hides it")
                 .missing("boot a kernel with CONFIG_USERFAULTFD, or allow the call userfaultfd")
@@ -83,7 +90,7 @@ pub(super) fn userfaultfd() -> Check {
                 Ok(_) => "user-mode faults only, without those of KVM and of system calls",
                 Err(_) => "no permission",
             };
-            check(found).missing(permission(std::path::Path::new(DEVICE).exists()))
+            check(found).missing(permission(Path::new(DEVICE).exists()))
         }
         Err(error) => check("there is none").missing(error.to_string()),
     }
@@ -128,10 +135,19 @@ pub(super) fn userfaultfd_features() -> Check {
     });
     match (lacking.is_empty(), needed) {
         (true, _) => check,
-        (false, true) => check.missing("boot Linux 5.14 or later with CONFIG_USERFAULTFD"),
+        // It has CONFIG_USERFAULTFD, because it has answered.
+        (false, true) => check.missing("boot Linux 5.14 or later, on x86-64 or arm64"),
         (false, false) => {
-            check.warning("for guests in hugetlb pages, boot a kernel with CONFIG_HUGETLBFS")
+            let filesystems = read("/proc/filesystems").unwrap_or_default();
+            check.warning(way_to_hugetlbfs(filesystems.contains("hugetlbfs")))
         }
+    }
+}
+
+fn way_to_hugetlbfs(is_there: bool) -> &'static str {
+    match is_there {
+        true => "for guests in hugetlb pages, boot Linux 5.13 or later",
+        false => "for guests in hugetlb pages, boot a kernel with CONFIG_HUGETLBFS",
     }
 }
 
@@ -151,7 +167,17 @@ pub(super) fn idle_cores() -> Check {
             check(&format!("no permission for {}", idle::DEVICE)).warning(remedy)
         }
         Err(error) => check(&format!("{}: {error}", idle::DEVICE))
-            .warning("give the container that device, or boot a kernel with CONFIG_CPU_IDLE"),
+            .warning(way_to_idle(Path::new(CPUIDLE).exists())),
+    }
+}
+
+/// There with CONFIG_CPU_IDLE, also in containers.
+const CPUIDLE: &str = "/sys/devices/system/cpu/cpuidle";
+
+fn way_to_idle(has_cpuidle: bool) -> String {
+    match has_cpuidle {
+        true => format!("the kernel has it: give the container or the unit {}", idle::DEVICE),
+        false => "boot a kernel with CONFIG_CPU_IDLE".into(),
     }
 }
 
@@ -163,18 +189,51 @@ pub(super) fn kvm() -> Check {
             found,
         )
     };
-    match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+    match OpenOptions::new().read(true).write(true).open(KVM) {
         Ok(_) => check("usable"),
         Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-            check("no permission").warning(format!("{}usermod -aG kvm {}", sudo(), user()))
+            check("no permission").warning(way_to_kvm(&user(), group_of(KVM).as_deref()))
         }
         Err(_) => check("missing"),
     }
 }
 
+/// KVM's device.
+const KVM: &str = "/dev/kvm";
+
+/// The command that lets this user open the device: joining the group that may, if there is one.
+fn way_to_kvm(user: &str, group: Option<&str>) -> String {
+    match group {
+        Some(group) => format!("{}usermod -aG {group} {user}, and log in anew", sudo()),
+        None => format!("{}setfacl -m u:{user}:rw {KVM}", sudo()),
+    }
+}
+
+/// The group, other than root's, that may read and write the file.
+fn group_of(path: &str) -> Option<String> {
+    let found = std::fs::metadata(path).ok()?;
+    let may = found.mode() & 0o060 == 0o060 && found.gid() != 0;
+    let group = may.then(|| Group::from_gid(found.gid().into()).ok().flatten());
+    group.flatten().map(|group| group.name)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A group helps only if it may open the device, and an option only if the kernel lacks it.
+    #[test]
+    fn remedies_fit_what_is_there() {
+        assert!(way_to_kvm("ann", Some("kvm")).contains("usermod -aG kvm ann"));
+        assert!(way_to_kvm("ann", None).contains("setfacl -m u:ann:rw /dev/kvm"));
+        assert!(!way_to_idle(true).contains("CONFIG_") && way_to_idle(false).contains("CONFIG_"));
+        assert!(!way_to_hugetlbfs(true).contains("CONFIG_"));
+        let scratch = tempfile::tempdir().unwrap();
+        let device = scratch.path().join("kvm");
+        std::fs::write(&device, "").unwrap();
+        // Root's group, or one that may not write: neither is worth joining.
+        assert_eq!(group_of(device.to_str().unwrap()), None);
+    }
 
     #[test]
     fn kernel_releases_compare_numerically() {

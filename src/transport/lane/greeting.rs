@@ -9,6 +9,7 @@ use umem_wire::{
 
 use super::Lane;
 use crate::error::{Context, Result};
+use crate::transport::foreign;
 
 /// A hello or a welcome that is arriving, in any number of pieces.
 pub(crate) struct HelloBytes {
@@ -24,6 +25,11 @@ impl HelloBytes {
     /// Whether some of it has come.
     pub(crate) fn has_begun(&self) -> bool {
         self.filled > 0
+    }
+
+    /// Why the peer is no umem, as soon as its bytes tell; "it" in the text is the peer.
+    pub(crate) fn foreign(&self) -> Option<String> {
+        foreign::why(&self.bytes[..self.filled])
     }
 
     /// Reads the bytes available, without waiting; returns the whole once it is complete.

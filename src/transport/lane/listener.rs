@@ -17,7 +17,7 @@ use crate::error::{Context, Error, Result};
 use crate::runtime::accepting::{Accepted, Room};
 use crate::runtime::inbox::Wait;
 use crate::runtime::polling::poll;
-use crate::runtime::private_socket::bind_private;
+use crate::runtime::private_socket::{bind_private_anew, is_socket};
 use crate::transport::lookup;
 use crate::transport::uri::Uri;
 
@@ -83,7 +83,7 @@ impl Listener {
         let socket = match uri {
             Uri::Tcp { .. } => Listening::Tcp(TcpListener::bind(found).map_err(failed)?),
             Uri::Unix { path } => {
-                Listening::Unix(bind_private(path).map_err(failed)?, Some(path.clone()))
+                Listening::Unix(bind_private_anew(path).map_err(failed)?, Some(path.clone()))
             }
             Uri::Fd { number } => Listening::inherited(*number)?,
             Uri::Exec { .. } => unreachable!("a single connection has no listener"),
@@ -211,9 +211,17 @@ pub(crate) fn not_bound(uri: &Uri, source: io::Error) -> Error {
     Error::Listen {
         uri: uri.to_string(),
         hint: match source.kind() {
-            io::ErrorKind::AddrInUse => {
-                "; stop the program that listens there, or choose another address"
-            }
+            io::ErrorKind::AddrInUse => match uri {
+                Uri::Unix { path } if !is_socket(path) => {
+                    "; the file there is no socket: choose another path"
+                }
+                Uri::Unix { .. } => {
+                    "; another program listens at this socket: stop it, or choose another path"
+                }
+                _ => {
+                    "; stop the program that listens there (`ss -ltnp` names it), or choose another address"
+                }
+            },
             io::ErrorKind::PermissionDenied => "; choose an address that this user may listen on",
             io::ErrorKind::AddrNotAvailable => "; the address is not one of this machine's",
             io::ErrorKind::NotFound => "; its directory does not exist",

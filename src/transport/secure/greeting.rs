@@ -120,6 +120,10 @@ impl Greeting<'_> {
         let mut answer = HelloBytes::new();
         loop {
             let read = answer.read(self.lane);
+            if let Some(why) = answer.foreign() {
+                let what = format!("{why}; give the address at which `umem incoming` listens");
+                return Err(Error::protocol(&self.lane.name, what));
+            }
             if answer.has_begun() && self.deadline.get().is_none() {
                 self.deadline.set(Some(Instant::now() + HELLO_TIMEOUT));
             }

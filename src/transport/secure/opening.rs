@@ -2,16 +2,13 @@
 //! configured, come before anything else is read. No step waits; the caller has many of these and
 //! waits for all of them.
 
-use umem_wire::{FaultCode, HELLO_BYTES, Hello, HelloError};
+use umem_wire::{FaultCode, HELLO_BYTES, Hello};
 
 use super::ServerAuth;
 use super::secret::Answer;
 use crate::runtime::inbox::{Interest, readable};
 use crate::transport::lane::{self, HelloBytes, Lane};
 use crate::transport::tls::{Handshake, Session, explain};
-
-/// The first bytes of a TLS connection: a handshake record of TLS 1.
-const TLS_BEGINS: &[u8] = &[22, 3];
 
 /// A connection whose peer is not authenticated yet.
 pub(crate) struct Opening {
@@ -93,7 +90,13 @@ impl Opening {
                     }
                     Err(why) => return Err(format!("TLS: {why}")),
                 },
-                Stage::First(bytes) | Stage::Proof(bytes, _) => bytes.read(&self.lane),
+                Stage::First(bytes) | Stage::Proof(bytes, _) => {
+                    let read = bytes.read(&self.lane);
+                    if let Some(why) = bytes.foreign() {
+                        return Err(why);
+                    }
+                    read
+                }
             };
             match read {
                 Ok(None) => return Ok(Progress::Waits(self)),
@@ -150,9 +153,6 @@ impl Opening {
             }
             (Ok(umem_wire::Opening::Ask(_)), None) => {
                 Err(self.refuse("no secret is known here: start umem incoming with --secret-file"))
-            }
-            (Err(HelloError::NotUmem), _) if bytes.starts_with(TLS_BEGINS) => {
-                Err("the peer uses TLS, and this side has no --tls-creds".into())
             }
             (Err(error), _) => Err(error.to_string()),
         }

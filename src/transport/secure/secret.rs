@@ -15,6 +15,7 @@
 //! for one lane of one session; the nonces are fresh on each side, so that it is for one
 //! connection.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use ring::hmac;
@@ -40,6 +41,13 @@ pub(super) struct Secret(hmac::Key);
 impl Secret {
     /// Reads a file that only its owner can read. A line end after the secret is ignored.
     pub(super) fn load(path: &Path) -> Result<Secret> {
+        if std::fs::metadata(path).is_err_and(|error| error.kind() == ErrorKind::NotFound) {
+            let path = path.display();
+            return Err(Error::Environment(format!(
+                "{path}: No such file; --secret-file names the secret that both sides have: make one with (umask 077; \
+                 head -c 32 /dev/urandom | base64 > {path}), and copy it to the other side"
+            )));
+        }
         let bytes = read_private(path, SECRET_BYTES_MAX)?;
         let secret = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
         if secret.len() < SECRET_BYTES_MIN {

@@ -24,7 +24,7 @@ use nix::sys::prctl::set_dumpable;
 use nix::unistd::geteuid;
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, ring as provider};
-use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
@@ -37,6 +37,7 @@ const FILE_BYTES_MAX: u64 = 4 << 20;
 
 /// A destination's credentials and requirements.
 pub(crate) fn server(directory: &Path) -> Result<Arc<ServerConfig>> {
+    check_presence(directory, "server")?;
     let provider = provider();
     let own = Own::load(directory, "server")?;
     let mut verifier = WebPkiClientVerifier::builder_with_provider(
@@ -64,6 +65,7 @@ pub(crate) fn server(directory: &Path) -> Result<Arc<ServerConfig>> {
 
 /// A source's credentials and requirements.
 pub(crate) fn client(directory: &Path) -> Result<Arc<ClientConfig>> {
+    check_presence(directory, "client")?;
     let provider = provider();
     let own = Own::load(directory, "client")?;
     let mut verifier = WebPkiServerVerifier::builder_with_provider(
@@ -86,6 +88,24 @@ pub(crate) fn client(directory: &Path) -> Result<Arc<ClientConfig>> {
     config.resumption = Resumption::disabled();
     config.enable_secret_extraction = true;
     Ok(Arc::new(config))
+}
+
+/// Names the first file that is missing, with the option that names its directory.
+fn check_presence(directory: &Path, role: &str) -> Result<()> {
+    let needed = [format!("{role}-cert.pem"), format!("{role}-key.pem"), "ca-cert.pem".into()];
+    for name in &needed {
+        let path = directory.join(name);
+        if std::fs::metadata(&path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            let (own, key, authority) = (&needed[0], &needed[1], &needed[2]);
+            return Err(unusable(
+                &path,
+                &format!(
+                    "No such file; --tls-creds names a directory with {own}, {key} and {authority}, as QEMU's are"
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// ring's cryptography: on processors with VAES and without AVX-512 its AES-GCM has 1.5 times the
@@ -116,10 +136,30 @@ impl Own {
         let path = directory.join(format!("{role}-cert.pem"));
         let chain = certificates(&path)?;
         let key_path = directory.join(format!("{role}-key.pem"));
-        let key = PrivateKeyDer::from_pem_slice(&read_private(&key_path, FILE_BYTES_MAX)?)
-            .map_err(|error| unusable(&key_path, &format!("no private key in PEM: {error}")))?;
+        let key = private_key(&key_path, &read_private(&key_path, FILE_BYTES_MAX)?)?;
         Ok(Own { path, chain, key })
     }
+}
+
+fn private_key(path: &Path, pem: &[u8]) -> Result<PrivateKeyDer<'static>> {
+    PrivateKeyDer::from_pem_slice(pem).map_err(|error| {
+        // PKCS #8 says so in its first line, older keys in a header.
+        let says = |what: &[u8]| pem.windows(what.len()).any(|bytes| bytes == what);
+        if says(b"BEGIN ENCRYPTED PRIVATE KEY") || says(b"Proc-Type: 4,ENCRYPTED") {
+            let shown = path.display();
+            return unusable(
+                path,
+                &format!(
+                    "the key is encrypted, and umem asks for no passphrase: store it decrypted, with (umask 077; \
+                     openssl pkey -in {shown} -out {shown}.new && mv {shown}.new {shown})"
+                ),
+            );
+        }
+        match error {
+            pem::Error::NoItemsFound => unusable(path, "it has no private key in PEM"),
+            error => unusable(path, &format!("its private key is not PEM: {error}")),
+        }
+    })
 }
 
 fn authorities(directory: &Path) -> Result<RootCertStore> {

@@ -22,6 +22,7 @@ use super::channel::Channel;
 use super::explain;
 use super::records::{Keys, RECORD_BYTES_MAX, Records};
 use crate::runtime::inbox::{Interest, readable, writable};
+use crate::transport::foreign;
 
 /// Bytes of handshake messages that are kept until they are complete: rustls accepts no larger
 /// message.
@@ -264,8 +265,8 @@ pub(crate) struct Handshake {
     plain: Vec<u8>,
 }
 
-/// The prefix of umem's own first bytes, in place of TLS.
-const PLAIN: &[u8] = b"UMEM";
+/// The first bytes that are kept: as many as tell any protocol.
+const BEGINNING_BYTES: usize = 8;
 
 impl Handshake {
     pub(crate) fn new(socket: Arc<OwnedFd>, session: Session) -> Handshake {
@@ -289,7 +290,10 @@ impl Handshake {
                     if !self.is_plain() {
                         let _ = self.session.send(&self.socket);
                     }
-                    return Err(explain::failure(&error));
+                    return Err(match foreign::spoken(&self.began) {
+                        Some(protocol) => format!("it speaks {protocol}, neither TLS nor umem"),
+                        None => explain::failure(&error),
+                    });
                 }
             };
             while self.session.has_outgoing() {
@@ -314,8 +318,8 @@ impl Handshake {
     }
 
     fn look_at_beginning(&mut self) {
-        if self.began.len() < PLAIN.len() {
-            let count = self.session.incoming.end.min(PLAIN.len());
+        if self.began.len() < BEGINNING_BYTES {
+            let count = self.session.incoming.end.min(BEGINNING_BYTES);
             self.began = self.session.incoming.bytes[..count].to_vec();
         }
     }
@@ -327,7 +331,7 @@ impl Handshake {
 
     /// Whether the peer does not use TLS.
     pub(crate) fn is_plain(&self) -> bool {
-        self.began == PLAIN
+        self.began.starts_with(foreign::UMEM)
     }
 
     fn ended(&self, how: String) -> String {

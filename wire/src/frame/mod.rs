@@ -110,7 +110,9 @@ pub enum Frame {
     },
     /// The destination's guest runs.
     Running {
-        /// µs since the switchover frame arrived.
+        /// µs since the switchover frame arrived, or would have arrived if it had not waited behind other bytes: the
+        /// guest has stood still at least since *stopped* came. With the switchover's own number this is the guest's
+        /// downtime at both ends.
         us_since_switchover: u64,
     },
     /// The last frame of this bulk lane.
