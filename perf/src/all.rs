@@ -16,7 +16,7 @@ use crate::{Arguments, interrupt, page};
     subcommand,
     name = "all",
     note = "A subject that cannot be measured on this machine is left out; the page states why. Some of \
-            them need root; `qemu` and `rounds` need the kernel and QEMU of the tests, `link10` iperf3."
+            them need root; `qemu` and both `rounds` need the kernel and QEMU of the tests, `link10` iperf3."
 )]
 pub(crate) struct Options {
     /// turns of each subject (default 2); subjects that take seconds have six times as many, `qemu`,
@@ -27,7 +27,7 @@ pub(crate) struct Options {
     #[argh(option, default = "1024")]
     size: usize,
     /// measure only these, separated by commas: floor, land, zeroes, fault, qemu, qemu-idle,
-    /// rounds, link10, patterns, size, bench
+    /// rounds-hot, rounds-idle, link10, patterns, size, bench
     #[argh(option)]
     only: Option<List<String>>,
     /// on a virtual machine: move all free memory except this much, MiB, into the kernel's pool of
@@ -149,9 +149,21 @@ fn jobs(options: &Options) -> Vec<Job> {
     [
         ("qemu", format!("qemu --size {double} --fill {size} --rounds {more}")),
         ("qemu-idle", format!("qemu --idle --size {double} --fill {size} --rounds {more}")),
+        // A move of these, with the guest's boot and the check of its memory, takes most of a minute: only the movers
+        // that umem has targets against.
         (
-            "rounds",
-            format!("rounds --loads idle,hot --size {double} --fill {size} --rounds {more}"),
+            "rounds-hot",
+            format!(
+                "rounds --loads hot --links loopback --only qemu-hybrid,umem-postcopy,umem-hybrid \
+                 --size {double} --fill {size} --rounds {more}"
+            ),
+        ),
+        (
+            "rounds-idle",
+            format!(
+                "rounds --loads idle --links 10g --only qemu-precopy,qemu-multifd,umem-precopy \
+                 --size {double} --fill {size} --rounds {more}"
+            ),
         ),
         ("fault", format!("fault --into memfd,anonymous --size {half} --rounds {many}")),
         ("land", format!("land --readers 0 --lanes 1,2 --size {size} --rounds {many}")),
@@ -196,6 +208,6 @@ mod tests {
         };
         assert_eq!(names(&["--only", "size,land"]).unwrap(), ["land", "size"]);
         assert!(names(&["--only", "land,lnad"]).unwrap_err().to_string().contains("lnad"));
-        assert_eq!(names(&[]).unwrap().len(), 11);
+        assert_eq!(names(&[]).unwrap().len(), 12);
     }
 }

@@ -1002,7 +1002,7 @@ static void misused(const char *socket) {
     umem_destination *second = umem_destination_new();
     OK(umem_destination_region(second, "ram0", memory, BYTES, -1));
     OK(umem_destination_listen(second, uri, 1));
-    wrong(umem_destination_start(second), UMEM_ERR_LISTEN, "listens there");
+    wrong(umem_destination_start(second), UMEM_ERR_LISTEN, "another program listens");
     umem_destination_destroy(second);
     OK(umem_destination_cancel(destination));
     OK(umem_destination_wait(destination, DEADLINE_MS, &event));

@@ -120,10 +120,10 @@ fn check_reports(source: &Value, destination: &Value) {
     let quantiles =
         ["p50", "p90", "p99", "p999", "max"].map(|name| latency[name].as_u64().expect(name));
     assert!(quantiles.is_sorted(), "{latency}");
-    // If pages were demanded, a vCPU waited; otherwise none did.
+    // If pages were demanded, a vCPU waited. It may also wait for pages that are on the way.
     let count = latency["count"].as_u64().expect("count");
     let asked = destination["pages_demand"].as_u64().expect("pages_demand");
-    assert_eq!(count > 0, asked > 0, "{destination}");
+    assert!(count > 0 || asked == 0, "{destination}");
 }
 
 /// The guest's process shows no trace of having been a destination.

@@ -13,8 +13,9 @@ use crate::stream::moves;
 use crate::support::{Cutter, Machine, Qemu, QemuVersion, Qmp, Scratch, SourceRam, Umem, wait_for};
 use crate::{NOBODY, boot, migrate, says};
 
-/// The limit of waiting contents while the guest runs (`STAGED_BYTES_MAX`), with the surplus of one read of the stream.
-const STAGED_BYTES_MAX: u64 = (64 << 20) + (1 << 20);
+/// The limit of waiting contents while the guest runs (`STAGED_BYTES_MAX`), with the surplus of one read of the stream
+/// and that of a QEMU that answers a second late.
+const STAGED_BYTES_MAX: u64 = (64 << 20) + (1 << 20) + (16 << 20);
 
 /// The tests' Linux guest, whose memory is QEMU's own.
 fn machine(source_ram: SourceRam) -> Machine {

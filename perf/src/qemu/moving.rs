@@ -188,7 +188,8 @@ fn by_umem(
     let ended = watch.end(ends, &source, &console)?;
 
     let figures = Figures {
-        faults: of_source["pages_demand"].as_u64().unwrap_or(0),
+        // Also those of pages that were on their way, which are no demanded pages.
+        faults: of_destination["fault_latency_us"]["count"].as_u64().unwrap_or(0),
         sent_bytes: umem_sent_bytes(&of_source),
         report: json!({ "source": of_source, "destination": of_destination }),
     };

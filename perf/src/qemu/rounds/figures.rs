@@ -308,8 +308,8 @@ fn method(options: &Options, version: &str) -> String {
          to the destination's RESUME, timestamps of QEMU's events for every mover. Work lost: seconds of the guest's \
          work, at its rate of the last two seconds before the command, that it did not get done from its last beat at the \
          source until the move had ended and it had printed {beats} beats (100 ms each) at the destination; `in all` \
-         counts from the command on. Faults: pages that the destination asked for after the switch, by the mover's \
-         report (umem: pages_demand; QEMU: postcopy-requests). p99 and max: first touches of pages in those beats at the \
+         counts from the command on. Faults: those that waited for a page after the switch, by the mover's report \
+         (umem: the count of its latencies; QEMU: postcopy-requests). p99 and max: first touches of pages in those beats at the \
          destination, as the guest measured them (the median of the beats' p99, and the largest). Sent: umem's page \
          contents and QEMU's ram.transferred, counted each time. Link: the rate of the bytes that left over the link, \
          headers included, but for the first and the last hundredth of them; its share is of the link's rate. CPU: user \

@@ -37,8 +37,19 @@ const SILENCE_MAX: Duration = Duration::from_secs(120);
 /// The message `MIG_RP_MSG_SWITCHOVER_ACK` of QEMU's migration/migration.c, without data: the guest may be stopped.
 pub(super) const SWITCHOVER_ACK: [u8; 4] = [0, 7, 0, 0];
 
-/// Time limit for QEMU's answers; after it the stream is read even without room.
+/// Time limit for QEMU's answers; after it the stream is read even without room: first [`SURPLUS_BYTES`], and twice as
+/// much every [`SURPLUS_DOUBLES`]. A busy QEMU answers late, and one that holds its main loop's lock while it writes
+/// answers only after it has been read: 16 MiB a second late, 4 GiB after three.
 const ANSWERS_WITHIN: Duration = Duration::from_millis(200);
+const SURPLUS_BYTES: u64 = 1 << 20;
+const SURPLUS_DOUBLES: Duration = Duration::from_millis(250);
+
+/// The bytes that may be read without room in all while an answer is awaited.
+fn surplus_max(awaited: Duration) -> u64 {
+    let Some(late) = awaited.checked_sub(ANSWERS_WITHIN) else { return 0 };
+    let times = u32::try_from(late.as_millis() / SURPLUS_DOUBLES.as_millis()).unwrap_or(u32::MAX);
+    SURPLUS_BYTES.saturating_mul(1_u64.checked_shl(times).unwrap_or(u64::MAX))
+}
 
 /// How often a waiting reader checks that limit.
 const LOOKS_EVERY: Duration = Duration::from_millis(50);
@@ -66,7 +77,12 @@ pub(super) struct Pulse(Weak<Shared>);
 impl Pulse {
     /// Queries QEMU. If that takes long, the stream is read meanwhile.
     pub(super) fn asking<T>(&self, ask: impl FnOnce() -> T) -> T {
-        let note = |since| self.0.upgrade().map(|shared| shared.lock().asked = since);
+        let note = |since| {
+            self.0.upgrade().map(|shared| {
+                let mut state = shared.lock();
+                (state.asked, state.surplus) = (since, 0);
+            })
+        };
         note(Some(Instant::now()));
         let answer = ask();
         note(None);
@@ -104,6 +120,8 @@ struct State {
     is_looking: bool,
     /// Time of a query that QEMU has not answered yet.
     asked: Option<Instant>,
+    /// Bytes read without room since then.
+    surplus: u64,
     /// RAM's last part has been read: the guest stands still.
     is_ram_over: bool,
     /// When RAM's last part began: the guest had been stopped.
@@ -119,9 +137,10 @@ impl State {
         self.is_ram_over || self.end.is_some()
     }
 
-    /// Whether QEMU may be blocked by unread data: the stream is read without regard to room then.
+    /// Whether QEMU may be blocked by unread data: the stream is read then, with a bound that grows.
     fn may_be_waited_for(&self) -> bool {
-        self.is_finishing || self.asked.is_some_and(|since| since.elapsed() >= ANSWERS_WITHIN)
+        self.is_finishing
+            || self.asked.is_some_and(|since| self.surplus < surplus_max(since.elapsed()))
     }
 
     /// The reason why the stream cannot be read. It is returned in full once.
@@ -413,13 +432,18 @@ impl Reader<'_> {
                 let until = Some(Instant::now() + LOOKS_EVERY);
                 state = wait(&self.shared.changed, state, until);
             }
+            let mut is_surplus = !state.may_read;
             if let Some(staging) = &self.shared.staging
-                && !state.may_be_waited_for()
+                && !state.is_finishing
             {
+                is_surplus = state.may_be_waited_for();
                 drop(state);
-                if !staging.wait_for_room(LOOKS_EVERY) {
+                let within = if is_surplus { Duration::ZERO } else { LOOKS_EVERY };
+                let has_room = staging.wait_for_room(within);
+                if !has_room && !is_surplus {
                     continue;
                 }
+                is_surplus = !has_room;
                 state = self.shared.lock();
             }
             if let Some(look) = state.look.take() {
@@ -429,6 +453,7 @@ impl Reader<'_> {
             match recv(socket.as_raw_fd(), piece, MsgFlags::MSG_DONTWAIT) {
                 Ok(count) => {
                     state.read += count as u64;
+                    state.surplus += if is_surplus { count as u64 } else { 0 };
                     return Ok(count);
                 }
                 Err(Errno::EAGAIN | Errno::EINTR) => {}
@@ -534,6 +559,13 @@ mod tests {
             pace.take(&Event::Ended { is_last: false });
         }
         pace
+    }
+
+    #[test]
+    fn late_answer_lets_more_be_read_the_later_it_is() {
+        let surplus = |ms| surplus_max(Duration::from_millis(ms)) >> 20;
+        assert_eq!([0, 199, 200, 449, 450, 1200, 3200].map(surplus), [0, 0, 1, 1, 2, 16, 4096]);
+        assert_eq!(surplus_max(Duration::MAX), u64::MAX);
     }
 
     #[test]
