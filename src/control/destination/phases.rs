@@ -157,9 +157,10 @@ impl Core {
 
     /// The guest belongs to this side.
     ///
-    /// Its downtime has the time that the source states, and the switchover's own way: the guest has stood still at
-    /// least since its *stopped* came. A switchover that waited behind other bytes counts from when it could have come,
-    /// and *running* tells the source the same, so both sides have one downtime.
+    /// The downtime is the time that the source states, and the time since the switchover. A switchover may have waited
+    /// behind other bytes. The guest has stood still at least since *stopped* arrived, so the switchover counts from the
+    /// time at which that is as long as the source states. *Running* reports the same to the source, so both sides have
+    /// one downtime.
     fn switch(&mut self, stopped_us: u64, now: &Moment, effects: &mut Effects) {
         let stated = Duration::from_micros(stopped_us);
         let known =

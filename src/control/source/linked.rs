@@ -284,9 +284,9 @@ impl Source {
         self.do_next(Effect::Switchover);
     }
 
-    /// When the guest ran, on this side's clock: so long after the switchover as the destination says. What it says has
-    /// the switchover's own way as far as the destination can see that, and not the answer's, so both sides have one
-    /// downtime.
+    /// The time at which the guest ran, on this side's clock: the destination states how long after the switchover. That
+    /// contains the switchover's way, as far as the destination can measure it, and not the way of the answer. So both
+    /// sides have one downtime.
     pub(super) fn ran_at(&self, us_since_switchover: u64, now: &Moment) -> Instant {
         let after = Duration::from_micros(us_since_switchover);
         let at = self.times.switched.and_then(|switched| switched.checked_add(after));
